@@ -1,0 +1,147 @@
+"""What the runtime records: episodes, their steps, and what is said of them later. Shared with the learner.
+
+A step is one decision of the agent. A demonstration is an episode whose actor is an expert: same types, same tables.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from policies.types import Action, FinishReason, Message, SamplingParams, TokenIds, ToolSchema
+
+
+def new_id(prefix: str) -> str:
+    """An id that sorts by the time of its making: `ep_...`, `step_...`."""
+    return f"{prefix}_{time.time_ns():016x}{secrets.token_hex(4)}"
+
+
+class Actor(StrEnum):
+    """Who chose an episode's actions."""
+
+    POLICY = "policy"  # base network + adapter + chat protocol
+    EXPERT = "expert"  # its episode is a demonstration
+
+
+class Purpose(StrEnum):
+    """Why an episode was run; only SERVE and PRACTICE are learned from."""
+
+    SERVE = "serve"  # a user asked
+    PRACTICE = "practice"  # a world's training task
+    EVALUATION = "evaluation"  # a held-out task, or the gate's
+
+
+class StopReason(StrEnum):
+    """Why the agent handed the turn back after a step."""
+
+    FINAL_ANSWER = "final_answer"  # it answered
+    CLIENT_TOOLS = "client_tools"  # the client runs the tools it asked for
+    STEP_LIMIT = "step_limit"  # server-run tools: the most steps of a run were taken
+    TOKEN_LIMIT = "token_limit"  # the context or the run's token budget was used up
+    DEADLINE = "deadline"  # the run's time was used up
+    MALFORMED = "malformed"  # client-run tools: the action could not be read; or too many in a row
+    WORLD_DONE = "world_done"  # the world's task reached an end
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """What one tool call gave back. An error is an observation, not an exception."""
+
+    tool_call_id: str
+    name: str
+    content: str
+    is_error: bool = False
+    latency_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """One task from its first message to its stop. Its steps, outcomes and corrections are rows of their own."""
+
+    id: str
+    actor: Actor
+    purpose: Purpose
+    adapter: str
+    """The adapter its policy began with and keeps to the last step; `base` for none; an expert's name for a demonstration."""
+    task: str | None = None
+    """`world/split/index` where it is a world's task, else None."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """What the client sent as `metadata`, or an imported demonstration's provenance."""
+    created_at: float = field(default_factory=time.time)
+    """Unix seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One decision: what was seen, what was chosen, token-exact, and what it led to."""
+
+    id: str
+    episode_id: str
+    parent_id: str | None
+    """The step whose conversation this one continues; None for a first step. Siblings share a parent."""
+    index: int
+    """Number of ancestors: 0 for a first step."""
+    new_messages: tuple[Message, ...]
+    """The observation: the messages seen since the parent's action (all of them for a first step)."""
+    tools: tuple[ToolSchema, ...]
+    """The tools that were on offer."""
+    prompt_token_ids: TokenIds
+    """Exactly what the engine was given."""
+    completion_token_ids: TokenIds
+    """Exactly what was sampled (or what the expert's action is in tokens), the stop token included."""
+    behavior_logprobs: tuple[float, ...] | None
+    """Parallel to the completion, at temperature 1; None for an expert's step."""
+    sampling: SamplingParams
+    adapter: str
+    action: Action
+    finish_reason: FinishReason
+    stop_reason: StopReason | None
+    """None where the agent goes on with its server-run tools."""
+    tool_results: tuple[ToolResult, ...]
+    """Of the tools the server ran; the client's come back as the next step's `new_messages`."""
+    conversation_digest: str
+    """Of the conversation as the client sees it up to and including this answer: how a follow-up is recognised."""
+    created_at: float
+    """Unix seconds, when the step began."""
+    first_token_ms: float
+    latency_ms: float
+    """From the step's begin to its last token, tools not counted."""
+
+    def __post_init__(self) -> None:
+        logprobs = self.behavior_logprobs
+        if logprobs is not None and len(logprobs) != len(self.completion_token_ids):
+            raise ValueError(f"step {self.id}: {len(self.completion_token_ids)} tokens but {len(logprobs)} logprobs")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an episode ended for those who asked. Arrives later, may arrive more than once; the newest counts."""
+
+    id: str
+    episode_id: str
+    value: float
+    """0 is failure, 1 success; parts of it lie between."""
+    source: str
+    """Who says so: `user`, `world`, ..."""
+    note: str = ""
+    created_at: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """An expert's action for a logged step: what should have been done there."""
+
+    id: str
+    step_id: str
+    action: Action
+    completion_token_ids: TokenIds
+    """The action as the chat protocol renders it after the step's prompt."""
+    source: str
+    created_at: float = field(default_factory=time.time)
+
+
+Fact = Episode | Step | Outcome | Correction
+"""What the step log takes: appended, never edited."""
