@@ -1,0 +1,382 @@
+"""Packed scores, losses and LoRA gradients equal those of a plain pass over each row alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+import learner.batch
+from learner.batch import RowLogprobs, attention_for, reference, score, to_batch
+from learner.losses import (
+    clipped_policy_gradient_loss,
+    expert_logits,
+    implicit_step_loss,
+    pairwise_discriminator_loss,
+    sft_loss,
+    trajectory_preference_loss,
+)
+from learner.prefix_tree import Row, Span, pack_rows
+
+torch.set_num_threads(1)
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EVERY_OTHER = ["sliding_attention", "full_attention"]
+ARCHITECTURES: dict[str, Callable[..., PreTrainedConfig]] = {
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen2_sliding": lambda: Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, layer_types=EVERY_OTHER),
+    "qwen3": lambda: Qwen3Config(**SIZES),
+    "llama": lambda: LlamaConfig(**SIZES),
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
+    "mistral_sliding": lambda: MistralConfig(**SIZES, sliding_window=4),
+    "gemma2": lambda: Gemma2Config(**SIZES, sliding_window=4, layer_types=EVERY_OTHER, query_pre_attn_scalar=8),
+    "gemma3": lambda: Gemma3TextConfig(**SIZES, sliding_window=4, layer_types=EVERY_OTHER, query_pre_attn_scalar=8),
+    "gemma3_softcap": lambda: Gemma3TextConfig(
+        **SIZES, sliding_window=512, layer_types=EVERY_OTHER, final_logit_softcapping=2.0
+    ),
+}
+
+
+def make_network(architecture: str, dtype: torch.dtype = torch.float32) -> PeftModel:
+    """A tiny random network with two random adapters, `policy` (active) and `other`."""
+    torch.manual_seed(0)
+    attention = "eager" if architecture == "gemma2" else attention_for("cpu")
+    base = AutoModelForCausalLM.from_config(ARCHITECTURES[architecture](), attn_implementation=attention, dtype=dtype)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
+    network = get_peft_model(base, lora, adapter_name="policy", autocast_adapter_dtype=False)
+    network.add_adapter("other", lora, autocast_adapter_dtype=False)
+    for name, parameter in network.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    network.set_adapter("policy")
+    return network.eval()
+
+
+NETWORKS = {architecture: make_network(architecture) for architecture in ARCHITECTURES}
+
+
+def random_rows(seed: int, num_steps: int = 3, num_trajectories: int = 2) -> list[Row]:
+    """Two branches at every step of trajectories that begin alike: rows 2k (expert) and 2k + 1 (agent) are a pair."""
+    draw = random.Random(seed)
+
+    def tokens() -> tuple[int, ...]:
+        return tuple(draw.randrange(40) for _ in range(draw.randint(1, 5)))
+
+    prompt, rows = tokens(), []
+    for _ in range(num_trajectories):
+        context = prompt
+        for _ in range(num_steps):
+            context += tokens()
+            expert, agent = tokens(), tokens()
+            weight, owner = draw.uniform(0.1, 2.0), len(rows)
+            rows += [
+                Row(context + action, (Span(len(context), len(context) + len(action), weight),), owner)
+                for action in (expert, agent)
+            ]
+            context += expert
+    return rows
+
+
+def plain_logprobs(network: PeftModel, row: Row) -> Tensor:
+    """The same by the book: one pass over one row, log-softmax everywhere, then the scored tokens."""
+    logits = network(input_ids=torch.tensor([row.token_ids])).logits[0].to(torch.float64)
+    logprobs = logits[:-1].log_softmax(-1).gather(1, torch.tensor(row.token_ids[1:])[:, None])[:, 0]
+    return torch.cat([logprobs[span.start - 1 : span.stop - 1] for span in row.spans])
+
+
+def packed_logprobs(network: PeftModel, rows: list[Row], budget: int) -> list[Tensor]:
+    """Each row's token logprobs, in the order of `rows`."""
+    logprobs: dict[int, Tensor] = {}
+    for pack in pack_rows(rows, budget):
+        scores = score(network, to_batch(pack, "cpu"))
+        for place, row in enumerate(scores.rows):
+            logprobs[row] = scores.tokens[scores.row_of_token == place]
+    return [logprobs[row].to(torch.float64) for row in range(len(rows))]
+
+
+# ------------------------------------------------------------------------------------------- every loss
+
+
+def _constants(like: Tensor, seed: int) -> Tensor:
+    return 0.1 * torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype)
+
+
+def _preference_sides(tokens: list[Tensor], ref: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sums, ref_sums = torch.stack([row.sum() for row in tokens]), torch.stack([row.sum() for row in ref])
+    return sums[::2], ref_sums[::2], sums[1::2], ref_sums[1::2]
+
+
+def _sft(tokens: list[Tensor], ref: list[Tensor], rows: list[Row]) -> Tensor:
+    weights = [span.weight for row in rows for span in row.spans for _ in range(span.start, span.stop)]
+    return sft_loss(torch.cat(tokens), torch.tensor(weights)).loss
+
+
+def _implicit(tokens: list[Tensor], ref: list[Tensor], rows: list[Row]) -> Tensor:
+    return implicit_step_loss(*_preference_sides(tokens, ref), beta=0.3, anchor_weight=0.5).loss
+
+
+def _trajectory(tokens: list[Tensor], ref: list[Tensor], rows: list[Row]) -> Tensor:
+    chosen, chosen_ref, rejected, rejected_ref = (side.sum()[None] for side in _preference_sides(tokens, ref))
+    return trajectory_preference_loss(chosen, chosen_ref, rejected, rejected_ref, beta=0.1).loss
+
+
+def _policy_gradient(tokens: list[Tensor], ref: list[Tensor], rows: list[Row]) -> Tensor:
+    logprobs = torch.cat(tokens)
+    behavior = torch.cat(ref) + _constants(logprobs, 1)
+    return clipped_policy_gradient_loss(
+        logprobs,
+        behavior,
+        torch.cat(ref),
+        _constants(logprobs, 2),
+        clip_low=0.2,
+        clip_high=0.3,
+        max_ratio=5.0,
+        kl_weight=0.1,
+    ).loss
+
+
+def _discriminator(tokens: list[Tensor], ref: list[Tensor], rows: list[Row]) -> Tensor:
+    expert, expert_ref, policy, policy_ref = _preference_sides(tokens, ref)
+    sides = expert_logits(expert, expert_ref, 0.1), expert_logits(policy, policy_ref, 0.1)
+    return pairwise_discriminator_loss(*sides).loss
+
+
+LOSSES = {
+    "sft": _sft,
+    "implicit": _implicit,
+    "trajectory": _trajectory,
+    "policy_gradient": _policy_gradient,
+    "discriminator": _discriminator,
+}
+
+
+def loss_and_gradients(
+    network: PeftModel, loss: Callable[..., Tensor], rows: list[Row], logprobs: Callable[[], list[Tensor]]
+) -> tuple[float, dict[str, Tensor]]:
+    with reference(network):
+        ref = logprobs()
+    network.zero_grad()
+    value = loss(logprobs(), ref, rows)
+    value.backward()
+    gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+    return value.item(), gradients
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@given(seed=st.integers(0, 10_000))
+@settings(deadline=None, max_examples=3)
+def test_packed_loss_and_lora_gradients_equal_row_by_row(architecture: str, loss: str, seed: int) -> None:
+    network, rows = NETWORKS[architecture], random_rows(seed)
+    budget = 10_000 if loss == "trajectory" else 60
+    packed = loss_and_gradients(network, LOSSES[loss], rows, lambda: packed_logprobs(network, rows, budget))
+    plain = loss_and_gradients(network, LOSSES[loss], rows, lambda: [plain_logprobs(network, row) for row in rows])
+    assert packed[0] == pytest.approx(plain[0], rel=1e-5, abs=1e-5)
+    assert packed[1].keys() == plain[1].keys()
+    assert all(".policy." in name and "lora_" in name for name in packed[1])
+    scale = max(gradient.abs().max().item() for gradient in plain[1].values())
+    for name, gradient in plain[1].items():
+        torch.testing.assert_close(packed[1][name], gradient, rtol=1e-5, atol=1e-5 * scale)
+
+
+# -------------------------------------------------------------------------------------------- scoring
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logprobs_are_those_of_the_row_alone(architecture: str) -> None:
+    network, rows = NETWORKS[architecture], random_rows(seed=7, num_steps=6)
+    with torch.no_grad():
+        for packed, row in zip(packed_logprobs(network, rows, budget=100), rows, strict=True):
+            torch.testing.assert_close(packed, plain_logprobs(network, row), rtol=1e-5, atol=1e-5)
+
+
+@given(seed=st.integers(0, 10_000), shuffler=st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=20)
+def test_the_order_of_the_rows_does_not_matter(seed: int, shuffler: random.Random) -> None:
+    rows, network = random_rows(seed), NETWORKS["qwen2"]
+    order = list(range(len(rows)))
+    shuffler.shuffle(order)
+    with torch.no_grad():
+        straight = packed_logprobs(network, rows, budget=60)
+        shuffled = packed_logprobs(network, [rows[index] for index in order], budget=60)
+    for place, index in enumerate(order):
+        torch.testing.assert_close(shuffled[place], straight[index])
+
+
+def test_prompt_tokens_get_no_loss() -> None:
+    """Only what stands in a span is predicted, each (context, token) once, however many rows share it."""
+    rows = random_rows(seed=3)
+    [pack] = pack_rows(rows, token_budget=1000)
+    batch = to_batch(pack, "cpu")
+    expected = {
+        (row.token_ids[:place], row.token_ids[place])
+        for row in rows
+        for place in range(row.spans[0].start, row.spans[0].stop)
+    }
+    predicted = [
+        (tuple(ids for place, ids in enumerate(pack.token_ids[: at + 1]) if at < pack.subtree_ends[place]), target)
+        for at, target in zip(batch.pair_positions.tolist(), batch.pair_targets.tolist(), strict=True)
+    ]
+    assert len(predicted) == len(set(predicted))
+    assert set(predicted) == expected
+
+
+def test_sums_and_weights_belong_to_their_rows() -> None:
+    scores = RowLogprobs(
+        rows=(4, 9),
+        tokens=torch.tensor([-1.0, -2.0, -4.0]),
+        row_of_token=torch.tensor([0, 1, 1]),
+        weights=torch.ones(3),
+    )
+    assert scores.sums().tolist() == [-1.0, -6.0]
+
+
+def test_a_row_with_several_spans_carries_each_span_s_weight() -> None:
+    row = Row(tuple(range(10)), (Span(2, 4, 0.5), Span(6, 9, 2.0)), owner=0)
+    batch = to_batch(pack_rows([row], 10)[0], "cpu")
+    assert batch.weights.tolist() == [0.5, 0.5, 2.0, 2.0, 2.0]
+    with torch.no_grad():
+        scores = score(NETWORKS["qwen3"], batch)
+        torch.testing.assert_close(scores.tokens.double(), plain_logprobs(NETWORKS["qwen3"], row), rtol=1e-5, atol=1e-5)
+
+
+def test_reference_is_the_base_or_another_adapter_and_the_policy_is_back_after() -> None:
+    network, rows = NETWORKS["qwen2"], random_rows(seed=1)
+
+    def first_row() -> Tensor:
+        return packed_logprobs(network, rows, 1000)[0]
+
+    policy = first_row()
+    with reference(network):
+        base, plain_base = first_row(), plain_logprobs(network.get_base_model(), rows[0])
+    with reference(network, "other"):
+        other, plain_other = first_row(), plain_logprobs(network, rows[0])
+    torch.testing.assert_close(base, plain_base, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(other, plain_other, rtol=1e-5, atol=1e-5)
+    assert not base.requires_grad
+    assert not other.requires_grad
+    assert (policy - base).abs().max() > 1e-3
+    assert (policy - other).abs().max() > 1e-3
+    assert network.active_adapter == "policy"
+    assert first_row().requires_grad
+    torch.testing.assert_close(first_row(), policy)
+
+
+def test_switching_the_adapter_between_forward_and_backward_keeps_the_gradient() -> None:
+    network, rows = NETWORKS["qwen2"], random_rows(seed=2)
+    gradients = []
+    for uses_other in (False, True):
+        network.zero_grad()
+        loss = -torch.cat(packed_logprobs(network, rows, 1000)).sum()
+        if uses_other:
+            with reference(network, "other"):
+                packed_logprobs(network, rows, 1000)
+        loss.backward()
+        gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    assert all(torch.equal(*both) for both in zip(*gradients, strict=True))
+
+
+def test_a_network_without_peft_is_scored_too() -> None:
+    base, rows = NETWORKS["qwen2"].get_base_model(), random_rows(seed=1)
+    with torch.no_grad():
+        [pack] = pack_rows(rows, 1000)
+        assert torch.isfinite(score(base, to_batch(pack, "cpu")).tokens).all()
+
+
+def test_logits_in_pieces_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, rows = NETWORKS["gemma3_softcap"], random_rows(seed=5)
+    results = []
+    for max_logits in (learner.batch.MAX_LOGITS, 3 * SIZES["vocab_size"]):
+        monkeypatch.setattr(learner.batch, "MAX_LOGITS", max_logits)
+        results.append(loss_and_gradients(network, _implicit, rows, lambda: packed_logprobs(network, rows, 1000)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient, rtol=1e-5, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------- masks and refusals
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_flex_attention_sees_what_the_dense_mask_sees(window: int | None) -> None:
+    """Without a CUDA device the kernel cannot run; the mask it is given can be made and compared."""
+    from torch.nn.attention.flex_attention import create_block_mask, create_mask
+
+    [pack] = pack_rows(random_rows(seed=4, num_steps=12), token_budget=1000)
+    batch = to_batch(pack, "cpu")
+    sees = learner.batch._visibility(batch, window)
+    size = pack.num_tokens
+    assert size > 128  # more than one block
+    dense = learner.batch._mask(NETWORKS["qwen2"].get_base_model(), batch, window)
+    assert torch.equal(create_mask(sees, None, None, size, size, device="cpu"), dense == 0)
+    expected = torch.tensor(
+        [
+            [j <= i < pack.subtree_ends[j] and (window is None or pack.depths[i] - pack.depths[j] < window)
+             for j in range(size)]
+            for i in range(size)
+        ]
+    )  # fmt: skip
+    assert torch.equal(dense[0, 0] == 0, expected)
+    blocks = create_block_mask(sees, None, None, size, size, device="cpu").to_dense()[0, 0]
+    padded = torch.nn.functional.pad(expected, (0, -size % 128, 0, -size % 128))
+    has_any = padded.view(len(blocks), 128, len(blocks), 128).any(3).any(1)
+    assert torch.equal(blocks.bool(), has_any)
+
+
+@pytest.mark.parametrize(
+    ("config", "attention", "problem"),
+    [
+        (GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=40), "sdpa", "gpt2: only gemma2"),
+        (Gemma2Config(**SIZES), "sdpa", "softcap"),
+        (Gemma3TextConfig(**SIZES, use_bidirectional_attention=True), "sdpa", "see later ones"),
+        (
+            LlamaConfig(**SIZES, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+            "sdpa",
+            "'dynamic' depends on the length",
+        ),
+    ],
+)
+def test_a_network_whose_packed_scores_may_be_wrong_is_refused(
+    config: PreTrainedConfig, attention: str, problem: str
+) -> None:
+    network = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    [pack] = pack_rows(random_rows(seed=1), token_budget=1000)
+    with pytest.raises(ValueError, match=problem):
+        score(network, to_batch(pack, "cpu"))
+
+
+def test_attention_is_chosen_by_device() -> None:
+    assert attention_for("cpu") == "sdpa"
+    assert attention_for("cuda:0") == "flex_attention"
