@@ -40,7 +40,7 @@ CITIES = _words(
 )
 SHELVES = tuple(f"{row}{place}" for row in "ABCD" for place in range(1, 5))
 PASSWORDS = _words("heron maple comet velvet anchor saffron thimble walrus juniper cobalt harbour magpie")
-REMARKS = (" Pays in advance.", " Always writes back.", " Asks after the shop cat.")
+REMARKS = (".", ". Pays in advance.", ". Always writes back.", ". Asks after the shop cat.")
 STOCKS = ("none left", "one left", "two left", "plenty left")
 EMPTY = STOCKS[0]
 
@@ -59,11 +59,13 @@ ORDER_TEXTS = (
     "Order {number} has come in: the {item} for {customer}, {wish}.",
     "Please see to order {number}. {customer} has chosen the {item} and wants it {wish}.",
 )
-DONE_TEXT = "Done: the {item} is on its way to {city}."
-LOST_TEXT = "I am sorry, this order has gone wrong."
+ANSWER_TEXTS = {
+    "done": "Done: the {item} is on its way to {city}.",
+    "lost": "I am sorry, this order has gone wrong.",
+}
 
 RESULT_TEXTS = {
-    "customer": "Lives in {city}.{remark}",
+    "customer": "Lives in {city}{remark}",
     "no_customer": "There is no customer of that name.",
     "item": "On shelf {shelf}, {stock}. It is {care}.",
     "no_item": "There is no such item in the catalogue.",
@@ -71,13 +73,13 @@ RESULT_TEXTS = {
     "not_empty": "Shelf {shelf} needs nothing.",
     "picked": "You hold the {item}.",
     "holding": "You hold the {item} already.",
-    "wrong_shelf": "Shelf {asked} holds other things.",
+    "wrong_shelf": "Shelf {shelf} holds other things.",
     "locked": "Shelf {shelf} is in a locked cage. A note says: the password is {password}.",
     "empty": "Shelf {shelf} is empty.",
     "unlocked": "The cage is open.",
     "wrong_password": "The cage stays shut.",
     "no_cage": "There is no locked cage here.",
-    "packed": "The {item} lies in a {box} box.",
+    "packed": "It lies in a {box} box.",
     "nothing_to_pack": "There is nothing to pack yet.",
     "shipped": "The parcel has left for {city} by {by}.",
     "nothing_to_ship": "There is no parcel to ship yet.",
@@ -210,7 +212,7 @@ def draw_order(number: int) -> Order:
         item=item,
         wish=wish,
         city=random.choice(CITIES),
-        remark=random.choice(("", *REMARKS)),
+        remark=random.choice(REMARKS),
         shelf=random.choice(SHELVES),
         stock=EMPTY if random.random() < 0.4 else random.choice(STOCKS[1:]),
         care=random.choice(tuple(BOX_FOR_CARE)),
@@ -355,10 +357,10 @@ def _expert_call(order: Order, state: State) -> Choice | None:
 
 
 def _expert_pick(order: Order, state: State) -> Choice:
+    if order.password is not None and state.knows_password and not state.unlocked:
+        return "unlock_cage", {"password": order.password}
     if order.stock == EMPTY and not state.restocked:
         return "restock_item", {"item": order.item}
-    if state.knows_password and not state.unlocked and order.password is not None:
-        return "unlock_cage", {"password": order.password}
     return "pick_item", {"shelf": order.shelf}
 
 
@@ -435,7 +437,7 @@ class OrderDeskEpisode:
         """The expert's next call; once nothing is left to do, its final answer."""
         choice = _expert_call(self.order, self.state)
         if choice is None:
-            text = DONE_TEXT if self.outcome() else LOST_TEXT
+            text = ANSWER_TEXTS["done" if self.outcome() else "lost"]
             return {"role": "assistant", "content": text.format(item=self.order.item, city=self.order.city)}
         name, arguments = choice
         function = {"name": name, "arguments": json.dumps(arguments)}
