@@ -10,6 +10,7 @@ memory, on which SQLite has no WAL.
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import struct
 import zlib
@@ -80,6 +81,10 @@ class StepLog:
         if self._writer is None:
             raise StepLogError(f"{self._path} was opened to read only: nothing can be appended")
         return self._writer.append(facts)
+
+    async def commit(self, *facts: Fact) -> None:
+        """`append`, and wait on the event loop."""
+        await asyncio.wrap_future(self.append(*facts))
 
     def append_now(self, *facts: Fact) -> None:
         """`append`, and wait: not for the event loop."""

@@ -39,7 +39,7 @@ def create_facts(database: Database) -> None:
     for table, columns in INDEXES:
         database.table(table).create_index(columns)
     for table in FACT_TABLES:
-        _refuse_edits(database, table)
+        _refuse_edits(database, table, database.table(table).pks[0])
     database.create_view("episode_text", EPISODE_TEXT)
     database.create_view("step_summary", STEP_SUMMARY)
 
@@ -129,10 +129,16 @@ def _create(
     database.table(table).create(columns, pk=pk, not_null=not_null, foreign_keys=foreign_keys or [], strict=True)
 
 
-def _refuse_edits(database: Database, table: str) -> None:
+def _refuse_edits(database: Database, table: str, pk: str) -> None:
     for edit in ("UPDATE", "DELETE"):
         sentence = f"{table} are facts: they are appended, never edited. {edit} refused."
         database.execute(
             f"CREATE TRIGGER {table}_refuse_{edit.lower()} BEFORE {edit} ON {table} "
             f"BEGIN SELECT RAISE(ABORT, '{sentence}'); END"
         )
+    # INSERT OR REPLACE deletes the old row without waking the DELETE trigger, unless recursive_triggers is on.
+    sentence = f"{table} are facts: what is logged once is never replaced. A second {pk} of the same name refused."
+    database.execute(
+        f"CREATE TRIGGER {table}_refuse_replace BEFORE INSERT ON {table} "
+        f"WHEN EXISTS (SELECT 1 FROM {table} WHERE {pk} = NEW.{pk}) BEGIN SELECT RAISE(ABORT, '{sentence}'); END"
+    )

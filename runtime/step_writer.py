@@ -10,7 +10,6 @@ from __future__ import annotations
 import sqlite3
 import struct
 import threading
-from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -151,13 +150,18 @@ class StepWriter:
                 raise StepLogError(f"its parent {step.parent_id} is not in the log")
         prompt, completion = tokens_to_blob(step.prompt_token_ids), tokens_to_blob(step.completion_token_ids)
         tool_set = tool_set_to_row(step)
-        self._insert("tool_sets", tool_set, or_ignore=True)
+        if not self._is_known_tool_set(tool_set["digest"]):
+            self._insert("tool_sets", tool_set)
         prefix_len = common_prefix_len(parent_sequence, prompt)
         self._insert("steps", step_to_row(step, tool_set["digest"], prompt, completion, prefix_len))
         self._cache.put(step.id, prompt + completion)  # not committed yet, but nobody looks for a step he cannot see
 
-    def _insert(self, table: str, row: Row, or_ignore: bool = False) -> None:
-        self.connection.execute(_insert_sql(table, row, or_ignore), tuple(row.values()))
+    def _is_known_tool_set(self, digest: str) -> bool:
+        return self.connection.execute("SELECT 1 FROM tool_sets WHERE digest = ?", (digest,)).fetchone() is not None
+
+    def _insert(self, table: str, row: Row) -> None:
+        places = ", ".join("?" * len(row))
+        self.connection.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({places})", tuple(row.values()))
 
     def _roll_back(self, group: list[Append]) -> None:
         for append in group:
@@ -169,17 +173,10 @@ class StepWriter:
         self._cache.discard(fact.id for fact in append.facts if isinstance(fact, Step))
 
 
-def _insert_sql(table: str, row: Mapping[str, object], or_ignore: bool) -> str:
-    verb = "INSERT OR IGNORE" if or_ignore else "INSERT"
-    return f"{verb} INTO {table} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
-
-
 def _fact_problem(fact: Fact, error: Exception) -> str:
     """A sentence on what is wrong with a fact."""
     name = f"{type(fact).__name__.lower()} {getattr(fact, 'id', '')!s}".strip()
     message = str(error)
-    if message.startswith("UNIQUE constraint failed"):
-        return f"{name} is in the log already; a fact is logged once"
     if message.startswith("FOREIGN KEY constraint failed"):
         owner = f"step {fact.step_id}" if isinstance(fact, Correction) else f"episode {getattr(fact, 'episode_id', '')}"
         return f"{name} belongs to {owner}, which is not in the log"
