@@ -192,7 +192,7 @@ class EngineHealth:
 
 
 class EngineError(Exception):
-    """An engine could not do what was asked; its message says why. The engine itself goes on unless `health` says else."""
+    """An engine could not do what was asked, and why. The engine itself goes on, unless its `health` says else."""
 
 
 class Engine(Protocol):

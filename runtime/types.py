@@ -65,7 +65,7 @@ class Episode:
     actor: Actor
     purpose: Purpose
     adapter: str
-    """The adapter its policy began with and keeps to the last step; `base` for none; an expert's name for a demonstration."""
+    """What its policy began with and keeps to its last step (`base`: none); in a demonstration, the expert's name."""
     task: str | None = None
     """`world/split/index` where it is a world's task, else None."""
     metadata: dict[str, Any] = field(default_factory=dict)

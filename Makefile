@@ -1,0 +1,26 @@
+# make serve | make test | make setup | make check; everything lives in .venv.
+PYTHON ?= python3
+VENV := .venv
+ARGS ?=
+
+.PHONY: setup serve test check
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --progress-bar on -c constraints.txt -e '.[dev]'
+	touch $@
+
+setup: $(VENV)/.ready
+
+serve: setup
+	$(VENV)/bin/python serve.py $(ARGS)
+
+test: setup
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+check: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright

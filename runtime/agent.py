@@ -1,0 +1,316 @@
+"""The agent: takes steps, and runs episodes of them with the tools the server holds.
+
+Nothing here knows of HTTP. `run` yields what happens as it happens: each sampled token with what it makes visible,
+and each step once it stands in the log. Whoever closes the iterator (a client that hung up) cancels the engine's work,
+and an unfinished step is not logged: it was not answered.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+from langchain_core.tools import BaseTool
+
+from policies.chat_protocol import ChatProtocol, TextDelta, action_message
+from policies.types import (
+    BASE_ADAPTER,
+    Action,
+    Adapter,
+    Engine,
+    FinalAnswer,
+    FinishReason,
+    MalformedAction,
+    Message,
+    SampledToken,
+    SamplingParams,
+    TokenIds,
+    ToolCalls,
+    ToolSchema,
+)
+from runtime.conversation import digests_of, messages_after
+from runtime.step_log import StepLog
+from runtime.stop_texts import StopTexts
+from runtime.tool_calls import run_tool_calls
+from runtime.types import Episode, Outcome, Step, StopReason, ToolResult, new_id
+
+
+class ContextFull(Exception):
+    """The conversation leaves no room for an answer in the model's context."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Base network + adapter + chat protocol, ready to act."""
+
+    engine: Engine
+    protocol: ChatProtocol
+    adapter: Adapter | None
+
+    @property
+    def adapter_name(self) -> str:
+        return self.adapter.name if self.adapter else BASE_ADAPTER
+
+
+@dataclass(frozen=True, slots=True)
+class RunLimits:
+    """Where a run of server-run tools ends, whatever the policy wants."""
+
+    max_steps: int = 16
+    max_completion_tokens: int = 8192
+    """Of all steps of the run together."""
+    deadline_s: float = 300.0
+    tool_timeout_s: float = 30.0
+    max_malformed: int = 2
+    """Malformed actions in a row before the run is given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Where the policy stands when it is to act: everything a step is made from."""
+
+    episode: Episode
+    parent: Step | None
+    """The step that this turn continues."""
+    history: tuple[Message, ...]
+    """The conversation up to and including the parent's action."""
+    new_messages: tuple[Message, ...]
+    """What came since."""
+    seen: tuple[Message, ...]
+    """The whole conversation as the client sent it: without the calls and results of server-run tools."""
+    tools: tuple[ToolSchema, ...]
+    sampling: SamplingParams
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer; they are not part of it."""
+    step_id: str = field(default_factory=lambda: new_id("step"))
+    """The id that the step will have; clients are told before it is taken."""
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        return self.history + self.new_messages
+
+    def prompt(self, protocol: ChatProtocol) -> TokenIds:
+        """The token ids the policy is given: the parent's, as they were served, and the new messages'."""
+        if self.parent is None or self.parent.tools != self.tools:
+            return protocol.render(self.messages, self.tools)
+        told = self.parent.prompt_token_ids + self.parent.completion_token_ids
+        return protocol.extend(told, self.history, self.new_messages, self.tools)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerTools:
+    """The tools that the server runs for an episode, and who judges where it led (a world, or nobody)."""
+
+    tools: Mapping[str, BaseTool]
+    outcome: Callable[[], float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One sampled token, and what it makes visible to the client."""
+
+    sampled: SampledToken | None
+    """None for text that was held back until the last token was known."""
+    deltas: tuple[TextDelta, ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(delta.text for delta in self.deltas if delta.kind == "text")
+
+
+# --------------------------------------------------------------------------------------------------- runs
+
+
+async def run_client_step(policy: Policy, log: StepLog, turn: Turn, is_new: bool) -> AsyncIterator[Progress | Step]:
+    """One step; the client runs the tools it asks for. The step is durable when it is yielded."""
+    said = ""
+    async with aclosing(take_step(policy, turn, turn.prompt(policy.protocol))) as happenings:
+        async for happening in happenings:
+            if isinstance(happening, Progress):
+                said += happening.text
+                yield happening
+                continue
+            if isinstance(happening.action, MalformedAction) and (rest := happening.action.text.partition(said)[2]):
+                said += rest
+                yield Progress(None, (TextDelta("text", rest),))
+            step = replace(
+                happening, stop_reason=_client_stop(happening), conversation_digest=_digest(turn.seen, said, happening)
+            )
+            await log.commit(*([turn.episode] if is_new else []), step)
+            yield step
+
+
+async def run_episode(
+    policy: Policy, log: StepLog, turn: Turn, is_new: bool, server_tools: ServerTools, limits: RunLimits
+) -> AsyncIterator[Progress | Step]:
+    """Steps with server-run tools until the policy answers or a limit is met. Each step is durable when yielded."""
+    deadline = time.monotonic() + limits.deadline_s
+    seen, said, taken = turn.seen, _Speech(), list[Step]()
+    prompt = turn.prompt(policy.protocol)
+    while not taken or taken[-1].stop_reason is None:
+        async with aclosing(take_step(policy, _within_budget(turn, taken, limits), prompt, deadline)) as happenings:
+            async for happening in happenings:
+                if isinstance(happening, Progress):
+                    yield said.add(happening)
+                    continue
+                results = await _tool_results(happening.action, server_tools, limits)
+                taken.append(replace(happening, tool_results=results))
+        said.end_step()
+        turn = _next_turn(turn, taken[-1])
+        prompt = turn.prompt(policy.protocol)
+        if stop_reason := _server_stop(taken, limits, deadline, _room(policy, prompt)):
+            digest = _digest(seen, said.text, None)
+            taken[-1] = replace(taken[-1], stop_reason=stop_reason, conversation_digest=digest)
+        is_first = is_new and len(taken) == 1
+        await log.commit(*([turn.episode] if is_first else []), taken[-1], *_outcome(taken[-1], server_tools))
+        yield taken[-1]
+
+
+def _digest(seen: Sequence[Message], said: str, step: Step | None) -> str:
+    """Of the conversation as the client has it after this answer; a server-run episode shows it no calls."""
+    answer: Message = {"role": "assistant", "content": said}
+    if step is not None and isinstance(step.action, ToolCalls):
+        answer["tool_calls"] = action_message(step.action)["tool_calls"]
+    return digests_of([*seen, answer])[-1]
+
+
+class _Speech:
+    """What the policy says over the steps of a run, as the client reads it: an empty line between two steps."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self._gap = ""
+
+    def add(self, progress: Progress) -> Progress:
+        if self._gap and progress.text:
+            progress = replace(progress, deltas=(TextDelta("text", self._gap), *progress.deltas))
+            self._gap = ""
+        self.text += progress.text
+        return progress
+
+    def end_step(self) -> None:
+        self._gap = "\n\n" if self.text else ""
+
+
+def _within_budget(turn: Turn, taken: Sequence[Step], limits: RunLimits) -> Turn:
+    left = limits.max_completion_tokens - sum(len(step.completion_token_ids) for step in taken)
+    return replace(turn, sampling=replace(turn.sampling, max_tokens=min(turn.sampling.max_tokens, left)))
+
+
+def _client_stop(step: Step) -> StopReason:
+    if step.finish_reason is FinishReason.LENGTH:
+        return StopReason.TOKEN_LIMIT
+    match step.action:
+        case ToolCalls():
+            return StopReason.CLIENT_TOOLS
+        case FinalAnswer():
+            return StopReason.FINAL_ANSWER
+        case MalformedAction():
+            return StopReason.MALFORMED
+
+
+def _server_stop(taken: Sequence[Step], limits: RunLimits, deadline: float, room: int) -> StopReason | None:
+    step = taken[-1]
+    if time.monotonic() >= deadline:
+        return StopReason.DEADLINE
+    if isinstance(step.action, FinalAnswer):
+        return StopReason.TOKEN_LIMIT if step.finish_reason is FinishReason.LENGTH else StopReason.FINAL_ANSWER
+    if room < 1 or sum(len(each.completion_token_ids) for each in taken) >= limits.max_completion_tokens:
+        return StopReason.TOKEN_LIMIT
+    lately = taken[-limits.max_malformed :]
+    if len(lately) == limits.max_malformed and all(isinstance(each.action, MalformedAction) for each in lately):
+        return StopReason.MALFORMED
+    return StopReason.STEP_LIMIT if len(taken) >= limits.max_steps else None
+
+
+async def _tool_results(action: Action, server_tools: ServerTools, limits: RunLimits) -> tuple[ToolResult, ...]:
+    if not isinstance(action, ToolCalls):
+        return ()
+    return tuple(await run_tool_calls(action.calls, server_tools.tools, limits.tool_timeout_s))
+
+
+def _outcome(step: Step, server_tools: ServerTools) -> list[Outcome]:
+    if step.stop_reason is None or server_tools.outcome is None:
+        return []
+    return [Outcome(new_id("out"), step.episode_id, server_tools.outcome(), source="world")]
+
+
+def _next_turn(turn: Turn, step: Step) -> Turn:
+    """Where the policy stands after its tools ran, or after it was told that it could not be understood."""
+    return replace(
+        turn,
+        parent=step,
+        history=(*turn.messages, action_message(step.action)),
+        new_messages=messages_after(step),
+        step_id=new_id("step"),
+    )
+
+
+# --------------------------------------------------------------------------------------------------- steps
+
+
+async def take_step(
+    policy: Policy, turn: Turn, prompt: TokenIds, deadline: float | None = None
+) -> AsyncIterator[Progress | Step]:
+    """Let the policy act once. Yields each token as it is sampled, then the step, which is not logged yet.
+
+    `deadline` is a time.monotonic() value. Raises ContextFull where the prompt leaves no room to answer, and
+    EngineError where the engine fails.
+    """
+    created_at, began = time.time(), time.perf_counter()
+    sampling = _within_context(turn.sampling, policy, prompt)
+    reader = policy.protocol.reader(turn.tools)
+    ending = StopTexts(turn.stop)
+    tokens: list[SampledToken] = []
+    first_token_ms = 0.0
+    async with aclosing(policy.engine.generate(prompt, sampling, policy.adapter)) as stream:
+        async for sampled in stream:
+            tokens.append(sampled)
+            first_token_ms = first_token_ms or (time.perf_counter() - began) * 1000
+            yield Progress(sampled, ending.cut(reader.feed(sampled.token_id)))
+            if ending.is_reached or (deadline is not None and time.monotonic() >= deadline):
+                break
+    latency_ms = (time.perf_counter() - began) * 1000
+    finish_reason = FinishReason.STOP if ending.is_reached else tokens[-1].finish_reason or FinishReason.LENGTH
+    action, unshown = reader.finish(finish_reason)
+    if shown := ending.cut(unshown, is_last=True):
+        yield Progress(None, shown)
+    yield Step(
+        id=turn.step_id,
+        episode_id=turn.episode.id,
+        parent_id=turn.parent.id if turn.parent else None,
+        index=turn.parent.index + 1 if turn.parent else 0,
+        new_messages=turn.new_messages,
+        tools=turn.tools,
+        prompt_token_ids=prompt,
+        completion_token_ids=tuple(token.token_id for token in tokens),
+        behavior_logprobs=tuple(token.logprob for token in tokens),
+        sampling=sampling,
+        adapter=policy.adapter_name,
+        action=FinalAnswer(ending.text) if ending.is_reached else action,
+        finish_reason=finish_reason,
+        stop_reason=None,
+        tool_results=(),
+        conversation_digest="",
+        created_at=created_at,
+        first_token_ms=first_token_ms,
+        latency_ms=latency_ms,
+    )
+
+
+def _within_context(sampling: SamplingParams, policy: Policy, prompt: TokenIds) -> SamplingParams:
+    room = _room(policy, prompt)
+    if room < 1:
+        limit = policy.engine.limits.max_context_tokens
+        raise ContextFull(
+            f"the conversation is {len(prompt)} tokens long and the model's context holds {limit}; shorten it"
+        )
+    stops = sampling.stop_token_ids or policy.protocol.stop_token_ids
+    return replace(sampling, max_tokens=min(sampling.max_tokens, room), stop_token_ids=stops)
+
+
+def _room(policy: Policy, prompt: TokenIds) -> int:
+    """How many tokens an answer may have after this prompt."""
+    return policy.engine.limits.max_context_tokens - len(prompt)

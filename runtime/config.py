@@ -1,0 +1,126 @@
+"""The server's options, each documented once: from the command line, STEPAGENT_* variables, or a TOML file."""
+
+from __future__ import annotations
+
+import os
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+
+class Settings(BaseSettings):
+    """Serve an agent over OpenAI-compatible HTTP and log every step it takes.
+
+    Every option can also be given as an environment variable (--tool-timeout is STEPAGENT_TOOL_TIMEOUT) or as a key
+    of a TOML file (tool_timeout), named by STEPAGENT_CONFIG or else stepagent.toml in the working directory.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="STEPAGENT_",
+        extra="forbid",
+        cli_prog_name="python serve.py",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        use_attribute_docstrings=True,
+    )
+
+    host: str = "127.0.0.1"
+    """Address to listen on. One that others can reach needs an API key."""
+    port: int = Field(8000, ge=0, le=65535)
+    """Port to listen on; 0 takes a free one."""
+    state: Path = Path("state")
+    """Folder of the step log (agent.db) and the adapters; made if missing."""
+    engine: Literal["embedded", "vllm"] = "embedded"
+    """What runs the model: embedded (transformers + PEFT, CPU or GPU) or vllm."""
+    model: str = "policies/novice_model"
+    """Folder (or hub name) of the base model; the default is the novice that comes with this repository."""
+    served_name: str = ""
+    """Model name that clients see; empty takes the model folder's name."""
+    api_key: SecretStr | None = None
+    """Clients must send it as a bearer token; unset: none is asked for."""
+    world: str = "order_desk"
+    """World whose tasks the server knows and whose tools it runs; empty for none."""
+    tools: Annotated[list[str], NoDecode] = []
+    """Tools that the server runs for the agent: calculator, search. Repeat or separate by commas."""
+    search_corpus: Path | None = None
+    """JSONL file of {"title", "text"} objects for the search tool."""
+    max_steps: int = Field(16, ge=1, le=1000)
+    """Most steps of one run of server-run tools."""
+    max_run_tokens: int = Field(8192, ge=1)
+    """Most tokens that the policy may write in one run."""
+    deadline: float = Field(300.0, gt=0)
+    """Most seconds of one run."""
+    tool_timeout: float = Field(30.0, gt=0)
+    """Most seconds of one tool call."""
+    max_context: int | None = Field(None, ge=16)
+    """Most tokens of prompt and answer together; default: what the model allows."""
+    max_batch_size: int = Field(32, ge=1, le=1024)
+    """Completions in the batch at a time; more wait."""
+    threads: int | None = Field(None, ge=1)
+    """Threads of the embedded engine's arithmetic; default: one per core, at most 4."""
+    log_level: Literal["debug", "info", "warning", "error"] = "warning"
+    """How much the server prints while it serves."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, _config_file())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_commas(cls, values: dict[str, object]) -> dict[str, object]:
+        tools = values.get("tools")
+        names = tools.split(",") if isinstance(tools, str) else tools if isinstance(tools, list) else []
+        return {**values, "tools": [part.strip() for name in names for part in str(name).split(",") if part.strip()]}
+
+    @model_validator(mode="after")
+    def _guard_public_bind(self) -> Settings:
+        if self.api_key is None and not _is_loopback(self.host):
+            raise ValueError(f"host {self.host} can be reached by others: set an API key (--api-key), or use 127.0.0.1")
+        return self
+
+
+def _config_file() -> Path:
+    return Path(os.environ.get("STEPAGENT_CONFIG", "stepagent.toml"))
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def parse_settings(arguments: list[str]) -> Settings:
+    """Settings from the command line, the environment and the TOML file, in this order of precedence.
+
+    Ends the process with a sentence on stderr and exit code 2 where a value is wrong.
+    """
+    try:
+        return CliApp.run(Settings, cli_args=arguments)
+    except ValidationError as error:
+        problems = [f"  {'.'.join(map(str, e['loc'])) or 'options'}: {e['msg']}" for e in error.errors()]
+        raise SystemExit("\n".join(["these options cannot be used:", *problems])) from None
+    except SettingsError as error:
+        raise SystemExit(f"these options cannot be used: {error}") from None

@@ -1,0 +1,45 @@
+"""The socket the server listens on, and what it says when it is ready."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import socket
+
+from policies.types import BASE_ADAPTER
+from runtime.config import Settings
+from runtime.parts import Parts
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; port 0 takes a free one. Raises SystemExit with a sentence where the address is not to be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise SystemExit(f"cannot listen on {host}:{port}: {error.strerror or error}; try another --port") from error
+    return sock
+
+
+def welcome(parts: Parts, settings: Settings, sock: socket.socket) -> str:
+    """Where it listens, what it serves, where the log is, and a request to try."""
+    host, port = sock.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    acting = parts.registry.acting()
+    lines = [
+        f"listening   {url}/v1",
+        f"serving     {parts.served_name} ({settings.model}), {settings.engine} engine, adapter "
+        + (acting.name if acting else BASE_ADAPTER),
+        f"step log    {settings.state / 'agent.db'}",
+        "try         " + _example(parts, url),
+    ]
+    return "\n".join(lines)
+
+
+def _example(parts: Parts, url: str) -> str:
+    body = {"model": parts.served_name, "messages": [{"role": "user", "content": parts.toolbox.example_request()}]}
+    key = " -H 'authorization: Bearer $STEPAGENT_API_KEY'" if parts.api_key else ""
+    return f"curl {url}/v1/chat/completions -H 'content-type: application/json'{key} -d {shlex.quote(json.dumps(body))}"

@@ -1,0 +1,61 @@
+"""What `/metrics` tells Prometheus. One registry a server, so that tests can run many."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from policies.types import Engine, MalformedAction
+from runtime.types import Step
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    """Counters of a running server."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "stepagent_requests", "Answers by route and status.", ["route", "status"], registry=self._registry
+        )
+        self._steps = Counter("stepagent_steps", "Logged steps.", ["adapter", "action"], registry=self._registry)
+        self._tokens = Counter("stepagent_tokens", "Tokens of logged steps.", ["kind"], registry=self._registry)
+        self._malformed = Counter(
+            "stepagent_malformed_actions", "Actions that could not be read.", registry=self._registry
+        )
+        self._latency = Histogram(
+            "stepagent_step_seconds", "Seconds from prompt to last token.", buckets=_SECONDS, registry=self._registry
+        )
+        self._first = Histogram(
+            "stepagent_first_token_seconds",
+            "Seconds from prompt to first token.",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._tool = Histogram(
+            "stepagent_tool_seconds", "Seconds of a server-run tool call.", buckets=_SECONDS, registry=self._registry
+        )
+        for name, text, field in _GAUGES:
+            Gauge(name, text, registry=self._registry).set_function(
+                lambda field=field: float(getattr(engine.health(), field))
+            )
+
+    def count_step(self, step: Step) -> None:
+        self._steps.labels(step.adapter, type(step.action).__name__).inc()
+        self._tokens.labels("prompt").inc(len(step.prompt_token_ids))
+        self._tokens.labels("completion").inc(len(step.completion_token_ids))
+        self._malformed.inc(isinstance(step.action, MalformedAction))
+        self._latency.observe(step.latency_ms / 1000)
+        self._first.observe(step.first_token_ms / 1000)
+        for result in step.tool_results:
+            self._tool.observe(result.latency_ms / 1000)
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+_GAUGES = (
+    ("stepagent_engine_alive", "1 while the engine can answer.", "is_alive"),
+    ("stepagent_engine_running", "Completions in the batch.", "num_running"),
+    ("stepagent_engine_waiting", "Completions that wait for a place in the batch.", "num_waiting"),
+)

@@ -1,0 +1,31 @@
+"""The parts of a running server, wired once by serve.py and handed to the routes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from policies.chat_protocol import ChatProtocol
+from policies.registry import AdapterRegistry
+from policies.types import Engine
+from runtime.agent import RunLimits
+from runtime.metrics import Metrics
+from runtime.server_tools import Toolbox
+from runtime.step_log import StepLog
+from runtime.swap import Swap
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything a request needs; holds no state of its own."""
+
+    served_name: str
+    """The model name that clients see."""
+    engine: Engine
+    protocol: ChatProtocol
+    log: StepLog
+    registry: AdapterRegistry
+    swap: Swap
+    toolbox: Toolbox
+    limits: RunLimits
+    metrics: Metrics
+    api_key: str | None = None

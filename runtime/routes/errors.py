@@ -1,0 +1,85 @@
+"""Errors in OpenAI's form: what was wrong and what to change. One place that turns exceptions into them."""
+
+from __future__ import annotations
+
+import logging
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from policies.chat_protocol import ChatProtocolError
+from policies.types import EngineError
+from runtime.admission import UnknownModel
+from runtime.agent import ContextFull
+from runtime.step_log import StepLogError
+from runtime.swap import SwapError
+
+logger = logging.getLogger(__name__)
+
+
+class ApiError(Exception):
+    """An answer that is an error: HTTP status, message, and OpenAI's machine-readable code and parameter."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+
+    @property
+    def body(self) -> dict[str, object]:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else None
+        return JSONResponse(self.body, self.status, headers)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told of an exception."""
+    match error:
+        case ApiError():
+            return error
+        case RequestValidationError():
+            return _validation_error(error)
+        case UnknownModel():
+            return ApiError(404, str(error), "model_not_found", "model")
+        case ContextFull():
+            return ApiError(400, str(error), "context_length_exceeded", "messages")
+        case ChatProtocolError():
+            return ApiError(400, str(error), None, "messages")
+        case EngineError():
+            return ApiError(503, f"the engine could not answer: {error}", "engine_error")
+        case SwapError():
+            return ApiError(409, str(error), "adapter_not_served")
+        case StepLogError():
+            return ApiError(503, f"the answer could not be logged, so it was not given: {error}", "log_error")
+        case HTTPException():
+            return ApiError(error.status_code, str(error.detail))
+        case ValueError():
+            return ApiError(400, str(error))
+    logger.error("unexpected error", exc_info=error)
+    return ApiError(500, f"unexpected {type(error).__name__}; the server's log has the details")
+
+
+def _validation_error(error: RequestValidationError) -> ApiError:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"] if part != "body")
+    if problem["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {problem['ctx']['error']} at character {where}")
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return ApiError(400, f"{where}: {message}" if where else message, None, where or None)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    async def answer(_: Request, error: Exception) -> JSONResponse:
+        return as_api_error(error).response()
+
+    refused = (ApiError, RequestValidationError, HTTPException, ValueError, ContextFull, SwapError)
+    failed = (EngineError, StepLogError, Exception)
+    for kind in (*refused, *failed):
+        app.add_exception_handler(kind, answer)

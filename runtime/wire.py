@@ -1,0 +1,219 @@
+"""HTTP bodies: what a request may say, and how answers are written. Answers are the openai package's own types.
+
+Unknown fields are ignored, as clients send many; a field that is known and cannot be honoured is refused, since an
+option that silently does nothing is worse than an error.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from policies.types import Message, SamplingParams, ToolSchema
+from runtime.types import Purpose
+
+_NAME = r"^[A-Za-z0-9_.-]{1,64}$"
+EPISODE_ID = r"^[A-Za-z0-9_.:-]{1,128}$"
+
+
+class WireModel(BaseModel):
+    """A request body: strict about the types it knows, silent about fields it does not."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+# ------------------------------------------------------------------------------------------------ messages
+
+
+class TextPart(WireModel):
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(WireModel):
+    name: str = Field(min_length=1)
+    arguments: str = "{}"
+    """A JSON object, as a string."""
+
+
+class ToolCallEntry(WireModel):
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ChatMessage(WireModel):
+    """One message of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    """Text, or text parts. Images and audio are not supported."""
+    tool_calls: list[ToolCallEntry] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _check_role(self) -> ChatMessage:
+        if self.role == "tool" and not self.tool_call_id:
+            raise ValueError("a tool message needs the tool_call_id of the call that it answers")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only an assistant message may have tool_calls")
+        if self.content is None and not self.tool_calls:
+            raise ValueError(f"a {self.role} message needs content")
+        return self
+
+    def as_message(self) -> Message:
+        role = "system" if self.role == "developer" else self.role
+        return {**self.model_dump(exclude_none=True), "role": role}
+
+
+# ------------------------------------------------------------------------------------------------- options
+
+
+class FunctionSchema(WireModel):
+    name: str = Field(pattern=_NAME)
+    description: str = ""
+    parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
+    """JSON schema of the arguments."""
+
+
+class Tool(WireModel):
+    type: Literal["function"]
+    function: FunctionSchema
+
+
+class NamedFunction(WireModel):
+    name: str
+
+
+class NamedToolChoice(WireModel):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(WireModel):
+    name: str = "answer"
+    json_schema: dict[str, Any] = Field(default_factory=dict, alias="schema")
+
+
+class ResponseFormat(WireModel):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("response_format of type json_schema needs a json_schema")
+        return self
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """JSON schema that the answer must fit; None: any text."""
+        if self.type == "json_schema" and self.json_schema:
+            return self.json_schema.json_schema
+        return {"type": "object"} if self.type == "json_object" else None
+
+
+class StreamOptions(WireModel):
+    include_usage: bool = False
+
+
+class RequestMetadata(WireModel):
+    """What the server reads of `metadata`; the rest is logged with the episode as it came."""
+
+    model_config = ConfigDict(extra="allow")
+
+    episode_id: str | None = Field(None, pattern=EPISODE_ID)
+    """Continue or begin this episode; without it the conversation itself tells."""
+    task: str | None = None
+    """`world/split/index` of a world's task."""
+    purpose: Purpose = Field(Purpose.SERVE, strict=False)
+
+
+class ChatCompletionRequest(WireModel):
+    """Body of POST /v1/chat/completions. With `tools` the client runs them; without, the server runs its own."""
+
+    model: str
+    """The served name, or an adapter's name to pin it."""
+    messages: list[ChatMessage] = Field(min_length=1)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    response_format: ResponseFormat | None = None
+    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    n: int = Field(1, ge=1, le=32)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    """Most tokens of each step; takes precedence over max_tokens."""
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    """Not in OpenAI's form, but usual: keep this many of the likeliest tokens; 0 keeps all."""
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[str, float] | None = None
+    metadata: RequestMetadata = Field(default_factory=RequestMetadata)
+
+    @field_validator("temperature", "top_p", "n", "top_logprobs", "stream", "logprobs", "metadata", mode="before")
+    @classmethod
+    def _null_is_default(cls, value: Any, field: Any) -> Any:
+        return cls.model_fields[field.field_name].get_default(call_default_factory=True) if value is None else value
+
+    @field_validator("frequency_penalty", "presence_penalty", "logit_bias", mode="before")
+    @classmethod
+    def _refuse_penalties(cls, value: Any, field: Any) -> Any:
+        if value:
+            raise ValueError(f"{field.field_name} is not supported: the logged logprobs would not be the policy's own")
+        return cls.model_fields[field.field_name].default
+
+    @model_validator(mode="after")
+    def _check_together(self) -> ChatCompletionRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        names = [tool.function.name for tool in self.tools or []]
+        if len(set(names)) < len(names):
+            raise ValueError("two tools have the same name")
+        if isinstance(self.tool_choice, NamedToolChoice) and self.tool_choice.function.name not in names:
+            raise ValueError(
+                f"tool_choice names {self.tool_choice.function.name!r}, which is not among the tools: "
+                f"{', '.join(names) or 'none were given'}"
+            )
+        if self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice is 'required' but there are no tools")
+        return self
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def tool_schemas(self) -> tuple[ToolSchema, ...]:
+        return tuple(tool.model_dump() for tool in self.tools or ())
+
+    def sampling(self, max_context_tokens: int, grammar: str | None) -> SamplingParams:
+        """Raises ValueError where more tokens are asked for than the context could ever hold."""
+        asked = self.max_completion_tokens or self.max_tokens
+        if asked and asked > max_context_tokens:
+            raise ValueError(f"max_completion_tokens is {asked}, but the model's context holds {max_context_tokens}")
+        return SamplingParams(
+            max_tokens=asked or max_context_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            num_top_logprobs=self.top_logprobs,
+            grammar=grammar,
+        )
+
+
+class OutcomeRequest(WireModel):
+    """Body of POST /v1/episodes/{id}/outcome."""
+
+    value: float = Field(ge=0, le=1, allow_inf_nan=False)
+    """0 is failure, 1 success; parts of it lie between."""
+    source: str = Field("user", pattern=_NAME)
+    note: str = Field("", max_length=10_000)

@@ -1,0 +1,112 @@
+"""python serve.py: wires the parts of the server and runs it. Heavy imports come after parsing, so --help is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.config import Settings, parse_settings
+
+if TYPE_CHECKING:
+    from policies.chat_protocol import ChatProtocol
+    from policies.types import Engine
+    from runtime.parts import Parts
+
+
+def main(arguments: list[str]) -> None:
+    settings = parse_settings(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    print(f"loading {settings.model} ...", flush=True)
+    run(settings)
+
+
+def run(settings: Settings) -> None:
+    """Serve until interrupted. Raises SystemExit with a sentence where the server cannot start."""
+    import asyncio
+
+    try:
+        asyncio.run(_serve(settings))
+    except KeyboardInterrupt:
+        print("stopped.")
+
+
+async def _serve(settings: Settings) -> None:
+    import uvicorn
+
+    from runtime.app import create_app
+    from runtime.listening import listen, welcome
+
+    parts = build_parts(settings)
+    try:
+        await parts.swap.restore()
+        sock = listen(settings.host, settings.port)
+        config = uvicorn.Config(create_app(parts), log_level=settings.log_level, timeout_graceful_shutdown=5)
+        print(welcome(parts, settings, sock), flush=True)
+        await uvicorn.Server(config).serve(sockets=[sock])
+    finally:
+        await parts.engine.close()
+        parts.log.close()
+
+
+def build_parts(settings: Settings) -> Parts:
+    """Everything a running server consists of. Raises SystemExit with a sentence for what cannot be built."""
+    from policies.base_network import read_base_network
+    from policies.chat_protocol import ChatProtocol
+    from policies.registry import AdapterRegistry
+    from runtime.agent import RunLimits
+    from runtime.metrics import Metrics
+    from runtime.parts import Parts
+    from runtime.server_tools import Toolbox
+    from runtime.step_log import StepLog
+    from runtime.swap import Swap
+    from tools import load_tools
+    from tools.worlds import load_world
+
+    try:
+        toolbox = Toolbox(
+            load_tools(settings.tools, settings.search_corpus), load_world(settings.world) if settings.world else None
+        )
+        protocol = ChatProtocol.load(settings.model)
+        engine = load_engine(settings, protocol)
+        settings.state.mkdir(parents=True, exist_ok=True)
+        log = StepLog(settings.state / "agent.db")
+        registry = AdapterRegistry(settings.state / "agent.db")
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"cannot start: {error}") from error
+    return Parts(
+        served_name=settings.served_name or os.path.basename(os.path.normpath(settings.model)),
+        engine=engine,
+        protocol=protocol,
+        log=log,
+        registry=registry,
+        swap=Swap(engine, registry, read_base_network(Path(settings.model))),
+        toolbox=toolbox,
+        limits=RunLimits(
+            max_steps=settings.max_steps,
+            max_completion_tokens=settings.max_run_tokens,
+            deadline_s=settings.deadline,
+            tool_timeout_s=settings.tool_timeout,
+        ),
+        metrics=Metrics(engine),
+        api_key=settings.api_key.get_secret_value() if settings.api_key else None,
+    )
+
+
+def load_engine(settings: Settings, protocol: ChatProtocol) -> Engine:
+    if settings.engine == "vllm":
+        raise SystemExit("the vllm engine is not part of this release yet: use --engine embedded")
+    from runtime.engines.embedded import EmbeddedEngine
+
+    return EmbeddedEngine(
+        settings.model,
+        tokenizer=protocol.tokenizer,
+        max_batch_size=settings.max_batch_size,
+        max_context_tokens=settings.max_context,
+        num_threads=settings.threads,
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

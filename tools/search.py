@@ -1,0 +1,76 @@
+"""Full-text search over a corpus of the user's, in SQLite FTS5.
+
+The corpus is a JSONL file of {"title", "text"} objects; its index lies beside it as `<file>.fts.db` and is made anew
+when the file is newer. BM25 ranks; there are no embeddings, so there is no second model to serve.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from langchain_core.tools import BaseTool, tool
+from sqlite_utils import Database
+
+_SNIPPET_WORDS = 40
+
+
+def search_tool(corpus: Path) -> BaseTool:
+    """A `search` tool over the corpus. Raises ValueError where a line of the file is not a document."""
+    index = _open_index(corpus)
+
+    @tool
+    def search(query: str, num_results: int = 3) -> str:
+        """Find passages in the document collection. Give the words that the passage should contain."""
+        words = re.findall(r"\w+", query)
+        if not words:
+            raise ValueError("the query has no words to search for")
+        matches = _best_matches(index, words, max(1, min(num_results, 10)))
+        return "\n\n".join(f"{title}: {snippet}" for title, snippet in matches) or "No passage matches these words."
+
+    return search
+
+
+def _best_matches(index: Path, words: list[str], limit: int) -> list[tuple[str, str]]:
+    # A connection a call: tools run on worker threads, and a SQLite connection belongs to one thread.
+    db = Database(str(index))
+    try:
+        expression = " OR ".join(f'"{word}"' for word in words)
+        return db.execute(
+            "select title, snippet(documents, 1, '', '', ' ... ', ?) from documents where documents match ? "
+            "order by rank limit ?",
+            [_SNIPPET_WORDS, expression, limit],
+        ).fetchall()
+    finally:
+        db.close()
+
+
+def _open_index(corpus: Path) -> Path:
+    if not corpus.is_file():
+        raise ValueError(f"the search corpus {corpus} is not a file")
+    index = corpus.with_name(corpus.name + ".fts.db")
+    if not index.exists() or index.stat().st_mtime < corpus.stat().st_mtime:
+        _build_index(corpus, index)
+    return index
+
+
+def _build_index(corpus: Path, index: Path) -> None:
+    half_made = index.with_name(index.name + ".part")
+    half_made.unlink(missing_ok=True)
+    db = Database(str(half_made))
+    db.execute("create virtual table documents using fts5(title, text, tokenize = 'porter unicode61')")
+    with db.atomic():
+        for number, line in enumerate(corpus.read_text(encoding="utf-8").splitlines(), start=1):
+            if line.strip():
+                db.execute("insert into documents (title, text) values (?, ?)", _document(corpus, number, line))
+    db.close()
+    half_made.replace(index)
+
+
+def _document(corpus: Path, number: int, line: str) -> tuple[str, str]:
+    try:
+        document = json.loads(line)
+        return str(document["title"]), str(document["text"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{corpus} line {number}: each line must be a JSON object with title and text") from error
