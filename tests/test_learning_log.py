@@ -1,0 +1,67 @@
+"""The learner's tables: a cycle has a beginning and one ending, rewards and decisions are kept as they were given."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from learner.learning_log import CycleStage, LearningLog, RewardSource, StepReward
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> LearningLog:
+    return LearningLog(tmp_path / "agent.db")
+
+
+def test_a_cycle_shows_its_newest_stage_and_when_it_began(log: LearningLog) -> None:
+    log.note("c1", CycleStage.COLLECT)
+    log.note("c1", CycleStage.TRAIN, "epoch 1", done=3, total=10, report={"kept": 5})
+    status = log.status("c1")
+    assert status is not None
+    assert (status.stage, status.done, status.total, status.report) == (CycleStage.TRAIN, 3, 10, {"kept": 5})
+    assert status.started_at <= status.created_at
+
+
+def test_an_ended_cycle_cannot_go_on(log: LearningLog) -> None:
+    log.note("c1", CycleStage.REFUSED, "not better")
+    with pytest.raises(ValueError, match="ended as refused"):
+        log.note("c1", CycleStage.TRAIN)
+
+
+def test_a_killed_learners_cycle_is_failed_at_the_next_start(tmp_path: Path) -> None:
+    first = LearningLog(tmp_path / "agent.db")
+    first.note("c1", CycleStage.PROMOTED)
+    first.note("c2", CycleStage.GATE)
+    second = LearningLog(tmp_path / "agent.db")
+    assert second.fail_unfinished() == ["c2"]
+    status = second.status("c2")
+    assert status is not None
+    assert status.stage is CycleStage.FAILED
+    assert "gate" in status.message
+
+
+def test_rewards_are_kept_and_not_given_twice(log: LearningLog) -> None:
+    reward = StepReward("step_1", "c1", RewardSource.EXPERT_AGREEMENT, 1.0)
+    log.add_rewards([reward, StepReward("step_1", "c1", RewardSource.IMPLICIT, -0.25)])
+    assert reward in log.rewards("c1")
+    with pytest.raises(sqlite3.IntegrityError):
+        log.add_rewards([StepReward("step_2", "c1", RewardSource.IMPLICIT, 0.0), reward])
+    assert len(log.rewards("c1")) == 2
+
+
+def test_no_fact_can_be_edited(log: LearningLog) -> None:
+    log.note("c1", CycleStage.COLLECT)
+    log.add_decision("c1", "agent-v0001", "base", True, "better", {"gain": 0.2})
+    for statement in ("UPDATE cycles SET stage = 'promoted'", "DELETE FROM gate_decisions"):
+        with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+            log.db.execute(statement)
+    assert log.decisions("c1")[0]["evidence"] == {"gain": 0.2}
+
+
+def test_the_cursor_is_that_of_the_last_cycle_that_did_not_fail(log: LearningLog) -> None:
+    assert log.last_step_seen() is None
+    log.note("c1", CycleStage.REFUSED, report={"last_step_id": "step_7"})
+    log.note("c2", CycleStage.FAILED, report={"last_step_id": "step_9"})
+    assert log.last_step_seen() == "step_7"
