@@ -150,6 +150,10 @@ class ChatProtocol:
         return reader.finish(finish_reason)[0]
 
 
+_UNREADABLE = (ValueError, KeyError, TypeError, RecursionError)
+"""What the response parser raises for bad writing; the last one for JSON that is nested a thousand deep."""
+
+
 class ActionReader:
     """Reads one completion as it is sampled. Never raises for what a policy writes: bad writing is an action too."""
 
@@ -182,7 +186,7 @@ class ActionReader:
             return []
         try:
             return self._take(self._parser.feed(piece))
-        except (ValueError, KeyError, TypeError) as error:
+        except _UNREADABLE as error:
             return self._fail(error)
 
     def _finalize(self) -> list[TextDelta]:
@@ -190,7 +194,7 @@ class ActionReader:
             return []
         try:
             return self._take(self._parser.finalize()[1])
-        except (ValueError, KeyError, TypeError) as error:
+        except _UNREADABLE as error:
             return self._fail(error)
 
     def _fail(self, error: Exception) -> list[TextDelta]:
@@ -284,17 +288,28 @@ def _tool_call(entry: Any, number: int) -> ToolCall:
     """A parsed call, checked. Raises ValueError in words that the policy can act on."""
     function = entry.get("function") if isinstance(entry, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(function, dict) or not isinstance(name, str) or not name:
+    if not isinstance(function, dict) or not isinstance(name, str) or not name or not name.isprintable():
         raise ValueError(f"tool call {number + 1} has no name")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"the arguments of {name} are not JSON: {error}") from error
     if not isinstance(arguments, dict):
         raise ValueError(f"the arguments of {name} must be a JSON object, not {type(arguments).__name__}")
-    return ToolCall(entry.get("id") or "", name, arguments)
+    if not _is_sound(arguments):
+        raise ValueError(f"the arguments of {name} hold NaN, infinity, half a character, or are nested too deeply")
+    return ToolCall(str(entry.get("id") or ""), name, arguments)
+
+
+def _is_sound(arguments: dict[str, Any]) -> bool:
+    """Whether they can be logged, sent and rendered: Python's JSON reader lets more through than JSON text can hold."""
+    try:
+        json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _plain(message: Message) -> Message:

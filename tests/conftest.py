@@ -1,0 +1,57 @@
+"""What many tests share: the novice, loaded once, and servers on real ports."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+from policies.chat_protocol import ChatProtocol
+from runtime.engines.embedded import EmbeddedEngine
+from tests.serving import NOVICE_FOLDER, SayingEngine, Served, parts_of, served
+
+
+@pytest.fixture(scope="session")
+def protocol() -> ChatProtocol:
+    """The novice's chat protocol."""
+    return ChatProtocol.load(NOVICE_FOLDER)
+
+
+@pytest.fixture(scope="session")
+def novice_engine(protocol: ChatProtocol) -> Iterator[EmbeddedEngine]:
+    """The embedded engine with the novice; about five seconds to load."""
+    engine = EmbeddedEngine(NOVICE_FOLDER, tokenizer=protocol.tokenizer, device="cpu", num_threads=1)
+    yield engine
+    asyncio.run(engine.close())
+
+
+@pytest.fixture(scope="session")
+def novice_server(
+    novice_engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    """One server with the novice for all tests: each looks at its own episodes."""
+    with served(parts_of(novice_engine, protocol, tmp_path_factory.mktemp("novice"))) as server:
+        yield server
+
+
+ServeScripted = Callable[..., Served]
+
+
+@pytest.fixture
+def serve_scripted(protocol: ChatProtocol, tmp_path: Path) -> Iterator[ServeScripted]:
+    """Starts a server whose engine says what it is given: `serve_scripted("Hello.", limits=RunLimits(...))`."""
+    with ExitStack() as stack:
+
+        def serve(*says: str, engine: SayingEngine | None = None, **changes: Any) -> Served:
+            parts = parts_of(engine or SayingEngine(protocol, *says), protocol, tmp_path, **changes)
+            return stack.enter_context(served(parts))
+
+        yield serve

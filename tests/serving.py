@@ -1,0 +1,133 @@
+"""A server on a real port, for tests that speak to it as its users do; and engines that say what a test tells them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from openai import AsyncOpenAI, OpenAI
+
+from policies.base_network import read_base_network
+from policies.chat_protocol import ChatProtocol
+from policies.registry import AdapterRegistry
+from policies.types import Adapter, Engine, EngineLimits, SampledToken, SamplingParams, TokenIds
+from runtime.agent import RunLimits
+from runtime.app import create_app
+from runtime.listening import listen
+from runtime.metrics import Metrics
+from runtime.parts import Parts
+from runtime.server_tools import Toolbox
+from runtime.step_log import StepLog
+from runtime.swap import Swap
+from tests.scripted_engine import ScriptedEngine
+from tools.worlds.order_desk import OrderDesk
+
+NOVICE_FOLDER = Path(__file__).parent.parent / "policies" / "novice_model"
+MODEL = "novice"
+
+LIMITS = EngineLimits(max_context_tokens=2048, max_adapters=3, max_rank=16, vocab_size=430, supports_grammar=True)
+"""Those of the novice. The scripted engine keeps to no grammar: it says what it is told to."""
+
+
+class SayingEngine(ScriptedEngine):
+    """Says one text after another, each ended by the end of a turn, and remembers what it was asked.
+
+    Once it has said all it says "All done." for ever. A text that must not end by itself is given as token ids.
+    """
+
+    def __init__(
+        self, protocol: ChatProtocol, *says: str | Sequence[int], limits: EngineLimits = LIMITS, pause_s: float = 0.0
+    ) -> None:
+        super().__init__(self._next, limits)
+        self.says = deque(says)
+        self.prompts: list[TokenIds] = []
+        self.samplings: list[SamplingParams] = []
+        self.num_said: list[int] = []
+        """Of each completion asked for, how many tokens were taken before it ended or was cancelled."""
+        self.pause_s = pause_s
+        """Before each token."""
+        self._protocol = protocol
+
+    def _next(self, _: TokenIds, __: str) -> Sequence[int | SampledToken]:
+        said = self.says.popleft() if self.says else "All done."
+        return said if not isinstance(said, str) else self._protocol.encode(said + "<|im_end|>")
+
+    async def generate(
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, adapter: Adapter | None
+    ) -> AsyncIterator[SampledToken]:
+        self.prompts.append(tuple(prompt_token_ids))
+        self.samplings.append(sampling)
+        self.num_said.append(0)
+        number = len(self.num_said) - 1
+        async with aclosing(super().generate(prompt_token_ids, sampling, adapter)) as tokens:
+            async for token in tokens:
+                await asyncio.sleep(self.pause_s)
+                self.num_said[number] += 1
+                yield token
+
+
+def parts_of(engine: Engine, protocol: ChatProtocol, folder: Path, **changes: Any) -> Parts:
+    """A server's parts, with real stores in a folder and the order desk as its world."""
+    folder.mkdir(parents=True, exist_ok=True)
+    registry = AdapterRegistry(folder / "agent.db")
+    parts = Parts(
+        served_name=MODEL,
+        engine=engine,
+        protocol=protocol,
+        log=StepLog(folder / "agent.db"),
+        registry=registry,
+        swap=Swap(engine, registry, read_base_network(NOVICE_FOLDER)),
+        toolbox=Toolbox((), OrderDesk()),
+        limits=RunLimits(),
+        metrics=Metrics(engine),
+    )
+    return replace(parts, **changes)
+
+
+class Served:
+    """A running server, and clients for it."""
+
+    def __init__(self, parts: Parts, port: int) -> None:
+        self.parts = parts
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+
+    def client(self, **options: Any) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 60, **options})
+
+    def async_client(self, **options: Any) -> AsyncOpenAI:
+        return AsyncOpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 60, **options})
+
+
+@contextmanager
+def served(parts: Parts) -> Iterator[Served]:
+    """Serve in a thread, as serve.py does in its main thread. Closes the log, but not the engine, at the end."""
+    sock = listen("127.0.0.1", 0)
+    config = uvicorn.Config(create_app(parts), log_level="error", timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield Served(parts, sock.getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        parts.log.close()
+        parts.registry.close()
+
+
+def wait_until(is_so: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Wait until something is so. Raises AssertionError where it takes too long."""
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
