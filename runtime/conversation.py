@@ -34,11 +34,13 @@ class Place:
 def locate(log: StepLog, messages: Sequence[Message], episode_id: str | None) -> Place:
     """The longest logged beginning of a conversation, in the named episode if one is named."""
     digests = digests_of(messages)
+    # Equal conversations in other episodes are newer, perhaps: a named episode is searched by itself, oldest first.
+    named = None if episode_id is None else {step.conversation_digest: step for step in log.steps(episode_id)}
     for length in range(len(messages), 0, -1):
         if messages[length - 1]["role"] != "assistant":
             continue
-        step = log.find_step(digests[length - 1])
-        if step is not None and episode_id in (None, step.episode_id):
+        digest = digests[length - 1]
+        if step := log.find_step(digest) if named is None else named.get(digest):
             path = tuple(log.path_to(step.id))
             return Place(path, history_of(path), tuple(messages[length:]))
     return Place((), (), tuple(messages))

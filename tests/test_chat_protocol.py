@@ -34,7 +34,11 @@ spoken = texts.map(str.strip)
 names = st.from_regex(r"[A-Za-z0-9_.-]{1,20}", fullmatch=True)
 numbers = st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
 json_values = st.recursive(
-    st.none() | st.booleans() | numbers | texts | st.sampled_from(['"', "\\", "\n", "}", "</tool_call>", " ", "é\u2028"]),
+    st.none()
+    | st.booleans()
+    | numbers
+    | texts
+    | st.sampled_from(['"', "\\", "\n", "}", "</tool_call>", " ", "é\u2028"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=8,
 )
@@ -119,7 +123,21 @@ def test_no_sequence_of_tokens_is_an_exception(
 @given(
     pieces=st.lists(
         st.sampled_from(
-            [OPENING, CLOSING, '{"name": "look"', ', "arguments": ', "{}", "}", "[", "null", '"a"', "1e999", "\n", "x", "<"]
+            [
+                OPENING,
+                CLOSING,
+                '{"name": "look"',
+                ', "arguments": ',
+                "{}",
+                "}",
+                "[",
+                "null",
+                '"a"',
+                "1e999",
+                "\n",
+                "x",
+                "<",
+            ]
         ),
         max_size=12,
     )
