@@ -374,6 +374,8 @@ def test_a_refused_step_leaves_no_tokens_behind(path: Path, log: StepLog) -> Non
     with pytest.raises(StepLogError):
         log.append_now(replace(step, prompt_token_ids=(1, 1, 1, 1)), make_step(make_episode()))
     child = make_step(episode, step)
+    with pytest.raises(StepLogError, match=f"parent {step.id} is not in the log"):
+        log.append_now(child)
     log.append_now(step)
     log.append_now(child)
     assert log.path_to(child.id) == [step, child]
@@ -420,6 +422,8 @@ def test_a_full_disk_is_an_error_and_later_writes_go_on(log: StepLog) -> None:
     with pytest.raises(StepLogError, match="disk is full"):
         log.append_now(step, make_episode(metadata={"much": "x" * 100_000}))
     connection.execute("PRAGMA max_page_count = 1000000")
+    with pytest.raises(StepLogError, match=f"parent {step.id} is not in the log"):
+        log.append_now(make_step(episode, step))
     log.append_now(step)
     assert log.step(step.id) == step
     assert log.counts()["episodes"] == 1
@@ -564,6 +568,12 @@ def test_reading_from_many_threads_at_once(path: Path, log: StepLog) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_two_readers_never_share_a_connection(log: StepLog) -> None:
+    log.counts()  # leaves an idle connection
+    with log._reading() as one, log._reading() as other:
+        assert one is not other
 
 
 def test_a_file_that_is_no_step_log_of_ours_is_refused_with_a_reason(tmp_path: Path) -> None:
