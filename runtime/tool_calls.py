@@ -29,7 +29,7 @@ async def _run(call: ToolCall, tools: Mapping[str, BaseTool], timeout_s: float) 
     began = time.perf_counter()
     content, is_error = await _observe(call, tools, timeout_s)
     latency_ms = (time.perf_counter() - began) * 1000
-    return ToolResult(call.id, call.name, content[:_LONGEST_CONTENT], is_error, latency_ms)
+    return ToolResult(call.id, call.name, _shown(content), is_error, latency_ms)
 
 
 async def _observe(call: ToolCall, tools: Mapping[str, BaseTool], timeout_s: float) -> tuple[str, bool]:
@@ -51,6 +51,14 @@ async def _observe(call: ToolCall, tools: Mapping[str, BaseTool], timeout_s: flo
 
 def _as_text(output: Any) -> str:
     return output if isinstance(output, str) else json.dumps(output, ensure_ascii=False, default=str)
+
+
+def _shown(content: str) -> str:
+    """What the agent is shown: not too long, and text that UTF-8 can write."""
+    content = content.encode(errors="replace").decode()
+    if len(content) <= _LONGEST_CONTENT:
+        return content
+    return f"{content[:_LONGEST_CONTENT]}\n[cut here: the whole output has {len(content)} characters]"
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -20,7 +20,7 @@ _BINARY: dict[type[ast.operator], Callable[[float, float], float]] = {
 }
 _UNARY: dict[type[ast.unaryop], Callable[[float], float]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 _LONGEST_EXPRESSION = 500
-_LARGEST_POWER_BITS = 4096
+_LARGEST_BITS = 4096
 
 
 @tool
@@ -49,12 +49,15 @@ def _value(node: ast.expr) -> float:
 
 
 def _combined(op: type[ast.operator], left: float, right: float) -> float:
-    if op is ast.Pow and _power_bits(left, right) > _LARGEST_POWER_BITS:
-        raise ValueError("that power is too large to write down")
     try:
-        return _BINARY[op](left, right)
+        if op is ast.Pow and _power_bits(left, right) > _LARGEST_BITS:
+            raise ValueError("that power is too large to write down")
+        result = _BINARY[op](left, right)
     except (ZeroDivisionError, OverflowError) as error:
         raise ValueError(str(error)) from error
+    if isinstance(result, complex):
+        raise ValueError("the result is not a real number")
+    return result
 
 
 def _power_bits(base: float, exponent: float) -> float:
@@ -63,8 +66,9 @@ def _power_bits(base: float, exponent: float) -> float:
 
 
 def _written(number: float) -> str:
-    if isinstance(number, complex):
-        raise ValueError("the result is not a real number")
+    is_too_large = number.bit_length() > _LARGEST_BITS if isinstance(number, int) else not math.isfinite(number)
+    if is_too_large:
+        raise ValueError("the result is too large to write down")
     return (
         repr(int(number)) if isinstance(number, float) and number.is_integer() and abs(number) < 1e15 else repr(number)
     )
