@@ -46,19 +46,19 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 # No choice: a forked engine would inherit this process's threads, locks and database connections.
 os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
 
-import vllm  # noqa: E402
-from vllm.config import StructuredOutputsConfig  # noqa: E402
-from vllm.config.lora import MaxLoRARanks  # noqa: E402
-from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: E402
-from vllm.inputs.engine import tokens_input  # noqa: E402
-from vllm.lora.request import LoRARequest  # noqa: E402
-from vllm.outputs import CompletionOutput  # noqa: E402
-from vllm.platforms import current_platform  # noqa: E402
-from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams  # noqa: E402
-from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
-from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
-from vllm.v1.engine.core import EngineCoreProc  # noqa: E402
-from vllm.v1.engine.exceptions import EngineDeadError  # noqa: E402
+from vllm.config import StructuredOutputsConfig
+from vllm.config.lora import MaxLoRARanks
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.inputs.engine import tokens_input
+from vllm.lora.request import LoRARequest
+from vllm.outputs import CompletionOutput
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.sampling_params import SamplingParams as VllmSamplingParams
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core import EngineCoreProc
+from vllm.v1.engine.exceptions import EngineDeadError
 
 T = TypeVar("T")
 
@@ -197,13 +197,13 @@ class VllmEngine:
             raise EngineError("this model has no tokenizer, which a grammar needs")
         self._check_loaded(adapter)
 
-    def _vllm_sampling(self, sampling: SamplingParams) -> vllm.SamplingParams:
+    def _vllm_sampling(self, sampling: SamplingParams) -> VllmSamplingParams:
         stop_token_ids, structured_outputs = list(sampling.stop_token_ids), None
         if sampling.grammar is not None:
             structured_outputs = StructuredOutputsParams(grammar=sampling.grammar)
             stop_token_ids.append(self._llm.tokenizer.eos_token_id)  # the one end that vLLM's masks know
         try:
-            return vllm.SamplingParams(
+            return VllmSamplingParams(
                 max_tokens=sampling.max_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
@@ -385,6 +385,7 @@ def own_engine_args(
         "structured_outputs_config": StructuredOutputsConfig(backend="guidance"),  # our grammars are llguidance's
         "logprobs_mode": "raw_logprobs",
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
     }
     return {**args, **cpu_args(model, max_context_tokens, num_threads)} if current_platform.is_cpu() else args
 
