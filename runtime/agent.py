@@ -20,6 +20,7 @@ from policies.types import (
     Action,
     Adapter,
     Engine,
+    EngineError,
     FinalAnswer,
     FinishReason,
     MalformedAction,
@@ -132,7 +133,7 @@ async def run_client_step(policy: Policy, log: StepLog, turn: Turn, is_new: bool
                 said += happening.text
                 yield happening
                 continue
-            if isinstance(happening.action, MalformedAction) and (rest := happening.action.text.partition(said)[2]):
+            if isinstance(happening.action, MalformedAction) and (rest := _unsaid(happening.action, said)):
                 said += rest
                 yield Progress(None, (TextDelta("text", rest),))
             step = replace(
@@ -155,7 +156,8 @@ async def run_episode(
                 if isinstance(happening, Progress):
                     yield said.add(happening)
                     continue
-                results = await _tool_results(happening.action, server_tools, limits)
+                timeout_s = min(limits.tool_timeout_s, max(0.0, deadline - time.monotonic()))
+                results = await _tool_results(happening.action, server_tools, timeout_s)
                 taken.append(replace(happening, tool_results=results))
         said.end_step()
         turn = _next_turn(turn, taken[-1])
@@ -166,6 +168,12 @@ async def run_episode(
         is_first = is_new and len(taken) == 1
         await log.commit(*([turn.episode] if is_first else []), taken[-1], *_outcome(taken[-1], server_tools))
         yield taken[-1]
+
+
+def _unsaid(action: MalformedAction, said: str) -> str:
+    """What the client has not read yet of an action that is shown as it was written."""
+    at = action.text.find(said)
+    return action.text[at + len(said) :] if at >= 0 else ""
 
 
 def _digest(seen: Sequence[Message], said: str, step: Step | None) -> str:
@@ -225,10 +233,10 @@ def _server_stop(taken: Sequence[Step], limits: RunLimits, deadline: float, room
     return StopReason.STEP_LIMIT if len(taken) >= limits.max_steps else None
 
 
-async def _tool_results(action: Action, server_tools: ServerTools, limits: RunLimits) -> tuple[ToolResult, ...]:
+async def _tool_results(action: Action, server_tools: ServerTools, timeout_s: float) -> tuple[ToolResult, ...]:
     if not isinstance(action, ToolCalls):
         return ()
-    return tuple(await run_tool_calls(action.calls, server_tools.tools, limits.tool_timeout_s))
+    return tuple(await run_tool_calls(action.calls, server_tools.tools, timeout_s))
 
 
 def _outcome(step: Step, server_tools: ServerTools) -> list[Outcome]:
@@ -272,6 +280,8 @@ async def take_step(
             yield Progress(sampled, ending.cut(reader.feed(sampled.token_id)))
             if ending.is_reached or (deadline is not None and time.monotonic() >= deadline):
                 break
+    if not tokens:
+        raise EngineError("the engine's stream ended without a token")
     latency_ms = (time.perf_counter() - began) * 1000
     finish_reason = FinishReason.STOP if ending.is_reached else tokens[-1].finish_reason or FinishReason.LENGTH
     action, unshown = reader.finish(finish_reason)
