@@ -1,9 +1,8 @@
 """Scores the rows of a pack in one forward pass of a causal language model of transformers.
 
 A token sees its ancestors in the tree and stands at its depth, so its logprob is what a pass over its own row alone
-would give. The decoder runs over the whole pack; the output layer runs only where there is a target to score. The
-mask is dense where the network attends with `sdpa` or `eager` (on CPU), a FlexAttention BlockMask where it attends
-with `flex_attention` (on CUDA): load the network with `attn_implementation=attention_for(device)`.
+would give. The decoder runs over the whole pack, the output layer only where there is a target to score. The network
+must be loaded with `attn_implementation=TREE_ATTENTION`.
 
 The reference is the same network with its adapter off or switched: see `reference`. A second copy of the base was
 refused, it would double the memory for nothing.
@@ -11,7 +10,7 @@ refused, it would double the memory for nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,19 +21,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from learner.prefix_tree import Pack
+from learner.tree_attention import TREE_ATTENTION, Tree
 
 if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
     from transformers import PreTrainedModel
 
-    Mask = Tensor | BlockMask
-
-ONE_MASK = frozenset({"llama", "mistral"})
-"""Architectures whose layers all attend alike; their decoder takes one mask."""
-MASK_BY_LAYER_TYPE = frozenset({"qwen2", "qwen3", "gemma2", "gemma3_text"})
-"""Architectures whose decoder takes a mask for each kind of layer."""
+ARCHITECTURES = frozenset({"gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"})
+"""The `model_type`s whose packed scores are tested against row-by-row ones, sliding windows included."""
 MAX_LOGITS = 2**26
 """Most logits to hold at once (256 MiB in float32); where there are more, backward makes them again."""
+
+
+_NO_MASK = torch.empty(1, 1, 0, 0)
+"""A mask of four dimensions: transformers then makes none of its own. The layers attend by the tree."""
 
 
 # ----------------------------------------------------------------------------------------------------- tensors
@@ -48,8 +47,8 @@ class PackedBatch:
     """int64 [1, n]"""
     position_ids: Tensor
     """int64 [1, n]: depths in the tree."""
-    subtree_ends: Tensor
-    """int64 [n]: see `Pack`."""
+    tree: Tree
+    """Who sees whom."""
     pair_positions: Tensor
     """int64 [u]: the packed position that predicts."""
     pair_targets: Tensor
@@ -70,13 +69,13 @@ def to_batch(pack: Pack, device: torch.device | str) -> PackedBatch:
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-    scored = pack.scored_rows
+    scored, depths = pack.scored_rows, tensor(pack.depths)
     pairs = np.stack([_joined([row.positions for row in scored]), _joined([row.target_ids for row in scored])])
     unique_pairs, pair_of_token = np.unique(pairs, axis=1, return_inverse=True)
     return PackedBatch(
         input_ids=tensor(pack.token_ids)[None],
-        position_ids=tensor(pack.depths)[None],
-        subtree_ends=tensor(pack.subtree_ends),
+        position_ids=depths[None],
+        tree=Tree(tensor(pack.subtree_ends), depths),
         pair_positions=tensor(unique_pairs[0]),
         pair_targets=tensor(unique_pairs[1]),
         pair_of_token=tensor(pair_of_token.reshape(-1)),
@@ -122,7 +121,8 @@ def score(network: nn.Module, batch: PackedBatch) -> RowLogprobs:
     hidden = causal_lm.get_decoder()(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
-        attention_mask=_masks(causal_lm, batch),
+        attention_mask=_NO_MASK,
+        tree=batch.tree,
         use_cache=False,
     ).last_hidden_state[0]
     pairs = _pair_logprobs(causal_lm, hidden[batch.pair_positions], batch.pair_targets)
@@ -175,53 +175,6 @@ def _target_logprobs(causal_lm: PreTrainedModel, hidden: Tensor, targets: Tensor
     return -nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
-# ------------------------------------------------------------------------------------------------------- masks
-
-
-def attention_for(device: torch.device | str) -> str:
-    """The `attn_implementation` to load a network with on this device."""
-    return "flex_attention" if torch.device(device).type == "cuda" else "sdpa"
-
-
-def _masks(causal_lm: PreTrainedModel, batch: PackedBatch) -> Mask | dict[str, Mask]:
-    """What the decoder takes as its attention mask."""
-    config: Any = causal_lm.config
-    if config.model_type in ONE_MASK:
-        return _mask(causal_lm, batch, getattr(config, "sliding_window", None))
-    windows = {"full_attention": None, "sliding_attention": config.sliding_window}
-    return {kind: _mask(causal_lm, batch, windows[kind]) for kind in sorted(set(config.layer_types))}
-
-
-def _mask(causal_lm: PreTrainedModel, batch: PackedBatch, window: int | None) -> Mask:
-    """A BlockMask, or additive [1, 1, n, n] in the network's dtype: 0 where token i sees token j, else -inf."""
-    device, num_tokens = batch.input_ids.device, batch.input_ids.shape[1]
-    sees = _visibility(batch, window)
-    if causal_lm.config._attn_implementation == "flex_attention":
-        from torch.nn.attention.flex_attention import create_block_mask  # slow to import, not needed on CPU
-
-        # Compiled, it never holds the n x n mask.
-        return create_block_mask(sees, None, None, num_tokens, num_tokens, device=device, _compile=True)
-    places = torch.arange(num_tokens, device=device)
-    hidden = ~sees(places, places, places[:, None], places[None, :])
-    return torch.zeros(hidden.shape, dtype=causal_lm.dtype, device=device).masked_fill_(hidden, -torch.inf)[None, None]
-
-
-def _visibility(batch: PackedBatch, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """FlexAttention's `mask_mod`: does the token at `query` see the one at `key`?"""
-    ends, depths = batch.subtree_ends, batch.position_ids[0]
-
-    def is_ancestor(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query < ends[key])
-
-    if window is None:
-        return is_ancestor
-
-    def is_near_ancestor(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return is_ancestor(batch, head, query, key) & (depths[query] - depths[key] < window)
-
-    return is_near_ancestor
-
-
 # ------------------------------------------------------------------------------------------------ architectures
 
 
@@ -235,15 +188,17 @@ def check_architecture(network: nn.Module) -> None:
 
 def _problem(config: Any) -> str | None:
     """Why packed scores would differ from row-by-row ones. None: they are equal."""
-    if config.model_type not in ONE_MASK | MASK_BY_LAYER_TYPE:
-        return f"only {', '.join(sorted(ONE_MASK | MASK_BY_LAYER_TYPE))} are tested"
+    if config.model_type not in ARCHITECTURES:
+        return f"only {', '.join(sorted(ARCHITECTURES))} are tested"
+    if config._attn_implementation != TREE_ATTENTION:
+        return f"load it with attn_implementation={TREE_ATTENTION!r}, not {config._attn_implementation!r}"
     rope_types = _rope_types(config) & {"dynamic", "longrope"}
     if rope_types:
         return f"rope type {rope_types.pop()!r} depends on the length of the sequence, which packing changes"
     if getattr(config, "use_bidirectional_attention", False):
         return "its tokens see later ones"
-    if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation == "sdpa":
-        return "sdpa leaves out the softcap of its attention logits; load it with attn_implementation='eager'"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "the attention kernels leave out the softcap of its attention logits"
     return None
 
 

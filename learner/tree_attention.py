@@ -1,0 +1,128 @@
+"""Attention in a pack: a token sees its ancestors and nothing else, and costs little more than that.
+
+It is registered with transformers under the name TREE_ATTENTION. Load the network with that `attn_implementation`; the
+tree comes with each call, and a call without one attends as `sdpa` does.
+
+On CUDA a FlexAttention BlockMask skips what no token sees. On CPU there is no such kernel with a backward pass, so the
+tokens are taken in blocks: those whose subtree has ended before a block begins are left out of its keys. Branches and
+other trees thus cost nothing, and no mask of n x n is ever made. One dense mask was refused: at 40 steps three quarters
+of the time went into attention, most of it to what no token sees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+TREE_ATTENTION = "tree_attention"
+BLOCK_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """The queries `start` up to `stop` of a pack, and all that any of them sees."""
+
+    start: int
+    stop: int
+    keys: Tensor
+    """int64 [k]: packed positions."""
+    mask: Tensor
+    """[1, 1, stop - start, k]: added to the attention logits; 0 where the query sees the key, else -inf."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tree:
+    """Who sees whom in a pack of n tokens: token i sees token j exactly if `j <= i < subtree_ends[j]`.
+
+    With a sliding window, also only if fewer than `window` tokens of their row lie between: `depths[i] - depths[j] <
+    window`. Masks are made once for all layers that attend alike.
+    """
+
+    subtree_ends: Tensor
+    """int64 [n]"""
+    depths: Tensor
+    """int64 [n]"""
+    _made: dict[Any, Any] = field(default_factory=dict)
+
+    def sees(self, queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+        """bool, of the positions' broadcast shape."""
+        is_ancestor = (keys <= queries) & (queries < self.subtree_ends[keys])
+        return is_ancestor if window is None else is_ancestor & (self.depths[queries] - self.depths[keys] < window)
+
+    def blocks(self, window: int | None, dtype: torch.dtype) -> list[Block]:
+        """The whole pack in blocks of BLOCK_TOKENS queries, in order."""
+        key = (window, dtype)
+        if key not in self._made:
+            starts = range(0, len(self.depths), BLOCK_TOKENS)
+            self._made[key] = [self._block(start, window, dtype) for start in starts]
+        return self._made[key]
+
+    def _block(self, start: int, window: int | None, dtype: torch.dtype) -> Block:
+        stop = min(start + BLOCK_TOKENS, len(self.depths))
+        is_open = self.subtree_ends[:stop] > start
+        if window is not None:
+            is_open &= self.depths[:stop] > self.depths[start:stop].min() - window
+        keys = is_open.nonzero()[:, 0]
+        sees = self.sees(torch.arange(start, stop, device=keys.device)[:, None], keys[None, :], window)
+        mask = torch.zeros(sees.shape, dtype=dtype, device=keys.device).masked_fill_(~sees, -torch.inf)
+        return Block(start, stop, keys, mask[None, None])
+
+    def block_mask(self, window: int | None) -> BlockMask:
+        """For FlexAttention."""
+        if window not in self._made:
+            from torch.nn.attention.flex_attention import create_block_mask  # slow to import, of no use on CPU
+
+            size, device = len(self.depths), self.depths.device
+            # Compiled, it never holds a mask of n x n.
+            see = partial(_mask_mod, self, window)
+            self._made[window] = create_block_mask(see, None, None, size, size, device=str(device), _compile=True)
+        return self._made[window]
+
+
+def _mask_mod(tree: Tree, window: int | None, _batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return tree.sees(query, key, window)
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    tree: Tree | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What a layer of transformers calls. query, key, value [1, heads, n, d] -> [1, n, heads, d], and None."""
+    if tree is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if query.is_cuda:
+        return flex_attention_forward(module, query, key, value, tree.block_mask(sliding_window), **kwargs)
+    outputs = [
+        sdpa_attention_forward(
+            module,
+            query[:, :, block.start : block.stop],
+            key.index_select(2, block.keys),
+            value.index_select(2, block.keys),
+            block.mask,
+            **kwargs,
+        )[0]
+        for block in tree.blocks(sliding_window, query.dtype)
+    ]
+    return torch.cat(outputs, dim=1), None
+
+
+AttentionInterface.register(TREE_ATTENTION, tree_attention)
+AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)

@@ -1,0 +1,116 @@
+"""A token attends to its ancestors, whatever block it falls into."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import learner.tree_attention
+from learner.prefix_tree import Pack, Row, Span, pack_rows
+from learner.tree_attention import TREE_ATTENTION, Tree, tree_attention
+
+torch.set_num_threads(1)
+
+
+def forest(num_rows: int = 30) -> tuple[Pack, Tree]:
+    draw = random.Random(5)
+    rows: list[Row] = []
+    for number in range(num_rows):
+        stem = draw.choice(rows).token_ids if rows and number % 5 else ()
+        token_ids = stem[: draw.randint(0, len(stem))] + tuple(draw.randrange(9) for _ in range(draw.randint(2, 20)))
+        rows.append(Row(token_ids, (Span(1, 2),), owner=number))
+    [pack] = pack_rows(rows, token_budget=10_000)
+    return pack, Tree(torch.from_numpy(pack.subtree_ends), torch.from_numpy(pack.depths))
+
+
+def expected_visibility(pack: Pack, window: int | None) -> torch.Tensor:
+    size = pack.num_tokens
+
+    def sees(query: int, key: int) -> bool:
+        is_near = window is None or bool(pack.depths[query] - pack.depths[key] < window)
+        return key <= query < pack.subtree_ends[key] and is_near
+
+    return torch.tensor([[sees(query, key) for key in range(size)] for query in range(size)])
+
+
+@pytest.mark.parametrize("window", [None, 3, 12])
+@pytest.mark.parametrize("block_tokens", [1, 16, 100, 10_000])
+def test_blocks_attend_as_one_dense_mask_does(
+    window: int | None, block_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learner.tree_attention, "BLOCK_TOKENS", block_tokens)
+    pack, tree = forest()
+    query, key, value = torch.randn(3, 1, 4, pack.num_tokens, 8, dtype=torch.float64, requires_grad=True).unbind()
+    key, value = key[:, :2], value[:, :2]  # two query heads share a key head
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2  # type: ignore[assignment]
+    output, _ = tree_attention(module, query, key, value, None, tree=tree, sliding_window=window, scaling=0.3)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        query,
+        key.repeat_interleave(2, dim=1),
+        value.repeat_interleave(2, dim=1),
+        attn_mask=expected_visibility(pack, window),
+        scale=0.3,
+    ).transpose(1, 2)
+    torch.testing.assert_close(output, dense)
+    weights = torch.randn_like(output)
+    gradients = torch.autograd.grad((output * weights).sum(), (query, key, value))
+    expected = torch.autograd.grad((dense * weights).sum(), (query, key, value))
+    for gradient, plain in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, plain)
+
+
+def test_keys_of_other_trees_and_ended_branches_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learner.tree_attention, "BLOCK_TOKENS", 10)
+    rows = [Row((tree, *range(100, 109)), (Span(1, 2),), owner=tree) for tree in range(50)]
+    [pack] = pack_rows(rows, token_budget=500)
+    tree = Tree(torch.from_numpy(pack.subtree_ends), torch.from_numpy(pack.depths))
+    assert [block.mask.numel() for block in tree.blocks(None, torch.float32)] == [100] * 50
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_flex_attention_is_given_the_same_mask(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel needs CUDA, its mask does not. Made uncompiled here: that takes no compiler."""
+
+    def uncompiled(*args: object, _compile: bool, **kwargs: object) -> object:
+        return create_block_mask(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("torch.nn.attention.flex_attention.create_block_mask", uncompiled)
+    pack, tree = forest(num_rows=60)
+    assert pack.num_tokens > 256  # several blocks of 128
+    blocks = tree.block_mask(window)
+    expected = expected_visibility(pack, window)
+    positions = torch.arange(pack.num_tokens)
+    sees = blocks.mask_mod(torch.tensor(0), torch.tensor(0), positions[:, None], positions[None, :])
+    assert torch.equal(sees, expected)
+    padded = torch.nn.functional.pad(expected, (0, -pack.num_tokens % 128, 0, -pack.num_tokens % 128))
+    num_blocks = len(padded) // 128
+    has_any = padded.view(num_blocks, 128, num_blocks, 128).any(3).any(1)
+    assert torch.equal(blocks.to_dense()[0, 0].bool(), has_any)
+
+
+def test_masks_are_made_once_for_all_layers() -> None:
+    _, tree = forest()
+    assert tree.blocks(3, torch.float32) is tree.blocks(3, torch.float32)
+    assert tree.blocks(3, torch.float32) is not tree.blocks(None, torch.float32)
+
+
+def test_without_a_tree_the_network_answers_as_with_sdpa() -> None:
+    """Also for left-padded batches, which a causal kernel alone would get wrong."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, initializer_range=0.3, use_sliding_window=True, sliding_window=3, max_window_layers=1,
+    )  # fmt: skip
+    network = Qwen2ForCausalLM(config).eval()
+    batch = {"input_ids": torch.randint(40, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    batch["attention_mask"][0, :4] = 0
+    with torch.no_grad():
+        network.set_attn_implementation("sdpa")
+        expected = network(**batch).logits
+        network.set_attn_implementation(TREE_ATTENTION)
+        torch.testing.assert_close(network(**batch).logits, expected)
