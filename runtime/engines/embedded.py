@@ -27,6 +27,7 @@ from peft.tuners import lora
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from policies.types import Adapter, EngineError, EngineHealth, EngineLimits, SampledToken, SamplingParams
+from runtime.engines.attention import ATTENTION
 from runtime.engines.embedded_batch import Batch, Outcome, Row
 from runtime.engines.grammar import Grammars
 from runtime.engines.lora_rows import LoraRows, LoraWeights
@@ -343,7 +344,7 @@ def load_network(model_path: str | Path, device: str) -> PreTrainedModel:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else "auto"
-    network = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation="sdpa")
+    network = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation=ATTENTION)
     torch.nn.Module.to(network, device)
     return network.eval().requires_grad_(False)
 

@@ -16,13 +16,16 @@ import torch
 from transformers import PreTrainedModel
 
 from policies.types import Adapter, EngineError, FinishReason, SampledToken, SamplingParams, TokenIds
+from runtime.engines.attention import AttentionMasks
 from runtime.engines.grammar import Grammars, GrammarState
-from runtime.engines.kv_slots import AttentionMasks, KvSlots
+from runtime.engines.kv_slots import KvSlots
 from runtime.engines.lora_rows import LoraRows
 from runtime.engines.sampling import Sampler
 
 MIN_SHARED_TOKENS = 16
 """A common prefix shorter than this is computed again: copying it costs as much."""
+MAX_PADDED_LENGTH = 1.33
+"""Prompts are computed together where the longest has at most this many times the tokens of the shortest."""
 
 
 @dataclass(eq=False, slots=True)
@@ -104,7 +107,8 @@ class Batch(Generic[RowT]):
         try:
             outcomes: dict[RowT, Outcome] = {}
             for wave in self._waves(arrivals):
-                outcomes |= zip(wave, self._prefill(wave), strict=True)
+                for group in self._alike(wave):
+                    outcomes |= zip(group, self._prefill(group), strict=True)
             return [outcomes[row] for row in arrivals]
         except Exception:
             del self.rows[num_running:]
@@ -128,27 +132,41 @@ class Batch(Generic[RowT]):
             (followers if follows else leaders).append(row)
         return [wave for wave in (leaders, followers) if wave]
 
+    def _alike(self, wave: Sequence[RowT]) -> list[list[RowT]]:
+        """Split a wave into groups that have about as many tokens to compute each: padding costs as much as tokens."""
+        lengths = {row: len(row.token_ids) - self._known_prefix(row)[0] for row in wave}
+        groups: list[list[RowT]] = []
+        for row in sorted(wave, key=lengths.__getitem__):
+            if groups and lengths[row] <= MAX_PADDED_LENGTH * lengths[groups[-1][0]]:
+                groups[-1].append(row)
+            else:
+                groups.append([row])
+        return groups
+
     def _prefill(self, arrivals: Sequence[RowT]) -> list[Outcome]:
         first = len(self.rows)
         self._kv.reserve(max(len(row.token_ids) for row in arrivals))
         starts = [self._copy_known_prefix(row, first + i) for i, row in enumerate(arrivals)]
         self.rows.extend(arrivals)
         logits = self._forward_prompts(arrivals, starts, first)
-        num_computed = sum(len(row.token_ids) - start for row, start in zip(arrivals, starts, strict=True))
-        self.num_prefilled_tokens += num_computed
+        self.num_prefilled_tokens += sum(len(row.token_ids) for row in arrivals) - sum(starts)
         self.num_reused_tokens += sum(starts)
         return self._sample(arrivals, logits, Sampler([row.sampling for row in arrivals], self._device))
 
-    def _copy_known_prefix(self, row: Row, slot: int) -> int:
-        """Bring the longest known prefix of a prompt into its slot; how many tokens that is."""
+    def _known_prefix(self, row: Row) -> tuple[int, int]:
+        """How many of a prompt's tokens some slot knows under the same adapter, and which slot."""
         known = [(slot, running.token_ids[:-1], running.adapter_name) for slot, running in enumerate(self.rows)]
         known += [(slot, kept.token_ids, kept.adapter_name) for slot, kept in self._kept.items()]
         lengths = [(common_prefix(row.token_ids, ids), slot) for slot, ids, name in known if name == row.adapter_name]
-        length, source = max(lengths, default=(0, -1))
+        length, slot = max(lengths, default=(0, -1))
         length = min(length, len(row.token_ids) - 1)  # the last token is always computed: its logits are wanted
-        if length < MIN_SHARED_TOKENS:
-            return 0
-        self._kv.copy(source, slot, length)
+        return (length, slot) if length >= MIN_SHARED_TOKENS else (0, -1)
+
+    def _copy_known_prefix(self, row: Row, slot: int) -> int:
+        """Bring the longest known prefix of a prompt into its slot; how many tokens that is."""
+        length, source = self._known_prefix(row)
+        if length:
+            self._kv.copy(source, slot, length)
         if source in self._kept:
             self._kept[source] = self._kept.pop(source)  # now the most recently used
         return length
@@ -281,6 +299,8 @@ def is_prefix(old: KeptPrefix, new: KeptPrefix) -> bool:
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     """Length of the longest common prefix, by bisection: comparing slices is many times faster than a loop."""
+    if not left or not right or left[0] != right[0]:
+        return 0
     low, high = 0, min(len(left), len(right))
     if left[:high] == right[:high]:
         return high

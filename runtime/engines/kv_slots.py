@@ -8,7 +8,6 @@ or pages copies it again before each attention.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -90,29 +89,3 @@ class KvSlots(Cache):
     def wipe(self, slot: int) -> None:
         """Zero a slot that may hold values which are not finite."""
         self._storage[:, :, slot] = 0.0
-
-
-class AttentionMasks:
-    """Builds the additive masks that a decoder-only network takes, full or with a sliding window, from positions."""
-
-    def __init__(self, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype, self._device = dtype, device
-        self._window: int | None = getattr(config, "sliding_window", None)
-        layer_types: Sequence[str] | None = getattr(config, "layer_types", None)
-        # Families whose layers differ take a mask per layer type; the others one mask for all.
-        self._layer_types = None if layer_types is None else sorted(set(layer_types))
-
-    def build(self, query_positions: torch.Tensor, num_tokens: int) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Masks (rows, 1, queries, num_tokens) for queries at `query_positions` (rows, queries)."""
-        distance = query_positions[:, :, None] - torch.arange(num_tokens, device=self._device)
-        if self._layer_types is None:
-            return self._mask(distance, self._window)
-        windows = {"full_attention": None, "sliding_attention": self._window}
-        return {name: self._mask(distance, windows[name]) for name in self._layer_types}
-
-    def _mask(self, distance: torch.Tensor, window: int | None) -> torch.Tensor:
-        hidden = distance < 0
-        if window is not None:
-            hidden |= distance >= window
-        zeros = torch.zeros(distance.shape, dtype=self._dtype, device=self._device)
-        return zeros.masked_fill_(hidden, float("-inf"))[:, None]
