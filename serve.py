@@ -40,7 +40,7 @@ async def _serve(settings: Settings) -> None:
 
     parts = build_parts(settings)
     try:
-        await parts.swap.restore()
+        await start_engine(parts)
         sock = listen(settings.host, settings.port)
         config = uvicorn.Config(create_app(parts), log_level=settings.log_level, timeout_graceful_shutdown=5)
         print(welcome(parts, settings, sock), flush=True)
@@ -96,7 +96,7 @@ def build_parts(settings: Settings) -> Parts:
 
 def load_engine(settings: Settings, protocol: ChatProtocol) -> Engine:
     if settings.engine == "vllm":
-        raise SystemExit("the vllm engine is not part of this release yet: use --engine embedded")
+        return supervised_vllm(settings)
     from runtime.engines.embedded import EmbeddedEngine
 
     return EmbeddedEngine(
@@ -106,6 +106,37 @@ def load_engine(settings: Settings, protocol: ChatProtocol) -> Engine:
         max_context_tokens=settings.max_context,
         num_threads=settings.threads,
     )
+
+
+def supervised_vllm(settings: Settings) -> Engine:
+    from functools import partial
+
+    from runtime.engines.supervised import SupervisedEngine
+    from runtime.engines.vllm import VllmEngine
+
+    start = partial(
+        VllmEngine.start,
+        settings.model,
+        max_batch_size=settings.max_batch_size,
+        max_context_tokens=settings.max_context,
+        num_threads=settings.threads,
+        engine_args={name: str(value) for name, value in settings.engine_arg.items()},
+    )
+    return SupervisedEngine(start)
+
+
+async def start_engine(parts: Parts) -> None:
+    """Bring up the engine with the acting adapter. Raises SystemExit with a sentence where it cannot start."""
+    from policies.types import EngineError
+    from runtime.engines.supervised import SupervisedEngine
+
+    if not isinstance(parts.engine, SupervisedEngine):
+        await parts.swap.restore()
+        return
+    try:
+        await parts.engine.start(parts.swap.restore)
+    except (EngineError, ValueError) as error:
+        raise SystemExit(f"cannot start: {error}") from error
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ class Settings(BaseSettings):
     """Folder of the step log (agent.db) and the adapters; made if missing."""
     engine: Literal["embedded", "vllm"] = "embedded"
     """What runs the model: embedded (transformers + PEFT, CPU or GPU) or vllm."""
+    engine_arg: dict[str, str | int | float | bool] = {}
+    """Passed on to vLLM, by the names of its command line: tensor_parallel_size=2. Repeat for more."""
     model: str = "policies/novice_model"
     """Folder (or hub name) of the base model; the default is the novice that comes with this repository."""
     served_name: str = ""
@@ -70,7 +72,7 @@ class Settings(BaseSettings):
     max_batch_size: int = Field(32, ge=1, le=1024)
     """Completions in the batch at a time; more wait."""
     threads: int | None = Field(None, ge=1)
-    """Threads of the embedded engine's arithmetic; default: one per core, at most 4."""
+    """Threads of the engine's arithmetic on a CPU; default: the engine's own choice."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """How much the server prints while it serves."""
 

@@ -1,0 +1,145 @@
+"""An engine that dies is replaced, and nobody sees the new one before the acting adapter is verified on it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from policies.registry import AdapterRegistry
+from policies.types import Adapter, EngineError, SampledToken, SamplingParams
+from runtime.engines.supervised import SupervisedEngine
+from runtime.swap import Swap
+from tests.scripted_engine import ScriptedEngine
+from tests.tiny_adapters import TinyNetwork, faithful_script
+
+PAUSE_S = 0.05
+
+
+class House:
+    """A supervised engine with a swap on it. Every engine it ever had is in `engines`."""
+
+    def __init__(self, tiny: TinyNetwork, folder: Path) -> None:
+        self.registry = AdapterRegistry(folder / "agent.db")
+        self.tiny = tiny
+        self.engines: list[ScriptedEngine] = []
+        self.failures: list[Exception] = []
+        """What the next starts raise."""
+        self.engine = SupervisedEngine(self.start_engine, first_pause_s=PAUSE_S)
+        self.swap = Swap(self.engine, self.registry, tiny.network)
+
+    async def start_engine(self) -> ScriptedEngine:
+        await asyncio.sleep(0)
+        if self.failures:
+            raise self.failures.pop(0)
+        self.engines.append(ScriptedEngine(faithful_script(self.registry)))
+        return self.engines[-1]
+
+    async def say(self, adapter: Adapter | None = None) -> list[SampledToken]:
+        return [token async for token in self.engine.generate((1, 2), SamplingParams(), adapter)]
+
+    async def step(self, episode_id: str) -> str:
+        async with self.swap.lease(episode_id) as adapter:
+            await self.say(adapter)
+            return "base" if adapter is None else adapter.name
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyNetwork:
+    return TinyNetwork(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+async def house(tiny: TinyNetwork, tmp_path: Path) -> AsyncIterator[House]:
+    house = House(tiny, tmp_path)
+    await house.engine.start(house.swap.restore)
+    yield house
+    await house.engine.close()
+
+
+async def eventually(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not is_so():  # noqa: ASYNC110 (what is waited for has no event)
+            await asyncio.sleep(0.005)
+
+
+async def test_a_dead_engine_is_replaced_and_episodes_go_on_with_their_adapter(house: House):
+    name = house.registry.register(house.tiny.adapter(1)).name
+    await house.swap.promote(name)
+    assert await house.step("ep_1") == name
+    house.engines[0].is_alive = False
+    with pytest.raises(EngineError, match="died"):
+        await house.step("ep_1")
+    assert not house.engine.health().is_alive
+    await eventually(lambda: house.engine.health().is_alive)
+    assert await house.step("ep_1") == name
+    assert [adapter.name for adapter in house.engines[1].loaded_adapters()] == [name]
+    assert house.engine.num_restarts == 1
+
+
+async def test_while_the_adapter_is_restored_nobody_else_sees_the_engine(tiny: TinyNetwork, tmp_path: Path):
+    house, may_end = House(tiny, tmp_path), asyncio.Event()
+
+    async def restore() -> None:
+        assert house.engine.health().is_alive, "who restores sees the engine"
+        await may_end.wait()
+
+    starting = asyncio.create_task(house.engine.start(restore))
+    await eventually(lambda: bool(house.engines))
+    await asyncio.sleep(0)
+    health = house.engine.health()
+    assert not health.is_alive
+    assert "being loaded" in health.problem
+    with pytest.raises(EngineError, match="being loaded"):
+        await house.say()
+    may_end.set()
+    await starting
+    assert await house.say()
+    await house.engine.close()
+
+
+async def test_a_start_that_fails_is_tried_again_and_health_says_why(house: House):
+    house.failures = [EngineError("no memory"), OSError("no space")]
+    house.engines[0].is_alive = False
+    await eventually(lambda: "no memory" in house.engine.health().problem)
+    await eventually(lambda: house.engine.health().is_alive)
+    assert house.engine.num_restarts == 1
+
+
+async def test_a_first_start_that_fails_is_told_and_not_tried_again(tiny: TinyNetwork, tmp_path: Path):
+    house = House(tiny, tmp_path)
+    house.failures = [EngineError("no such model")]
+    with pytest.raises(EngineError, match="no such model"):
+        await house.engine.start(house.swap.restore)
+    await asyncio.sleep(3 * PAUSE_S)
+    assert house.engines == []
+
+
+async def test_an_engine_that_dies_while_the_adapter_is_restored_is_replaced_too(house: House):
+    name = house.registry.register(house.tiny.adapter(1)).name
+    await house.swap.promote(name)
+    deaths = iter([True, False])
+    load = ScriptedEngine.load_adapter
+
+    async def load_and_perhaps_die(engine: ScriptedEngine, adapter: Adapter) -> None:
+        engine.is_alive = not next(deaths)
+        await load(engine, adapter)
+
+    ScriptedEngine.load_adapter = load_and_perhaps_die
+    try:
+        house.engines[0].is_alive = False
+        await eventually(lambda: len(house.engines) == 3 and house.engine.health().is_alive)
+    finally:
+        ScriptedEngine.load_adapter = load
+    assert await house.step("ep_1") == name, "the engine's death was not held against the adapter"
+
+
+async def test_a_closed_engine_stays_closed(house: House):
+    await house.engine.close()
+    await asyncio.sleep(3 * PAUSE_S)
+    assert len(house.engines) == 1
+    assert house.engine.health().problem == "the engine is closed"
+    with pytest.raises(EngineError, match="closed"):
+        await house.say()
