@@ -203,14 +203,15 @@ class AdapterRegistry:
 
     def state(self, name: str) -> AdapterState:
         """Raises UnknownAdapter."""
-        return self.events(name)[-1].state
+        return self.last_event(name).state
+
+    def last_event(self, name: str) -> AdapterEvent:
+        """What brought the adapter into its present state, and why. Raises UnknownAdapter."""
+        return self._events(name, "ORDER BY id DESC LIMIT 1")[0]
 
     def events(self, name: str) -> tuple[AdapterEvent, ...]:
         """An adapter's changes of state, oldest first. Raises UnknownAdapter."""
-        rows = self._rows("SELECT * FROM adapter_events WHERE adapter = ? ORDER BY id", name)
-        if not rows:
-            raise UnknownAdapter(f"there is no adapter {name!r}")
-        return tuple(AdapterEvent(name, AdapterState(r["state"]), r["reason"], r["created_at"]) for r in rows)
+        return self._events(name, "ORDER BY id")
 
     def acting(self) -> Adapter | None:
         """The adapter that serves new episodes; None is the base network."""
@@ -284,6 +285,12 @@ class AdapterRegistry:
             "INSERT INTO adapter_events (adapter, state, reason, created_at) VALUES (?, ?, ?, ?)",
             [name, state.value, reason, time.time()],
         )
+
+    def _events(self, name: str, order: str) -> tuple[AdapterEvent, ...]:
+        rows = self._rows(f"SELECT * FROM adapter_events WHERE adapter = ? {order}", name)
+        if not rows:
+            raise UnknownAdapter(f"there is no adapter {name!r}")
+        return tuple(AdapterEvent(name, AdapterState(r["state"]), r["reason"], r["created_at"]) for r in rows)
 
     def _acting_row(self) -> dict[str, Any] | None:
         rows = self._rows("SELECT * FROM acting ORDER BY id DESC LIMIT 1")

@@ -288,7 +288,7 @@ class Swap:
             raise SwapError(f"all {limit} slots of the engine are taken: {', '.join(holders)}")
 
     def _require_not_refused(self, adapter: Adapter) -> None:
-        last = self._registry.events(adapter.name)[-1]
+        last = self._registry.last_event(adapter.name)
         if last.state is AdapterState.REFUSED:
             raise SwapError(f"{adapter.name} was refused: {last.reason}")
 

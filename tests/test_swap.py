@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -281,16 +282,22 @@ async def test_fifty_swaps_under_running_steps_fail_none_and_mix_none(house: Hou
         house.swap.finish(episode_id)
 
     async def talk_on(speaker: int) -> None:
-        for episode in range(10):
+        for episode in count():
+            if is_over.is_set():
+                return
             await talk(f"ep_{speaker}_{episode}")
 
+    is_over = asyncio.Event()
     speakers = asyncio.gather(*(talk_on(speaker) for speaker in range(4)))
     for swaps in range(50):
         await house.swap.promote(names[swaps % 2])
         await house.swap.drain()
+        num_begun = len(taken)
+        await eventually(lambda seen=num_begun: len(taken) > seen)
+    is_over.set()
     await speakers
     assert all(len(adapters) == 1 for adapters in taken.values())
-    assert len(set.union(*taken.values())) >= 2, "the swaps were seen"
+    assert set(names) <= set.union(*taken.values()), "the swaps were seen"
 
 
 # ------------------------------------------------------------------------------------------------- leases

@@ -51,7 +51,7 @@ class TinyNetwork:
         settings = {"target_modules": ["q_proj", "v_proj", "down_proj"], "lora_alpha": 8, **settings}
         model = get_peft_model(base, LoraConfig(r=rank, task_type="CAUSAL_LM", **settings))  # type: ignore[arg-type]
         randomise_lora(model, seed)
-        model.save_pretrained(path)
+        model.save_pretrained(str(path))
         write_probe(path, true_probe(model, self.network.fingerprint))
 
 
