@@ -49,7 +49,11 @@ class Comparison:
 
 def compare(agent_action: Action, expert_action: Action, same_effect: SameEffect | None = None) -> Comparison:
     """Hold one action against the expert's. `same_effect` is asked only where the calls themselves differ."""
-    return Comparison(agent_action, expert_action, _judge(agent_action, expert_action, same_effect))
+    try:
+        verdict = _judge(agent_action, expert_action, same_effect)
+    except RecursionError:  # arguments nested about as deep as Python reads them: a policy may write anything
+        verdict = Verdict.DIFFERENT
+    return Comparison(agent_action, expert_action, verdict)
 
 
 def _judge(left: Action, right: Action, same_effect: SameEffect | None) -> Verdict:

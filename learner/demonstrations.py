@@ -10,7 +10,6 @@ fields that no server takes are dropped, and so is what follows the last action.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -167,17 +166,7 @@ def _check(draft: Draft, provenance: Provenance) -> ImportedDemonstration:
             rejected, _ = _check_turns(draft.rejected, names)
         except RefusedRecord as refused:
             raise RefusedRecord(f"in the rejected side, {refused}") from refused
-    demonstration = ImportedDemonstration(messages, tools, learn_from, provenance, rejected)
-    _check_text(demonstration)
-    return demonstration
-
-
-def _check_text(demonstration: ImportedDemonstration) -> None:
-    """Arguments are JSON in JSON: what the outer reading has refused may come in by the inner one."""
-    try:
-        orjson.dumps(demonstration.to_wire())
-    except TypeError as error:
-        raise RefusedRecord(f"it holds text that is not Unicode: {error}") from error
+    return ImportedDemonstration(messages, tools, learn_from, provenance, rejected)
 
 
 def _check_turns(turns: Sequence[Turn], tool_names: Sequence[str]) -> tuple[tuple[Message, ...], tuple[int, ...]]:
@@ -226,8 +215,8 @@ class _Transcript:
         if not self._waiting:
             raise RefusedRecord("a tool result, but no call waits for one")
         # Formats without ids give results in the order of the calls.
-        source_id = message.get("tool_call_id") or next(iter(self._waiting))
-        if not isinstance(source_id, str) or source_id not in self._waiting:
+        source_id = str(message.get("tool_call_id") or next(iter(self._waiting)))
+        if source_id not in self._waiting:
             raise RefusedRecord(f"a tool result for the call {source_id!r}, which does not wait for one")
         return {"role": "tool", "tool_call_id": self._waiting.pop(source_id), "content": _text(message)}
 
@@ -267,8 +256,6 @@ def _read_action(message: Message) -> ToolCalls | FinalAnswer:
     plain = {"content": _text(message), "tool_calls": calls, "reasoning_content": reasoning}
     try:
         action = message_action(plain)
-        if isinstance(action, ToolCalls):
-            json.dumps([call.arguments for call in action.calls], allow_nan=False)
     except ValueError as error:
         raise RefusedRecord(str(error)) from error
     if isinstance(action, FinalAnswer) and not action.text.strip():

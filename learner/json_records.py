@@ -176,7 +176,7 @@ class _ArraySplitter:
         text = bytes(self._element)
         num_blank_lines = text.count(b"\n", 0, len(text) - len(text.lstrip()))
         if text.strip():
-            yield _Piece(self._line + num_blank_lines, text.strip(), is_whole)
+            yield _Piece(self._line + num_blank_lines, text, is_whole)
         self._line += self._num_line_ends
         self._num_line_ends = 0
         self._element.clear()
