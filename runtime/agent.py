@@ -32,7 +32,7 @@ from policies.types import (
     ToolSchema,
 )
 from runtime.conversation import digests_of, messages_after
-from runtime.step_log import StepLog
+from runtime.step_log import StepLog, StepLogError
 from runtime.stop_texts import StopTexts
 from runtime.tool_calls import run_tool_calls
 from runtime.types import Episode, Outcome, Step, StopReason, ToolResult, new_id
@@ -139,7 +139,7 @@ async def run_client_step(policy: Policy, log: StepLog, turn: Turn, is_new: bool
             step = replace(
                 happening, stop_reason=_client_stop(happening), conversation_digest=_digest(turn.seen, said, happening)
             )
-            await log.commit(*([turn.episode] if is_new else []), step)
+            await _commit(log, turn.episode if is_new else None, step)
             yield step
 
 
@@ -166,8 +166,19 @@ async def run_episode(
             digest = _digest(seen, said.text, None)
             taken[-1] = replace(taken[-1], stop_reason=stop_reason, conversation_digest=digest)
         is_first = is_new and len(taken) == 1
-        await log.commit(*([turn.episode] if is_first else []), taken[-1], *_outcome(taken[-1], server_tools))
+        await _commit(log, turn.episode if is_first else None, taken[-1], *_outcome(taken[-1], server_tools))
         yield taken[-1]
+
+
+async def _commit(log: StepLog, new_episode: Episode | None, *facts: Step | Outcome) -> None:
+    """Log a step, with its episode where that is new. Another choice may have begun the same episode meanwhile."""
+    if new_episode is not None:
+        try:
+            return await log.commit(new_episode, *facts)
+        except StepLogError:
+            if log.episode(new_episode.id) is None:
+                raise
+    await log.commit(*facts)
 
 
 def _unsaid(action: MalformedAction, said: str) -> str:
