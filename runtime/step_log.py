@@ -135,7 +135,8 @@ class StepLog:
             conditions |= {"task >= ?": task_prefix, "task < ?": task_prefix + "\U0010ffff"}
         wanted = {condition: value for condition, value in conditions.items() if value is not None}
         where = " AND ".join(wanted) or "TRUE"
-        rows = self._rows(f"SELECT * FROM episodes WHERE {where} ORDER BY id DESC LIMIT ?", *wanted.values(), limit)
+        page = f"SELECT id FROM episodes WHERE {where} ORDER BY id DESC LIMIT ?"  # sorts ids in an index, no whole rows
+        rows = self._rows(f"SELECT * FROM episodes WHERE id IN ({page}) ORDER BY id DESC", *wanted.values(), limit)
         return [episode_from_row(row) for row in rows]
 
     def outcomes(self, episode_id: str) -> list[Outcome]:

@@ -108,7 +108,7 @@ INDEXES = (
     ("episodes", ["purpose", "id"]),
     ("episodes", ["actor", "id"]),
     ("episodes", ["adapter", "id"]),
-    ("episodes", ["task"]),
+    ("episodes", ["task", "id"]),
     ("steps", ["episode_id", "created_at"]),
     ("steps", ["conversation_digest", "created_at"]),
     ("steps", ["parent_id"]),
