@@ -121,11 +121,10 @@ class _Request:
 def _grammar(parts: Parts, request: ChatCompletionRequest, offered: tuple[ToolSchema, ...]) -> str | None:
     """The grammar that tool_choice or response_format ask for. Raises ValueError where the engine cannot hold to it."""
     schema = request.response_format.schema_of_answer if request.response_format else None
-    is_required = request.tool_choice == "required" or isinstance(request.tool_choice, NamedToolChoice)
-    if schema is None and not is_required:
+    if schema is None and not request.requires_call:
         return None
     if not parts.engine.limits.supports_grammar:
         raise ValueError("this engine cannot hold an answer to a schema: drop response_format, or use tool_choice auto")
     if isinstance(request.tool_choice, NamedToolChoice):
         offered = tuple(tool for tool in offered if tool["function"]["name"] == request.tool_choice.function.name)
-    return tool_call_grammar(parts.protocol, offered) if is_required else json_grammar(schema or {})
+    return tool_call_grammar(parts.protocol, offered) if request.requires_call else json_grammar(schema or {})

@@ -19,6 +19,12 @@ from runtime.routes.server import server_routes
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
 _OPEN_PATHS = ("/health", "/")
+_UNAUTHORIZED = ApiError(
+    401,
+    "send the server's API key: Authorization: Bearer KEY",
+    "invalid_api_key",
+    headers={"WWW-Authenticate": "Bearer"},
+)
 
 
 def create_app(parts: Parts) -> FastAPI:
@@ -52,8 +58,7 @@ class _BearerToken:
         if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
-                refusal = ApiError(401, "send the server's API key: Authorization: Bearer KEY", "invalid_api_key")
-                return await refusal.response()(scope, receive, send)
+                return await _UNAUTHORIZED.response()(scope, receive, send)
         await self._app(scope, receive, send)
 
 

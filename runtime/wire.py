@@ -52,6 +52,15 @@ class ChatMessage(WireModel):
     tool_calls: list[ToolCallEntry] | None = None
     tool_call_id: str | None = None
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text_only(cls, content: Any) -> Any:
+        parts = content if isinstance(content, list) else []
+        for part in parts:
+            if isinstance(part, dict) and part.get("type", "text") != "text":
+                raise ValueError(f"only text is understood here, not {part['type']}; leave such parts out")
+        return content
+
     @model_validator(mode="after")
     def _check_role(self) -> ChatMessage:
         if self.role == "tool" and not self.tool_call_id:
@@ -130,6 +139,9 @@ class RequestMetadata(WireModel):
     purpose: Purpose = Field(Purpose.SERVE, strict=False)
 
 
+_StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
 class ChatCompletionRequest(WireModel):
     """Body of POST /v1/chat/completions. With `tools` the client runs them; without, the server runs its own."""
 
@@ -141,7 +153,7 @@ class ChatCompletionRequest(WireModel):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     response_format: ResponseFormat | None = None
-    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = None
+    stop: _StopText | Annotated[list[_StopText], Field(max_length=16)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int = Field(1, ge=1, le=32)
     logprobs: bool = False
@@ -158,7 +170,9 @@ class ChatCompletionRequest(WireModel):
     logit_bias: dict[str, float] | None = None
     metadata: RequestMetadata = Field(default_factory=RequestMetadata)
 
-    @field_validator("temperature", "top_p", "n", "top_logprobs", "stream", "logprobs", "metadata", mode="before")
+    @field_validator(
+        "temperature", "top_p", "top_k", "n", "top_logprobs", "stream", "logprobs", "metadata", mode="before"
+    )
     @classmethod
     def _null_is_default(cls, value: Any, field: Any) -> Any:
         return cls.model_fields[field.field_name].get_default(call_default_factory=True) if value is None else value
@@ -184,7 +198,25 @@ class ChatCompletionRequest(WireModel):
             )
         if self.tool_choice == "required" and not names:
             raise ValueError("tool_choice is 'required' but there are no tools")
+        if self.requires_call and self.response_format and self.response_format.schema_of_answer is not None:
+            raise ValueError("response_format cannot be asked for together with a tool call: drop one of them")
         return self
+
+    @model_validator(mode="after")
+    def _check_tool_messages(self) -> ChatCompletionRequest:
+        called: set[str] = set()
+        for number, message in enumerate(self.messages):
+            called.update(call.id for call in message.tool_calls or ())
+            if message.role == "tool" and message.tool_call_id not in called:
+                raise ValueError(
+                    f"messages.{number} answers the call {message.tool_call_id!r}, which no message before it makes"
+                )
+        return self
+
+    @property
+    def requires_call(self) -> bool:
+        """The answer must be a tool call."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedToolChoice)
 
     @property
     def stop_texts(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from runtime.admission import Run, admitted
 from runtime.agent import Progress
 from runtime.answers import Answer, Choice, step_summary
 from runtime.parts import Parts
+from runtime.routes.bodies import StrictJsonRoute
 from runtime.routes.errors import as_api_error
 from runtime.types import Step
 from runtime.wire import EPISODE_ID, ChatCompletionRequest
@@ -25,7 +26,7 @@ Happening = tuple[int, Progress | Step]
 
 
 def chat_routes(parts: Parts) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(route_class=StrictJsonRoute)
 
     @router.post("/v1/chat/completions")
     async def create_chat_completion(

@@ -10,13 +10,14 @@ from fastapi import APIRouter, Query
 from policies.types import Message
 from runtime.answers import step_summary
 from runtime.parts import Parts
+from runtime.routes.bodies import StrictJsonRoute
 from runtime.routes.errors import ApiError
 from runtime.types import Actor, Episode, Outcome, Purpose, Step, new_id
 from runtime.wire import OutcomeRequest
 
 
 def episode_routes(parts: Parts) -> APIRouter:
-    router = APIRouter(prefix="/v1/episodes")
+    router = APIRouter(prefix="/v1/episodes", route_class=StrictJsonRoute)
     log = parts.log
 
     @router.get("")

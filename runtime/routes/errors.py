@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,24 +20,31 @@ from runtime.swap import SwapError
 logger = logging.getLogger(__name__)
 
 
-class ApiError(Exception):
-    """An answer that is an error: HTTP status, message, and OpenAI's machine-readable code and parameter."""
+class ApiError(HTTPException):
+    """An answer that is an error: HTTP status, message, and OpenAI's machine-readable code and parameter.
 
-    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
+    An HTTPException, because FastAPI lets nothing else through that is raised while it reads a body.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
         self.code = code
         self.param = param
 
     @property
     def body(self) -> dict[str, object]:
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        kind = "invalid_request_error" if self.status_code < 500 else "server_error"
+        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else None
-        return JSONResponse(self.body, self.status, headers)
+        return JSONResponse(self.body, self.status_code, self.headers)
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -58,8 +66,10 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(409, str(error), "adapter_not_served")
         case StepLogError():
             return ApiError(503, f"the answer could not be logged, so it was not given: {error}", "log_error")
+        case HTTPException(status_code=404):
+            return ApiError(404, "nothing is served at this path; GET /openapi.json tells what is")
         case HTTPException():
-            return ApiError(error.status_code, str(error.detail))
+            return ApiError(error.status_code, error.detail, headers=error.headers)
         case ValueError():
             return ApiError(400, str(error))
     logger.error("unexpected error", exc_info=error)
@@ -71,6 +81,8 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     where = ".".join(str(part) for part in problem["loc"] if part != "body")
     if problem["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {problem['ctx']['error']} at character {where}")
+    if problem["loc"] == ("body",) and problem["type"] in ("missing", "model_attributes_type"):
+        return ApiError(400, "the body must be a JSON object, sent with content-type: application/json")
     message = str(problem["msg"]).removeprefix("Value error, ")
     return ApiError(400, f"{where}: {message}" if where else message, None, where or None)
 
