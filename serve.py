@@ -24,10 +24,10 @@ def main(arguments: list[str]) -> None:
 
 def run(settings: Settings) -> None:
     """Serve until interrupted. Raises SystemExit with a sentence where the server cannot start."""
-    import asyncio
+    import uvloop
 
     try:
-        asyncio.run(_serve(settings))
+        uvloop.run(_serve(settings))
     except KeyboardInterrupt:
         print("stopped.")
 

@@ -75,7 +75,7 @@ RESULT_TEXTS = {
     "holding": "You hold the {item} already.",
     "wrong_shelf": "Shelf {shelf} holds other things.",
     "locked": "Shelf {shelf} is in a locked cage. A note says: the password is {password}.",
-    "empty": "Shelf {shelf} is empty.",
+    "empty": "There is none on shelf {shelf}.",
     "unlocked": "The cage is open.",
     "wrong_password": "The cage stays shut.",
     "no_cage": "There is no locked cage here.",
