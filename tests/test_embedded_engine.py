@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -27,7 +28,9 @@ from transformers import (
 )
 
 from policies.types import Adapter, EngineError, FinishReason, SampledToken, SamplingParams
-from runtime.engines.embedded import EmbeddedEngine
+from runtime.engines.embedded import EmbeddedEngine, load_network
+from runtime.engines.embedded_batch import Batch, Row
+from runtime.engines.lora_rows import LoraRows
 
 VOCAB_SIZE = 300
 SIZES: dict[str, Any] = {
@@ -262,17 +265,47 @@ async def test_a_late_request_finishes_while_an_earlier_one_runs_on(network_fold
         assert len([token async for token in long]) == 399
 
 
-async def test_closing_the_stream_frees_its_row(network_folder: Path):
+@contextmanager
+def forward_by_forward(engine: EmbeddedEngine) -> Iterator[threading.Semaphore]:
+    """The network waits before each forward until the test releases it."""
+    allowed = threading.Semaphore(0)
+    hook = engine._network.register_forward_pre_hook(lambda *_: allowed.acquire() and None)
+    try:
+        yield allowed
+    finally:
+        hook.remove()
+        allowed.release(1000)
+
+
+async def test_closing_the_stream_frees_its_row_at_the_next_step(network_folder: Path):
     async with engine_on(network_folder, max_batch_size=1) as engine:
-        stream = engine.generate(prompt_of(5), SamplingParams(max_tokens=500), None)
-        await anext(stream)
-        waiting = asyncio.create_task(complete(engine, prompt_of(6), SamplingParams(max_tokens=2)))
-        gone = asyncio.create_task(complete(engine, prompt_of(6), SamplingParams(max_tokens=2)))
-        await asyncio.sleep(0)
-        gone.cancel()
+        with forward_by_forward(engine) as allowed:
+            stream = engine.generate(prompt_of(5), SamplingParams(max_tokens=500), None)
+            allowed.release(2)  # its prompt, and the decoding step that comes with it
+            await anext(stream)
+            waiting = asyncio.create_task(complete(engine, prompt_of(6), SamplingParams(max_tokens=2)))
+            await until(lambda: engine.health().num_waiting == 1)
+            await stream.aclose()
+            allowed.release(1 + 2)  # the step that may have begun already, then the prompt and step of the next
+            assert len(await asyncio.wait_for(waiting, 10)) == 2
+        await until(lambda: engine.health().num_running == 0)
+
+
+async def test_a_request_cancelled_while_it_waits_never_runs(network_folder: Path):
+    async with engine_on(network_folder, max_batch_size=1) as engine:
+        stream = engine.generate(prompt_of(5), SamplingParams(max_tokens=1), None)
+        with forward_by_forward(engine) as allowed:
+            first = asyncio.create_task(anext(stream))
+            await until(lambda: engine.health().num_waiting == 0)
+            gone = asyncio.create_task(complete(engine, prompt_of(6), SamplingParams(max_tokens=2)))
+            await until(lambda: engine.health().num_waiting == 1)
+            gone.cancel()
+            await asyncio.wait([gone])
+            allowed.release()
+            await first
+            await until(lambda: engine.health().num_waiting == 0)
+        assert engine.num_prefilled_tokens == 5
         await stream.aclose()
-        assert len(await waiting) == 2
-        await until(lambda: (engine.health().num_running, engine.health().num_waiting) == (0, 0))
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -331,6 +364,21 @@ async def test_samples_of_one_prompt_compute_it_once(network_folder: Path):
         assert engine.num_prefilled_tokens == 60 + 3
     for tokens in samples:
         assert_as_plain(network_folder, None, prompt, tokens)
+
+
+async def test_a_prompt_that_continues_a_running_row_recomputes_the_token_it_has_not_fed(network_folder: Path):
+    network = load_network(network_folder, "cpu")
+    batch: Batch[Row] = Batch(network, LoraRows(network), None, max_rows=2, max_context_tokens=64)
+    sampling = SamplingParams(max_tokens=9, seed=1)
+    with torch.inference_mode():
+        running = Row(tuple(prompt_of(30)), sampling, None, None)
+        batch.join([running])
+        batch.step()
+        prompt = [*running.token_ids, 7]
+        (token,) = batch.join([Row(tuple(prompt), sampling, None, None)])
+    assert batch.num_reused_tokens == 31
+    assert isinstance(token, SampledToken)
+    assert_as_plain(network_folder, None, prompt, [token])
 
 
 async def test_kept_prefixes_make_room_for_newer_ones(network_folder: Path):
@@ -463,6 +511,22 @@ async def test_a_failing_step_ends_the_batch_and_the_engine_goes_on(network_fold
             assert engine.health().is_alive
         again = await complete(engine, prompt_of(30), SamplingParams(max_tokens=9, temperature=0))
     assert ids_of(again) == ids_of(expected)
+
+
+async def test_a_row_whose_numbers_overflow_ends_alone_and_leaves_nothing_behind(network_folder: Path, tmp_path: Path):
+    overflowing = make_adapter(network_folder, tmp_path / "overflowing", 1)
+    rewrite(overflowing.path, lambda tensor: tensor.sign() * 1e38)
+    prompt, sampling = prompt_of(30), SamplingParams(max_tokens=20, seed=1)
+    async with engine_on(network_folder, overflowing, max_batch_size=2) as engine:
+        poisoned, sound = await asyncio.gather(
+            complete(engine, prompt, sampling, overflowing), complete(engine, prompt, sampling), return_exceptions=True
+        )
+        assert isinstance(poisoned, EngineError)
+        assert isinstance(sound, list)
+        assert_as_plain(network_folder, None, prompt, sound)
+        again = await asyncio.gather(*(complete(engine, prompt_of(25, i), sampling) for i in range(2)))
+    for i, tokens in enumerate(again):
+        assert_as_plain(network_folder, None, prompt_of(25, i), tokens)
 
 
 async def test_when_the_thread_dies_everyone_is_told(network_folder: Path):
