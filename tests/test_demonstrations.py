@@ -717,3 +717,19 @@ def test_a_large_file_is_read_in_the_memory_of_one_record(tmp_path: Path, wrappi
         tracemalloc.stop()
     assert num_imported == 400
     assert peak < (20_000_000 if wrapping == "one_line_array" else 2_000_000)
+
+
+@pytest.mark.parametrize("begin", [b"", b"[\n", b"["])
+def test_one_endless_record_takes_no_more_memory_than_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: bytes
+) -> None:
+    monkeypatch.setattr(json_records, "MAX_RECORD_BYTES", 500_000)
+    path = in_file(tmp_path, begin + b'{"messages": "' + b"x" * 20_000_000)
+    tracemalloc.start()
+    try:
+        reads = list(read_demonstrations(path))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [read.line for read in reads if isinstance(read, Refusal)] == [2 if b"\n" in begin else 1]
+    assert peak < 4_000_000
