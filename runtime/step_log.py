@@ -150,11 +150,12 @@ class StepLog:
         return [correction_from_row(row) for row in rows]
 
     def steps_since(self, step_id: str | None, limit: int) -> list[Step]:
-        """The next steps by id after this one; None begins at the first.
+        """The next steps in the order of their logging; None begins at the first. Pass on the last returned step's id.
 
-        Not covered: a step whose id was made before, but which is committed after, the one the cursor stands on.
+        Not by id: an id is made when a step begins, and a slow step is logged after quicker ones that began later.
         """
-        return self._steps(f"{_STEPS} WHERE steps.id > ? ORDER BY steps.id LIMIT ?", step_id or "", limit)
+        cursor = "coalesce((SELECT rowid FROM steps WHERE id = ?), 0)"
+        return self._steps(f"{_STEPS} WHERE steps.rowid > {cursor} ORDER BY steps.rowid LIMIT ?", step_id, limit)
 
     def counts(self) -> dict[str, int]:
         """Rows of each table, without counting them: rowids of a table that nothing is deleted from have no gaps."""

@@ -629,7 +629,17 @@ def test_episodes_are_filtered_by_what_they_are(log: StepLog) -> None:
     assert both == [e for e in newest_first if (e.actor, e.adapter, e.task) == ("expert", "base", tasks[4])]
 
 
-def test_steps_since_hands_out_every_step_once_by_id(log: StepLog) -> None:
+def test_a_slow_step_logged_after_quicker_ones_is_not_passed_over(log: StepLog) -> None:
+    episode = make_episode()
+    slow, quick = make_step(episode), make_step(episode)
+    assert slow.id < quick.id
+    log.append_now(episode, quick)
+    assert log.steps_since(None, 5) == [quick]
+    log.append_now(slow)
+    assert log.steps_since(quick.id, 5) == [slow]
+
+
+def test_steps_since_hands_out_every_step_once(log: StepLog) -> None:
     episode = make_episode()
     steps = make_chain(episode, 23)
     log.append_now(episode, *steps)
