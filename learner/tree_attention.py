@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 TREE_ATTENTION = "tree_attention"
 BLOCK_TOKENS = 128
+"""Queries of a block, on CPU."""
+TILE_TOKENS = 128
+"""Queries and keys of a tile of FlexAttention, on CUDA."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,15 +82,44 @@ class Tree:
         return Block(start, stop, keys, mask[None, None])
 
     def block_mask(self, window: int | None) -> BlockMask:
-        """For FlexAttention."""
+        """For FlexAttention. `create_block_mask` would make a mask of n x n, or compile itself anew for each pack."""
         if window not in self._made:
-            from torch.nn.attention.flex_attention import create_block_mask  # slow to import, of no use on CPU
+            from torch.nn.attention.flex_attention import BlockMask  # slow to import, of no use on CPU
 
-            size, device = len(self.depths), self.depths.device
-            # Compiled, it never holds a mask of n x n.
-            see = partial(_mask_mod, self, window)
-            self._made[window] = create_block_mask(see, None, None, size, size, device=str(device), _compile=True)
+            some, full = self._seen_tiles(window)
+            self._made[window] = BlockMask.from_kv_blocks(
+                *_listed(some & ~full),
+                *_listed(full),
+                BLOCK_SIZE=TILE_TOKENS,
+                mask_mod=partial(_mask_mod, self, window),
+                seq_lengths=(len(self.depths), len(self.depths)),
+            )
         return self._made[window]
+
+    def _seen_tiles(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """bool [query tiles, key tiles], twice: does any query see any key, and do all see all?"""
+        ends, depths = _tiled(self.subtree_ends, 0), _tiled(self.depths, -1)
+        starts = torch.arange(0, ends.numel(), TILE_TOKENS, device=ends.device)
+        is_earlier = starts[None, :] < starts[:, None]
+        some = is_earlier & (ends.amax(1)[None, :] > starts[:, None]) | torch.eye(
+            len(starts), dtype=torch.bool, device=ends.device
+        )
+        full = is_earlier & (ends.amin(1)[None, :] >= starts[:, None] + TILE_TOKENS)
+        if window is not None:
+            full &= depths.amax(1)[:, None] - depths.amin(1)[None, :] < window
+        return some, full
+
+
+def _tiled(values: Tensor, padding: int) -> Tensor:
+    """[n] -> [tiles, TILE_TOKENS]"""
+    return nn.functional.pad(values, (0, -len(values) % TILE_TOKENS), value=padding).view(-1, TILE_TOKENS)
+
+
+def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """How many tiles each row has, and which: int32 [1, 1, tiles] and [1, 1, tiles, tiles], as BlockMask wants them."""
+    counts = tiles.sum(1, dtype=torch.int32)
+    indices = tiles.int().argsort(dim=1, descending=True, stable=True).int()
+    return counts[None, None], indices[None, None]
 
 
 def _mask_mod(tree: Tree, window: int | None, _batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import random
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_block_mask
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import learner.tree_attention
@@ -72,25 +71,37 @@ def test_keys_of_other_trees_and_ended_branches_cost_nothing(monkeypatch: pytest
     assert [block.mask.numel() for block in tree.blocks(None, torch.float32)] == [100] * 50
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_flex_attention_is_given_the_same_mask(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel needs CUDA, its mask does not. Made uncompiled here: that takes no compiler."""
-
-    def uncompiled(*args: object, _compile: bool, **kwargs: object) -> object:
-        return create_block_mask(*args, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("torch.nn.attention.flex_attention.create_block_mask", uncompiled)
-    pack, tree = forest(num_rows=60)
-    assert pack.num_tokens > 256  # several blocks of 128
-    blocks = tree.block_mask(window)
-    expected = expected_visibility(pack, window)
-    positions = torch.arange(pack.num_tokens)
-    sees = blocks.mask_mod(torch.tensor(0), torch.tensor(0), positions[:, None], positions[None, :])
+@pytest.mark.parametrize("window", [None, 3, 1000])
+def test_flex_attention_is_given_the_same_mask(window: int | None) -> None:
+    """The kernel needs CUDA, its mask does not: tiles it skips are unseen, tiles it does not look into are all seen."""
+    draw = random.Random(1)
+    stem = tuple(draw.randrange(9) for _ in range(400))
+    rows = [Row(stem[:length] + (9,) * 90, (Span(1, 2),), owner=length) for length in (20, 300, 400)]
+    [pack] = pack_rows([*rows, Row((8, 8), (Span(1, 2),), owner="other")], token_budget=10_000)
+    tree = Tree(torch.from_numpy(pack.subtree_ends), torch.from_numpy(pack.depths))
+    expected, positions = expected_visibility(pack, window), torch.arange(pack.num_tokens)
+    mask = tree.block_mask(window)
+    sees = mask.mask_mod(torch.tensor(0), torch.tensor(0), positions[:, None], positions[None, :])
     assert torch.equal(sees, expected)
-    padded = torch.nn.functional.pad(expected, (0, -pack.num_tokens % 128, 0, -pack.num_tokens % 128))
-    num_blocks = len(padded) // 128
-    has_any = padded.view(num_blocks, 128, num_blocks, 128).any(3).any(1)
-    assert torch.equal(blocks.to_dense()[0, 0].bool(), has_any)
+    tiles = expected.new_zeros(len(positions), len(positions))
+    for query in range(0, len(positions), 128):
+        for key in range(0, len(positions), 128):
+            tile = slice(query, query + 128), slice(key, key + 128)
+            if key // 128 in listed(mask.full_kv_num_blocks, mask.full_kv_indices, query // 128):
+                assert expected[tile].all()
+                tiles[tile] = True
+            elif key // 128 in listed(mask.kv_num_blocks, mask.kv_indices, query // 128):
+                tiles[tile] = True
+    assert not (expected & ~tiles).any()
+    assert mask.full_kv_num_blocks is not None
+    assert bool(mask.full_kv_num_blocks.sum()) == (window != 3)
+    assert tiles.float().mean() < 0.6  # it does skip
+
+
+def listed(counts: torch.Tensor | None, indices: torch.Tensor | None, query_tile: int) -> list[int]:
+    assert counts is not None
+    assert indices is not None
+    return indices[0, 0, query_tile, : counts[0, 0, query_tile]].tolist()
 
 
 def test_masks_are_made_once_for_all_layers() -> None:

@@ -1,0 +1,466 @@
+"""The speed and memory of a preference pass over demonstrations: ours, TRL's DPOTrainer, and rows in plain torch.
+
+    python -m venv --system-site-packages .venv-bench            # or any environment that has the project's packages
+    .venv-bench/bin/pip install -e '.[bench]'
+    .venv-bench/bin/python -m benchmarks.learner_speed [--repeats 5] [--json FILE]
+
+All three do the same work: one pass of the DPO loss over 40 preference pairs and one gradient step of a LoRA. There is
+one pair for each step of a demonstration: the prompt is the whole history, the expert's action is chosen, another
+rejected. Demonstrations are 5, 10, 20 or 40 steps long, 8, 4, 2 or 1 of them a pass. That it is the same work is checked:
+the losses of all passes agree. What is timed is forward, backward and gradient step; for ours also the building of the
+trees. The reference's logprobs are made before, by all three (TRL: `precompute_ref_log_probs`).
+
+Each competitor runs as fast as its settings permit on CPU: pairs sorted by length so that little is padded, no gradient
+checkpointing, no logging, saving or evaluation. TRL's `padding_free` is switched off by TRL itself. Seconds are medians
+over passes that alternate between the three in one process: CPU seconds of one thread, which are those of the clock on
+an idle machine and hardly more on a busy one. Memory is measured apart, each in a process of its own: the peak of
+resident memory during a pass over what was resident before it (Linux only).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import io
+import json
+import os
+import platform
+import queue
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from learner.batch import reference, score, to_batch
+from learner.losses import implicit_step_loss
+from learner.prefix_tree import Row, Span, pack_rows
+from learner.tree_attention import TREE_ATTENTION
+
+STEPS = (5, 10, 20, 40)
+PAIRS_PER_PASS = 40
+OBSERVATION_TOKENS, ACTION_TOKENS = 32, 16
+VOCAB_SIZE, PAD, END = 1000, 0, 1
+BATCH_SIZE = 8
+TOKEN_BUDGET = 2560
+BETA, LEARNING_RATE = 0.1, 1e-3
+TIME_GOALS = {10: 8.0, 40: 20.0}
+MEMORY_GOAL = 0.7
+LOSS_TOLERANCE = 1e-4
+
+
+# ------------------------------------------------------------------------------------------------ the work
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Token ids of one step: its history, the expert's action and another."""
+
+    prompt: tuple[int, ...]
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+
+
+def make_pairs(num_steps: int) -> list[Pair]:
+    """All steps of as many random demonstrations as make PAIRS_PER_PASS steps, shortest history first."""
+    draw = random.Random(num_steps)
+
+    def tokens(number: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(2, VOCAB_SIZE) for _ in range(number))
+
+    pairs = []
+    for _ in range(PAIRS_PER_PASS // num_steps):
+        history: tuple[int, ...] = ()
+        for _ in range(num_steps):
+            history += tokens(OBSERVATION_TOKENS)
+            pair = Pair(history, *((*tokens(ACTION_TOKENS - 1), END) for _ in range(2)))
+            pairs.append(pair)
+            history += pair.chosen
+    return sorted(pairs, key=lambda pair: len(pair.prompt))
+
+
+def make_network(attention: str) -> PeftModel:
+    """A random Qwen2 of 3 layers of 128, float32, with a fresh LoRA of rank 16 on all its linear layers."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+        initializer_range=0.08,
+        tie_word_embeddings=True,
+        pad_token_id=PAD,
+        bos_token_id=None,
+        eos_token_id=END,
+    )
+    config._attn_implementation = attention
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    network = get_peft_model(Qwen2ForCausalLM(config), LoraConfig(r=16, lora_alpha=32, target_modules=targets))
+    assert isinstance(network, PeftModel)
+    return network.train()
+
+
+def make_optimizer(network: PeftModel) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+
+
+# --------------------------------------------------------------------------------------------- competitors
+
+RunPass = Callable[[], tuple[float, float]]
+"""Runs one pass; returns its CPU seconds, and its mean loss before the gradient step."""
+
+
+def prepare_packed(pairs: list[Pair]) -> RunPass:
+    """Ours: all rows merged into trees, one forward and backward a pack."""
+    network, rows = make_network(TREE_ATTENTION), _rows(pairs)
+    optimizer = make_optimizer(network)
+    ref = torch.zeros(len(rows))
+    with reference(network):
+        for pack in pack_rows(rows, TOKEN_BUDGET):
+            scores = score(network, to_batch(pack, "cpu"))
+            ref[list(scores.rows)] = scores.sums()
+
+    def run_pass() -> tuple[float, float]:
+        began, total = time.process_time(), 0.0
+        for pack in pack_rows(rows, TOKEN_BUDGET):
+            scores = score(network, to_batch(pack, "cpu"))
+            sums, refs = scores.sums(), ref[list(scores.rows)]
+            loss = implicit_step_loss(sums[::2], refs[::2], sums[1::2], refs[1::2], beta=BETA, anchor_weight=0.0).loss
+            (loss / len(pairs)).backward()
+            total += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.process_time() - began, total / len(pairs)
+
+    return run_pass
+
+
+def _rows(pairs: list[Pair]) -> list[Row]:
+    """Two rows a pair, chosen first; a pair owns its rows, so packs hold whole pairs in this order."""
+    return [
+        Row(pair.prompt + action, (Span(len(pair.prompt), len(pair.prompt) + len(action)),), owner=number)
+        for number, pair in enumerate(pairs)
+        for action in (pair.chosen, pair.rejected)
+    ]
+
+
+def prepare_rows(pairs: list[Pair]) -> RunPass:
+    """A row for each step and side, in padded batches, in plain torch: causal kernel, logits only at the actions."""
+    network = make_network("sdpa")
+    optimizer = make_optimizer(network)
+    batches = [pairs[start : start + BATCH_SIZE] for start in range(0, len(pairs), BATCH_SIZE)]
+    with reference(network):
+        refs = [_row_logprobs(network, batch) for batch in batches]
+
+    def run_pass() -> tuple[float, float]:
+        began, total = time.process_time(), 0.0
+        for batch, ref in zip(batches, refs, strict=True):
+            ratios = _row_logprobs(network, batch) - ref
+            loss = -torch.nn.functional.logsigmoid(BETA * (ratios[: len(batch)] - ratios[len(batch) :])).sum()
+            (loss / len(pairs)).backward()
+            total += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.process_time() - began, total / len(pairs)
+
+    return run_pass
+
+
+def _row_logprobs(network: PeftModel, batch: list[Pair]) -> Tensor:
+    """[2 * pairs]: the logprobs of the chosen actions, then of the rejected ones."""
+    rows = [pair.prompt + pair.chosen for pair in batch] + [pair.prompt + pair.rejected for pair in batch]
+    input_ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=PAD)
+    targets = torch.tensor([row[-ACTION_TOKENS:] for row in rows])
+    places = torch.tensor([range(len(row) - ACTION_TOKENS - 1, len(row) - 1) for row in rows])
+    causal_lm: Any = network.get_base_model()
+    hidden = causal_lm.model(input_ids=input_ids, use_cache=False).last_hidden_state  # padding is to the right: unseen
+    logits = causal_lm.lm_head(hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.shape[2])))
+    return logits.log_softmax(-1).gather(2, targets[:, :, None]).sum((1, 2))
+
+
+def prepare_trl(pairs: list[Pair]) -> RunPass:
+    """TRL's DPOTrainer: one call of `train`, each epoch a pass, timed from the epoch's begin to its end.
+
+    The trainer runs in a thread that is let go on for one epoch at a time: it cannot be stopped and resumed otherwise.
+    """
+    turns, results = queue.Queue[bool](), queue.Queue[tuple[float, float]]()
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+        trainer = _trl_trainer(pairs, _epoch_clock(turns, results))
+    thread = threading.Thread(target=trainer.train, daemon=True)
+
+    def run_pass() -> tuple[float, float]:
+        if not thread.is_alive():
+            thread.start()
+        turns.put(True)
+        return results.get()
+
+    return run_pass
+
+
+def _epoch_clock(turns: queue.Queue[bool], results: queue.Queue[tuple[float, float]]) -> Any:
+    """A callback that waits for its turn before each epoch, and hands in the epoch's seconds and mean loss after it."""
+    from transformers import TrainerCallback
+
+    class EpochClock(TrainerCallback):
+        began = 0.0
+
+        def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+            turns.get()
+            self.began = time.process_time()
+
+        def on_epoch_end(self, *_: Any, **__: Any) -> None:
+            self.seconds = time.process_time() - self.began
+
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            if "loss" in logs:
+                results.put((self.seconds, logs["loss"]))
+
+    return EpochClock()
+
+
+def _trl_trainer(pairs: list[Pair], callback: Any) -> Any:
+    import datasets  # pyright: ignore[reportMissingImports]
+    from transformers import PrinterCallback
+    from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportMissingImports]
+
+    datasets.disable_progress_bars()
+    datasets.disable_caching()
+    rows = [
+        {"prompt": _text(pair.prompt) + " ", "chosen": _text(pair.chosen), "rejected": _text(pair.rejected)}
+        for pair in pairs
+    ]
+    arguments = DPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        beta=BETA,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        num_train_epochs=10_000,  # one epoch a pass; the benchmark ends before
+        per_device_train_batch_size=BATCH_SIZE,
+        gradient_accumulation_steps=len(pairs) // BATCH_SIZE,  # one gradient step a pass, like the others
+        train_sampling_strategy="sequential",
+        precompute_ref_log_probs=True,
+        max_length=None,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        logging_strategy="epoch",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = DPOTrainer(
+        model=make_network("sdpa"),
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=_tokenizer(),
+        callbacks=[callback],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _text(token_ids: tuple[int, ...]) -> str:
+    return " ".join(map(_word, token_ids))
+
+
+def _word(token: int) -> str:
+    return {PAD: "<pad>", END: "<end>"}.get(token, f"t{token}")
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """A word a token: undoes `_text`."""
+    tokenizer = Tokenizer(WordLevel({_word(token): token for token in range(VOCAB_SIZE)}, unk_token=_word(PAD)))
+    tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=_word(PAD), eos_token=_word(END))
+
+
+COMPETITORS: dict[str, Callable[[list[Pair]], RunPass]] = {
+    "ours": prepare_packed,
+    "TRL": prepare_trl,
+    "rows": prepare_rows,
+}
+
+
+# ---------------------------------------------------------------------------------------------- measurement
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One competitor on demonstrations of one length."""
+
+    competitor: str
+    num_steps: int
+    seconds: float
+    """Median CPU seconds of a pass."""
+    seconds_low: float
+    seconds_high: float
+    """The fastest and the slowest pass."""
+    peak_mib: float
+    """Peak resident memory during a pass over what was resident before."""
+    losses: tuple[float, ...]
+    """Mean loss of each pass, before its gradient step."""
+
+
+def measure(num_steps: int, repeats: int, bar: tqdm[Any]) -> list[Measurement]:
+    """All competitors on the same pairs, pass by pass in turn."""
+    pairs = make_pairs(num_steps)
+    runs = {name: prepare(pairs) for name, prepare in COMPETITORS.items()}
+    passes: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run_pass in runs.items():
+            bar.set_description(f"{num_steps} steps, {name}")
+            passes[name].append(run_pass())
+            bar.update()
+    return [_summary(name, num_steps, found) for name, found in passes.items()]
+
+
+def _summary(competitor: str, num_steps: int, passes: list[tuple[float, float]]) -> Measurement:
+    seconds = [seconds for seconds, _ in passes]
+    return Measurement(
+        competitor,
+        num_steps,
+        seconds=statistics.median(seconds),
+        seconds_low=min(seconds),
+        seconds_high=max(seconds),
+        peak_mib=_peak_in_child(competitor, num_steps),
+        losses=tuple(loss for _, loss in passes),
+    )
+
+
+def _peak_in_child(competitor: str, num_steps: int) -> float:
+    command = [sys.executable, "-m", "benchmarks.learner_speed", "--peak", competitor, str(num_steps)]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    if child.returncode:
+        raise RuntimeError(f"measuring the memory of {competitor} failed:\n{child.stderr}")
+    return float(child.stdout.split()[-1])
+
+
+def print_peak(competitor: str, num_steps: int) -> None:
+    """In a process of its own: MiB that a pass adds. A pass over short demonstrations goes before, for lazy imports."""
+    prepare = COMPETITORS[competitor]
+    prepare(make_pairs(STEPS[0]))()
+    run_pass = prepare(make_pairs(num_steps))
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back to the system, else the pass would reuse it unseen
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _status_mib("VmRSS")
+    run_pass()
+    print(_status_mib("VmHWM") - before)
+
+
+def _status_mib(field: str) -> float:
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    return int(line.split()[1]) / 1024
+
+
+def check_losses(measurements: list[Measurement]) -> float:
+    """The largest relative difference between the competitors' losses. Raises where it is not the same work."""
+    by_steps = {m.num_steps: m for m in measurements if m.competitor == "ours"}
+    differences = [
+        abs(loss - ours) / ours
+        for m in measurements
+        for loss, ours in zip(m.losses, by_steps[m.num_steps].losses, strict=True)
+    ]
+    if max(differences) > LOSS_TOLERANCE:
+        raise RuntimeError(f"the losses differ by {max(differences):.1e}: the competitors do not do the same work")
+    return max(differences)
+
+
+# ------------------------------------------------------------------------------------------------- the table
+
+
+def print_table(measurements: list[Measurement]) -> None:
+    """One line a length and competitor, and the verdict on each goal."""
+    found = {(m.num_steps, m.competitor): m for m in measurements}
+    print(
+        f"\n{'steps':>5} {'':6}{'seconds a pass (range)':>27}{'growth':>9}{'peak MiB':>10}{'ours is':>15}{'memory':>8}"
+    )
+    for m in measurements:
+        ours = found[m.num_steps, "ours"]
+        growth = m.seconds / found[STEPS[0], m.competitor].seconds
+        versus = "" if m is ours else f"{m.seconds / ours.seconds:8.1f}x faster{ours.peak_mib / m.peak_mib:7.2f}x"
+        seconds = f"{m.seconds:.3f} ({m.seconds_low:.3f} to {m.seconds_high:.3f})"
+        print(f"{m.num_steps:>5} {m.competitor:6}{seconds:>27}{growth:>8.1f}x{m.peak_mib:>10.0f}{versus}")
+    print(
+        "growth: against 5 steps, at the same number of steps a pass; 1.0x is linear in the length of a demonstration"
+    )
+    for num_steps, goal in TIME_GOALS.items():
+        speedup = found[num_steps, "TRL"].seconds / found[num_steps, "ours"].seconds
+        print(f"goal {goal:g}x faster than TRL at {num_steps} steps: {speedup:.1f}x, {_verdict(speedup >= goal)}")
+    shares = [found[num_steps, "ours"].peak_mib / found[num_steps, "TRL"].peak_mib for num_steps in STEPS]
+    print(f"goal {MEMORY_GOAL}x of TRL's memory: at most {max(shares):.2f}x, {_verdict(max(shares) <= MEMORY_GOAL)}")
+
+
+def _verdict(is_met: bool) -> str:
+    return "met" if is_met else "missed"
+
+
+def settings() -> dict[str, str]:
+    """What the figures depend on, for the table and the file."""
+    import trl  # pyright: ignore[reportMissingImports]
+
+    return {
+        "network": "random Qwen2, 3 layers of 128, vocabulary 1000, float32; LoRA r16 on all linear layers; AdamW",
+        "pass": f"{PAIRS_PER_PASS} preference pairs, forward, backward, one gradient step; reference made before",
+        "tokens": f"{OBSERVATION_TOKENS} of observation and {ACTION_TOKENS} of action a step, of both sides",
+        "ours": f"token budget {TOKEN_BUDGET}",
+        "TRL": f"{trl.__version__}, batch {BATCH_SIZE} pairs sorted by length, precompute_ref_log_probs, accumulation "
+        f"{PAIRS_PER_PASS // BATCH_SIZE}, no gradient checkpointing, no logging within a pass, no saving",
+        "rows": f"plain torch, batch {BATCH_SIZE} pairs sorted by length, causal kernel, logits at the actions only",
+        "machine": f"{platform.machine()}, 1 thread, torch {torch.__version__}",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5, help="timed passes of each competitor (default 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows of the table here too")
+    parser.add_argument("--peak", nargs=2, metavar=("COMPETITOR", "STEPS"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    if options.peak:
+        print_peak(options.peak[0], int(options.peak[1]))
+        return
+    measurements: list[Measurement] = []
+    with tqdm(total=len(STEPS) * len(COMPETITORS) * options.repeats, unit="pass") as bar:
+        for num_steps in STEPS:
+            measurements += measure(num_steps, options.repeats, bar)
+    for name, setting in settings().items():
+        print(f"{name}: {setting}")
+    print(f"same work: the losses of all passes agree within {check_losses(measurements):.0e}")
+    print_table(measurements)
+    if options.json:
+        document = {"settings": settings(), "rows": [asdict(m) for m in measurements]}
+        options.json.write_text(json.dumps(document, indent=1))
+
+
+if __name__ == "__main__":
+    main()
