@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -30,7 +30,7 @@ class Run:
     server_tools: ServerTools | None
     """None: the client runs the tools, one step is taken."""
 
-    def start(self, parts: Parts) -> AsyncIterator[Progress | Step]:
+    def start(self, parts: Parts) -> AsyncGenerator[Progress | Step, None]:
         if self.server_tools is None:
             return run_client_step(self.policy, parts.log, self.turn, self.is_new)
         return run_episode(self.policy, parts.log, self.turn, self.is_new, self.server_tools, parts.limits)

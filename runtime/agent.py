@@ -8,7 +8,7 @@ and an unfinished step is not logged: it was not answered.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
@@ -124,7 +124,9 @@ class Progress:
 # --------------------------------------------------------------------------------------------------- runs
 
 
-async def run_client_step(policy: Policy, log: StepLog, turn: Turn, is_new: bool) -> AsyncIterator[Progress | Step]:
+async def run_client_step(
+    policy: Policy, log: StepLog, turn: Turn, is_new: bool
+) -> AsyncGenerator[Progress | Step, None]:
     """One step; the client runs the tools it asks for. The step is durable when it is yielded."""
     said = ""
     async with aclosing(take_step(policy, turn, turn.prompt(policy.protocol))) as happenings:
@@ -145,7 +147,7 @@ async def run_client_step(policy: Policy, log: StepLog, turn: Turn, is_new: bool
 
 async def run_episode(
     policy: Policy, log: StepLog, turn: Turn, is_new: bool, server_tools: ServerTools, limits: RunLimits
-) -> AsyncIterator[Progress | Step]:
+) -> AsyncGenerator[Progress | Step, None]:
     """Steps with server-run tools until the policy answers or a limit is met. Each step is durable when yielded."""
     deadline = time.monotonic() + limits.deadline_s
     seen, said, taken = turn.seen, _Speech(), list[Step]()
@@ -272,7 +274,7 @@ def _next_turn(turn: Turn, step: Step) -> Turn:
 
 async def take_step(
     policy: Policy, turn: Turn, prompt: TokenIds, deadline: float | None = None
-) -> AsyncIterator[Progress | Step]:
+) -> AsyncGenerator[Progress | Step, None]:
     """Let the policy act once. Yields each token as it is sampled, then the step, which is not logged yet.
 
     `deadline` is a time.monotonic() value. Raises ContextFull where the prompt leaves no room to answer, and
@@ -284,7 +286,7 @@ async def take_step(
     ending = StopTexts(turn.stop)
     tokens: list[SampledToken] = []
     first_token_ms = 0.0
-    async with aclosing(policy.engine.generate(prompt, sampling, policy.adapter)) as stream:
+    async with aclosing(policy.engine.generate(prompt, sampling, policy.adapter)) as stream:  # type: ignore[type-var]
         async for sampled in stream:
             tokens.append(sampled)
             first_token_ms = first_token_ms or (time.perf_counter() - began) * 1000

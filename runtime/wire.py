@@ -132,11 +132,11 @@ class RequestMetadata(WireModel):
 
     model_config = ConfigDict(extra="allow")
 
-    episode_id: str | None = Field(None, pattern=EPISODE_ID)
+    episode_id: str | None = Field(default=None, pattern=EPISODE_ID)
     """Continue or begin this episode; without it the conversation itself tells."""
     task: str | None = None
     """`world/split/index` of a world's task."""
-    purpose: Purpose = Field(Purpose.SERVE, strict=False)
+    purpose: Purpose = Field(default=Purpose.SERVE, strict=False)
 
 
 _StopText = Annotated[str, Field(min_length=1, max_length=1000)]

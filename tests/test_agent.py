@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from itertools import pairwise
@@ -115,12 +115,12 @@ def stage(protocol: ChatProtocol, log: StepLog) -> StageMaker:
     return lambda *says, **engine: Stage(protocol, log, *says, **engine)
 
 
-async def steps_of(happenings: AsyncIterator[Progress | Step]) -> list[Step]:
+async def steps_of(happenings: AsyncGenerator[Progress | Step, None]) -> list[Step]:
     async with aclosing(happenings) as all_that_happens:
         return [happening async for happening in all_that_happens if isinstance(happening, Step)]
 
 
-async def text_of(happenings: AsyncIterator[Progress | Step]) -> str:
+async def text_of(happenings: AsyncGenerator[Progress | Step, None]) -> str:
     async with aclosing(happenings) as all_that_happens:
         return "".join([happening.text async for happening in all_that_happens if isinstance(happening, Progress)])
 

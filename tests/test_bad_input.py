@@ -15,7 +15,7 @@ from policies.chat_protocol import ChatProtocol
 from tests.conftest import ServeScripted
 from tests.serving import MODEL, SayingEngine, Served, parts_of, served, wait_until
 
-USER = {"role": "user", "content": "Hi"}
+USER: Any = {"role": "user", "content": "Hi"}
 LOOK: dict[str, Any] = {"type": "function", "function": {"name": "look"}}
 
 

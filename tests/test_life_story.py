@@ -14,7 +14,7 @@ from langchain_core.tools import tool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from openai import BadRequestError, NotFoundError, OpenAI
 from openai.types import Model
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessageFunctionToolCall
 
 from policies.chat_protocol import ChatProtocol
 from policies.types import FinalAnswer, ToolCalls
@@ -24,7 +24,7 @@ from tests.conftest import ServeScripted
 from tests.serving import MODEL, SayingEngine, Served
 from tools.worlds.order_desk import OrderDesk
 
-USER = {"role": "user", "content": "What is on the shelf?"}
+USER: Any = {"role": "user", "content": "What is on the shelf?"}
 LOOK_TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -55,6 +55,13 @@ def ask_streaming(served: Served, *messages: Any, **options: Any) -> list[ChatCo
 
 def text_of(answer: ChatCompletion, choice: int = 0) -> str:
     return answer.choices[choice].message.content or ""
+
+
+def call_in(answer: ChatCompletion) -> ChatCompletionMessageFunctionToolCall:
+    """The first call that the client is to run."""
+    call = (answer.choices[0].message.tool_calls or [None])[0]
+    assert isinstance(call, ChatCompletionMessageFunctionToolCall)
+    return call
 
 
 def streamed_text(chunks: list[ChatCompletionChunk], choice: int = 0) -> str:
@@ -115,7 +122,7 @@ def test_the_usage_chunk_comes_last_and_only_when_asked_for(serve_scripted: Serv
 
 def test_openais_client_reads_a_stream_to_its_end(serve_scripted: ServeScripted) -> None:
     client = serve_scripted("A globe.").client()
-    with client.chat.completions.stream(model=MODEL, messages=[USER]) as stream:  # type: ignore[list-item]
+    with client.chat.completions.stream(model=MODEL, messages=[USER]) as stream:
         for _ in stream:
             pass
         assert stream.get_final_completion().choices[0].message.content == "A globe."
@@ -124,7 +131,7 @@ def test_openais_client_reads_a_stream_to_its_end(serve_scripted: ServeScripted)
 async def test_the_asynchronous_client_is_served_side_by_side(serve_scripted: ServeScripted) -> None:
     served = serve_scripted(*["A globe."] * 8)
     async with served.async_client() as client:
-        asked = (client.chat.completions.create(model=MODEL, messages=[USER]) for _ in range(8))  # type: ignore[list-item]
+        asked = (client.chat.completions.create(model=MODEL, messages=[USER]) for _ in range(8))
         answers = await asyncio.gather(*asked)
     assert {answer.choices[0].message.content for answer in answers} == {"A globe."}
     assert served.parts.log.counts()["episodes"] == 8
@@ -156,10 +163,9 @@ def test_what_was_logged_is_what_the_engine_saw(serve_scripted: ServeScripted, p
 
 def test_a_call_goes_to_the_client_whole_and_streamed_alike(serve_scripted: ServeScripted) -> None:
     served = serve_scripted(LOOK, LOOK)
-    whole = ask(served.client(), tools=[LOOK_TOOL]).choices[0]
-    assert whole.finish_reason == "tool_calls"
-    assert whole.message.tool_calls is not None
-    function = whole.message.tool_calls[0].function  # type: ignore[union-attr]
+    whole = ask(served.client(), tools=[LOOK_TOOL])
+    assert whole.choices[0].finish_reason == "tool_calls"
+    function = call_in(whole).function
     assert (function.name, json.loads(function.arguments)) == ("look", {"at": "shelf"})
     entries = [choice for chunk in ask_streaming(served, tools=[LOOK_TOOL]) for choice in chunk.choices]
     assert entries[-1].finish_reason == "tool_calls"
@@ -172,7 +178,8 @@ def drive(client: OpenAI, index: int, act: Callable[[Any], Any] | None = None) -
     """Do a task of the order desk with tools on the client's side. Returns the outcome and the episodes' ids."""
     world = OrderDesk()
     task = world.task("heldout", index)
-    episode, messages, episode_ids = world.open(task), list(task.messages), []
+    episode, episode_ids = world.open(task), []
+    messages: list[Any] = list(task.messages)
     tools: Any = [convert_to_openai_tool(each) for each in episode.tools]
     for _ in range(15):
         raw = client.chat.completions.with_raw_response.create(
@@ -213,17 +220,14 @@ def test_a_call_can_be_required(novice_server: Served, tool_choice: Any) -> None
     # A string of this novice's may outgrow the limit; what must not happen is an answer without a call.
     assert choice.finish_reason in ("tool_calls", "length")
     if choice.finish_reason == "tool_calls":
-        assert choice.message.tool_calls is not None
-        name = choice.message.tool_calls[0].function.name  # type: ignore[union-attr]
-        assert name in (("look", "wait") if tool_choice == "required" else ("look",))
+        assert call_in(answer).function.name in (("look", "wait") if tool_choice == "required" else ("look",))
 
 
 def test_a_named_tool_is_the_one_that_is_called(novice_server: Served) -> None:
     choice = {"type": "function", "function": {"name": "wait"}}
     answer = ask(novice_server.client(), tools=[LOOK_TOOL, WAIT_TOOL], tool_choice=choice, seed=1)
     assert answer.choices[0].finish_reason == "tool_calls"
-    assert answer.choices[0].message.tool_calls is not None
-    assert answer.choices[0].message.tool_calls[0].function.name == "wait"  # type: ignore[union-attr]
+    assert call_in(answer).function.name == "wait"
 
 
 def test_tool_choice_none_offers_no_tools_and_runs_none(serve_scripted: ServeScripted) -> None:
@@ -247,7 +251,8 @@ def test_no_tools_and_an_empty_list_of_tools_differ(serve_scripted: ServeScripte
 def test_a_server_run_episode_shows_each_step_as_it_happens(novice_server: Served) -> None:
     task = OrderDesk().task("heldout", 21)
     chunks = ask_streaming(novice_server, *task.messages, temperature=0)
-    steps = [chunk.to_dict()["stepagent"]["step"] for chunk in chunks if "stepagent" in chunk.to_dict()]  # type: ignore[index]
+    extras: list[Any] = [chunk.to_dict().get("stepagent") for chunk in chunks]
+    steps = [extra["step"] for extra in extras if extra]
     assert len(steps) >= 3
     assert [step["index"] for step in steps] == list(range(len(steps)))
     assert [step["stop_reason"] is None for step in steps] == [True] * (len(steps) - 1) + [False]
@@ -263,11 +268,11 @@ def test_a_server_run_episode_shows_each_step_as_it_happens(novice_server: Serve
 
 def test_a_follow_up_question_is_the_same_episode(novice_server: Served) -> None:
     client = novice_server.client()
-    task = OrderDesk().task("heldout", 22)
-    first = client.chat.completions.with_raw_response.create(model=MODEL, messages=task.messages, temperature=0)  # type: ignore[arg-type]
+    asked: list[Any] = list(OrderDesk().task("heldout", 22).messages)
+    first = client.chat.completions.with_raw_response.create(model=MODEL, messages=asked, temperature=0)
     answer = first.parse().choices[0].message
-    told = [*task.messages, {"role": "assistant", "content": answer.content}, {"role": "user", "content": "Thanks."}]
-    second = client.chat.completions.with_raw_response.create(model=MODEL, messages=told, max_tokens=20)  # type: ignore[arg-type]
+    told: list[Any] = [*asked, {"role": "assistant", "content": answer.content}, {"role": "user", "content": "Thanks."}]
+    second = client.chat.completions.with_raw_response.create(model=MODEL, messages=told, max_tokens=20)
     assert second.headers["x-episode-id"] == first.headers["x-episode-id"]
     steps = novice_server.parts.log.steps(first.headers["x-episode-id"])
     last = novice_server.parts.log.step(second.headers["x-step-id"])
@@ -323,7 +328,7 @@ async def test_two_requests_may_begin_the_same_episode_at_once(serve_scripted: S
     served = serve_scripted(*["Hi."] * 6)
     async with served.async_client() as client:
         asked = (
-            client.chat.completions.create(model=MODEL, messages=[USER], metadata={"episode_id": "ours"})  # type: ignore[list-item]
+            client.chat.completions.create(model=MODEL, messages=[USER], metadata={"episode_id": "ours"})
             for _ in range(6)
         )
         await asyncio.gather(*asked)
@@ -391,7 +396,7 @@ def test_the_token_limit_is_kept(serve_scripted: ServeScripted, name: str) -> No
 
 def test_logprobs_are_those_of_the_tokens(novice_server: Served, protocol: ChatProtocol) -> None:
     raw = novice_server.client().chat.completions.with_raw_response.create(
-        model=MODEL, messages=[USER], logprobs=True, top_logprobs=3, seed=1, max_tokens=8, tools=[]  # type: ignore[list-item]
+        model=MODEL, messages=[USER], logprobs=True, top_logprobs=3, seed=1, max_tokens=8, tools=[]
     )  # fmt: skip
     answer = ChatCompletion.model_validate_json(raw.http_response.content, strict=True)
     assert answer.choices[0].logprobs is not None
@@ -494,7 +499,7 @@ def test_models_are_listed_and_read(serve_scripted: ServeScripted) -> None:
 
 def test_the_base_network_can_be_asked_for_by_name(serve_scripted: ServeScripted) -> None:
     served = serve_scripted("Hi.")
-    served.client().chat.completions.create(model="base", messages=[USER])  # type: ignore[list-item]
+    served.client().chat.completions.create(model="base", messages=[USER])
     assert served.parts.log.episodes()[0].adapter == "base"
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import orjson
 from fastapi import APIRouter, Header, Request
@@ -23,6 +23,7 @@ from runtime.wire import EPISODE_ID, ChatCompletionRequest
 T = TypeVar("T")
 Happening = tuple[int, Progress | Step]
 """A choice's number, and what happened in its run."""
+Happenings = AsyncGenerator[Happening, None]
 
 
 def chat_routes(parts: Parts) -> APIRouter:
@@ -35,9 +36,8 @@ def chat_routes(parts: Parts) -> APIRouter:
         x_episode_id: str | None = Header(None, pattern=EPISODE_ID),
     ) -> Response:
         """Answer a conversation. Every step behind the answer is in the log before its last byte leaves."""
-        happenings = _happenings(parts, body, x_episode_id)
-        runs = await anext(happenings)
-        assert isinstance(runs, list), "the runs come first"
+        opened = _happenings(parts, body, x_episode_id)
+        runs, happenings = cast(list[Run], await anext(opened)), cast(Happenings, opened)
         choices = [Choice(index, parts.protocol, body.logprobs) for index in range(len(runs))]
         answer = Answer(body.model, choices, runs[0].turn.step_id)
         if not body.stream:
@@ -54,7 +54,7 @@ def chat_routes(parts: Parts) -> APIRouter:
 
 async def _happenings(
     parts: Parts, body: ChatCompletionRequest, episode_id: str | None
-) -> AsyncIterator[list[Run] | Happening]:
+) -> AsyncGenerator[list[Run] | Happening, None]:
     """First the runs of a request, then what happens in them. The adapter's lease lasts as long as the iterator."""
     async with admitted(parts, body, episode_id) as runs:
         yield runs
@@ -63,14 +63,14 @@ async def _happenings(
                 yield happening
 
 
-async def _single(parts: Parts, run: Run) -> AsyncIterator[Happening]:
+async def _single(parts: Parts, run: Run) -> Happenings:
     async with aclosing(run.start(parts)) as happenings:
         async for happening in happenings:
             _count(parts, happening)
             yield 0, happening
 
 
-async def _merged(parts: Parts, runs: list[Run]) -> AsyncIterator[Happening]:
+async def _merged(parts: Parts, runs: list[Run]) -> Happenings:
     """What happens in several runs, as it arrives."""
     arrivals: asyncio.Queue[Happening | Exception | None] = asyncio.Queue()
     tasks = [asyncio.create_task(_follow(parts, number, run, arrivals)) for number, run in enumerate(runs)]
@@ -103,7 +103,7 @@ def _count(parts: Parts, happening: Progress | Step) -> None:
         parts.metrics.count_step(happening)
 
 
-async def _gather(answer: Answer, happenings: AsyncIterator[list[Run] | Happening]) -> None:
+async def _gather(answer: Answer, happenings: Happenings) -> None:
     async with aclosing(happenings):
         async for number, happening in happenings:
             answer.choices[number].add(happening)
@@ -112,7 +112,7 @@ async def _gather(answer: Answer, happenings: AsyncIterator[list[Run] | Happenin
 async def _events(
     answer: Answer,
     first: Happening,
-    rest: AsyncIterator[list[Run] | Happening],
+    rest: Happenings,
     wants_usage: bool,
 ) -> AsyncIterator[bytes]:
     async with aclosing(rest):
