@@ -15,6 +15,7 @@ Not covered: quantised adapters, images; adapters on the embeddings or the outpu
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import multiprocessing
 import os
@@ -79,6 +80,13 @@ MAX_CONTEXT_ON_CPU = 4096
 MIN_KV_CACHE_BYTES = 64 << 20
 NUM_CONTEXTS_IN_KV_CACHE = 8
 """On a CPU, vLLM would reserve most of the memory; this many full contexts, shared by all completions, do."""
+
+NUM_NULL_PLACES = 1
+"""vLLM's CPU kernels take place -1, "no adapter", for the last place: where a batch is mixed, the base network's rows
+would be computed with the adapter that lies there (vLLM pull request 48421). The last place is taken last: one place
+more than adapters stays empty for ever."""
+
+SHUTDOWN_TIMEOUT_S = 10.0
 
 
 @dataclass(eq=False, slots=True)
@@ -159,14 +167,14 @@ class VllmEngine:
     ) -> AsyncIterator[SampledToken]:
         """See `Engine.generate`. Under a grammar the tokenizer's own end token ends a completion too."""
         self._check(prompt_token_ids, sampling, adapter)
-        stream = Stream(adapter)
-        self._streams.add(stream)
         outputs = self._llm.generate(
             tokens_input(list(prompt_token_ids)),
             self._vllm_sampling(sampling),
             request_id=uuid.uuid4().hex,
             lora_request=None if adapter is None else lora_request(adapter),
         )
+        stream = Stream(adapter)
+        self._streams.add(stream)
         try:
             async for output in outputs:
                 stream.has_begun = True
@@ -216,7 +224,7 @@ class VllmEngine:
                 output_kind=RequestOutputKind.DELTA,
                 structured_outputs=structured_outputs,
             )
-        except ValueError as error:
+        except Exception as error:  # vLLM's own, of no common kind
             raise EngineError(f"vLLM cannot sample like this: {error}") from error
 
     async def _warm_up(self) -> None:
@@ -288,7 +296,7 @@ class VllmEngine:
         self._is_closed = True
         # vLLM's own shutdown leaves running completions waiting for ever.
         self._llm.output_processor.propagate_error(EngineDeadError())
-        await asyncio.to_thread(self._llm.shutdown, 5.0)
+        await asyncio.to_thread(self._llm.shutdown, SHUTDOWN_TIMEOUT_S)
 
     def _problem(self) -> str:
         if self._is_closed:
@@ -372,14 +380,15 @@ def own_engine_args(
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if max_rank > max(get_args(MaxLoRARanks)):
         raise ValueError(f"vLLM takes adapters up to rank {max(get_args(MaxLoRARanks))}, not {max_rank}")
+    num_places = max_adapters + NUM_NULL_PLACES if current_platform.is_cpu() else max_adapters
     args: dict[str, Any] = {
         "model": model,
         "tokenizer": None if tokenizer is None else str(tokenizer),
         "max_num_seqs": max_batch_size,
         "max_model_len": max_context_tokens or -1,  # -1: as long as the memory allows
         "enable_lora": True,
-        "max_loras": max_adapters,
-        "max_cpu_loras": max_adapters,
+        "max_loras": num_places,
+        "max_cpu_loras": num_places,
         "max_lora_rank": min(rank for rank in get_args(MaxLoRARanks) if rank >= max_rank),
         "lora_target_modules": list(TARGET_MODULES),
         "structured_outputs_config": StructuredOutputsConfig(backend="guidance"),  # our grammars are llguidance's
@@ -454,7 +463,15 @@ def run_engine_process(*args: Any, **kwargs: Any) -> None:
     """Where vLLM's process begins. It ends with the server, however that ends: an orphan would hold the GPU."""
     os.setsid()  # Ctrl-C is for the server, which ends its requests before its engine
     threading.Thread(target=die_with_parent, daemon=True).start()
-    EngineCoreProc.run_engine_core(*args, **kwargs)
+    exit_code: Any = 1
+    try:
+        EngineCoreProc.run_engine_core(*args, **kwargs)
+        exit_code = 0
+    except SystemExit as end:  # how vLLM ends when it was asked to
+        exit_code = end.code or 0
+    finally:
+        logging.shutdown()
+        os._exit(exit_code)  # all resources are free by now; the interpreter would take seconds more to end
 
 
 def die_with_parent() -> None:
@@ -464,11 +481,18 @@ def die_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+class ClosedByUs(AsyncLLM):
+    """vLLM's client without its own end by garbage collection, which fails noisily when the interpreter ends."""
+
+    def __del__(self) -> None:
+        pass
+
+
 def start_llm(args: AsyncEngineArgs) -> AsyncLLM:
     """vLLM with its process made to begin in `run_engine_process`."""
     original = EngineCoreProc.run_engine_core
     EngineCoreProc.run_engine_core = staticmethod(run_engine_process)
     try:
-        return AsyncLLM.from_engine_args(args)
+        return ClosedByUs.from_engine_args(args)
     finally:
         EngineCoreProc.run_engine_core = original
