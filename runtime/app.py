@@ -12,7 +12,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime.metrics import Metrics
 from runtime.parts import Parts
+from runtime.routes.adapters import adapter_routes
 from runtime.routes.chat import chat_routes
+from runtime.routes.demonstrations import demonstration_routes
 from runtime.routes.episodes import episode_routes
 from runtime.routes.errors import ApiError, install_error_handlers
 from runtime.routes.server import server_routes
@@ -38,7 +40,7 @@ def create_app(parts: Parts) -> FastAPI:
 
     app = FastAPI(title="StepAgent", version="0.1.0", lifespan=lifespan)
     install_error_handlers(app)
-    for routes in (chat_routes, episode_routes, server_routes):
+    for routes in (chat_routes, episode_routes, demonstration_routes, adapter_routes, server_routes):
         app.include_router(routes(parts))
     app.add_middleware(_BodyLimit)
     app.add_middleware(_RequestCount, metrics=parts.metrics)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from policies.types import Message, SamplingParams, ToolSchema
+from runtime.demonstrations import Demonstration
 from runtime.types import Purpose
 
 _NAME = r"^[A-Za-z0-9_.-]{1,64}$"
@@ -249,3 +250,73 @@ class OutcomeRequest(WireModel):
     """0 is failure, 1 success; parts of it lie between."""
     source: str = Field("user", pattern=_NAME)
     note: str = Field("", max_length=10_000)
+
+
+# ---------------------------------------------------------------------------------------- demonstrations
+
+
+class DemonstrationMessage(ChatMessage):
+    """One message of an expert's conversation; its assistant messages may tell what was thought."""
+
+    reasoning_content: str | None = None
+
+
+class DemonstrationEntry(WireModel):
+    """One expert's conversation."""
+
+    messages: list[DemonstrationMessage] = Field(min_length=1)
+    tools: list[Tool] = Field(default_factory=list)
+    """The tools that were on offer."""
+    learn_from: list[int] | None = None
+    """Indices of the assistant messages to learn from; without it, all."""
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    """Where it comes from: logged as the episode's metadata."""
+    digest: str | None = Field(default=None, pattern=r"^[0-9a-f]{32,128}$")
+    """What tells it from every other, in hex; without it, the SHA-256 of messages, tools and learn_from."""
+    expert: str = Field(default="expert", pattern=_NAME)
+    task: str | None = None
+    """`world/split/index` of a world's task."""
+
+    def as_demonstration(self) -> Demonstration:
+        return Demonstration(
+            messages=tuple(message.as_message() for message in self.messages),
+            tools=tuple(tool.model_dump() for tool in self.tools),
+            asked_indices=None if self.learn_from is None else tuple(self.learn_from),
+            asked_digest=self.digest,
+            expert=self.expert,
+            task=self.task,
+            provenance=self.provenance,
+        )
+
+
+class DemonstrationsRequest(WireModel):
+    """Body of POST /v1/demonstrations."""
+
+    demonstrations: list[DemonstrationEntry]
+
+
+# ---------------------------------------------------------------------------------------------- adapters
+
+_Reason = Annotated[str, Field(max_length=10_000)]
+
+
+class AdapterRegistration(WireModel):
+    """Body of POST /v1/adapters."""
+
+    path: str = Field(min_length=1, max_length=4096)
+    """A PEFT folder on the server's machine, with its probe."""
+    parent: str | None = None
+    """Name of the adapter it was trained from; without it, from the base network."""
+    reason: _Reason = ""
+
+
+class AdapterChange(WireModel):
+    """Body of POST /v1/adapters/{name}/promote and /v1/adapters/rollback; may be left out."""
+
+    reason: _Reason = ""
+
+
+class AdapterRefusal(WireModel):
+    """Body of POST /v1/adapters/{name}/refuse."""
+
+    reason: _Reason = Field(min_length=1)

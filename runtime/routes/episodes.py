@@ -31,13 +31,7 @@ def episode_routes(parts: Parts) -> APIRouter:
     ) -> dict[str, Any]:
         """Newest first. `after` is the `last_id` of the page before."""
         found = log.episodes(after, limit + 1, purpose, actor, adapter, task_prefix)
-        page = found[:limit]
-        return {
-            "object": "list",
-            "data": [_episode(episode) for episode in page],
-            "has_more": len(found) > limit,
-            "last_id": page[-1].id if page else None,
-        }
+        return episode_page(found, limit)
 
     @router.get("/{episode_id}")
     async def read_episode(episode_id: str, with_tokens: bool = False) -> dict[str, Any]:
@@ -55,6 +49,17 @@ def episode_routes(parts: Parts) -> APIRouter:
         return asdict(outcome)
 
     return router
+
+
+def episode_page(found: list[Episode], limit: int) -> dict[str, Any]:
+    """One page of a list; `found` holds one episode more than the limit where there are more pages."""
+    page = found[:limit]
+    return {
+        "object": "list",
+        "data": [_episode(episode) for episode in page],
+        "has_more": len(found) > limit,
+        "last_id": page[-1].id if page else None,
+    }
 
 
 def _known(parts: Parts, episode_id: str) -> Episode:

@@ -10,7 +10,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from policies.adapter_files import AdapterRefused
 from policies.chat_protocol import ChatProtocolError
+from policies.registry import RegistryError, UnknownAdapter
 from policies.types import EngineError
 from runtime.admission import UnknownModel
 from runtime.agent import ContextFull
@@ -64,6 +66,12 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(503, f"the engine could not answer: {error}", "engine_error")
         case SwapError():
             return ApiError(409, str(error), "adapter_not_served")
+        case AdapterRefused():
+            return ApiError(409, f"the adapter is refused: {error}", "adapter_refused")
+        case UnknownAdapter():
+            return ApiError(404, f"{error}; GET /v1/adapters lists them", "adapter_not_found")
+        case RegistryError():
+            return ApiError(409, str(error), "adapter_conflict")
         case StepLogError():
             return ApiError(503, f"the answer could not be logged, so it was not given: {error}", "log_error")
         case HTTPException(status_code=404):
@@ -91,7 +99,8 @@ def install_error_handlers(app: FastAPI) -> None:
     async def answer(_: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
 
-    refused = (ApiError, RequestValidationError, HTTPException, ValueError, ContextFull, SwapError)
+    refused = (ApiError, RequestValidationError, HTTPException, ValueError, ContextFull)
+    of_adapters = (SwapError, AdapterRefused, RegistryError)
     failed = (EngineError, StepLogError, Exception)
-    for kind in (*refused, *failed):
+    for kind in (*refused, *of_adapters, *failed):
         app.add_exception_handler(kind, answer)

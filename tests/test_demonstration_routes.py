@@ -1,0 +1,225 @@
+"""Experts' conversations come in as episodes whose steps look like served ones; what cannot be learned is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import httpx
+import pytest
+from langchain_core.utils.function_calling import convert_to_openai_tool
+
+from learner.demonstrations import ImportedDemonstration, read_record
+from policies.chat_protocol import ChatProtocol, message_action
+from policies.types import EngineLimits, FinalAnswer, Message, ToolCalls
+from runtime.conversation import history_of
+from runtime.types import Actor, Step, StopReason
+from tests.serving import MODEL, SayingEngine, Served, parts_of, served
+from tools.worlds.order_desk import OrderDesk
+
+WORLD = OrderDesk()
+HELLO: list[Message] = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+CONTEXT = 1500
+
+
+@pytest.fixture(scope="module")
+def server(protocol: ChatProtocol, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One server for all tests: each imports its own demonstrations."""
+    limits = EngineLimits(CONTEXT, max_adapters=3, max_rank=16, vocab_size=430, supports_grammar=True)
+    engine = SayingEngine(protocol, limits=limits)
+    with served(parts_of(engine, protocol, tmp_path_factory.mktemp("demonstrations"))) as running:
+        yield running
+
+
+def expert_demonstration(index: int, **said: Any) -> dict[str, Any]:
+    """What the order desk's expert does with a task, from the first message to its answer."""
+    task = WORLD.task("train", index)
+    episode = WORLD.open(task)
+    messages = [*task.messages, episode.expert_action()]
+    while messages[-1].get("tool_calls"):
+        messages += episode.play(messages[-1])
+        messages.append(episode.expert_action())
+    tools = [convert_to_openai_tool(tool) for tool in episode.tools]
+    return {"messages": messages, "tools": tools, "task": task.id, **said}
+
+
+def post(server: Served, *demonstrations: dict[str, Any]) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/demonstrations", json={"demonstrations": demonstrations}, timeout=30)
+
+
+def imported(server: Served, demonstration: dict[str, Any]) -> list[Step]:
+    """The steps of a demonstration that is imported under a digest of the test's own."""
+    answer = post(server, demonstration).json()
+    assert answer == {"imported": 1, "already_known": 0, "refused": []}
+    return server.parts.log.steps(f"demo_{demonstration['digest'][:32]}")
+
+
+def reason(server: Served, demonstration: dict[str, Any]) -> str:
+    """Why a demonstration is refused; nothing of it is logged."""
+    counts = server.parts.log.counts()
+    answer = post(server, demonstration).json()
+    assert (answer["imported"], answer["already_known"]) == (0, 0)
+    assert server.parts.log.counts() == counts
+    assert [refusal["index"] for refusal in answer["refused"]] == [0]
+    return answer["refused"][0]["reason"]
+
+
+# -------------------------------------------------------------------------------------------------- steps
+
+
+def test_an_experts_conversation_becomes_an_episode_of_steps_as_serving_would_have_logged_them(
+    server: Served, protocol: ChatProtocol
+) -> None:
+    demonstration = expert_demonstration(1, digest="a1" * 32, provenance={"file": "desk.jsonl", "line": 3})
+    messages, tools = demonstration["messages"], demonstration["tools"]
+    steps = imported(server, demonstration)
+    episode = server.parts.log.episode("demo_" + "a1" * 16)
+    assert episode is not None
+    assert (episode.actor, episode.adapter, episode.task) == (Actor.EXPERT, "expert", WORLD.task("train", 1).id)
+    assert episode.metadata == {"file": "desk.jsonl", "line": 3, "digest": "a1" * 32}
+
+    learned = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    assert len(steps) == len(learned) >= 6
+    for step, index in zip(steps, learned, strict=True):
+        assert step.prompt_token_ids == protocol.render(messages[:index], tools)
+        assert step.action == message_action(messages[index])
+        read = protocol.parse(step.completion_token_ids, tools=tools)
+        assert isinstance(read, FinalAnswer) == isinstance(step.action, FinalAnswer)
+        assert step.behavior_logprobs is None
+        assert list(step.tools) == tools
+    assert [step.index for step in steps] == list(range(len(steps)))
+    assert [step.parent_id for step in steps] == [None, *(step.id for step in steps[:-1])]
+    stops = [StopReason.CLIENT_TOOLS] * (len(steps) - 1) + [StopReason.FINAL_ANSWER]
+    assert [step.stop_reason for step in steps] == stops
+    assert protocol.render(history_of(steps), tools) == protocol.render(messages, tools)
+
+
+def test_a_step_stands_on_the_tokens_of_the_step_before(server: Served) -> None:
+    steps = imported(server, expert_demonstration(2, digest="a2" * 32))
+    for parent, step in pairwise(steps):
+        told = parent.prompt_token_ids + parent.completion_token_ids
+        assert step.prompt_token_ids[: len(told)] == told
+    assert server.parts.log.verify() == []
+
+
+def test_a_demonstration_has_the_tokens_of_the_served_conversation(server: Served, protocol: ChatProtocol) -> None:
+    """The same conversation, once served and once demonstrated."""
+    demonstration = expert_demonstration(3, digest="a3" * 32)
+    engine = server.parts.engine
+    assert isinstance(engine, SayingEngine)
+    steps = imported(server, demonstration)
+    engine.says.extend(step.completion_token_ids for step in steps)
+    task, client = WORLD.task("train", 3), server.client()
+    episode = WORLD.open(task)
+    messages: list[Any] = list(task.messages)
+    served_ids = []
+    for _ in steps:
+        answer = client.chat.completions.with_raw_response.create(
+            model=MODEL, messages=messages, tools=demonstration["tools"]
+        )
+        served_ids.append(answer.headers["x-step-id"])
+        said = answer.parse().choices[0].message.model_dump(exclude_none=True)
+        messages += [said, *episode.play(said)]
+    served_steps = [server.parts.log.step(step_id) for step_id in served_ids]
+    assert [(s.prompt_token_ids, s.completion_token_ids) for s in served_steps if s] == [
+        (s.prompt_token_ids, s.completion_token_ids) for s in steps
+    ]
+
+
+def test_messages_not_learned_from_are_seen_by_the_next_step(server: Served, protocol: ChatProtocol) -> None:
+    demonstration = expert_demonstration(4, digest="a4" * 32)
+    messages, tools = demonstration["messages"], demonstration["tools"]
+    said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    steps = imported(server, {**demonstration, "learn_from": [said[3], said[1]]})
+    assert [step.action for step in steps] == [message_action(messages[said[1]]), message_action(messages[said[3]])]
+    for step, index in zip(steps, (said[1], said[3]), strict=True):
+        assert step.prompt_token_ids == protocol.render(messages[:index], tools)
+    seen = [message for step in steps for message in (*step.new_messages, messages[said[step.index * 2 + 1]])]
+    assert seen == messages[: said[3] + 1]
+    assert isinstance(steps[0].action, ToolCalls)
+
+
+def test_what_the_learner_reads_from_a_file_is_imported_under_its_own_digest(server: Served) -> None:
+    read = read_record(expert_demonstration(5), "desk.jsonl", 1)
+    assert isinstance(read, ImportedDemonstration)
+    wire = read.to_wire()
+    assert post(server, wire).json()["imported"] == 1
+    del wire["digest"]
+    assert post(server, wire).json()["already_known"] == 1, "the computed digest is another than the learner's"
+
+
+# ------------------------------------------------------------------------------------------- known and refused
+
+
+def test_importing_again_adds_nothing(server: Served) -> None:
+    batch = [expert_demonstration(index) for index in (10, 11, 10)]
+    assert post(server, *batch).json() == {"imported": 2, "already_known": 1, "refused": []}
+    counts = server.parts.log.counts()
+    assert post(server, *batch).json() == {"imported": 0, "already_known": 3, "refused": []}
+    assert server.parts.log.counts() == counts
+
+
+def test_bad_ones_are_refused_by_their_place_and_the_rest_is_imported(server: Served) -> None:
+    unsaid = {"messages": [{"role": "user", "content": "Hi"}]}
+    answer = post(server, expert_demonstration(20), unsaid, expert_demonstration(21)).json()
+    assert (answer["imported"], answer["already_known"]) == (2, 0)
+    assert [refusal["index"] for refusal in answer["refused"]] == [1]
+    assert "no assistant message" in answer["refused"][0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"messages": HELLO[:1]}, "no assistant message"),
+        ({"learn_from": [0]}, "learn_from names message 0"),
+        ({"learn_from": [7]}, "learn_from names message 7"),
+        ({"learn_from": [-1]}, "learn_from names message -1"),
+        ({"learn_from": []}, "learn_from is empty"),
+        ({"messages": HELLO[1:]}, "nothing was seen before it"),
+        ({"messages": [{"role": "user", "content": "Hi " * CONTEXT}, HELLO[1]]}, f"context holds {CONTEXT}"),
+        ({"messages": [HELLO[0], {"role": "assistant", "content": "A<|im_end|>B"}]}, "ends a turn"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_refused_in_words(server: Served, changes: dict[str, Any], why: str) -> None:
+    assert why in reason(server, {"messages": HELLO, **changes})
+
+
+@pytest.mark.parametrize("arguments", ["{", "[1]", '{"a": NaN}'])
+def test_a_call_that_cannot_be_read_is_refused(server: Served, arguments: str) -> None:
+    call = {"id": "call_0", "type": "function", "function": {"name": "check_item", "arguments": arguments}}
+    calling = {"role": "assistant", "tool_calls": [call]}
+    assert "arguments of check_item" in reason(server, {"messages": [HELLO[0], calling]})
+
+
+def test_text_that_would_be_read_as_a_call_is_refused(server: Served) -> None:
+    text = '<tool_call>\n{"name": "check_item", "arguments": {}}\n</tool_call>'
+    assert "another action" in reason(server, {"messages": [HELLO[0], {"role": "assistant", "content": text}]})
+
+
+def test_a_body_of_the_wrong_form_is_refused_whole(server: Served) -> None:
+    counts = server.parts.log.counts()
+    response = post(server, expert_demonstration(30), {"messages": "Hi"})
+    assert response.status_code == 400
+    assert "demonstrations.1.messages" in response.json()["error"]["message"]
+    assert server.parts.log.counts() == counts
+
+
+# --------------------------------------------------------------------------------------------------- list
+
+
+def test_the_list_holds_experts_episodes_alone_page_by_page(server: Served) -> None:
+    post(server, *(expert_demonstration(index, expert="ada") for index in (40, 41, 42)))
+    server.client().chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "Hi"}])
+    ids, after = [], ""
+    while True:
+        query = "limit=2&adapter=ada" + (f"&after={after}" if after else "")
+        page = httpx.get(f"{server.url}/v1/demonstrations?{query}").json()
+        ids += [episode["id"] for episode in page["data"]]
+        if not page["has_more"]:
+            break
+        after = page["last_id"]
+    assert len(ids) == len(set(ids)) == 3
+    everything = httpx.get(f"{server.url}/v1/demonstrations?limit=1000").json()["data"]
+    assert {episode["actor"] for episode in everything} == {"expert"}
+    assert set(ids) <= {episode["id"] for episode in everything}
