@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterable
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
@@ -51,7 +53,7 @@ class Settings(BaseSettings):
     """Folder (or hub name) of the base model; the default is the novice that comes with this repository."""
     served_name: str = ""
     """Model name that clients see; empty takes the model folder's name."""
-    api_key: SecretStr | None = None
+    api_key: SecretStr | None = Field(None, min_length=1)
     """Clients must send it as a bearer token; unset: none is asked for."""
     world: str = "order_desk"
     """World whose tasks the server knows and whose tools it runs; empty for none."""
@@ -63,9 +65,9 @@ class Settings(BaseSettings):
     """Most steps of one run of server-run tools."""
     max_run_tokens: int = Field(8192, ge=1)
     """Most tokens that the policy may write in one run."""
-    deadline: float = Field(300.0, gt=0)
+    deadline: float = Field(300.0, gt=0, allow_inf_nan=False)
     """Most seconds of one run."""
-    tool_timeout: float = Field(30.0, gt=0)
+    tool_timeout: float = Field(30.0, gt=0, allow_inf_nan=False)
     """Most seconds of one tool call."""
     max_context: int | None = Field(None, ge=16)
     """Most tokens of prompt and answer together; default: what the model allows."""
@@ -102,7 +104,11 @@ class Settings(BaseSettings):
 
 
 def _config_file() -> Path:
-    return Path(os.environ.get("STEPAGENT_CONFIG", "stepagent.toml"))
+    """Raises FileNotFoundError for a file that is named but is not there."""
+    named = os.environ.get("STEPAGENT_CONFIG")
+    if named and not Path(named).is_file():
+        raise FileNotFoundError(f"STEPAGENT_CONFIG names {named}, which is not a file")
+    return Path(named or "stepagent.toml")
 
 
 def _is_loopback(host: str) -> bool:
@@ -122,7 +128,14 @@ def parse_settings(arguments: list[str]) -> Settings:
     try:
         return CliApp.run(Settings, cli_args=arguments)
     except ValidationError as error:
-        problems = [f"  {'.'.join(map(str, e['loc'])) or 'options'}: {e['msg']}" for e in error.errors()]
-        raise SystemExit("\n".join(["these options cannot be used:", *problems])) from None
+        problems = (f"{'.'.join(map(str, e['loc'])) or 'options'}: {e['msg']}" for e in error.errors())
+        _refuse(problem.replace("Value error, ", "") for problem in problems)
     except SettingsError as error:
-        raise SystemExit(f"these options cannot be used: {error}") from None
+        _refuse([str(error)])
+    except (ValueError, OSError) as error:
+        _refuse([f"{os.environ.get('STEPAGENT_CONFIG', 'stepagent.toml')} cannot be read: {error}"])
+
+
+def _refuse(problems: Iterable[str]) -> NoReturn:
+    print("these options cannot be used:", *(f"  {problem}" for problem in problems), sep="\n", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,209 @@
+"""The server's options: three sources in order, wrong values told in a sentence, and help without heavy imports."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from runtime.config import Settings, parse_settings
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def away_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No options of the machine's own: an empty folder, and no variables."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("STEPAGENT_")]:
+        monkeypatch.delenv(name)
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What is said of options that cannot be used."""
+    with pytest.raises(SystemExit) as ended:
+        parse_settings(list(arguments))
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "Traceback" not in said.err
+    return said.err
+
+
+def test_without_options_everything_has_a_default() -> None:
+    settings = parse_settings([])
+    assert (settings.host, settings.port, settings.engine) == ("127.0.0.1", 8000, "embedded")
+    assert settings.model == "policies/novice_model"
+    assert settings.world == "order_desk"
+    assert settings.api_key is None
+
+
+def test_options_come_from_the_command_line() -> None:
+    settings = parse_settings(
+        ["--port", "9", "--state", "s", "--tool-timeout=1.5", "--tools", "calculator,search", "--max-context", "512"]
+    )
+    assert (settings.port, settings.state, settings.tool_timeout) == (9, Path("s"), 1.5)
+    assert (settings.tools, settings.max_context) == (["calculator", "search"], 512)
+
+
+def test_lists_are_repeated_or_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ["calculator", "search"]
+    assert parse_settings(["--tools", "calculator", "--tools", "search"]).tools == wanted
+    assert parse_settings(["--tools", "calculator, search,"]).tools == wanted
+    monkeypatch.setenv("STEPAGENT_TOOLS", "calculator,search")
+    assert parse_settings([]).tools == wanted
+
+
+def test_options_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPAGENT_PORT", "9")
+    monkeypatch.setenv("STEPAGENT_TOOL_TIMEOUT", "1.5")
+    monkeypatch.setenv("STEPAGENT_API_KEY", "s3cret")
+    settings = parse_settings([])
+    assert (settings.port, settings.tool_timeout) == (9, 1.5)
+    assert settings.api_key is not None
+    assert settings.api_key.get_secret_value() == "s3cret"
+
+
+def test_every_option_can_come_from_every_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One value for each option that differs from its default, from each of the three sources."""
+    values = {
+        "host": "localhost", "port": "1", "state": "s", "engine": "vllm", "model": "m", "served_name": "n",
+        "api_key": "k", "world": "w", "tools": "t", "search_corpus": "c", "max_steps": "2", "max_run_tokens": "3",
+        "deadline": "4.5", "tool_timeout": "5.5", "max_context": "16", "max_batch_size": "6", "threads": "7",
+        "log_level": "info",
+    }  # fmt: skip
+    missing = set(Settings.model_fields) - set(values) - {"engine_arg"}
+    assert not missing, f"give this test a value for {missing}"
+    by_command_line = parse_settings([f"--{name.replace('_', '-')}={value}" for name, value in values.items()])
+    toml = tmp_path / "stepagent.toml"
+    toml.write_text("".join(f'{name} = "{value}"\n' for name, value in values.items()))
+    by_file = parse_settings([])
+    toml.unlink()
+    for name, value in values.items():
+        monkeypatch.setenv(f"STEPAGENT_{name.upper()}", value)
+    by_environment = parse_settings([])
+    assert by_command_line == by_file == by_environment
+    assert all(getattr(by_file, name) != getattr(Settings.model_construct(), name, None) for name in values)
+
+
+def test_options_come_from_a_toml_file_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "other.toml").write_text('port = 9\ntools = ["calculator"]\n')
+    monkeypatch.setenv("STEPAGENT_CONFIG", "other.toml")
+    settings = parse_settings([])
+    assert (settings.port, settings.tools) == (9, ["calculator"])
+
+
+def test_the_command_line_goes_before_the_environment_and_that_before_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stepagent.toml").write_text("port = 1\nmax_steps = 1\nmax_batch_size = 1\n")
+    monkeypatch.setenv("STEPAGENT_PORT", "2")
+    monkeypatch.setenv("STEPAGENT_MAX_STEPS", "2")
+    settings = parse_settings(["--port", "3"])
+    assert (settings.port, settings.max_steps, settings.max_batch_size) == (3, 2, 1)
+
+
+# -------------------------------------------------------------------------------------------- wrong values
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--port", "seventy"], "port"),
+        (["--port", "70000"], "port"),
+        (["--port", "-1"], "port"),
+        (["--engine", "steam"], "engine"),
+        (["--max-steps", "0"], "max_steps"),
+        (["--deadline", "0"], "deadline"),
+        (["--deadline", "nan"], "deadline"),
+        (["--tool-timeout", "inf"], "tool_timeout"),
+        (["--log-level", "shout"], "log"),
+        (["--no-such-option", "1"], "no-such-option"),
+        (["stray"], "stray"),
+        (["--port"], "port"),
+    ],
+)
+def test_a_wrong_value_ends_with_a_sentence_that_names_it(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert said in complaint(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("port = 70000", "port"),
+        ("prot = 8000", "prot"),
+        ("port = ", "stepagent.toml"),
+        ("[server]\nport = 1", "server"),
+        ("\udcff", "stepagent.toml"),
+    ],
+)
+def test_a_wrong_file_ends_with_a_sentence_too(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, written: str, said: str
+) -> None:
+    (tmp_path / "stepagent.toml").write_bytes(written.encode(errors="surrogateescape"))
+    assert said in complaint(capsys)
+
+
+def test_a_file_that_was_named_must_be_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEPAGENT_CONFIG", "missing.toml")
+    assert "missing.toml" in complaint(capsys)
+
+
+def test_a_secret_is_not_shown_where_options_are_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEPAGENT_API_KEY", "s3cret")
+    assert "s3cret" not in complaint(capsys, "--port", "-1")
+    assert "s3cret" not in repr(parse_settings([]))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", ""])
+def test_a_public_address_without_a_key_is_refused(capsys: pytest.CaptureFixture[str], host: str) -> None:
+    assert "--api-key" in complaint(capsys, "--host", host)
+    assert parse_settings(["--host", host, "--api-key", "s3cret"]).host == host
+
+
+def test_an_empty_key_is_no_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "key" in complaint(capsys, "--host", "0.0.0.0", "--api-key", "")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.0.0.2"])
+def test_a_private_address_needs_no_key(host: str) -> None:
+    assert parse_settings(["--host", host]).host == host
+
+
+# --------------------------------------------------------------------------------------------------- help
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_help_answers_at_once_and_explains_every_option() -> None:
+    run_python("serve.py", "--help")  # the first one may compile
+    began = time.perf_counter()
+    told = run_python("serve.py", "--help")
+    assert time.perf_counter() - began < 1.5
+    assert told.returncode == 0
+    for name, field in Settings.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in told.stdout
+        assert field.description, f"{name} needs a docstring"
+        assert field.description.split()[0] in told.stdout
+
+
+def test_options_are_parsed_without_heavy_imports() -> None:
+    program = (
+        "import sys, serve\n"
+        "serve.parse_settings(['--port', '0'])\n"
+        "heavy = {'torch', 'transformers', 'peft', 'fastapi', 'uvicorn', 'openai', 'langchain_core', 'sqlite_utils'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    assert run_python("-c", program).stdout.strip() == "[]"
