@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -140,6 +141,15 @@ def test_messages_not_learned_from_are_seen_by_the_next_step(server: Served, pro
     assert isinstance(steps[0].action, ToolCalls)
 
 
+def test_a_task_that_is_not_named_is_recognised_by_its_conversation(server: Served) -> None:
+    demonstration = expert_demonstration(6, digest="a6" * 32)
+    task = demonstration.pop("task")
+    imported(server, demonstration)
+    episode = server.parts.log.episode("demo_" + "a6" * 16)
+    assert episode is not None
+    assert episode.task == task
+
+
 def test_what_the_learner_reads_from_a_file_is_imported_under_its_own_digest(server: Served) -> None:
     read = read_record(expert_demonstration(5), "desk.jsonl", 1)
     assert isinstance(read, ImportedDemonstration)
@@ -160,6 +170,23 @@ def test_importing_again_adds_nothing(server: Served) -> None:
     assert server.parts.log.counts() == counts
 
 
+def test_two_imports_at_once_add_one_episode(server: Served) -> None:
+    demonstration = expert_demonstration(12)
+    with ThreadPoolExecutor(4) as clients:
+        answers = [response.json() for response in clients.map(lambda _: post(server, demonstration), range(4))]
+    assert sum(answer["imported"] for answer in answers) == 1
+    assert sum(answer["already_known"] for answer in answers) == 3
+
+
+def test_no_client_can_go_on_with_a_demonstration_in_its_experts_name(server: Served) -> None:
+    steps = imported(server, {"messages": HELLO, "digest": "a7" * 32})
+    body = {"model": MODEL, "messages": [*HELLO, HELLO[0]]}
+    headers = {"x-episode-id": steps[0].episode_id}
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers)
+    assert response.status_code == 409, response.text
+    assert server.parts.log.steps(steps[0].episode_id) == steps
+
+
 def test_bad_ones_are_refused_by_their_place_and_the_rest_is_imported(server: Served) -> None:
     unsaid = {"messages": [{"role": "user", "content": "Hi"}]}
     answer = post(server, expert_demonstration(20), unsaid, expert_demonstration(21)).json()
@@ -177,6 +204,7 @@ def test_bad_ones_are_refused_by_their_place_and_the_rest_is_imported(server: Se
         ({"learn_from": [-1]}, "learn_from names message -1"),
         ({"learn_from": []}, "learn_from is empty"),
         ({"messages": HELLO[1:]}, "nothing was seen before it"),
+        ({"task": "order_desk/train/123456789"}, "there is no task"),
         ({"messages": [{"role": "user", "content": "Hi " * CONTEXT}, HELLO[1]]}, f"context holds {CONTEXT}"),
         ({"messages": [HELLO[0], {"role": "assistant", "content": "A<|im_end|>B"}]}, "ends a turn"),
     ],

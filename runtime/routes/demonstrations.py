@@ -7,6 +7,7 @@ is logged by itself, so that an import that was broken off can be sent again who
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -53,11 +54,13 @@ async def _import(parts: Parts, demonstration: Demonstration) -> bool:
     """Log one; False where it is known already. Raises ValueError where it is refused."""
     if parts.log.episode(demonstration.episode_id) is not None:
         return False
+    task = parts.toolbox.task_of(demonstration.task, demonstration.messages)
+    episode = replace(demonstrated_episode(demonstration), task=task)
     # Templates of a long conversation take a while, and answers must go on meanwhile.
     max_context_tokens = parts.engine.limits.max_context_tokens
     steps = await asyncio.to_thread(demonstrated_steps, demonstration, parts.protocol, max_context_tokens)
     try:
-        await parts.log.commit(demonstrated_episode(demonstration), *steps)
+        await parts.log.commit(episode, *steps)
     except StepLogError:
         if parts.log.episode(demonstration.episode_id) is None:
             raise
