@@ -33,8 +33,8 @@ from policies.types import Adapter, SamplingParams
 from runtime.engines.embedded import EmbeddedEngine
 
 VOCAB_SIZE = 1000
-NUM_REQUESTS = {1: 6, 8: 24, 32: 64}
-"""By concurrency: enough for three rounds of static batches, two at 32."""
+NUM_REQUESTS = {1: 4, 8: 16, 32: 64}
+"""By concurrency: enough for two rounds of static batches."""
 ADAPTERS = {"base": 0, "adapter": 1, "mixed": 3}
 """How many adapters the rows use in turn; mixed rows are base too."""
 

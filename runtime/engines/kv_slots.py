@@ -1,9 +1,9 @@
 """Keys and values of every sequence the embedded engine knows, in slots of one preallocated tensor per layer.
 
 Running sequences fill the first slots without gaps, so that attention reads them as a plain slice; finished ones are
-copied to the slots behind, where a prompt that begins alike finds them. The alternatives were measured: growing
-caches by concatenation (transformers' DynamicCache) copies everything at each token, and gathering scattered slots
-or pages copies it again before each attention.
+copied to the slots behind, where a prompt that begins alike finds them. Refused: growing the cache by concatenation
+(transformers' DynamicCache), which copies all of it at each token, and scattered slots or pages, which must be gathered
+before each attention.
 """
 
 from __future__ import annotations

