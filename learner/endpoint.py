@@ -1,0 +1,74 @@
+"""The learner's side of the served endpoint: it samples, evaluates and promotes like any client, by HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openai import AsyncOpenAI
+
+from policies.types import BASE_ADAPTER, Message, ToolSchema
+from runtime.types import Purpose, new_id
+from tools.worlds.practice import Attempt, PracticeOptions, practise
+from tools.worlds.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A served agent. Methods raise openai's errors where it does not answer or refuses."""
+
+    client: AsyncOpenAI
+    concurrency: int = 8
+
+    async def acting(self) -> str:
+        """The name of the acting adapter; `base` for none."""
+        listed: Any = await self.client.get("/adapters", cast_to=object)
+        return next((adapter["name"] for adapter in listed["data"] if adapter["is_acting"]), BASE_ADAPTER)
+
+    async def sample(
+        self, states: Sequence[tuple[Sequence[Message], Sequence[ToolSchema]]], adapter: str, num_samples: int
+    ) -> list[list[str]]:
+        """Sample actions of an adapter at each state; returns the ids of the logged steps, by state."""
+        places = asyncio.Semaphore(self.concurrency)
+
+        async def sample_one(messages: Any, tools: Any) -> list[str]:
+            # An episode of its own: a state of a logged episode must not be continued under it.
+            metadata: Any = {"purpose": Purpose.EVALUATION, "episode_id": new_id("ep")}
+            async with places:
+                answer = await self.client.chat.completions.create(
+                    model=adapter, messages=list(messages), tools=list(tools), n=num_samples, metadata=metadata
+                )
+            return [steps[0]["id"] for steps in (answer.model_extra or {})["stepagent"]["choices"]]
+
+        return list(await asyncio.gather(*(sample_one(*state) for state in states)))
+
+    async def evaluate(
+        self, world: World, split: str, num_tasks: int, adapter: str, temperature: float
+    ) -> list[Attempt]:
+        """Try the first tasks of a split under an adapter; they are not learned from."""
+        tasks = [world.task(split, index) for index in range(num_tasks)]
+        options = PracticeOptions(adapter, temperature, Purpose.EVALUATION, self.concurrency)
+        return await practise(self.client, world, tasks, options)
+
+    async def register(self, folder: Path, parent: str, reason: str) -> str:
+        """Hand a trained folder (absolute) to the runtime, which validates, loads and verifies it; returns its name."""
+        body = {"path": str(folder), "parent": None if parent == BASE_ADAPTER else parent, "reason": reason}
+        adapter: Any = await self.client.post("/adapters", cast_to=object, body=body)
+        return adapter["name"]
+
+    async def promote(self, name: str, reason: str) -> None:
+        await self.client.post(f"/adapters/{name}/promote", cast_to=object, body={"reason": reason})
+
+    async def refuse(self, name: str, reason: str) -> None:
+        await self.client.post(f"/adapters/{name}/refuse", cast_to=object, body={"reason": reason})
+
+    async def rollback(self, reason: str) -> Any:
+        return await self.client.post("/adapters/rollback", cast_to=object, body={"reason": reason})
+
+    async def demonstrate(self, demonstrations: Sequence[dict[str, Any]]) -> Any:
+        """Import demonstrations; the answer says how many were new, known or refused."""
+        body = {"demonstrations": list(demonstrations)}
+        return await self.client.post("/demonstrations", cast_to=object, body=body)
