@@ -11,13 +11,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from policies.chat_protocol import ChatProtocol
 from tests.serving import NOVICE_FOLDER
 from tests_vllm.novice_adapters import NoviceAdapters
+from tests_vllm.server_process import engine_processes_of
 
 
 @pytest.fixture(scope="session")
@@ -35,16 +35,3 @@ def novice(tmp_path_factory: pytest.TempPathFactory) -> NoviceAdapters:
 def no_process_is_left_behind() -> Iterator[None]:
     yield
     assert not engine_processes_of(os.getpid())
-
-
-def engine_processes_of(parent: int) -> list[int]:
-    """vLLM's processes that this process has started and that still run."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            status = (folder / "status").read_text()
-        except OSError:  # it has ended meanwhile
-            continue
-        if f"\nPPid:\t{parent}\n" in status and "EngineCor" in status.splitlines()[0] and "\tZ " not in status:
-            found.append(int(folder.name))
-    return found
