@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import httpx
 import pytest
 
 from policies.chat_protocol import ChatProtocol
+from policies.registry import AdapterRegistry
 from runtime.swap import Swap
 from tests.scripted_engine import ScriptedEngine
 from tests.serving import MODEL, Served, parts_of, served
@@ -25,10 +25,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyNetwork:
 @pytest.fixture
 def server(tiny: TinyNetwork, protocol: ChatProtocol, tmp_path: Path) -> Iterator[Served]:
     """Serves the tiny network's adapters, on an engine that says what each one's probe says."""
-    engine = ScriptedEngine(lambda prompt, name: faithful_script(parts.registry)(prompt, name))
-    parts = parts_of(engine, protocol, tmp_path)
-    parts = replace(parts, swap=Swap(engine, parts.registry, tiny.network))
-    with served(parts) as running:
+    registry = AdapterRegistry(tmp_path / "agent.db")
+    engine = ScriptedEngine(faithful_script(registry))
+    swap = Swap(engine, registry, tiny.network)
+    with served(parts_of(engine, protocol, tmp_path, registry=registry, swap=swap)) as running:
         yield running
 
 
