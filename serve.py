@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,8 @@ def run(settings: Settings) -> None:
     """Serve until interrupted. Raises SystemExit with a sentence where the server cannot start."""
     import uvloop
 
+    # uvicorn ends its connections first and then raises the signal again: as an exception it also closes the log.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         uvloop.run(_serve(settings))
     except KeyboardInterrupt:
@@ -33,33 +36,37 @@ def run(settings: Settings) -> None:
 
 
 async def _serve(settings: Settings) -> None:
+    from runtime.listening import listen, welcome
+
+    sock = listen(settings.host, settings.port)  # before the slow imports: a port in use is told at once
     import uvicorn
 
     from runtime.app import create_app
-    from runtime.listening import listen, welcome
 
     parts = build_parts(settings)
     try:
         await start_engine(parts)
-        sock = listen(settings.host, settings.port)
         config = uvicorn.Config(create_app(parts), log_level=settings.log_level, timeout_graceful_shutdown=5)
         print(welcome(parts, settings, sock), flush=True)
         await uvicorn.Server(config).serve(sockets=[sock])
     finally:
         await parts.engine.close()
         parts.log.close()
+        parts.registry.close()
 
 
 def build_parts(settings: Settings) -> Parts:
     """Everything a running server consists of. Raises SystemExit with a sentence for what cannot be built."""
-    from policies.base_network import read_base_network
+    import sqlite3
+
+    from policies.base_network import BaseNetworkError, read_base_network
     from policies.chat_protocol import ChatProtocol
     from policies.registry import AdapterRegistry
     from runtime.agent import RunLimits
     from runtime.metrics import Metrics
     from runtime.parts import Parts
     from runtime.server_tools import Toolbox
-    from runtime.step_log import StepLog
+    from runtime.step_log import StepLog, StepLogError
     from runtime.swap import Swap
     from tools import load_tools
     from tools.worlds import load_world
@@ -68,12 +75,13 @@ def build_parts(settings: Settings) -> Parts:
         toolbox = Toolbox(
             load_tools(settings.tools, settings.search_corpus), load_world(settings.world) if settings.world else None
         )
-        protocol = ChatProtocol.load(settings.model)
-        engine = load_engine(settings, protocol)
         settings.state.mkdir(parents=True, exist_ok=True)
         log = StepLog(settings.state / "agent.db")
         registry = AdapterRegistry(settings.state / "agent.db")
-    except (ValueError, OSError) as error:
+        network = read_base_network(Path(settings.model))
+        protocol = ChatProtocol.load(settings.model)
+        engine = load_engine(settings, protocol)
+    except (ValueError, OSError, StepLogError, BaseNetworkError, sqlite3.Error) as error:
         raise SystemExit(f"cannot start: {error}") from error
     return Parts(
         served_name=settings.served_name or os.path.basename(os.path.normpath(settings.model)),
@@ -81,7 +89,7 @@ def build_parts(settings: Settings) -> Parts:
         protocol=protocol,
         log=log,
         registry=registry,
-        swap=Swap(engine, registry, read_base_network(Path(settings.model))),
+        swap=Swap(engine, registry, network),
         toolbox=toolbox,
         limits=RunLimits(
             max_steps=settings.max_steps,

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import shlex
 import socket
+from typing import TYPE_CHECKING
 
 from policies.types import BASE_ADAPTER
 from runtime.config import Settings
-from runtime.parts import Parts
+
+if TYPE_CHECKING:
+    from runtime.parts import Parts
 
 
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket; port 0 takes a free one. Raises SystemExit with a sentence where the address is not to be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is named: asyncio turns Nagle's algorithm off (40 ms an answer) only where it is told that this is TCP.
+    # The protocol is named: asyncio turns Nagle's algorithm off (40 ms an answer) only where it is told so.
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
