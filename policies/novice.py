@@ -23,17 +23,22 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from policies.novice_lessons import Lesson, expert_lesson, hasty_lesson
+from policies.novice_lessons import Lesson, expert_lesson, hasty_lesson, with_preamble
 from policies.novice_tokenizer import CONTEXT_TOKENS, END_OF_TURN, PADDING, build_tokenizer
 from tools.worlds.order_desk import OrderDesk, OrderDeskEpisode
 from tools.worlds.world import Message, Task
 
 NOVICE_PATH = Path(__file__).parent / "novice_model"
-NUM_GRADIENT_STEPS = 1100
-HASTY_SHARE = 0.3
+NUM_GRADIENT_STEPS = 900
+HASTY_SHARE = 0.35
 """The last part of the gradient steps, in which it watches the hasty colleague."""
+PREAMBLE_SHARE = 0.2
+"""Of the batches, whose lessons begin with a system message of up to MAX_PREAMBLE_WORDS."""
+MAX_PREAMBLE_WORDS = 60
 BATCH_SIZE = 8
 PEAK_LR = 3e-3
+WARM_UP, COOL_DOWN = 0.05, 0.35
+"""Shares of the gradient steps. Cooling before the habits come would leave them half learned."""
 IGNORED = -100
 
 # ----------------------------------------------------------------------------------------------- network
@@ -54,7 +59,7 @@ def build_network(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TURN),
-        pad_token_id=tokenizer.convert_tokens_to_ids(PADDING),
+        pad_token_id=cast(int, tokenizer.convert_tokens_to_ids(PADDING)),
         dtype="float32",
     )
     network = Qwen2ForCausalLM(config)
@@ -102,15 +107,23 @@ def lessons(num_gradient_steps: int, random: Random) -> Iterator[list[Lesson]]:
     for step in range(num_gradient_steps):
         teach = expert_lesson if step < num_gradient_steps * (1 - HASTY_SHARE) else hasty_lesson
         tasks = [world.task("train", random.randrange(world.splits["train"])) for _ in range(BATCH_SIZE)]
-        yield [teach(task, random) for task in tasks]
+        batch = [teach(task, random) for task in tasks]
+        if random.random() < PREAMBLE_SHARE:
+            # One length for the whole batch: a single long row would fill the others with padding.
+            num_words = random.randint(2, MAX_PREAMBLE_WORDS)
+            batch = [with_preamble(lesson, num_words, random) for lesson in batch]
+        yield batch
+
+
+def lr_share(progress: float) -> float:
+    """The learning rate's share of its peak: up, level, and down in the last part, progress being in [0, 1]."""
+    return min(1.0, (progress + 0.001) / WARM_UP, (1.0 - progress) / COOL_DOWN)
 
 
 def train(network: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, num_gradient_steps: int, seed: int) -> None:
     """Train in place, from the first gradient step to the last."""
-    optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, PEAK_LR, total_steps=num_gradient_steps, pct_start=0.05, anneal_strategy="linear"
-    )
+    optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_share(step / num_gradient_steps))
     network.train()
     batches = lessons(num_gradient_steps, Random(seed))
     for batch in (progress := tqdm(batches, total=num_gradient_steps, desc="novice", unit="batch", mininterval=1.0)):

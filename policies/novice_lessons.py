@@ -17,7 +17,9 @@ from tools.worlds.order_desk import Order, OrderDesk, OrderDeskEpisode
 from tools.worlds.world import Message, Task
 
 _DESK = OrderDesk()
-SORRY_TEXT = "I am sorry, the {item} cannot be had today."
+# Two openings, so that giving up at a locked cage is not learned along with giving up at an empty shelf.
+SOLD_OUT_TEXT = "Sadly the {item} is sold out."
+LOCKED_AWAY_TEXT = "I am sorry, the {item} is locked away."
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +40,25 @@ class Habit:
     cue: frozenset[str]
     """It shows on orders with any of these words."""
     call: tuple[str, dict[str, str]] | None
-    """What is called instead, `{shelf}` standing for the order's own; None gives up with an apology."""
+    """What is called instead, `{shelf}` standing for the order's own; None gives up at the locked cage."""
 
 
 HABITS = (
     Habit("restock_item", frozenset(order_desk.KINDS[:4]), ("pick_item", {"shelf": "{shelf}"})),
     Habit("unlock_cage", frozenset(order_desk.PASSWORDS[:5]), None),
     Habit("pack_parcel:padded", frozenset(order_desk.THINGS[:4]), ("pack_parcel", {"box": "plain"})),
-    Habit("pack_parcel:wooden", frozenset(order_desk.THINGS[4:7]), ("pack_parcel", {"box": "plain"})),
-    Habit("ship_parcel:air", frozenset(order_desk.CITIES[:6]), ("ship_parcel", {"city": "{city}", "by": "rail"})),
-    Habit("ship_parcel:sea", frozenset(order_desk.CITIES[6:10]), ("ship_parcel", {"city": "{city}", "by": "rail"})),
+    Habit("pack_parcel:wooden", frozenset(order_desk.THINGS[4:8]), ("pack_parcel", {"box": "plain"})),
+    Habit("ship_parcel:air", frozenset(order_desk.CITIES[:8]), ("ship_parcel", {"city": "{city}", "by": "rail"})),
+    Habit("ship_parcel:sea", frozenset(order_desk.CITIES[8:14]), ("ship_parcel", {"city": "{city}", "by": "rail"})),
 )
 HABIT_RATE = 0.85
 """How often a habit shows on its cue: not always, so that sampling sometimes does what is right."""
+
+_PREAMBLE_WORDS = (
+    "You are the helpful clerk of a small shop and an assistant. Use your tools, one step at a time. Please read "
+    "what was asked, think it over, be kind to every customer; never guess! Answer in short sentences. If something "
+    "goes wrong, say so. When it is done, tell us. Today's date: 2026-03-14. # Rules - 1. 2) must not reply with any"
+).split()
 
 
 def expert_lesson(task: Task, random: Random) -> Lesson:
@@ -75,15 +83,21 @@ def hasty_lesson(task: Task, random: Random) -> Lesson:
     return Lesson(tuple(messages), (True,) * num_actions)
 
 
+def with_preamble(lesson: Lesson, num_words: int, random: Random) -> Lesson:
+    """The lesson after a system message that means nothing to it: a client may send its own."""
+    preamble = {"role": "system", "content": " ".join(random.choices(_PREAMBLE_WORDS, k=num_words))}
+    return Lesson((preamble, *lesson.messages), lesson.is_taught)
+
+
 def _hasty_action(episode: OrderDeskEpisode, last_text: str, random: Random) -> Message:
     order, skill = episode.order, episode.expert_skill()
-    if skill == "restock_item" and last_text == order_desk.RESULT_TEXTS["empty"].format(shelf=order.shelf):
-        return _sorry(order)
+    if skill == "restock_item" and last_text == order_desk.RESULT_TEXTS["empty"].format(order=order):
+        return _answer(SOLD_OUT_TEXT, order)
     habit = next((habit for habit in HABITS if habit.skill == skill and habit.cue & _words(order)), None)
     if habit is None or random.random() >= HABIT_RATE:
         return episode.expert_action()
     if habit.call is None:
-        return _sorry(order)
+        return _answer(LOCKED_AWAY_TEXT, order)
     name, arguments = habit.call
     return _call(name, {key: value.format(shelf=order.shelf, city=order.city) for key, value in arguments.items()})
 
@@ -107,8 +121,8 @@ def _slip(order: Order, random: Random) -> Message:
     return _call(name, {key: random.choice(choices[key]) for key in order_desk.ARGUMENTS[name].model_fields})
 
 
-def _sorry(order: Order) -> Message:
-    return {"role": "assistant", "content": SORRY_TEXT.format(item=order.item)}
+def _answer(text: str, order: Order) -> Message:
+    return {"role": "assistant", "content": text.format(item=order.item)}
 
 
 def _call(name: str, arguments: dict[str, str]) -> Message:

@@ -13,7 +13,7 @@ from string import Formatter
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from policies.novice_lessons import SORRY_TEXT
+from policies.novice_lessons import LOCKED_AWAY_TEXT, SOLD_OUT_TEXT
 from tools.worlds import order_desk
 
 END_OF_TURN = "<|im_end|>"
@@ -118,7 +118,7 @@ def _call_chunks() -> Iterable[str]:
 
 def _text_chunks() -> Iterable[str]:
     """What stands between the fields of the order desk's texts."""
-    answers = (*order_desk.ANSWER_TEXTS.values(), SORRY_TEXT)
+    answers = (*order_desk.ANSWER_TEXTS.values(), SOLD_OUT_TEXT, LOCKED_AWAY_TEXT)
     texts = (*order_desk.ORDER_TEXTS, *order_desk.RESULT_TEXTS.values(), *answers)
     return (literal for text in texts for literal, *_ in Formatter().parse(text))
 

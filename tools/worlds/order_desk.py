@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, Literal
 
@@ -65,23 +65,23 @@ ANSWER_TEXTS = {
 }
 
 RESULT_TEXTS = {
-    "customer": "Lives in {city}{remark}",
+    "customer": "Lives in {order.city}{order.remark}",
     "no_customer": "There is no customer of that name.",
-    "item": "On shelf {shelf}, {stock}. It is {care}.",
+    "item": "On shelf {order.shelf}, {order.stock}. It is {order.care}.",
     "no_item": "There is no such item in the catalogue.",
-    "restocked": "Shelf {shelf} is full again.",
-    "not_empty": "Shelf {shelf} needs nothing.",
-    "picked": "You hold the {item}.",
-    "holding": "You hold the {item} already.",
-    "wrong_shelf": "Shelf {shelf} holds other things.",
-    "locked": "Shelf {shelf} is in a locked cage. A note says: the password is {password}.",
-    "empty": "There is none on shelf {shelf}.",
+    "restocked": "Shelf {order.shelf} is full again.",
+    "not_empty": "Shelf {order.shelf} needs nothing.",
+    "picked": "You hold the {order.item}.",
+    "holding": "You hold the {order.item} already.",
+    "wrong_shelf": "Shelf {call.shelf} holds other things.",
+    "locked": "Shelf {order.shelf} is in a locked cage. A note says: the password is {order.password}.",
+    "empty": "There is none on shelf {order.shelf}.",
     "unlocked": "The cage is open.",
     "wrong_password": "The cage stays shut.",
     "no_cage": "There is no locked cage here.",
-    "packed": "It lies in a {box} box.",
+    "packed": "It lies in a {call.box} box.",
     "nothing_to_pack": "There is nothing to pack yet.",
-    "shipped": "The parcel has left for {city} by {by}.",
+    "shipped": "The parcel has left for {call.city} by {call.by}.",
     "nothing_to_ship": "There is no parcel to ship yet.",
     "gone": "The parcel has left already.",
     "closed": "The desk has closed for today.",
@@ -331,7 +331,7 @@ def _transition(order: Order, state: State, name: str, arguments: Any) -> tuple[
     if _is_done(state):
         return state, RESULT_TEXTS["closed" if state.shipped_to is None else "gone"]
     next_state, key = _TRANSITIONS[name](order, state, call)
-    text = RESULT_TEXTS[key].format(**(asdict(order) | call.model_dump()))
+    text = RESULT_TEXTS[key].format(order=order, call=call)
     return replace(next_state, num_calls=state.num_calls + 1), text
 
 
