@@ -1,0 +1,140 @@
+"""Who may import whom: read from the syntax tree, so that an import within a function counts too."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = ("tools", "policies", "runtime", "learner")
+"""From the ground up. A floor imports from those below and itself, and no other."""
+
+MODULES = sorted(
+    path.relative_to(ROOT)
+    for folder in FLOORS
+    for path in (ROOT / folder).rglob("*.py")
+    if "__pycache__" not in str(path)
+)
+ATTIC = Path("serve.py")
+
+LEARNER_SEES = ("runtime.types", "runtime.step_log")
+"""What the learner may import of the runtime."""
+
+HEAVY = {
+    "vllm": {"runtime/engines/vllm.py"},
+    "peft": {"learner/trainer.py", "runtime/engines/embedded.py"},
+    "torch": {
+        "learner/trainer.py", "learner/prefix_tree.py", "learner/batch.py", "learner/losses.py",
+        "learner/discriminator.py", "policies/novice.py", "runtime/engines/embedded.py",
+    },
+    "sqlite_utils": {
+        "runtime/step_log.py", "policies/registry.py", "learner/learning_log.py", "tools/search.py",
+    },
+}  # fmt: skip
+"""Heavy libraries and the rooms DESIGN gives them."""
+
+ANNEXES = {
+    "runtime/engines/embedded.py": ("runtime/engines/",),
+    "learner/trainer.py": ("learner/objectives.py", "learner/probing.py", "learner/tree_attention.py"),
+    "runtime/step_log.py": ("runtime/step_schema.py", "runtime/step_views.py", "runtime/step_writer.py"),
+}
+"""Rooms that were divided: what is allowed in one is allowed in its parts, except for vllm and peft."""
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """The dotted names that a file imports, anywhere in it, except for types alone."""
+    yield from _imports(ast.parse((ROOT / path).read_text("utf-8")))
+
+
+def _imports(node: ast.AST) -> Iterator[str]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "imports are absolute here"
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)
+        else:
+            yield from _imports(child)
+
+
+def floor_of(name: str) -> str | None:
+    top = name.partition(".")[0]
+    return top if top in FLOORS else None
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports_only_go_down(path: Path) -> None:
+    height = FLOORS.index(path.parts[0])
+    above = [name for name in imports_of(path) if (floor := floor_of(name)) and FLOORS.index(floor) > height]
+    assert not above
+    assert "serve" not in {name.partition(".")[0] for name in imports_of(path)}, "nobody imports the attic"
+
+
+def test_the_ground_imports_nothing_of_ours_above_it() -> None:
+    for path in MODULES:
+        if path.parts[0] == "tools":
+            ours = {floor_of(name) for name in imports_of(path)} - {None, "tools"}
+            is_a_client = path == Path("tools/worlds/practice.py")
+            assert not ours or is_a_client, f"{path} imports {ours}"
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.parts[0] == "learner"], ids=str)
+def test_the_learner_sees_two_files_of_the_runtime(path: Path) -> None:
+    seen = [name for name in imports_of(path) if floor_of(name) == "runtime"]
+    assert [name for name in seen if not name.startswith(tuple(f"{allowed}." for allowed in LEARNER_SEES))] == []
+
+
+@pytest.mark.parametrize("library", HEAVY)
+def test_heavy_libraries_stay_in_their_rooms(library: str) -> None:
+    users = {str(path) for path in MODULES if library in {name.partition(".")[0] for name in imports_of(path)}}
+    allowed = set(HEAVY[library])
+    if library not in ("vllm", "peft"):
+        allowed |= {user for user in users for room in HEAVY[library] if user.startswith(ANNEXES.get(room, ()))}
+    assert users <= allowed, f"{library} has no business in {sorted(users - allowed)}"
+
+
+def test_contracts_import_nothing_of_the_project() -> None:
+    assert not [name for name in imports_of(Path("policies/types.py")) if floor_of(name)]
+    ours = {name for name in imports_of(Path("runtime/types.py")) if floor_of(name)}
+    assert all(name.startswith("policies.types.") for name in ours)
+
+
+def test_the_agent_knows_nothing_of_http() -> None:
+    http = {"fastapi", "starlette", "uvicorn", "httpx", "openai"}
+    rooms = {"runtime/app.py"}
+    for path in MODULES:
+        if path.parts[0] == "runtime" and "routes" not in path.parts and str(path) not in rooms:
+            assert not http & {name.partition(".")[0] for name in imports_of(path)}, path
+
+
+def test_before_options_are_parsed_serve_imports_only_them() -> None:
+    tree = ast.parse((ROOT / ATTIC).read_text("utf-8"))
+    at_the_top = ast.Module(
+        [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)], []
+    )
+    ours = {name for name in _imports(at_the_top) if floor_of(name)}
+    assert all(name.startswith("runtime.config.") for name in ours)
+
+
+def test_names_that_say_nothing_are_not_used() -> None:
+    """STYLE's list of words to avoid, in the names of files and classes."""
+    vague = ("Manager", "Handler", "Processor", "Helper", "Service")
+    for path in [*MODULES, ATTIC]:
+        assert path.stem not in ("utils", "common", "base", "helpers", "misc"), path
+        classes = [
+            node.name
+            for node in ast.walk(ast.parse((ROOT / path).read_text("utf-8")))
+            if isinstance(node, ast.ClassDef)
+        ]
+        assert not [name for name in classes if name.endswith(vague)], path
+
+
+def test_every_file_says_what_it_is_for() -> None:
+    for path in [*MODULES, ATTIC]:
+        text = (ROOT / path).read_text("utf-8")
+        assert not text or ast.get_docstring(ast.parse(text)), f"{path} needs a docstring"
