@@ -1,4 +1,4 @@
-"""The README is true: its commands exist, its links lead somewhere, its house is the house, its figures were measured."""
+"""The README is true: commands exist, links lead somewhere, the house is the house, figures were measured."""
 
 from __future__ import annotations
 
