@@ -1,6 +1,7 @@
 """What could poison or kill vLLM through its adapters, each tried on the real engine. One engine for all tests.
 
-Every test here was seen to fail with its guard taken out: what happens then is told in its first lines.
+What happens without the guard is told in a test's first lines. The tests of places (a full house, evictions, two loads
+at once, a folder that is gone) were seen to fail with their guards taken out.
 """
 
 from __future__ import annotations
