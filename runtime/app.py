@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hmac
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,7 +17,7 @@ from runtime.routes.adapters import adapter_routes
 from runtime.routes.chat import chat_routes
 from runtime.routes.demonstrations import demonstration_routes
 from runtime.routes.episodes import episode_routes
-from runtime.routes.errors import ApiError, install_error_handlers
+from runtime.routes.errors import ERROR_RESPONSES, ApiError, install_error_handlers
 from runtime.routes.server import server_routes
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
@@ -34,11 +35,14 @@ def create_app(parts: Parts) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        # What was loaded until now stays for good: without this, each collection walks through a million objects of it.
+        gc.collect()
+        gc.freeze()
         draining = asyncio.create_task(parts.swap.keep_draining())
         yield
         draining.cancel()
 
-    app = FastAPI(title="StepAgent", version="0.1.0", lifespan=lifespan)
+    app = FastAPI(title="StepAgent", version="0.1.0", lifespan=lifespan, responses=ERROR_RESPONSES)
     install_error_handlers(app)
     for routes in (chat_routes, episode_routes, demonstration_routes, adapter_routes, server_routes):
         app.include_router(routes(parts))
