@@ -1,12 +1,11 @@
 """The speed and memory of a preference pass over demonstrations: ours, TRL's DPOTrainer, and rows in plain torch.
 
-    python -m venv --system-site-packages .venv-bench            # or any environment that has the project's packages
-    .venv-bench/bin/pip install -e '.[bench]'
-    .venv-bench/bin/python -m benchmarks.learner_speed [--repeats 5] [--json FILE]
+    pip install -e '.[bench]'    # adds TRL with datasets, pandas and pyarrow; what is there stays as it is
+    python -m benchmarks.learner_speed [--repeats 5] [--json FILE]
 
 All three do the same work: one pass of the DPO loss over 40 preference pairs and one gradient step of a LoRA. There is
 one pair for each step of a demonstration: the prompt is the whole history, the expert's action is chosen, another
-rejected. Demonstrations are 5, 10, 20 or 40 steps long, 8, 4, 2 or 1 of them a pass. That it is the same work is checked:
+rejected. Demonstrations are 5, 10, 20 or 40 steps long, 8, 4, 2 or 1 of them a pass. It is checked to be the same work:
 the losses of all passes agree. What is timed is forward, backward and gradient step; for ours also the building of the
 trees. The reference's logprobs are made before, by all three (TRL: `precompute_ref_log_probs`).
 
@@ -22,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import importlib.util
 import io
 import json
 import os
@@ -449,6 +449,8 @@ def main() -> None:
     if options.peak:
         print_peak(options.peak[0], int(options.peak[1]))
         return
+    if importlib.util.find_spec("trl") is None:
+        parser.error("TRL is not installed: pip install -e '.[bench]'")
     measurements: list[Measurement] = []
     with tqdm(total=len(STEPS) * len(COMPETITORS) * options.repeats, unit="pass") as bar:
         for num_steps in STEPS:

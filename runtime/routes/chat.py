@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import orjson
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import Response, StreamingResponse
+from openai.types.chat import ChatCompletion
 
 from runtime.admission import Run, admitted
 from runtime.agent import Progress
@@ -26,10 +27,19 @@ Happening = tuple[int, Progress | Step]
 Happenings = AsyncGenerator[Happening, None]
 
 
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "model": ChatCompletion,
+        "description": "The answer, or where `stream` was asked for its chunks as server-sent events.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
+
+
 def chat_routes(parts: Parts) -> APIRouter:
     router = APIRouter(route_class=StrictJsonRoute)
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=_ANSWERS)
     async def create_chat_completion(
         body: ChatCompletionRequest,
         request: Request,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from policies.adapter_files import AdapterRefused
@@ -20,6 +22,28 @@ from runtime.step_log import StepLogError
 from runtime.swap import SwapError
 
 logger = logging.getLogger(__name__)
+
+
+class ErrorDetail(BaseModel):
+    """What was wrong, in OpenAI's form."""
+
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: ErrorDetail
+
+
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request cannot be answered; the message says what to change."},
+    "5XX": {"model": ErrorBody, "description": "The server could not answer; the same request may succeed later."},
+}
+"""For the OpenAPI document; FastAPI's own 422 is never sent."""
 
 
 class ApiError(HTTPException):
