@@ -67,6 +67,8 @@ def machine_on(folders: list[Path], tiny: TinyNetwork) -> type[RuleBasedStateMac
             self.running: dict[str, AbstractAsyncContextManager[Any]] = {}
             self.broken: set[str] = set()
             self.start_process()
+            for which in range(len(folders)):
+                self.register(which)
 
         def start_process(self) -> None:
             self.registry = MortalRegistry(self.folder / "agent.db")
@@ -90,10 +92,8 @@ def machine_on(folders: list[Path], tiny: TinyNetwork) -> type[RuleBasedStateMac
             return True
 
         def some_adapter(self, data: st.DataObject) -> str:
-            return data.draw(st.sampled_from([adapter.name for adapter in self.registry.adapters()]))
-
-        def is_any_registered(self) -> bool:
-            return bool(self.registry.adapters())
+            """One of the last few: refused ones are registered again, so that histories do not run dry."""
+            return data.draw(st.sampled_from([adapter.name for adapter in self.registry.adapters()[-len(folders) :]]))
 
         def end_all_steps(self) -> None:
             for step in self.running.values():
@@ -108,32 +108,35 @@ def machine_on(folders: list[Path], tiny: TinyNetwork) -> type[RuleBasedStateMac
             if which >= NUM_SOUND:
                 self.broken.add(adapter.name)
 
-        @precondition(is_any_registered)
         @rule(data=st.data())
         def bring_up(self, data: st.DataObject) -> None:
             name = self.some_adapter(data)
             if self.do(self.swap.bring_up(name)):
                 assert name not in self.broken
 
-        @precondition(is_any_registered)
         @rule(data=st.data())
         def promote(self, data: st.DataObject) -> None:
             name = self.some_adapter(data)
             if self.do(self.swap.promote(name)):
                 self.line.append(name)
 
-        @precondition(is_any_registered)
+        @rule(data=st.data(), episode=episodes)
+        def promote_and_step(self, data: st.DataObject, episode: str) -> None:
+            """What happens most often, and what the other rules are interesting after."""
+            self.promote(data)
+            self.begin_step(episode)
+
         @rule(data=st.data(), share=st.sampled_from([0.3, 1.0]))
         def start_canary(self, data: st.DataObject, share: float) -> None:
             self.do(self.swap.start_canary(self.some_adapter(data), share))
 
-        @precondition(is_any_registered)
         @rule(data=st.data())
         def refuse(self, data: st.DataObject) -> None:
             name = self.some_adapter(data)
             if self.do(self.swap.refuse(name, "the gate")):
                 assert name != self.line[-1]
 
+        @precondition(lambda self: len(self.line) > 1)
         @rule()
         def rollback(self) -> None:
             if self.do(self.swap.rollback("worse")):
@@ -177,30 +180,18 @@ def machine_on(folders: list[Path], tiny: TinyNetwork) -> type[RuleBasedStateMac
         def wait(self, seconds: float) -> None:
             self.now += seconds
 
-        @rule()
-        def crash_and_restart(self) -> None:
+        @rule(data=st.data(), where=st.sampled_from(["at rest", "promoting", "restoring"]), after=st.integers(0, 5))
+        def crash_and_restart(self, data: st.DataObject, where: str, after: int) -> None:
+            if where == "restoring":
+                self.crash()
+            self.registry.writes_left = after
+            with suppress(Crash):
+                if where == "promoting":
+                    self.promote(data)
+                if where == "restoring":
+                    self.loop.run_until_complete(self.swap.restore())
             self.crash()
             self.loop.run_until_complete(self.swap.restore())
-
-        @precondition(is_any_registered)
-        @rule(data=st.data(), num_writes=st.integers(0, 4))
-        def crash_while_promoting(self, data: st.DataObject, num_writes: int) -> None:
-            name = self.some_adapter(data)
-            self.registry.writes_left = num_writes
-            try:
-                if self.do(self.swap.promote(name)):
-                    self.line.append(name)
-            except Crash:
-                pass
-            self.crash_and_restart()
-
-        @rule(num_writes=st.integers(0, 6))
-        def crash_while_restoring(self, num_writes: int) -> None:
-            self.crash()
-            self.registry.writes_left = num_writes
-            with suppress(Crash):
-                self.loop.run_until_complete(self.swap.restore())
-            self.crash_and_restart()
 
         def crash(self) -> None:
             with suppress(Crash):
