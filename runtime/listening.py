@@ -22,6 +22,7 @@ def listen(host: str, port: int) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
+        sock.listen(2048)  # from now on, so that who connects right after the welcome waits instead of being refused
     except OSError as error:
         sock.close()
         raise SystemExit(f"cannot listen on {host}:{port}: {error.strerror or error}; try another --port") from error
