@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 from policies.types import BASE_ADAPTER
 from runtime.parts import Parts
@@ -36,7 +36,7 @@ def server_routes(parts: Parts) -> APIRouter:
                 return entry
         raise ApiError(404, f"the model {model!r} is not served here", "model_not_found", "model")
 
-    @router.get("/health")
+    @router.get("/health", responses={503: {"description": "The engine cannot answer; the body is as with 200."}})
     async def health() -> JSONResponse:
         """200 while the engine can answer, 503 while it cannot."""
         engine = parts.engine.health()
@@ -49,9 +49,9 @@ def server_routes(parts: Parts) -> APIRouter:
         }
         return JSONResponse(body, 200 if engine.is_alive else 503)
 
-    @router.get("/metrics", response_class=Response)
-    async def metrics() -> Response:
+    @router.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> PlainTextResponse:
         """Prometheus text."""
-        return Response(parts.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return PlainTextResponse(parts.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
