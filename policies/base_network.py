@@ -36,6 +36,26 @@ class BaseNetwork:
     """By the weight's name in the checkpoint: `model.layers.0.self_attn.q_proj.weight` -> (outputs, inputs)."""
 
 
+MODEL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "model*.safetensors")
+"""What is brought from the hub: no second copy of the weights in another format."""
+
+
+def model_folder(model: str) -> Path:
+    """The folder that a model is in: itself, or for a hub name the cache's, brought there from the hub if need be.
+
+    Raises BaseNetworkError where it is neither a folder nor to be had.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(MODEL_FILES)))
+    except (OSError, ValueError) as error:  # what the hub's library raises is one of both
+        reason = str(error).partition("\n")[0]
+        raise BaseNetworkError(f"{model} is no folder, and cannot be brought from the hub: {reason}") from error
+
+
 def read_base_network(folder: Path) -> BaseNetwork:
     """Read a model folder's `config.json` and `model*.safetensors`. Raises BaseNetworkError where one is unreadable."""
     files = sorted(folder.glob("model*.safetensors"))

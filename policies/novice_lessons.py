@@ -9,7 +9,7 @@ refused, because a greedy policy would then have a skill always or never.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from tools.worlds import order_desk
@@ -49,7 +49,7 @@ HABITS = (
     Habit("pack_parcel:padded", frozenset(order_desk.THINGS[:4]), ("pack_parcel", {"box": "plain"})),
     Habit("pack_parcel:wooden", frozenset(order_desk.THINGS[4:8]), ("pack_parcel", {"box": "plain"})),
     Habit("ship_parcel:air", frozenset(order_desk.CITIES[:8]), ("ship_parcel", {"city": "{city}", "by": "rail"})),
-    Habit("ship_parcel:sea", frozenset(order_desk.CITIES[8:14]), ("ship_parcel", {"city": "{city}", "by": "rail"})),
+    Habit("ship_parcel:sea", frozenset(order_desk.CITIES[8:12]), ("ship_parcel", {"city": "{city}", "by": "rail"})),
 )
 HABIT_RATE = 0.85
 """How often a habit shows on its cue: not always, so that sampling sometimes does what is right."""
@@ -90,7 +90,11 @@ def with_preamble(lesson: Lesson, num_words: int, random: Random) -> Lesson:
 
 
 def _hasty_action(episode: OrderDeskEpisode, last_text: str, random: Random) -> Message:
-    order, skill = episode.order, episode.expert_skill()
+    order, state = episode.order, episode.state
+    if state.box is not None:
+        # Whatever is packed is packed: without this the colleague would pack again and again, and never ship.
+        episode = OrderDeskEpisode(order, replace(state, box=order.box))
+    skill = episode.expert_skill()
     if skill == "restock_item" and last_text == order_desk.RESULT_TEXTS["empty"].format(order=order):
         return _answer(SOLD_OUT_TEXT, order)
     habit = next((habit for habit in HABITS if habit.skill == skill and habit.cue & _words(order)), None)

@@ -26,6 +26,7 @@ from sqlite_utils import Database, Migrations
 from policies.adapter_files import ADAPTER_FILES, CONFIG_FILE, AdapterRefused, adapter_rank, weights_digest
 from policies.probe import PROBE_FILE
 from policies.types import Adapter
+from policies.write_transaction import write_transaction
 
 
 class AdapterState(StrEnum):
@@ -118,7 +119,11 @@ def create_tables(db: Database) -> None:
 
 
 class AdapterRegistry:
-    """The store. Its folders lie beside the database file: `adapters/agent-v0007`. May be used from any thread."""
+    """The store. Its folders lie beside the database file: `adapters/agent-v0007`. May be used from any thread.
+
+    A write takes as long as the disk does, and waits for other processes that write to the file; a read waits for
+    neither.
+    """
 
     def __init__(self, path: Path) -> None:
         self._folder = path.parent / "adapters"
@@ -130,8 +135,11 @@ class AdapterRegistry:
         self.db.enable_wal()
         self.db.execute("PRAGMA synchronous=FULL")
         migrations.apply(self.db)
+        self._reading = threading.Lock()
+        self._reader = Database(sqlite3.connect(path, check_same_thread=False))
 
     def close(self) -> None:
+        self._reader.close()
         self.db.close()
 
     # ---------------------------------------------------------------------------------------------- write
@@ -166,7 +174,7 @@ class AdapterRegistry:
             if state is AdapterState.ACTING and self.acting() != self.adapter(name):
                 raise RegistryError(f"{name} cannot become acting without being promoted")
             self._require_transition(name, state)
-            with self.db.atomic():
+            with write_transaction(self.db):
                 self._insert_event(name, state, reason)
 
     def promote(self, name: str, reason: str = "") -> None:
@@ -252,7 +260,7 @@ class AdapterRegistry:
         name = f"agent-v{version:04d}"
         adapter = Adapter(name, version, self._folder / name, rank, parent, digest)
         shutil.rmtree(adapter.path, ignore_errors=True)  # left by a registration that died before its row
-        with self.db.atomic():
+        with write_transaction(self.db):
             self.db.execute(
                 "INSERT INTO adapters VALUES (?, ?, ?, ?, ?, ?)", [version, name, rank, parent, digest, time.time()]
             )
@@ -265,7 +273,7 @@ class AdapterRegistry:
         before = self.acting()
         if name is not None:
             self._require_transition(name, AdapterState.ACTING)
-        with self.db.atomic():
+        with write_transaction(self.db):
             self.db.execute(
                 "INSERT INTO acting (adapter, behind, reason, created_at) VALUES (?, ?, ?, ?)",
                 [name, behind, reason, time.time()],
@@ -314,5 +322,6 @@ class AdapterRegistry:
         return Adapter(name, row["version"], self._folder / name, row["rank"], row["parent"], row["digest"])
 
     def _rows(self, sql: str, *params: Any) -> list[dict[str, Any]]:
-        with self._lock:
-            return list(self.db.query(sql, params))
+        """What is committed; within a write, too, for no write reads what it has written itself."""
+        with self._reading:
+            return list(self._reader.query(sql, params))

@@ -189,6 +189,10 @@ class EngineHealth:
     """Completions that wait for a place in the batch."""
     problem: str = ""
     """Why it is not alive; empty while it is."""
+    is_starting: bool = False
+    """It is not alive yet, or not again, and is on its way: the problem tells how far."""
+    num_restarts: int = 0
+    """How often a dead engine was replaced since the server started."""
 
 
 class EngineError(Exception):
@@ -202,10 +206,11 @@ class Engine(Protocol):
     def limits(self) -> EngineLimits: ...
 
     def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, adapter: Adapter | None
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, adapter: Adapter | None, *, whole: bool = False
     ) -> AsyncIterator[SampledToken]:
         """Stream one completion. Closing the iterator cancels it and frees its place in the batch.
 
+        `whole` says that nobody reads along: an engine may then keep all tokens after the first until the last.
         Raises EngineError for an empty or too long prompt, an id outside the vocabulary, or an adapter that is
         not loaded, before the first token; and if the engine dies, at any point.
         """

@@ -380,11 +380,6 @@ def _skill(choice: Choice | None) -> str:
     return f"{name}:{value}" if value else name
 
 
-def _skills_needed(order: Order) -> tuple[str, ...]:
-    skills = [_skill(choice) for _, choice in _expert_states(order, State())]
-    return (*dict.fromkeys(skills), "answer")
-
-
 # ----------------------------------------------------------------------------------------------- episode
 
 
@@ -492,7 +487,7 @@ class OrderDesk:
             raise IndexError(f"{self.name}/{split} has tasks 0 to {self.splits[split] - 1}, not {index}")
         order = draw_order(_FIRST_NUMBER[split] + index)
         messages = ({"role": "user", "content": order.text},)
-        return Task(self.name, split, index, messages, _skills_needed(order))
+        return Task(self.name, split, index, messages)
 
     def find_task(self, messages: Sequence[Message]) -> Task | None:
         """The task whose text the first user message is, spaces aside; None for any other text."""

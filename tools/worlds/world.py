@@ -27,8 +27,6 @@ class Task:
     """Its place in the split, from 0."""
     messages: tuple[Message, ...]
     """How the conversation begins: perhaps a system message, then the user's."""
-    skills: tuple[str, ...]
-    """The skills that an expert needs for it, in the order of their first use."""
 
     @property
     def id(self) -> str:
