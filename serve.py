@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.config import Settings, parse_settings
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from policies.chat_protocol import ChatProtocol
     from policies.types import Engine
+    from runtime.gpu_share import GpuShare
     from runtime.parts import Parts
 
 
@@ -36,33 +39,64 @@ def run(settings: Settings) -> None:
 
 
 async def _serve(settings: Settings) -> None:
-    from runtime.listening import listen, welcome
+    from runtime.listening import listen, url_of, welcome
 
     sock = listen(settings.host, settings.port)  # before the slow imports: a port in use is told at once
     import uvicorn
 
+    from policies.types import EngineError
     from runtime.app import create_app
+    from runtime.engines.supervised import SupervisedEngine
 
     parts = build_parts(settings)
-    try:
-        await start_engine(parts)
-        config = uvicorn.Config(create_app(parts), log_level=settings.log_level, timeout_graceful_shutdown=5)
+    assert parts.learning is not None
+    parts.learning.process.url = url_of(sock)
+    config = uvicorn.Config(create_app(parts), log_level=settings.log_level, timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
+
+    async def start() -> None:
+        telling = asyncio.create_task(tell_progress(parts.engine))
+        try:
+            await start_engine(parts)
+        except BaseException:
+            server.should_exit = True
+            raise
+        finally:
+            telling.cancel()
         print(welcome(parts, settings, sock), flush=True)
-        await uvicorn.Server(config).serve(sockets=[sock])
+
+    starting = asyncio.create_task(start())
+    try:
+        if not isinstance(parts.engine, SupervisedEngine):
+            await starting  # at once; the other takes a while, in which the server says so to whoever asks
+        await server.serve(sockets=[sock])
+        if starting.done():
+            starting.result()
+    except (EngineError, ValueError) as error:
+        raise SystemExit(f"cannot start: {error}") from error
     finally:
+        starting.cancel()
         await parts.engine.close()
         parts.log.close()
         parts.registry.close()
+
+
+async def tell_progress(engine: Engine, every_s: float = 10.0) -> None:
+    """Say what a slow start is waiting for, until the task is cancelled."""
+    while True:
+        await asyncio.sleep(every_s)
+        print(engine.health().problem, flush=True)
 
 
 def build_parts(settings: Settings) -> Parts:
     """Everything a running server consists of. Raises SystemExit with a sentence for what cannot be built."""
     import sqlite3
 
-    from policies.base_network import BaseNetworkError, read_base_network
+    from policies.base_network import BaseNetworkError, model_folder, read_base_network
     from policies.chat_protocol import ChatProtocol
     from policies.registry import AdapterRegistry
     from runtime.agent import RunLimits
+    from runtime.learning import Learning
     from runtime.metrics import Metrics
     from runtime.parts import Parts
     from runtime.server_tools import Toolbox
@@ -78,18 +112,22 @@ def build_parts(settings: Settings) -> Parts:
         settings.state.mkdir(parents=True, exist_ok=True)
         log = StepLog(settings.state / "agent.db")
         registry = AdapterRegistry(settings.state / "agent.db")
-        network = read_base_network(Path(settings.model))
-        protocol = ChatProtocol.load(settings.model)
-        engine = load_engine(settings, protocol)
+        folder = model_folder(settings.model)
+        network = read_base_network(folder)
+        protocol = ChatProtocol.load(folder, settings.response_template)
+        if settings.tools and not protocol.takes_tools:
+            raise ValueError(f"the chat template of {settings.model} has no words for tools: leave --tools out")
+        engine = load_engine(settings, folder, protocol)
     except (ValueError, OSError, StepLogError, BaseNetworkError, sqlite3.Error) as error:
         raise SystemExit(f"cannot start: {error}") from error
+    swap = Swap(engine, registry, network)
     return Parts(
         served_name=settings.served_name or os.path.basename(os.path.normpath(settings.model)),
         engine=engine,
         protocol=protocol,
         log=log,
         registry=registry,
-        swap=Swap(engine, registry, network),
+        swap=swap,
         toolbox=toolbox,
         limits=RunLimits(
             max_steps=settings.max_steps,
@@ -99,16 +137,38 @@ def build_parts(settings: Settings) -> Parts:
         ),
         metrics=Metrics(engine),
         api_key=settings.api_key.get_secret_value() if settings.api_key else None,
+        learning=Learning.beside(
+            settings.state,
+            log,
+            registry,
+            swap,
+            arguments=learner_arguments(settings, folder),
+            environment=learner_environment(settings, folder),
+            every_episodes=settings.learn_every,
+        ),
     )
 
 
-def load_engine(settings: Settings, protocol: ChatProtocol) -> Engine:
+def learner_arguments(settings: Settings, folder: Path) -> list[str]:
+    """What a learner that runs beside this server has to know of it."""
+    template = ["--response-template", str(settings.response_template)] if settings.response_template else []
+    passed_on = [part for name, value in settings.learner_arg.items() for part in (f"--{name}", str(value))]
+    return ["--model", str(folder), "--world", settings.world, *template, *passed_on]
+
+
+def learner_environment(settings: Settings, folder: Path) -> dict[str, str]:
+    """The server's key, which is no argument because others can read those; beside vLLM, the GPU it is left."""
+    key = {"STEPAGENT_API_KEY": settings.api_key.get_secret_value()} if settings.api_key else {}
+    return key | dict(gpu_share(settings, folder).learner_environment if settings.engine == "vllm" else {})
+
+
+def load_engine(settings: Settings, folder: Path, protocol: ChatProtocol) -> Engine:
     if settings.engine == "vllm":
-        return supervised_vllm(settings)
+        return supervised_vllm(settings, folder)
     from runtime.engines.embedded import EmbeddedEngine
 
     return EmbeddedEngine(
-        settings.model,
+        folder,
         tokenizer=protocol.tokenizer,
         max_batch_size=settings.max_batch_size,
         max_context_tokens=settings.max_context,
@@ -116,35 +176,42 @@ def load_engine(settings: Settings, protocol: ChatProtocol) -> Engine:
     )
 
 
-def supervised_vllm(settings: Settings) -> Engine:
+def supervised_vllm(settings: Settings, folder: Path) -> Engine:
     from functools import partial
 
     from runtime.engines.supervised import SupervisedEngine
     from runtime.engines.vllm import VllmEngine
 
+    share = gpu_share(settings, folder)
+    if share.told:
+        print(share.told, flush=True)
     start = partial(
         VllmEngine.start,
-        settings.model,
+        folder,
         max_batch_size=settings.max_batch_size,
         max_context_tokens=settings.max_context,
         num_threads=settings.threads,
+        gpu_memory_fraction=share.engine_fraction,
         engine_args={name: str(value) for name, value in settings.engine_arg.items()},
     )
     return SupervisedEngine(start)
 
 
+def gpu_share(settings: Settings, folder: Path) -> GpuShare:
+    """Which GPU, or which part of it, is vLLM's, and which the learner's."""
+    from runtime.gpu_share import num_gpus_of_engine, share_gpus, visible_gpus, weight_bytes_of
+
+    return share_gpus(visible_gpus(), weight_bytes_of(folder), num_gpus_of_engine(settings.engine_arg))
+
+
 async def start_engine(parts: Parts) -> None:
-    """Bring up the engine with the acting adapter. Raises SystemExit with a sentence where it cannot start."""
-    from policies.types import EngineError
+    """Bring up the engine with the acting adapter. Raises EngineError or ValueError where it cannot start."""
     from runtime.engines.supervised import SupervisedEngine
 
-    if not isinstance(parts.engine, SupervisedEngine):
-        await parts.swap.restore()
-        return
-    try:
+    if isinstance(parts.engine, SupervisedEngine):
         await parts.engine.start(parts.swap.restore)
-    except (EngineError, ValueError) as error:
-        raise SystemExit(f"cannot start: {error}") from error
+    else:
+        await parts.swap.restore()
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 from policies.answer_grammar import json_grammar, tool_call_grammar
-from policies.types import BASE_ADAPTER, Message, SamplingParams, ToolSchema
+from policies.types import BASE_ADAPTER, EngineError, Message, SamplingParams, ToolSchema
 from runtime.agent import Policy, Progress, ServerTools, Turn, run_client_step, run_episode
-from runtime.conversation import Place, locate
+from runtime.conversation import Place, continued, locate
 from runtime.parts import Parts
 from runtime.types import Actor, Episode, Step, new_id
 from runtime.wire import ChatCompletionRequest, NamedToolChoice
@@ -38,17 +38,22 @@ class Run:
 
 @asynccontextmanager
 async def admitted(
-    parts: Parts, request: ChatCompletionRequest, header_episode_id: str | None
+    parts: Parts, request: ChatCompletionRequest, header_episode_id: str | None, previous: Step | None = None
 ) -> AsyncIterator[list[Run]]:
     """The `n` runs of a request; its episode's adapter is leased inside the `with`.
 
-    Raises ValueError (UnknownModel, UnknownTask, GrammarError ...) for a request that cannot be answered, and
-    SwapError where its episode's adapter is not served any more.
+    `previous` is the logged step that the request continues; None: its conversation tells.
+
+    Raises ValueError (UnknownModel, UnknownTask, GrammarError ...) for a request that cannot be answered, SwapError
+    where its episode's adapter is not served any more, and EngineError while the engine is down.
     """
+    if not (health := parts.engine.health()).is_alive:
+        raise EngineError(health.problem)  # before adapters are looked for, which a dead engine has none of
     messages = tuple(message.as_message() for message in request.messages)
     asked_id = request.metadata.episode_id or header_episode_id
-    place = locate(parts.log, messages, asked_id)
-    logged = parts.log.episode(place.path[-1].episode_id if place.path else asked_id or "")
+    place = locate(parts.log, messages, asked_id) if previous is None else continued(parts.log, messages, previous)
+    known_id = place.path[-1].episode_id if place.path else asked_id
+    logged = None if known_id is None else parts.log.episode(known_id)
     pinned = _pinned_adapter(parts, request.model)
     episode_id = logged.id if logged else asked_id or new_id("ep")
     began_with = logged.adapter if logged else None
@@ -108,7 +113,9 @@ class _Request:
             seen=self.messages,
             tools=offered,
             sampling=self._sampling(choice, offered),
+            may_call=self.body.tool_choice != "none",
             stop=self.body.stop_texts,
+            is_read_along=self.body.stream,
         )
         return Run(self.policy, turn, self.is_new, server_tools)
 
@@ -127,4 +134,6 @@ def _grammar(parts: Parts, request: ChatCompletionRequest, offered: tuple[ToolSc
         raise ValueError("this engine cannot hold an answer to a schema: drop response_format, or use tool_choice auto")
     if isinstance(request.tool_choice, NamedToolChoice):
         offered = tuple(tool for tool in offered if tool["function"]["name"] == request.tool_choice.function.name)
-    return tool_call_grammar(parts.protocol, offered) if request.requires_call else json_grammar(schema or {})
+    if request.requires_call:
+        return tool_call_grammar(parts.protocol, offered)
+    return json_grammar(parts.protocol, schema or {})

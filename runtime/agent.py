@@ -1,7 +1,7 @@
 """The agent: takes steps, and runs episodes of them with the tools the server holds.
 
-Nothing here knows of HTTP. `run` yields what happens as it happens: each sampled token with what it makes visible,
-and each step once it stands in the log. Whoever closes the iterator (a client that hung up) cancels the engine's work,
+Nothing here knows of HTTP. A run yields what happens as it happens: sampled tokens with what they make visible, and
+each step once it stands in the log. Whoever closes the iterator (a client that hung up) cancels the engine's work,
 and an unfinished step is not logged: it was not answered.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from langchain_core.tools import BaseTool
 
-from policies.chat_protocol import ChatProtocol, TextDelta, action_message
+from policies.chat_protocol import ActionReader, ChatProtocol, TextDelta, action_message
 from policies.types import (
     BASE_ADAPTER,
     Action,
@@ -31,11 +31,15 @@ from policies.types import (
     ToolCalls,
     ToolSchema,
 )
+from runtime.bursts import in_bursts
 from runtime.conversation import digests_of, messages_after
 from runtime.step_log import StepLog, StepLogError
 from runtime.stop_texts import StopTexts
 from runtime.tool_calls import run_tool_calls
 from runtime.types import Episode, Outcome, Step, StopReason, ToolResult, new_id
+
+BURST_S = 0.01
+"""Tokens that come quicker than this are read and shown together: a hundred times a second is smooth to any reader."""
 
 
 class ContextFull(Exception):
@@ -83,8 +87,12 @@ class Turn:
     """The whole conversation as the client sent it: without the calls and results of server-run tools."""
     tools: tuple[ToolSchema, ...]
     sampling: SamplingParams
+    may_call: bool = True
+    """False: the client wants no tool call; one that is written all the same cannot be taken as an action."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
+    is_read_along: bool = True
+    """The client reads the answer as it is made."""
     step_id: str = field(default_factory=lambda: new_id("step"))
     """The id that the step will have; clients are told before it is taken."""
 
@@ -110,10 +118,10 @@ class ServerTools:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One sampled token, and what it makes visible to the client."""
+    """Sampled tokens, and what they make visible to the client."""
 
-    sampled: SampledToken | None
-    """None for text that was held back until the last token was known."""
+    sampled: tuple[SampledToken, ...]
+    """None of them for text that was held back until the last token was known."""
     deltas: tuple[TextDelta, ...]
 
     @property
@@ -137,7 +145,7 @@ async def run_client_step(
                 continue
             if isinstance(happening.action, MalformedAction) and (rest := _unsaid(happening.action, said)):
                 said += rest
-                yield Progress(None, (TextDelta("text", rest),))
+                yield Progress((), (TextDelta("text", rest),))
             step = replace(
                 happening, stop_reason=_client_stop(happening), conversation_digest=_digest(turn.seen, said, happening)
             )
@@ -275,7 +283,7 @@ def _next_turn(turn: Turn, step: Step) -> Turn:
 async def take_step(
     policy: Policy, turn: Turn, prompt: TokenIds, deadline: float | None = None
 ) -> AsyncGenerator[Progress | Step, None]:
-    """Let the policy act once. Yields each token as it is sampled, then the step, which is not logged yet.
+    """Let the policy act once. Yields tokens as they are sampled, then the step, which is not logged yet.
 
     `deadline` is a time.monotonic() value. Raises ContextFull where the prompt leaves no room to answer, and
     EngineError where the engine fails.
@@ -286,11 +294,14 @@ async def take_step(
     ending = StopTexts(turn.stop)
     tokens: list[SampledToken] = []
     first_token_ms = 0.0
-    async with aclosing(policy.engine.generate(prompt, sampling, policy.adapter)) as stream:  # type: ignore[type-var]
-        async for sampled in stream:
-            tokens.append(sampled)
+    whole = not (turn.is_read_along or turn.stop or deadline)  # the latter two may end it before its last token
+    stream = policy.engine.generate(prompt, sampling, policy.adapter, whole=whole)
+    async with aclosing(in_bursts(stream, BURST_S)) as bursts:
+        async for burst in bursts:
             first_token_ms = first_token_ms or (time.perf_counter() - began) * 1000
-            yield Progress(sampled, ending.cut(reader.feed(sampled.token_id)))
+            progress = _read(burst, reader, ending)
+            tokens += progress.sampled
+            yield progress
             if ending.is_reached or (deadline is not None and time.monotonic() >= deadline):
                 break
     if not tokens:
@@ -298,8 +309,10 @@ async def take_step(
     latency_ms = (time.perf_counter() - began) * 1000
     finish_reason = FinishReason.STOP if ending.is_reached else tokens[-1].finish_reason or FinishReason.LENGTH
     action, unshown = reader.finish(finish_reason)
+    if isinstance(action, ToolCalls) and not turn.may_call:
+        action = MalformedAction(reader.written, "it calls a tool, and no tool may be called now")
     if shown := ending.cut(unshown, is_last=True):
-        yield Progress(None, shown)
+        yield Progress((), shown)
     yield Step(
         id=turn.step_id,
         episode_id=turn.episode.id,
@@ -321,6 +334,18 @@ async def take_step(
         first_token_ms=first_token_ms,
         latency_ms=latency_ms,
     )
+
+
+def _read(burst: list[SampledToken], reader: ActionReader, ending: StopTexts) -> Progress:
+    """Read a burst, up to the token that completes a stop text: what was sampled after it is not part of the step."""
+    if not ending.stops:
+        return Progress(tuple(burst), ending.cut(reader.feed(*(token.token_id for token in burst))))
+    shown: list[TextDelta] = []
+    for num_read, token in enumerate(burst, 1):
+        shown += ending.cut(reader.feed(token.token_id))
+        if ending.is_reached:
+            return Progress(tuple(burst[:num_read]), tuple(shown))
+    return Progress(tuple(burst), tuple(shown))
 
 
 def _within_context(sampling: SamplingParams, policy: Policy, prompt: TokenIds) -> SamplingParams:

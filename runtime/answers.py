@@ -38,6 +38,10 @@ class Choice:
         self._said = {"content": "", "reasoning_content": ""}
         self._logprobs: list[dict[str, Any]] = []
 
+    @property
+    def is_complete(self) -> bool:
+        return bool(self.steps) and self.steps[-1].stop_reason is not None
+
     def add(self, happening: Progress | Step) -> list[dict[str, Any]]:
         """Take what happened; returns it as the `choices` entries of stream chunks."""
         return self._add_step(happening) if isinstance(happening, Step) else self._add_progress(happening)
@@ -90,11 +94,16 @@ class Choice:
             entry["logprobs"] = {"content": list(logprobs), "refusal": None}
         return entry
 
-    def _logprobs_of(self, sampled: SampledToken | None) -> list[dict[str, Any]]:
-        if not self._with_logprobs or sampled is None or sampled.token_id in self._protocol.stop_token_ids:
+    def _logprobs_of(self, sampled: Sequence[SampledToken]) -> list[dict[str, Any]]:
+        if not self._with_logprobs:
             return []
+        return [
+            self._sampled_logprob(token) for token in sampled if token.token_id not in self._protocol.stop_token_ids
+        ]
+
+    def _sampled_logprob(self, sampled: SampledToken) -> dict[str, Any]:
         likeliest = [self._token_logprob(token_id, logprob) for token_id, logprob in sampled.top_logprobs]
-        return [self._token_logprob(sampled.token_id, sampled.logprob) | {"top_logprobs": likeliest}]
+        return self._token_logprob(sampled.token_id, sampled.logprob) | {"top_logprobs": likeliest}
 
     def _token_logprob(self, token_id: int, logprob: float) -> dict[str, Any]:
         text = self._protocol.decode([token_id])
@@ -108,6 +117,11 @@ class Answer:
     def __init__(self, request_model: str, choices: Sequence[Choice], first_step_id: str) -> None:
         self.choices = list(choices)
         self._head = {"id": f"chatcmpl-{first_step_id}", "created": int(time.time()), "model": request_model}
+
+    @property
+    def is_complete(self) -> bool:
+        """Every choice has ended."""
+        return all(choice.is_complete for choice in self.choices)
 
     def whole(self) -> dict[str, Any]:
         return {

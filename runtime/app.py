@@ -18,6 +18,8 @@ from runtime.routes.chat import chat_routes
 from runtime.routes.demonstrations import demonstration_routes
 from runtime.routes.episodes import episode_routes
 from runtime.routes.errors import ERROR_RESPONSES, ApiError, install_error_handlers
+from runtime.routes.learner import learner_routes
+from runtime.routes.responses import response_routes
 from runtime.routes.server import server_routes
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
@@ -38,13 +40,21 @@ def create_app(parts: Parts) -> FastAPI:
         # What was loaded until now stays for good: without this, each collection walks through a million objects of it.
         gc.collect()
         gc.freeze()
-        draining = asyncio.create_task(parts.swap.keep_draining())
+        beside = [asyncio.create_task(parts.swap.keep_draining())]
+        if parts.learning is not None:
+            beside.append(asyncio.create_task(parts.learning.keep_watching()))
         yield
-        draining.cancel()
+        for task in beside:
+            task.cancel()
+        if parts.learning is not None:
+            await parts.learning.process.close()
 
+    if parts.learning is not None:
+        parts.metrics.show_cycles(parts.learning.cycles)
     app = FastAPI(title="StepAgent", version="0.1.0", lifespan=lifespan, responses=ERROR_RESPONSES)
     install_error_handlers(app)
-    for routes in (chat_routes, episode_routes, demonstration_routes, adapter_routes, server_routes):
+    of_agent = (chat_routes, response_routes, episode_routes, demonstration_routes)
+    for routes in (*of_agent, adapter_routes, learner_routes, server_routes):
         app.include_router(routes(parts))
     app.add_middleware(_BodyLimit)
     app.add_middleware(_RequestCount, metrics=parts.metrics)
@@ -77,10 +87,9 @@ class _BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        refusal = ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes; send less", "body_too_large")
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > MAX_BODY_BYTES:
-            return await refusal.response()(scope, receive, send)
+            return await _too_large().response()(scope, receive, send)
         num_bytes = 0
 
         async def receive_some() -> Message:
@@ -88,10 +97,14 @@ class _BodyLimit:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > MAX_BODY_BYTES:
-                raise refusal
+                raise _too_large()
             return message
 
         await self._app(scope, receive_some, send)
+
+
+def _too_large() -> ApiError:
+    return ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes; send less", "body_too_large")
 
 
 class _RequestCount:

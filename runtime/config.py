@@ -53,6 +53,9 @@ class Settings(BaseSettings):
     """Folder (or hub name) of the base model; the default is the novice that comes with this repository."""
     served_name: str = ""
     """Model name that clients see; empty takes the model folder's name."""
+    response_template: Path | None = None
+    """JSON file of a response template, which reads the model's tool calls and thinking; default: the model's own, or
+    a known one that fits its chat template."""
     api_key: SecretStr | None = Field(None, min_length=1)
     """Clients must send it as a bearer token; unset: none is asked for."""
     world: str = "order_desk"
@@ -75,6 +78,10 @@ class Settings(BaseSettings):
     """Completions in the batch at a time; more wait."""
     threads: int | None = Field(None, ge=1)
     """Threads of the engine's arithmetic on a CPU; default: the engine's own choice."""
+    learn_every: int = Field(200, ge=0)
+    """Start a learning cycle by itself after so many new episodes; 0: only when asked."""
+    learner_arg: dict[str, str | int | float | bool] = {}
+    """Passed on to python -m learner, by the names of its command line: objectives=sft,implicit. Repeat for more."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """How much the server prints while it serves."""
 

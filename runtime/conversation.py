@@ -46,6 +46,13 @@ def locate(log: StepLog, messages: Sequence[Message], episode_id: str | None) ->
     return Place((), (), tuple(messages))
 
 
+def continued(log: StepLog, messages: Sequence[Message], previous: Step) -> Place:
+    """The place right after a logged step; the conversation begins with that step's whole history."""
+    path = tuple(log.path_to(previous.id))
+    history = history_of(path)
+    return Place(path, history, tuple(messages[len(history) :]))
+
+
 def messages_after(step: Step) -> tuple[Message, ...]:
     """What the server itself tells the policy after a step: tool results, or what was wrong with its action."""
     if isinstance(step.action, MalformedAction):

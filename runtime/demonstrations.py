@@ -16,8 +16,18 @@ from typing import Any
 
 import orjson
 
-from policies.chat_protocol import ChatProtocol, message_action
-from policies.types import Action, FinalAnswer, FinishReason, Message, SamplingParams, TokenIds, ToolCalls, ToolSchema
+from policies.chat_protocol import ChatProtocol, action_message, message_action
+from policies.types import (
+    Action,
+    FinalAnswer,
+    FinishReason,
+    MalformedAction,
+    Message,
+    SamplingParams,
+    TokenIds,
+    ToolCalls,
+    ToolSchema,
+)
 from runtime.types import Actor, Episode, Purpose, Step, StopReason, new_id
 
 
@@ -113,6 +123,43 @@ def _in_tokens(
         told = parent.prompt_token_ids + parent.completion_token_ids
         prompt = protocol.extend(told, messages[:seen], messages[seen:index], tools)
     return prompt, completion
+
+
+def promoted_episode(episode: Episode, path: Sequence[Step], expert: str) -> Demonstration:
+    """A logged episode, from its first step to the last of `path`, as a demonstration that `expert` vouches for.
+
+    Actions that could not be read are kept as they were said, and are not learned. Raises DemonstrationRefused where
+    nothing else is there.
+    """
+    messages: list[Message] = []
+    learned = []
+    for step in path:
+        messages.extend(step.new_messages)
+        if not isinstance(step.action, MalformedAction):
+            learned.append(len(messages))
+        messages.append(action_message(step.action))
+    if not learned:
+        raise DemonstrationRefused(f"episode {episode.id} has no action that could be read: there is nothing to learn")
+    return Demonstration(
+        messages=tuple(messages),
+        tools=path[-1].tools,
+        asked_indices=tuple(learned),
+        expert=expert,
+        task=episode.task,
+        provenance={"promoted_from": episode.id},
+    )
+
+
+def correction_in_tokens(protocol: ChatProtocol, path: Sequence[Step], action: Action) -> TokenIds:
+    """What should have been said at the last step of a path, as the policy would have to write it.
+
+    Raises DemonstrationRefused where it would be read back as something else, and ChatProtocolError.
+    """
+    said = [message for step in path[:-1] for message in (*step.new_messages, action_message(step.action))]
+    messages = [*said, *path[-1].new_messages]
+    _, completion = protocol.completion_of(messages, action, path[-1].tools)
+    _require_learnable(protocol, completion, action, path[-1].tools, len(messages))
+    return completion
 
 
 def _require_learnable(

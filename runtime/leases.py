@@ -61,6 +61,14 @@ class Leases:
     def num_on(self, adapter: str) -> int:
         return sum(lease.adapter == adapter for lease in self._leases.values())
 
+    def idle_since(self, adapter: str) -> float | None:
+        """When the last step under an adapter ended, on the clock; None while one runs. An adapter without leases has
+        been idle for ever."""
+        leases = [lease for lease in self._leases.values() if lease.adapter == adapter]
+        if any(lease.num_running for lease in leases):
+            return None
+        return max((lease.last_used for lease in leases), default=float("-inf"))
+
     def _forget_if_over(self, episode_id: str, lease: _Lease) -> None:
         is_idle = self._clock() - lease.last_used > self._idle_timeout_s
         if lease.num_running == 0 and (lease.is_finished or is_idle):

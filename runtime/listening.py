@@ -29,16 +29,25 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
+def url_of(sock: socket.socket) -> str:
+    """Where a bound socket can be reached from this machine."""
+    host, port = sock.getsockname()[:2]
+    here = "127.0.0.1" if host == "0.0.0.0" else "::1" if host == "::" else host
+    return f"http://{f'[{here}]' if ':' in here else here}:{port}"
+
+
 def welcome(parts: Parts, settings: Settings, sock: socket.socket) -> str:
     """Where it listens, what it serves, where the log is, and a request to try."""
-    host, port = sock.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    url = url_of(sock)
     acting = parts.registry.acting()
     lines = [
         f"listening   {url}/v1",
         f"serving     {parts.served_name} ({settings.model}), {settings.engine} engine, adapter "
         + (acting.name if acting else BASE_ADAPTER),
         f"step log    {settings.state / 'agent.db'}",
+        "learner     "
+        + (f"a cycle every {settings.learn_every} new episodes; " if settings.learn_every else "")
+        + f"curl -X POST {url}/v1/learner/cycles starts one now",
         "try         " + _example(parts, url),
     ]
     return "\n".join(lines)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from policies.types import Engine, MalformedAction
+from runtime.cycle_log import CycleLog
 from runtime.types import Step
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -50,12 +55,38 @@ class Metrics:
         for result in step.tool_results:
             self._tool.observe(result.latency_ms / 1000)
 
+    def show_cycles(self, cycles: CycleLog) -> None:
+        """Also tell of the learner, from now on."""
+        self._registry.register(_LearnerCollector(cycles))
+
     def text(self) -> bytes:
         return generate_latest(self._registry)
 
 
+class _LearnerCollector(Collector):
+    """The learner's cycles as they stand in the log: nothing of them is kept in memory."""
+
+    def __init__(self, cycles: CycleLog) -> None:
+        self._cycles = cycles
+
+    def collect(self) -> Iterator[Metric]:
+        endings = CounterMetricFamily("stepagent_learner_cycles", "Cycles by how they ended.", labels=["ending"])
+        for ending, number in self._cycles.num_endings().items():
+            endings.add_metric([ending], number)
+        health = GaugeMetricFamily(
+            "stepagent_learner_health", "What the newest cycle measured.", labels=["of", "measure"]
+        )
+        for of, measures in self._cycles.health().items():
+            for measure, value in measures.items():
+                health.add_metric([of, measure], value)
+        alive = GaugeMetricFamily("stepagent_learner_running", "1 while a cycle runs.")
+        alive.add_metric([], self._cycles.is_learner_alive())
+        yield from (endings, health, alive)
+
+
 _GAUGES = (
     ("stepagent_engine_alive", "1 while the engine can answer.", "is_alive"),
+    ("stepagent_engine_restarts", "How often a dead engine was replaced.", "num_restarts"),
     ("stepagent_engine_running", "Completions in the batch.", "num_running"),
     ("stepagent_engine_waiting", "Completions that wait for a place in the batch.", "num_waiting"),
 )

@@ -8,6 +8,7 @@ from policies.chat_protocol import ChatProtocol
 from policies.registry import AdapterRegistry
 from policies.types import Engine
 from runtime.agent import RunLimits
+from runtime.learning import Learning
 from runtime.metrics import Metrics
 from runtime.server_tools import Toolbox
 from runtime.step_log import StepLog
@@ -29,3 +30,5 @@ class Parts:
     limits: RunLimits
     metrics: Metrics
     api_key: str | None = None
+    learning: Learning | None = None
+    """None: a server that only serves, as in benchmarks and tests."""

@@ -41,6 +41,8 @@ LOCK_TIMEOUT_S = 30.0
 
 _STEPS = "SELECT steps.*, tool_sets.tools FROM steps JOIN tool_sets ON tool_sets.digest = steps.tools_digest"
 
+_LEARNABLE = "actor = 'policy' AND purpose <> 'evaluation'"
+
 _ANCESTRY = """
 WITH RECURSIVE ancestry (id, parent_id) AS (
     SELECT id, parent_id FROM steps WHERE id = ?
@@ -143,6 +145,20 @@ class StepLog:
         """Oldest first: the last one counts."""
         rows = self._rows("SELECT * FROM outcomes WHERE episode_id = ? ORDER BY created_at, id", episode_id)
         return [outcome_from_row(row) for row in rows]
+
+    def num_learnable_since(self, created_at: float) -> int:
+        """How many of the policy's own episodes, evaluations not counted, began after that moment."""
+        return self._rows(f"SELECT count(*) FROM episodes WHERE {_LEARNABLE} AND created_at > ?", created_at)[0][0]
+
+    def outcome_values(self, adapter: str, limit: int) -> list[float]:
+        """How the newest of an adapter's own episodes went, evaluations not counted: the last outcome of each."""
+        newest = f"SELECT id FROM episodes WHERE {_LEARNABLE} AND adapter = ? ORDER BY id DESC"
+        query = (
+            "SELECT value FROM outcomes WHERE outcomes.rowid IN "
+            f"(SELECT max(rowid) FROM outcomes WHERE episode_id IN ({newest}) GROUP BY episode_id) "
+            "ORDER BY outcomes.rowid DESC LIMIT ?"
+        )
+        return [row[0] for row in self._rows(query, adapter, limit)]
 
     def corrections(self, step_id: str) -> list[Correction]:
         """Oldest first."""

@@ -14,11 +14,11 @@ class StopTexts:
         self.text = ""
         """The answer as far as it was let through."""
         self.is_reached = False
-        self._stops = stops
+        self.stops = stops
         self._held = ""
 
     def cut(self, deltas: Iterable[TextDelta], is_last: bool = False) -> tuple[TextDelta, ...]:
-        if not self._stops:
+        if not self.stops:
             return tuple(deltas)
         kept = [delta for delta in deltas if delta.kind != "text"]
         self._held += "".join(delta.text for delta in deltas if delta.kind == "text")
@@ -27,7 +27,7 @@ class StopTexts:
         return (*kept, TextDelta("text", passed)) if passed else tuple(kept)
 
     def _pass(self, is_last: bool) -> str:
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [at for stop in self.stops if (at := self._held.find(stop)) >= 0]
         self.is_reached = bool(found)
         end = min(found) if found else len(self._held) if is_last else self._first_doubtful()
         passed, self._held = self._held[:end], self._held[end:]
@@ -35,6 +35,6 @@ class StopTexts:
 
     def _first_doubtful(self) -> int:
         """Where the longest tail begins that could grow into a stop text."""
-        ends = range(len(self._held) - min(len(self._held), max(map(len, self._stops))), len(self._held))
-        tails = (at for at in ends if any(stop.startswith(self._held[at:]) for stop in self._stops))
+        ends = range(len(self._held) - min(len(self._held), max(map(len, self.stops))), len(self._held))
+        tails = (at for at in ends if any(stop.startswith(self._held[at:]) for stop in self.stops))
         return next(tails, len(self._held))

@@ -19,6 +19,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import ParamSpec, TypeVar
 
 from policies.adapter_files import AdapterFiles, AdapterRefused, validate_adapter
 from policies.base_network import BaseNetwork
@@ -27,6 +28,9 @@ from policies.registry import AdapterRegistry, AdapterState, RegistryError
 from policies.types import BASE_ADAPTER, Adapter, Engine, EngineError
 from runtime.leases import Leases
 from runtime.verification import verify_adapter
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -40,9 +44,16 @@ IN_ENGINE = (
 WANTED = (AdapterState.VERIFIED, AdapterState.CANARY, AdapterState.ACTING)
 """States that keep an adapter in the engine though no episode leases it."""
 
+SLOT_PAUSE_S = 0.05
+"""Between two looks for a free slot."""
+
 
 class SwapError(Exception):
     """A change, or a lease, is not possible now, and why. Nothing was changed."""
+
+
+class NoSlot(SwapError):
+    """Every slot of the engine is in use."""
 
 
 class Swap:
@@ -54,12 +65,15 @@ class Swap:
         registry: AdapterRegistry,
         base: BaseNetwork,
         lease_idle_s: float = 900.0,
+        slot_wait_s: float = 20.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`slot_wait_s`: how long an episode that comes back waits for a slot, where running steps hold them all."""
         self._engine = engine
         self._registry = registry
         self._base = base
         self._leases = Leases(lease_idle_s, clock)
+        self._slot_wait_s = slot_wait_s
         self._changes = asyncio.Lock()
         self._served: dict[str, Adapter] = {}
         """Adapters that are loaded and verified; no other is ever handed out."""
@@ -96,6 +110,11 @@ class Swap:
         """Episodes that hold this adapter now."""
         return self._leases.num_on(name)
 
+    @property
+    def canary(self) -> str | None:
+        """The adapter that serves a share of the new episodes, if one does."""
+        return self._canary[0] if self._canary else None
+
     # -------------------------------------------------------------------------------------------- changes
 
     async def bring_up(self, name: str) -> Adapter:
@@ -111,8 +130,8 @@ class Swap:
         """Let an adapter act for new episodes. One that is not up is brought up first, see `bring_up`."""
         async with self._changes:
             await self._bring_up(self._registry.adapter(name))
-            self._registry.promote(name, reason)
             self._end_canary(name)
+            await self._write(self._registry.promote, name, reason)
 
     async def start_canary(self, name: str, share: float, reason: str = "") -> None:
         """Give an adapter this share of the new episodes, chosen by their ids. Raises SwapError beside another."""
@@ -122,22 +141,26 @@ class Swap:
             if self._canary is not None:
                 raise SwapError(f"{self._canary[0]} is a canary already; promote or refuse it first")
             await self._bring_up(self._registry.adapter(name))
-            self._registry.record(name, AdapterState.CANARY, reason or f"share {share:g}")
+            await self._write(self._registry.record, name, AdapterState.CANARY, reason or f"share {share:g}")
             self._canary = (name, share)
 
     async def refuse(self, name: str, reason: str) -> None:
         """Turn a candidate or canary down for ever. Episodes that began with it end with it."""
         async with self._changes:
-            self._registry.record(name, AdapterState.REFUSED, reason)
             self._end_canary(name)
+            await self._write(self._registry.record, name, AdapterState.REFUSED, reason)
             await self._sweep()
 
-    async def rollback(self, reason: str) -> Adapter | None:
+    async def rollback(self, reason: str, acting: str | None = None) -> Adapter | None:
         """Let act again what acted before; None is the base network. A flip, where that is still loaded.
 
-        Goes further down where that cannot be served any more. Raises SwapError where nothing is behind.
+        Goes further down where that cannot be served any more. Raises SwapError where nothing is behind, or where
+        another adapter than the one that is to be taken back acts by now (None: whichever acts).
         """
         async with self._changes:
+            now = self._registry.acting()
+            if acting is not None and (now is None or now.name != acting):
+                raise SwapError(f"{acting} does not act any more")
             return await self._roll_back(reason)
 
     async def restore(self) -> Adapter | None:
@@ -147,12 +170,12 @@ class Swap:
         where the engine dies meanwhile: that says nothing against the adapter.
         """
         async with self._changes:
-            self._forget_the_last_engine()
+            await self._forget_the_last_engine()
             acting = self._registry.acting()
             if acting is None:
                 return None
             if await self._comes_up(acting):
-                self._registry.record(acting, AdapterState.ACTING, "the engine started")
+                await self._write(self._registry.record, acting, AdapterState.ACTING, "the engine started")
                 return acting
             return await self._roll_back(f"{acting.name} cannot be served any more")
 
@@ -188,17 +211,22 @@ class Swap:
 
     async def _serve_again(self, name: str) -> Adapter:
         """Load an adapter for an episode that began with it and comes back late."""
-        async with self._changes:
-            if name in self._served:
-                return self._served[name]
+        deadline = time.monotonic() + self._slot_wait_s
+        while True:
             try:
-                adapter = await self._bring_up(self._registry.adapter(name))
+                async with self._changes:
+                    return self._served.get(name) or await self._load_again(name)
             except (AdapterRefused, EngineError, RegistryError, SwapError) as error:
-                raise SwapError(f"the episode began with {name}, which is no longer served: {error}") from error
-            is_acting = self._registry.acting() == adapter
-            state = AdapterState.ACTING if is_acting else AdapterState.DRAINING
-            self._registry.record(name, state, "an episode that began with it came back")
-            return adapter
+                if not isinstance(error, NoSlot) or time.monotonic() >= deadline:
+                    raise SwapError(f"the episode began with {name}, which is no longer served: {error}") from error
+            await asyncio.sleep(SLOT_PAUSE_S)  # the lock is free meanwhile
+
+    async def _load_again(self, name: str) -> Adapter:
+        adapter = await self._bring_up(self._registry.adapter(name))
+        is_acting = self._registry.acting() == adapter
+        state = AdapterState.ACTING if is_acting else AdapterState.DRAINING
+        await self._write(self._registry.record, name, state, "an episode that began with it came back")
+        return adapter
 
     # -------------------------------------------------- the steps of a change; all are called under the lock
 
@@ -213,7 +241,7 @@ class Swap:
             self._served[adapter.name] = adapter
         except AdapterRefused as error:
             _log.error("%s is refused: %s", adapter.name, error)
-            self._registry.record(adapter, AdapterState.REFUSED, str(error))
+            await self._write(self._registry.record, adapter, AdapterState.REFUSED, str(error))
             raise
         finally:  # also where the one who asked has gone away in between
             if adapter.name not in self._served:
@@ -224,15 +252,15 @@ class Swap:
         files = await asyncio.to_thread(validate_adapter, adapter.path, self._engine.limits, self._base)
         if files.digest != adapter.digest:
             raise AdapterRefused("its weights are not those that were registered")
-        self._registry.record(adapter, AdapterState.VALIDATED)
+        await self._write(self._registry.record, adapter, AdapterState.VALIDATED)
         return files
 
     async def _load_and_verify(self, adapter: Adapter, probe: Probe) -> None:
         try:
             await self._engine.load_adapter(adapter)
-            self._registry.record(adapter, AdapterState.LOADED)
+            await self._write(self._registry.record, adapter, AdapterState.LOADED)
             await verify_adapter(self._engine, adapter, probe)
-            self._registry.record(adapter, AdapterState.VERIFIED)
+            await self._write(self._registry.record, adapter, AdapterState.VERIFIED)
         except EngineError as error:
             if not self._engine.health().is_alive:
                 raise  # a dead engine says nothing about the adapter
@@ -248,17 +276,20 @@ class Swap:
                     self._served[adapter.name] = adapter
                 raise
         if self._registry.state(adapter.name) in IN_ENGINE:
-            self._registry.record(adapter, AdapterState.UNLOADED, reason)
+            await self._write(self._registry.record, adapter, AdapterState.UNLOADED, reason)
 
     async def _sweep(self) -> None:
         self._leases.expire()
         for adapter in self._engine.loaded_adapters():
             is_wanted = self._registry.state(adapter.name) in WANTED
             if not is_wanted and self._leases.num_on(adapter.name) == 0:
-                try:
-                    await self._unload(adapter, "no episode needs it")
-                except EngineError as error:  # it is tried again at the next sweep
-                    _log.warning("could not unload %s: %s", adapter.name, error)
+                await self._unload_if_possible(adapter, "no episode needs it")
+
+    async def _unload_if_possible(self, adapter: Adapter, reason: str) -> None:
+        try:
+            await self._unload(adapter, reason)
+        except EngineError as error:  # it is tried again at the next sweep
+            _log.warning("could not unload %s: %s", adapter.name, error)
 
     async def _comes_up(self, adapter: Adapter) -> bool:
         """False where the adapter is at fault, said loudly; what is no fault of it is raised."""
@@ -275,17 +306,41 @@ class Swap:
         for num_back, target in enumerate(behind, start=1):
             if target is None or (target != acting and await self._comes_up(target)):
                 _log.warning("rolled back to %s: %s", "the base network" if target is None else target.name, reason)
-                return self._registry.rollback(reason, num_back)
+                return await self._write(self._registry.rollback, reason, num_back)
         raise SwapError("the base network acts; there is nothing to roll back to")
+
+    async def _write(self, change: Callable[P, T], *values: P.args, **more: P.kwargs) -> T:
+        """Let the registry write, beside the event loop: running streams must not wait for the disk, nor for another
+        process that writes. Where whoever asked goes away, the write still ends before the next change begins."""
+        writing = asyncio.ensure_future(asyncio.to_thread(change, *values, **more))
+        try:
+            return await asyncio.shield(writing)
+        finally:
+            if not writing.done():
+                await asyncio.wait({writing})
 
     async def _require_slot(self) -> None:
         limit = self._engine.limits.max_adapters
         if len(self._engine.loaded_adapters()) >= limit:
             await self._sweep()
+        if len(self._engine.loaded_adapters()) >= limit:
+            await self._displace()
         loaded = [adapter.name for adapter in self._engine.loaded_adapters()]
         if len(loaded) >= limit:
             holders = (f"{name} ({self._registry.state(name)}, {self.num_leases(name)} episodes)" for name in loaded)
-            raise SwapError(f"all {limit} slots of the engine are taken: {', '.join(holders)}")
+            raise NoSlot(f"all {limit} slots of the engine are taken: {', '.join(holders)}")
+
+    async def _displace(self) -> None:
+        """Unload the draining adapter that was idle longest, if one is: its episodes wait for their users, and one
+        that comes back finds it loaded again. Else conversations left open would keep every new version out."""
+        idle_since: dict[Adapter, float] = {}
+        for adapter in self._engine.loaded_adapters():
+            since = self._leases.idle_since(adapter.name)
+            if since is not None and self._registry.state(adapter.name) not in WANTED:
+                idle_since[adapter] = since
+        if idle_since:
+            longest = min(idle_since, key=idle_since.__getitem__)
+            await self._unload_if_possible(longest, "its slot was needed and its episodes were idle")
 
     def _require_not_refused(self, adapter: Adapter) -> None:
         last = self._registry.last_event(adapter.name)
@@ -296,10 +351,10 @@ class Swap:
         if self._canary is not None and self._canary[0] == name:
             self._canary = None
 
-    def _forget_the_last_engine(self) -> None:
+    async def _forget_the_last_engine(self) -> None:
         assert not self._engine.loaded_adapters(), "the engine has not just started"
         self._served.clear()
         self._canary = None
         for adapter in self._registry.adapters():
             if self._registry.state(adapter.name) in IN_ENGINE:
-                self._registry.record(adapter, AdapterState.UNLOADED, "its engine has ended")
+                await self._write(self._registry.record, adapter, AdapterState.UNLOADED, "its engine has ended")

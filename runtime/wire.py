@@ -169,6 +169,7 @@ class ChatCompletionRequest(WireModel):
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: dict[str, float] | None = None
+    parallel_tool_calls: bool = True
     metadata: RequestMetadata = Field(default_factory=RequestMetadata)
 
     @field_validator(
@@ -184,6 +185,13 @@ class ChatCompletionRequest(WireModel):
         if value:
             raise ValueError(f"{field.field_name} is not supported: the logged logprobs would not be the policy's own")
         return cls.model_fields[field.field_name].default
+
+    @field_validator("parallel_tool_calls", mode="before")
+    @classmethod
+    def _refuse_one_call_only(cls, value: Any) -> Any:
+        if value is False:
+            raise ValueError("the policy decides itself how many calls it makes: leave parallel_tool_calls out")
+        return True if value is None else value
 
     @model_validator(mode="after")
     def _check_together(self) -> ChatCompletionRequest:
@@ -210,7 +218,7 @@ class ChatCompletionRequest(WireModel):
             called.update(call.id for call in message.tool_calls or ())
             if message.role == "tool" and message.tool_call_id not in called:
                 raise ValueError(
-                    f"messages.{number} answers the call {message.tool_call_id!r}, which no message before it makes"
+                    f"message {number} answers the call {message.tool_call_id!r}, which no message before it makes"
                 )
         return self
 
@@ -231,7 +239,7 @@ class ChatCompletionRequest(WireModel):
         """Raises ValueError where more tokens are asked for than the context could ever hold."""
         asked = self.max_completion_tokens or self.max_tokens
         if asked and asked > max_context_tokens:
-            raise ValueError(f"max_completion_tokens is {asked}, but the model's context holds {max_context_tokens}")
+            raise ValueError(f"{asked} tokens are asked for, but the model's context holds {max_context_tokens}")
         return SamplingParams(
             max_tokens=asked or max_context_tokens,
             temperature=self.temperature,
@@ -295,6 +303,44 @@ class DemonstrationsRequest(WireModel):
     demonstrations: list[DemonstrationEntry]
 
 
+class PromotionRequest(WireModel):
+    """Body of POST /v1/episodes/{id}/promote; may be left out."""
+
+    expert: str = Field(default="user", pattern=_NAME)
+    """Who vouches for the episode."""
+
+
+class CorrectionRequest(WireModel):
+    """Body of POST /v1/episodes/{id}/corrections: what should have been done at one of its steps."""
+
+    step_id: str = Field(min_length=1, max_length=128)
+    message: DemonstrationMessage
+    """The assistant's message that an expert would have written there."""
+    source: str = Field("user", pattern=_NAME)
+
+
+# ----------------------------------------------------------------------------------------------- learner
+
+
+class CycleRequest(WireModel):
+    """Body of POST /v1/learner/cycles; may be left out. What is not said is as the server was started."""
+
+    objectives: list[Literal["sft", "implicit", "inverse", "eto", "rft", "ppo"]] | None = Field(None, min_length=1)
+    """What candidates are trained for; the gate chooses among them."""
+    gate_tasks: int | None = Field(None, ge=8, le=10_000)
+    """Tasks that the gate tries under each adapter."""
+    canary_share: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    """Of the new episodes, for a candidate that passed the gate; 0: it acts at once."""
+    seed: int | None = Field(None, ge=0, le=2**31)
+
+    def as_options(self) -> list[str]:
+        """As options of `python -m learner`."""
+        said = self.model_dump(exclude_none=True)
+        if "objectives" in said:
+            said["objectives"] = ",".join(said["objectives"])
+        return [part for name, value in said.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
 # ---------------------------------------------------------------------------------------------- adapters
 
 _Reason = Annotated[str, Field(max_length=10_000)]
@@ -314,6 +360,13 @@ class AdapterChange(WireModel):
     """Body of POST /v1/adapters/{name}/promote and /v1/adapters/rollback; may be left out."""
 
     reason: _Reason = ""
+
+
+class CanaryRequest(AdapterChange):
+    """Body of POST /v1/adapters/{name}/canary."""
+
+    share: float = Field(gt=0, le=1, allow_inf_nan=False)
+    """Of the new episodes."""
 
 
 class AdapterRefusal(WireModel):

@@ -13,17 +13,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
-from peft.tuners import lora
+from peft import LoraConfig, PeftConfig, load_peft_weights
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from policies.types import Adapter, EngineError, EngineHealth, EngineLimits, SampledToken, SamplingParams
@@ -111,7 +114,7 @@ class EmbeddedEngine:
         return self._batch.num_reused_tokens
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, adapter: Adapter | None
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, adapter: Adapter | None, *, whole: bool = False
     ) -> AsyncIterator[SampledToken]:
         """See `Engine.generate`. A grammar that does not compile is an EngineError too."""
         self._check(prompt_token_ids, sampling, adapter)
@@ -345,18 +348,24 @@ def load_network(model_path: str | Path, device: str) -> PreTrainedModel:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else "auto"
     network = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation=ATTENTION)
-    torch.nn.Module.to(network, device)
+    nn.Module.to(network, device)
     return network.eval().requires_grad_(False)
 
 
 def read_adapter(path: Path, network: PreTrainedModel, max_rank: int) -> dict[str, LoraWeights]:
     """Read a PEFT folder as LoRA weights per linear layer of the network. Raises EngineError for whatever this
-    engine would not serve exactly as PEFT does."""
+    engine would not serve exactly as PEFT does.
+
+    The files are read with PEFT's functions, but no PEFT model is built for it: that keeps the interpreter busy for a
+    tenth of a second where the network is small, seconds where it has many layers, and every running completion would
+    wait for it token by token.
+    """
     try:
-        config = PeftConfig.from_pretrained(str(path))
-        check_plain_lora(config)
-        layers = peft_layers(path, config, network)
-        weights = {name: lora_weights(name, layer, network) for name, layer in layers.items()}
+        config = plain_lora(PeftConfig.from_pretrained(str(path)))
+        tensors = load_peft_weights(str(path), device="cpu")
+        layers = target_layers(config, network)
+        require_tensors(path, tensors, layers)
+        weights = {name: lora_weights(name, layer, tensors, config, network) for name, layer in layers.items()}
     except EngineError:
         raise
     except Exception as error:
@@ -367,39 +376,50 @@ def read_adapter(path: Path, network: PreTrainedModel, max_rank: int) -> dict[st
     return weights
 
 
-def check_plain_lora(config: PeftConfig) -> None:
+def plain_lora(config: PeftConfig) -> LoraConfig:
+    """The configuration, if it is of an adapter that is nothing but low-rank pairs. Raises EngineError else."""
     if not isinstance(config, LoraConfig):
         raise EngineError(f"only LoRA adapters are served, not {config.peft_type}")
     extras = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication")
-    used = [name for name in extras if getattr(config, name, None)]
+    used = [name for name in (*extras, "fan_in_fan_out", "target_parameters") if getattr(config, name, None)]
     if config.bias != "none":
         used.append("bias")
     if used:
         raise EngineError(f"only plain LoRA adapters are served, this one uses {', '.join(used)}")
+    return config
 
 
-def peft_layers(path: Path, config: PeftConfig, network: PreTrainedModel) -> dict[str, lora.LoraLayer]:
-    """PEFT's own reading of the folder, by layer.
-
-    PEFT loads into a skeleton without values: so a broken folder cannot harm the network that serves, and loading
-    needs no pause. The skeleton's memory is reserved but never touched.
-    """
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(network.config)
-    peft_model = PeftModel(skeleton.to_empty(device="cpu"), config, low_cpu_mem_usage=True)
-    loaded = set_peft_model_state_dict(peft_model, load_peft_weights(str(path), device="cpu"), low_cpu_mem_usage=True)
-    missing = [key for key in loaded.missing_keys if "lora_" in key]
-    if missing or loaded.unexpected_keys:
-        raise EngineError(f"adapter folder {path}: missing {missing[:3]}, unexpected {loaded.unexpected_keys[:3]}")
-    modules = peft_model.get_base_model().named_modules()
-    return {name: module for name, module in modules if isinstance(module, lora.LoraLayer)}
+def target_layers(config: LoraConfig, network: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The layers that an adapter changes, by their path in the network."""
+    layers = {name: module for name, module in network.named_modules() if check_target_module_exists(config, name)}
+    for name, layer in layers.items():
+        if not isinstance(layer, nn.Linear):
+            raise EngineError(f"only plain LoRA on linear layers is served, not on {name}, a {type(layer).__name__}")
+    return layers  # type: ignore[return-value]
 
 
-def lora_weights(name: str, layer: lora.LoraLayer, network: PreTrainedModel) -> LoraWeights:
-    if not isinstance(layer, lora.Linear) or layer.lora_variant:
-        raise EngineError(f"only plain LoRA on linear layers is served, not {type(layer).__name__} on {name}")
-    parts = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-    a, b = (torch.as_tensor(part, dtype=network.dtype, device=network.device).detach() for part in parts)
+def require_tensors(path: Path, tensors: Mapping[str, torch.Tensor], layers: Iterable[str]) -> None:
+    wanted = {tensor_name(layer, side) for layer in layers for side in "AB"}
+    if tensors.keys() != wanted:
+        missing, unexpected = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
+        raise EngineError(f"adapter folder {path}: missing {missing[:3]}, unexpected {unexpected[:3]}")
+
+
+def tensor_name(layer: str, side: str) -> str:
+    return f"base_model.model.{layer}.lora_{side}.weight"
+
+
+def lora_weights(
+    name: str, layer: nn.Linear, tensors: Mapping[str, torch.Tensor], config: LoraConfig, network: PreTrainedModel
+) -> LoraWeights:
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
+    alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
+    scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+    a, b = (tensors[tensor_name(name, side)].to(network.device, network.dtype) for side in "AB")
+    for tensor, shape in ((a, (rank, layer.in_features)), (b, (layer.out_features, rank))):
+        if tensor.shape != shape:
+            raise ValueError(f"on {name} lies a matrix of {tuple(tensor.shape)}, where {shape} belongs")
     if not (a.isfinite().all() and b.isfinite().all()):
         raise EngineError(f"the adapter's weights on {name} are not finite")
-    return LoraWeights(a, (b * layer.scaling["default"]).T.contiguous())
+    return LoraWeights(a, (b * scaling).T.contiguous())

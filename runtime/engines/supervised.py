@@ -13,8 +13,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 from policies.types import (
@@ -50,6 +52,8 @@ class SupervisedEngine:
         self._limits: EngineLimits | None = None
         self._is_ready = False
         self._problem = "the engine has not been started"
+        self._is_starting = False
+        self._problem_since = time.monotonic()
         self._watching: asyncio.Task[None] | None = None
         self.num_restarts = 0
         """How often an engine has been replaced since the server started."""
@@ -66,14 +70,15 @@ class SupervisedEngine:
     def limits(self) -> EngineLimits:
         """Of the engine that is up, or was the last."""
         if self._limits is None:
-            raise EngineError(self._problem)
+            raise EngineError(self._told())
         return self._limits
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, adapter: Adapter | None
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, adapter: Adapter | None, *, whole: bool = False
     ) -> AsyncIterator[SampledToken]:
         """See `Engine.generate`."""
-        async with contextlib.aclosing(self._usable().generate(prompt_token_ids, sampling, adapter)) as tokens:  # type: ignore[type-var]
+        stream = self._usable().generate(prompt_token_ids, sampling, adapter, whole=whole)
+        async with contextlib.aclosing(stream) as tokens:  # type: ignore[type-var]
             async for token in tokens:
                 yield token
 
@@ -91,9 +96,10 @@ class SupervisedEngine:
 
     def health(self) -> EngineHealth:
         try:
-            return self._usable().health()
+            health = self._usable().health()
         except EngineError as error:
-            return EngineHealth(False, 0, 0, str(error))
+            health = EngineHealth(False, 0, 0, str(error), self._is_starting)
+        return replace(health, num_restarts=self.num_restarts)
 
     async def close(self) -> None:
         """See `Engine.close`."""
@@ -106,8 +112,17 @@ class SupervisedEngine:
 
     def _usable(self) -> Engine:
         if self._engine is None or not (self._is_ready or _is_restoring.get()):
-            raise EngineError(self._problem)
+            raise EngineError(self._told())
         return self._engine
+
+    def _told(self) -> str:
+        """What is the matter, and for how long, where that will pass."""
+        if not self._is_starting:
+            return self._problem
+        return f"{self._problem} ({time.monotonic() - self._problem_since:.0f} s so far)"
+
+    def _set_problem(self, problem: str, is_starting: bool) -> None:
+        self._problem, self._is_starting, self._problem_since = problem, is_starting, time.monotonic()
 
     async def _watch(self, restore: Callable[[], Awaitable[Any]]) -> None:
         loop = asyncio.get_running_loop()
@@ -129,7 +144,7 @@ class SupervisedEngine:
     async def _replace(self, restore: Callable[[], Awaitable[Any]], problem: str, pause: float) -> float:
         """Try until an engine is up. Returns the next pause."""
         while True:
-            await self._take_down(f"the engine has died ({problem}); it is started again in {pause:.0f} s")
+            await self._take_down(f"the engine has died ({problem}); it is started again after {pause:.0f} s", True)
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
             try:
@@ -143,10 +158,10 @@ class SupervisedEngine:
                 return pause
 
     async def _bring_up(self, restore: Callable[[], Awaitable[Any]]) -> None:
-        self._problem = "the engine is starting"
+        self._set_problem("the engine is starting", is_starting=True)
         self._engine = await self._start_engine()
         self._limits = self._engine.limits
-        self._problem = "the acting adapter is being loaded into the engine"
+        self._set_problem("the acting adapter is being loaded into the engine", is_starting=True)
         try:
             with _restoring():
                 await restore()
@@ -155,10 +170,10 @@ class SupervisedEngine:
             raise
         self._is_ready = True
 
-    async def _take_down(self, problem: str) -> None:
+    async def _take_down(self, problem: str, is_starting: bool = False) -> None:
         engine, self._engine = self._engine, None
         self._is_ready = False
-        self._problem = problem
+        self._set_problem(problem, is_starting)
         if engine is not None:
             await engine.close()
 

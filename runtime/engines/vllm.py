@@ -51,6 +51,7 @@ from vllm.config import StructuredOutputsConfig
 from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs.engine import tokens_input
+from vllm.logprobs import FlatLogprobs
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput
 from vllm.platforms import current_platform
@@ -85,6 +86,9 @@ NUM_NULL_PLACES = 1
 """vLLM's CPU kernels take place -1, "no adapter", for the last place: where a batch is mixed, the base network's rows
 would be computed with the adapter that lies there (vLLM pull request 48421). The last place is taken last: one place
 more than adapters stays empty for ever."""
+
+WHOLE = 2**30
+"""As a stream's interval, in tokens: after the first, all come with the last."""
 
 SHUTDOWN_TIMEOUT_S = 10.0
 
@@ -121,18 +125,22 @@ class VllmEngine:
         max_rank: int = 64,
         max_context_tokens: int | None = None,
         num_threads: int | None = None,
+        gpu_memory_fraction: float | None = None,
         engine_args: Mapping[str, str] | None = None,
     ) -> VllmEngine:
         """Start vLLM's process, load the network and let it answer once, so that no user waits for a first compile.
 
         `model` is a folder or hub name; `tokenizer` one more, where the model's own folder has none. `max_adapters`
-        lie in the engine at a time. `num_threads` count on a CPU only. `engine_args` are passed on to vLLM
-        (`tensor_parallel_size`: `2`), by the names and in the spelling of its command line. Takes 20 s and more, in
-        which the event loop is free. Raises EngineError where vLLM cannot start, ValueError for a wrong argument.
+        lie in the engine at a time. `num_threads` count on a CPU only, `gpu_memory_fraction` on GPUs only.
+        `engine_args` are passed on to vLLM (`tensor_parallel_size`: `2`), by the names and in the spelling of its
+        command line, and go before all these. Takes 20 s and more, in which the event loop is free. Raises
+        EngineError where vLLM cannot start, ValueError for a wrong argument.
         """
         settings = own_engine_args(
             str(model), tokenizer, max_batch_size, max_adapters, max_rank, max_context_tokens, num_threads
         )
+        if gpu_memory_fraction is not None:
+            settings["gpu_memory_utilization"] = gpu_memory_fraction
         args = parse_engine_args(settings, engine_args or {})
         try:
             llm = await asyncio.to_thread(start_llm, args)
@@ -163,13 +171,13 @@ class VllmEngine:
     # ------------------------------------------------------------------------------------------- completions
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, adapter: Adapter | None
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, adapter: Adapter | None, *, whole: bool = False
     ) -> AsyncIterator[SampledToken]:
         """See `Engine.generate`. Under a grammar the tokenizer's own end token ends a completion too."""
         self._check(prompt_token_ids, sampling, adapter)
         outputs = self._llm.generate(
             tokens_input(list(prompt_token_ids)),
-            self._vllm_sampling(sampling),
+            self._vllm_sampling(sampling, WHOLE if whole else None),
             request_id=uuid.uuid4().hex,
             lora_request=None if adapter is None else lora_request(adapter),
         )
@@ -205,7 +213,7 @@ class VllmEngine:
             raise EngineError("this model has no tokenizer, which a grammar needs")
         self._check_loaded(adapter)
 
-    def _vllm_sampling(self, sampling: SamplingParams) -> VllmSamplingParams:
+    def _vllm_sampling(self, sampling: SamplingParams, stream_interval: int | None) -> VllmSamplingParams:
         stop_token_ids, structured_outputs = list(sampling.stop_token_ids), None
         if sampling.grammar is not None:
             structured_outputs = StructuredOutputsParams(grammar=sampling.grammar)
@@ -220,17 +228,22 @@ class VllmEngine:
                 stop_token_ids=stop_token_ids,
                 ignore_eos=True,  # what ends a completion is said by the caller
                 logprobs=sampling.num_top_logprobs,
+                flat_logprobs=True,
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
+                stream_interval=stream_interval,
                 structured_outputs=structured_outputs,
             )
         except Exception as error:  # vLLM's own, of no common kind
             raise EngineError(f"vLLM cannot sample like this: {error}") from error
 
     async def _warm_up(self) -> None:
-        sampling = SamplingParams(max_tokens=4, temperature=0.9, top_p=0.9, top_k=8, seed=0, num_top_logprobs=20)
-        async for _ in self.generate([0, 0, 0], sampling, None):
-            pass
+        """Pay for what a first request would pay for: kernels of the samplers, and a tokenizer made for grammars."""
+        plain = SamplingParams(max_tokens=4, temperature=0.9, top_p=0.9, top_k=8, seed=0, num_top_logprobs=20)
+        bound = [SamplingParams(max_tokens=4, grammar="start: /[a-z]*/")] if self._limits.supports_grammar else []
+        for sampling in (plain, *bound):
+            async for _ in self.generate([0, 0, 0], sampling, None):
+                pass
 
     # ---------------------------------------------------------------------------------------------- adapters
 
@@ -335,20 +348,21 @@ def sampled_tokens(completion: CompletionOutput, num_top_logprobs: int) -> Itera
     reason = completion.finish_reason
     if reason not in (None, "stop", "length"):
         raise EngineError(f"vLLM ended the completion: {reason}")
-    last = len(completion.token_ids) - 1
-    for place, (token_id, logprobs) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
+    flat, last = completion.logprobs, len(completion.token_ids) - 1
+    for place, token_id in enumerate(completion.token_ids):
+        first, end = flat.start_indices[place], flat.end_indices[place]
         yield SampledToken(
             token_id,
-            logprobs[token_id].logprob,
-            likeliest({other: entry.logprob for other, entry in logprobs.items()}, num_top_logprobs),
+            flat.logprobs[first],  # the sampled token's comes first, the likeliest tokens' behind it
+            likeliest(flat, first, end, num_top_logprobs) if num_top_logprobs else (),
             FinishReason(reason) if reason is not None and place == last else None,
         )
 
 
-def likeliest(logprobs: Mapping[int, float], num: int) -> tuple[tuple[int, float], ...]:
-    """The best of what vLLM reports: the sampled token may be one too many, and a grammar leaves infinities."""
-    possible = ((token_id, logprob) for token_id, logprob in logprobs.items() if math.isfinite(logprob))
-    return tuple(sorted(possible, key=lambda pair: -pair[1])[:num])
+def likeliest(flat: FlatLogprobs, first: int, end: int, num: int) -> tuple[tuple[int, float], ...]:
+    """The best of what vLLM reports: the sampled token may be there twice, and a grammar leaves infinities."""
+    pairs = dict(zip(flat.token_ids[first:end], flat.logprobs[first:end], strict=True)).items()
+    return tuple(sorted((pair for pair in pairs if math.isfinite(pair[1])), key=lambda pair: -pair[1])[:num])
 
 
 def require_target_modules(adapter: Adapter, target_modules: frozenset[str]) -> None:
@@ -384,6 +398,7 @@ def own_engine_args(
     args: dict[str, Any] = {
         "model": model,
         "tokenizer": None if tokenizer is None else str(tokenizer),
+        "tokenizer_mode": "hf",  # grammars cannot be made with Mistral's own, which vLLM prefers
         "max_num_seqs": max_batch_size,
         "max_model_len": max_context_tokens or -1,  # -1: as long as the memory allows
         "enable_lora": True,

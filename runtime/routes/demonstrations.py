@@ -15,7 +15,7 @@ from fastapi import APIRouter, Query
 from runtime.demonstrations import Demonstration, demonstrated_episode, demonstrated_steps
 from runtime.parts import Parts
 from runtime.routes.bodies import StrictJsonRoute
-from runtime.routes.episodes import episode_page
+from runtime.routes.pages import episode_page
 from runtime.step_log import StepLogError
 from runtime.types import Actor
 from runtime.wire import DemonstrationsRequest
@@ -30,7 +30,7 @@ def demonstration_routes(parts: Parts) -> APIRouter:
         num_imported, refused = 0, []
         for index, entry in enumerate(body.demonstrations):
             try:
-                num_imported += await _import(parts, entry.as_demonstration())
+                num_imported += await import_demonstration(parts, entry.as_demonstration())
             except ValueError as error:
                 refused.append({"index": index, "reason": str(error)})
         num_known = len(body.demonstrations) - num_imported - len(refused)
@@ -50,7 +50,7 @@ def demonstration_routes(parts: Parts) -> APIRouter:
     return router
 
 
-async def _import(parts: Parts, demonstration: Demonstration) -> bool:
+async def import_demonstration(parts: Parts, demonstration: Demonstration) -> bool:
     """Log one; False where it is known already. Raises ValueError where it is refused."""
     if parts.log.episode(demonstration.episode_id) is not None:
         return False

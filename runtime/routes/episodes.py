@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Body, Query
 
+from policies.chat_protocol import message_action
 from policies.types import Message
 from runtime.answers import step_summary
+from runtime.demonstrations import correction_in_tokens, promoted_episode
 from runtime.parts import Parts
 from runtime.routes.bodies import StrictJsonRoute
+from runtime.routes.demonstrations import import_demonstration
 from runtime.routes.errors import ApiError
-from runtime.types import Actor, Episode, Outcome, Purpose, Step, new_id
-from runtime.wire import OutcomeRequest
+from runtime.routes.pages import episode_page, shown_episode
+from runtime.types import Actor, Correction, Episode, Outcome, Purpose, Step, new_id
+from runtime.wire import CorrectionRequest, OutcomeRequest, PromotionRequest
+
+_BY_A_USER = PromotionRequest()
 
 
 def episode_routes(parts: Parts) -> APIRouter:
@@ -38,7 +45,7 @@ def episode_routes(parts: Parts) -> APIRouter:
         """One episode with its steps and outcomes; `with_tokens` adds token ids and logprobs."""
         episode = _known(parts, episode_id)
         steps = [_step(step, with_tokens) for step in log.steps(episode.id)]
-        return {**_episode(episode), "steps": steps, "outcomes": [asdict(o) for o in log.outcomes(episode.id)]}
+        return {**shown_episode(episode), "steps": steps, "outcomes": [asdict(o) for o in log.outcomes(episode.id)]}
 
     @router.post("/{episode_id}/outcome", status_code=201)
     async def report_outcome(episode_id: str, body: OutcomeRequest) -> dict[str, Any]:
@@ -46,20 +53,38 @@ def episode_routes(parts: Parts) -> APIRouter:
         episode = _known(parts, episode_id)
         outcome = Outcome(new_id("out"), episode.id, body.value, body.source, body.note)
         await log.commit(outcome)
+        parts.swap.finish(episode.id)
         return asdict(outcome)
 
+    @router.post("/{episode_id}/promote", status_code=201)
+    async def promote_episode(
+        episode_id: str, body: Annotated[PromotionRequest, Body()] = _BY_A_USER
+    ) -> dict[str, Any]:
+        """Make a demonstration of an episode: whoever asks vouches for every step of it. Twice adds nothing."""
+        episode = _known(parts, episode_id)
+        steps = log.steps(episode.id)
+        if not steps:
+            raise ApiError(409, f"episode {episode.id!r} has no steps yet", "episode_empty")
+        demonstration = promoted_episode(episode, log.path_to(steps[-1].id), body.expert)
+        is_new = await import_demonstration(parts, demonstration)
+        return {"object": "demonstration", "id": demonstration.episode_id, "is_new": is_new}
+
+    @router.post("/{episode_id}/corrections", status_code=201)
+    async def correct_step(episode_id: str, body: CorrectionRequest) -> dict[str, Any]:
+        """Say what should have been done at a step. May be said again; the newest counts."""
+        episode = _known(parts, episode_id)
+        path = log.path_to(body.step_id)
+        if not path or path[-1].episode_id != episode.id:
+            raise ApiError(404, f"episode {episode.id!r} has no step {body.step_id!r}", "step_not_found", "step_id")
+        if body.message.role != "assistant":
+            raise ApiError(400, "a correction is an assistant's message", None, "message.role")
+        action = message_action(body.message.as_message())
+        token_ids = await asyncio.to_thread(correction_in_tokens, parts.protocol, path, action)
+        correction = Correction(new_id("corr"), body.step_id, action, token_ids, body.source)
+        await log.commit(correction)
+        return {"object": "correction", "id": correction.id, "step_id": body.step_id, "source": body.source}
+
     return router
-
-
-def episode_page(found: list[Episode], limit: int) -> dict[str, Any]:
-    """One page of a list; `found` holds one episode more than the limit where there are more pages."""
-    page = found[:limit]
-    return {
-        "object": "list",
-        "data": [_episode(episode) for episode in page],
-        "has_more": len(found) > limit,
-        "last_id": page[-1].id if page else None,
-    }
 
 
 def _known(parts: Parts, episode_id: str) -> Episode:
@@ -67,10 +92,6 @@ def _known(parts: Parts, episode_id: str) -> Episode:
     if episode is None:
         raise ApiError(404, f"there is no episode {episode_id!r}; GET /v1/episodes lists them", "episode_not_found")
     return episode
-
-
-def _episode(episode: Episode) -> dict[str, Any]:
-    return {"object": "episode", **asdict(episode)}
 
 
 def _step(step: Step, with_tokens: bool) -> dict[str, Any]:

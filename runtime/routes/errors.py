@@ -9,7 +9,7 @@ from typing import Any, Literal
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from policies.adapter_files import AdapterRefused
@@ -18,6 +18,7 @@ from policies.registry import RegistryError, UnknownAdapter
 from policies.types import EngineError
 from runtime.admission import UnknownModel
 from runtime.agent import ContextFull
+from runtime.learner_process import LearnerBusy
 from runtime.step_log import StepLogError
 from runtime.swap import SwapError
 
@@ -65,9 +66,13 @@ class ApiError(HTTPException):
         self.param = param
 
     @property
-    def body(self) -> dict[str, object]:
+    def error(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status_code < 500 else "server_error"
-        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
+        return {"message": self.detail, "type": kind, "param": self.param, "code": self.code}
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {"error": self.error}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body, self.status_code, self.headers)
@@ -78,7 +83,7 @@ def as_api_error(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
-        case RequestValidationError():
+        case RequestValidationError() | ValidationError():
             return _validation_error(error)
         case UnknownModel():
             return ApiError(404, str(error), "model_not_found", "model")
@@ -88,6 +93,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), None, "messages")
         case EngineError():
             return ApiError(503, f"the engine could not answer: {error}", "engine_error")
+        case LearnerBusy():
+            return ApiError(409, str(error), "learner_busy")
         case SwapError():
             return ApiError(409, str(error), "adapter_not_served")
         case AdapterRefused():
@@ -108,11 +115,11 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError(500, f"unexpected {type(error).__name__}; the server's log has the details")
 
 
-def _validation_error(error: RequestValidationError) -> ApiError:
+def _validation_error(error: RequestValidationError | ValidationError) -> ApiError:
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"] if part != "body")
     if problem["type"] == "json_invalid":
-        return ApiError(400, f"the body is not valid JSON: {problem['ctx']['error']} at character {where}")
+        return ApiError(400, f"the body is not valid JSON: {problem.get('ctx', {})['error']} at character {where}")
     if problem["loc"] == ("body",) and problem["type"] in ("missing", "model_attributes_type"):
         return ApiError(400, "the body must be a JSON object, sent with content-type: application/json")
     message = str(problem["msg"]).removeprefix("Value error, ")
@@ -124,7 +131,7 @@ def install_error_handlers(app: FastAPI) -> None:
         return as_api_error(error).response()
 
     refused = (ApiError, RequestValidationError, HTTPException, ValueError, ContextFull)
-    of_adapters = (SwapError, AdapterRefused, RegistryError)
+    of_adapters = (SwapError, AdapterRefused, RegistryError, LearnerBusy)
     failed = (EngineError, StepLogError, Exception)
     for kind in (*refused, *of_adapters, *failed):
         app.add_exception_handler(kind, answer)

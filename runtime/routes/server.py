@@ -21,7 +21,7 @@ def server_routes(parts: Parts) -> APIRouter:
     def models() -> list[dict[str, Any]]:
         names = [parts.served_name, BASE_ADAPTER, *(adapter.name for adapter in parts.engine.loaded_adapters())]
         owner = {"object": "model", "created": started, "owned_by": "stepagent"}
-        limit = parts.engine.limits.max_context_tokens
+        limit = parts.engine.limits.max_context_tokens  # EngineError while the first engine is starting
         return [{"id": name, **owner, "max_model_len": limit} for name in dict.fromkeys(names)]
 
     @router.get("/v1/models")
@@ -38,11 +38,11 @@ def server_routes(parts: Parts) -> APIRouter:
 
     @router.get("/health", responses={503: {"description": "The engine cannot answer; the body is as with 200."}})
     async def health() -> JSONResponse:
-        """200 while the engine can answer, 503 while it cannot."""
+        """200 while the engine can answer, 503 while it cannot: `status` is `starting` where that will pass."""
         engine = parts.engine.health()
         acting = parts.registry.acting()
         body = {
-            "status": "ok" if engine.is_alive else "down",
+            "status": "ok" if engine.is_alive else "starting" if engine.is_starting else "down",
             "engine": asdict(engine),
             "acting": acting.name if acting else BASE_ADAPTER,
             "log": parts.log.counts(),

@@ -1,0 +1,121 @@
+"""Runs learner cycles beside the server: one process a cycle, at low priority, which dies with the server.
+
+A process a cycle, and not one that stays: what a cycle leaves behind in memory is gone with it, and a crash is over
+with it too. The runtime knows nothing of what the learner does; it starts it, and reads in the log what came of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from runtime.cycle_log import CycleLog
+from runtime.step_log import StepLog
+from runtime.types import new_id
+
+LOG_FILE = "learner.log"
+"""In the state folder: what the learner prints."""
+GRACE_S = 5.0
+"""How long a learner may take to end when the server ends."""
+
+
+class LearnerBusy(Exception):
+    """A cycle runs already, and which."""
+
+
+class LearnerProcess:
+    """Starts cycles. `url` is where the server answers; it is known only once the server listens."""
+
+    def __init__(
+        self, state: Path, arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None, url: str = ""
+    ) -> None:
+        self.url = url
+        self._state = state
+        self._arguments = tuple(arguments)
+        """Options of `python -m learner`, beyond where the server is."""
+        self._environment = dict(environment or {})
+        self._cycles = CycleLog(state)
+        self._process: asyncio.subprocess.Process | None = None
+        self._running: str | None = None
+        self._reasons: dict[str, str] = {}
+
+    @property
+    def running(self) -> str | None:
+        """The cycle that runs in our process now."""
+        return self._running if self._process is not None and self._process.returncode is None else None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that runs a cycle now."""
+        return self._process.pid if self._process is not None and self.running else None
+
+    async def start(self, options: Sequence[str] = (), reason: str = "asked for") -> str:
+        """Start a cycle; returns its name. Raises LearnerBusy beside another one, ours or not."""
+        if self.running is not None:
+            raise LearnerBusy(f"cycle {self.running} runs already; wait for its end")
+        if self._cycles.is_learner_alive():
+            raise LearnerBusy("a learner that was started by hand runs a cycle already; wait for its end")
+        cycle = new_id("cycle")
+        self._running, self._reasons[cycle] = cycle, reason
+        where = ("--url", f"{self.url}/v1", "--state", str(self._state), "--parent", str(os.getpid()))
+        command = (sys.executable, "-m", "learner", "once", "--cycle", cycle, *where, *self._arguments, *options)
+        with (self._state / LOG_FILE).open("ab") as output:
+            self._process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, **self._environment},
+            )
+        return cycle
+
+    def status(self, cycle: str) -> dict[str, object] | None:
+        """What is known of one of our cycles that has not written a line yet."""
+        if cycle not in self._reasons:
+            return None
+        is_running = cycle == self.running
+        code = self._process.returncode if self._process is not None and cycle == self._running else None
+        message = "" if is_running else f"the learner ended before its cycle began (exit code {code}): see {LOG_FILE}"
+        return {"cycle": cycle, "stage": "starting" if is_running else "failed", "message": message, "report": {}}
+
+    async def close(self) -> None:
+        """End the learner; its cycle is marked as failed by the next one."""
+        if self._process is None or self._process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+        try:
+            await asyncio.wait_for(self._process.wait(), GRACE_S)
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+
+
+class CycleTrigger:
+    """Starts a cycle whenever enough episodes have come since the last one began."""
+
+    EVERY_S = 2.0
+
+    def __init__(self, learner: LearnerProcess, log: StepLog, cycles: CycleLog, every_episodes: int) -> None:
+        self._learner = learner
+        self._log = log
+        self._cycles = cycles
+        self.every_episodes = every_episodes
+        """0: never by itself."""
+
+    async def keep_watching(self) -> None:
+        """For ever: the server's background task."""
+        while self.every_episodes:
+            await asyncio.sleep(self.EVERY_S)
+            if self._learner.running is None and await asyncio.to_thread(self._is_due):
+                with contextlib.suppress(LearnerBusy):
+                    await self._learner.start(reason=f"{self.every_episodes} new episodes")
+
+    def _is_due(self) -> bool:
+        newest = self._cycles.cycles(limit=1)
+        since = newest[0]["started_at"] if newest else 0.0
+        return self._log.num_learnable_since(since) >= self.every_episodes
