@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
+import fcntl
 import json
 import os
+import signal
 import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from openai import AsyncOpenAI, OpenAIError
+from openai import APIStatusError, AsyncOpenAI, OpenAIError
+from tqdm import tqdm
 
 from learner.endpoint import Endpoint
 from learner.learning_log import LearningLog
 from runtime.types import new_id
+
+if TYPE_CHECKING:
+    from learner.cycle import CycleParts
+    from learner.demonstrations import ImportedDemonstration
+    from learner.experts import Expert
+
+BATCH = 64
+"""Demonstrations of one import request."""
+NICENESS = 10
+"""Of a learner beside a server: on shared cores it gets what serving leaves."""
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -24,25 +42,52 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--url", default=os.environ.get("STEPAGENT_URL", "http://127.0.0.1:8000/v1"), help="the endpoint"
     )
-    parser.add_argument("--api-key", default=os.environ.get("STEPAGENT_API_KEY", "none"))
+    parser.add_argument("--api-key", default=os.environ.get("STEPAGENT_API_KEY", "none"), help="the server's API key")
     parser.add_argument("--state", type=Path, default=Path("state"), help="the server's state folder")
-    parser.add_argument("--model", type=Path, default=Path("policies/novice_model"), help="the base model's folder")
-    parser.add_argument("--world", default="order_desk")
-    parser.add_argument("--objectives", nargs="+", default=["sft"], choices=("sft", "implicit"))
-    parser.add_argument("--gate-tasks", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
+    cycle = parser.add_argument_group("a cycle")
+    cycle.add_argument("--cycle", default="", help="the cycle's name; default: a new one")
+    cycle.add_argument("--model", type=Path, default=Path("policies/novice_model"), help="the base model's folder")
+    cycle.add_argument("--response-template", type=Path, default=None, help="as the server was started with")
+    cycle.add_argument("--world", default="order_desk", help="the world that judges and knows the way; empty for none")
+    cycle.add_argument("--objectives", default="", help="sft, implicit, inverse, eto, rft, ppo: one or more, by commas")
+    cycle.add_argument("--samples", type=int, default=2, help="actions sampled at each state of a demonstration")
+    cycle.add_argument("--gate-tasks", type=int, default=100, help="the world's tasks that the gate tries")
+    cycle.add_argument("--canary-share", type=float, default=0.0, help="of new episodes, before it acts for all")
+    cycle.add_argument("--expert-url", default="", help="a stronger model's OpenAI-compatible endpoint")
+    cycle.add_argument("--expert-model", default="", help="its name there; its key is STEPAGENT_EXPERT_API_KEY")
+    cycle.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    cycle.add_argument("--threads", type=int, default=1, help="of its arithmetic on a CPU")
+    cycle.add_argument("--seed", type=int, default=0)
+    cycle.add_argument("--parent", type=int, default=None, help=argparse.SUPPRESS)  # the server that started us
+    for name, kind, text in _TRAINING:
+        cycle.add_argument(f"--{name}", type=kind, default=None, help=text)
     options = parser.parse_args(arguments)
     options.command = "once" if options.once else options.command
+    if bool(options.expert_url) != bool(options.expert_model):
+        parser.error("--expert-url and --expert-model go together")
+    if options.command == "import" and not options.files:
+        parser.error("name the demonstration files to import")
     return options
+
+
+_TRAINING = (
+    ("lr", float, "peak learning rate"),
+    ("epochs", int, "passes over the material"),
+    ("rank", int, "of a fresh adapter"),
+    ("token-budget", int, "most tokens of one packed forward pass: what bounds the memory"),
+)
+"""Options of the trainer; what is not given keeps the default of `learner.trainer.TrainingOptions`."""
 
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
+    if options.parent is not None:
+        _live_beside(options.parent)  # before the slow imports: they too give way to the server, and end with it
     endpoint = Endpoint(AsyncOpenAI(base_url=options.url, api_key=options.api_key))
     try:
         match options.command:
             case "once":
-                return asyncio.run(_once(options, endpoint))
+                return _once(options, endpoint)
             case "import":
                 return asyncio.run(_import(options, endpoint))
             case "rollback":
@@ -54,49 +99,151 @@ def main(arguments: list[str]) -> int:
         return 1
 
 
-async def _once(options: argparse.Namespace, endpoint: Endpoint) -> int:
-    from learner.cycle import CycleOptions, CycleParts, run_cycle
-    from learner.learning_log import CycleStage
-    from learner.trainer import TrainingOptions
-    from runtime.step_log import StepLog
-    from tools.worlds import load_world
+# --------------------------------------------------------------------------------------------------- a cycle
 
-    learning_log = LearningLog(options.state / "agent.db")
-    for cycle in learning_log.fail_unfinished():
-        print(f"cycle {cycle} was cut off and is marked as failed")
-    parts = CycleParts(
-        endpoint=endpoint,
-        log=StepLog(options.state / "agent.db", read_only=True),
-        learning_log=learning_log,
-        world=load_world(options.world),
-        base=options.model,
-        adapters=options.state / "adapters",
-        options=CycleOptions(
-            objectives=tuple(options.objectives),
-            gate_tasks=options.gate_tasks,
-            training=TrainingOptions(seed=options.seed),
-        ),
-    )
-    cycle = new_id("cycle")
-    stage = await run_cycle(cycle, parts)
-    _show(learning_log, 1)
+
+def _once(options: argparse.Namespace, endpoint: Endpoint) -> int:
+    """Run one cycle. Exit code 0 however it was decided, 1 where it failed, 3 beside another cycle."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))  # before torch is imported
+    from learner.cycle import run_cycle
+    from learner.learning_log import CycleStage
+
+    if not (options.state / "agent.db").exists():
+        print(f"there is no {options.state / 'agent.db'}: start the server first, or name its --state", file=sys.stderr)
+        return 1
+    with _only_learner(options.state) as is_alone:
+        if not is_alone:
+            print(f"another cycle runs on {options.state}: wait for its end", file=sys.stderr)
+            return 3
+        parts = _cycle_parts(options, endpoint)
+        for cycle in parts.learning_log.fail_unfinished():
+            print(f"cycle {cycle} was cut off and is marked as failed")
+        stage = asyncio.run(run_cycle(options.cycle or new_id("cycle"), parts))
+        _show(parts.learning_log, 1)
     return 1 if stage is CycleStage.FAILED else 0
 
 
+def _live_beside(server: int) -> None:
+    """Give way to the server, and end with it, however it ends (Linux)."""
+    os.nice(NICENESS)
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if os.getppid() != server:  # it ended before we asked to be told
+        raise SystemExit(f"the server (process {server}) has ended")
+
+
+@contextmanager
+def _only_learner(state: Path) -> Iterator[bool]:
+    """Whether no other learner works on this state folder, as long as this goes on. Its death frees the place."""
+    with (state / "learner.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _cycle_parts(options: argparse.Namespace, endpoint: Endpoint) -> CycleParts:
+    from learner.cycle import CycleOptions, CycleParts
+    from learner.lessons import OBJECTIVES
+    from learner.trainer import TrainingOptions
+    from policies.chat_protocol import ChatProtocol
+    from runtime.step_log import StepLog
+    from tools.worlds import load_world
+
+    log, world = (
+        StepLog(options.state / "agent.db", read_only=True),
+        load_world(options.world) if options.world else None,
+    )
+    given = {name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name, _, _ in _TRAINING}
+    training = TrainingOptions(seed=options.seed, **{name: value for name, value in given.items() if value is not None})
+    objectives = tuple(name for name in options.objectives.split(",") if name) or CycleOptions().objectives
+    if unknown := set(objectives) - OBJECTIVES.keys():
+        raise SystemExit(f"no objective is called {min(unknown)!r}; there are: {', '.join(OBJECTIVES)}")
+    return CycleParts(
+        endpoint=endpoint,
+        log=log,
+        learning_log=LearningLog(options.state / "agent.db"),
+        protocol=ChatProtocol.load(options.model, options.response_template),
+        world=world,
+        experts=_experts(options, log, world),
+        base=options.model,
+        state=options.state,
+        options=CycleOptions(
+            objectives=objectives,
+            num_samples=options.samples,
+            gate_tasks=options.gate_tasks,
+            canary_share=options.canary_share,
+            training=training,
+            device=options.device,
+        ),
+    )
+
+
+def _experts(options: argparse.Namespace, log: object, world: object) -> list[Expert]:
+    """Whoever may know what to do at the policy's own states; the first who does is believed."""
+    from learner.experts import Corrections, ModelExpert, WorldExpert
+
+    experts: list[Expert] = [Corrections(log)]  # type: ignore[arg-type]
+    if world is not None:
+        experts.append(WorldExpert(world))  # type: ignore[arg-type]
+    if options.expert_url:
+        key = os.environ.get("STEPAGENT_EXPERT_API_KEY", "none")
+        experts.append(ModelExpert(AsyncOpenAI(base_url=options.expert_url, api_key=key), options.expert_model))
+    return experts
+
+
+# -------------------------------------------------------------------------------------------- demonstrations
+
+
 async def _import(options: argparse.Namespace, endpoint: Endpoint) -> int:
-    from learner.demonstrations import import_file
+    """Send what can be read, in batches, and say by its line what cannot. Exit code 1 where anything was refused."""
+    from learner.demonstrations import ImportedDemonstration, read_demonstrations
 
     num_refused = 0
     for path in options.files:
-        report = import_file(path)
-        answer = await endpoint.demonstrate([demonstration.to_wire() for demonstration in report.imported])
-        for refusal in report.refused:
-            print(f"{path} line {refusal.line}: {refusal.reason}")
-        for refusal in answer["refused"]:
-            print(f"{path} demonstration {refusal['index'] + 1}: {refusal['reason']}")
-        num_refused += len(report.refused) + len(answer["refused"])
-        print(f"{path}: {answer['imported']} imported, {answer['already_known']} known already")
+        sums: Counter[str] = Counter()
+        batch: list[ImportedDemonstration] = []
+        for read in tqdm(read_demonstrations(path), desc=str(path), unit=" records"):
+            if isinstance(read, ImportedDemonstration):
+                batch.append(read)
+            else:
+                _refused(path, read.line, read.reason, sums)
+            if len(batch) == BATCH:
+                await _send(path, batch, endpoint, sums)
+                batch = []
+        await _send(path, batch, endpoint, sums)
+        print(f"{path}: {sums['imported']} imported, {sums['known']} known already, {sums['refused']} refused")
+        num_refused += sums["refused"]
     return 1 if num_refused else 0
+
+
+async def _send(path: Path, batch: Sequence[ImportedDemonstration], endpoint: Endpoint, sums: Counter[str]) -> None:
+    """Send a batch, in halves where the server finds it too large."""
+    if not batch:
+        return
+    try:
+        answer = await endpoint.demonstrate([demonstration.to_wire() for demonstration in batch])
+    except APIStatusError as error:
+        if error.status_code != 413:
+            raise
+        if len(batch) == 1:
+            return _refused(path, batch[0].provenance.line, "it is too large for the server", sums)
+        await _send(path, batch[: len(batch) // 2], endpoint, sums)
+        return await _send(path, batch[len(batch) // 2 :], endpoint, sums)
+    sums.update(imported=answer["imported"], known=answer["already_known"])
+    for refusal in answer["refused"]:
+        _refused(path, batch[refusal["index"]].provenance.line, refusal["reason"], sums)
+
+
+def _refused(path: Path, line: int, reason: str, sums: Counter[str]) -> None:
+    tqdm.write(f"{path}{f' line {line}' if line else ''}: {reason}")  # line 0: the file as a whole
+    sums["refused"] += 1
+
+
+# ---------------------------------------------------------------------------------------------------- status
 
 
 def _status(options: argparse.Namespace) -> int:

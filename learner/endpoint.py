@@ -13,7 +13,7 @@ from openai import AsyncOpenAI
 from policies.types import BASE_ADAPTER, Message, ToolSchema
 from runtime.types import Purpose, new_id
 from tools.worlds.practice import Attempt, PracticeOptions, practise
-from tools.worlds.world import World
+from tools.worlds.world import Task, World
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +23,16 @@ class Endpoint:
     client: AsyncOpenAI
     concurrency: int = 8
 
-    async def acting(self) -> str:
-        """The name of the acting adapter; `base` for none."""
+    async def lineage(self) -> list[str]:
+        """The acting adapter, what it was trained from, and so on down to `base`."""
         listed: Any = await self.client.get("/adapters", cast_to=object)
-        return next((adapter["name"] for adapter in listed["data"] if adapter["is_acting"]), BASE_ADAPTER)
+        parents = {adapter["name"]: adapter["parent"] for adapter in listed["data"]}
+        name = next((adapter["name"] for adapter in listed["data"] if adapter["is_acting"]), None)
+        line = []
+        while name is not None:
+            line.append(name)
+            name = parents[name]
+        return [*line, BASE_ADAPTER]
 
     async def sample(
         self, states: Sequence[tuple[Sequence[Message], Sequence[ToolSchema]]], adapter: str, num_samples: int
@@ -45,11 +51,8 @@ class Endpoint:
 
         return list(await asyncio.gather(*(sample_one(*state) for state in states)))
 
-    async def evaluate(
-        self, world: World, split: str, num_tasks: int, adapter: str, temperature: float
-    ) -> list[Attempt]:
-        """Try the first tasks of a split under an adapter; they are not learned from."""
-        tasks = [world.task(split, index) for index in range(num_tasks)]
+    async def evaluate(self, world: World, tasks: Sequence[Task], adapter: str, temperature: float) -> list[Attempt]:
+        """Try tasks under an adapter; they are not learned from."""
         options = PracticeOptions(adapter, temperature, Purpose.EVALUATION, self.concurrency)
         return await practise(self.client, world, tasks, options)
 
@@ -61,6 +64,10 @@ class Endpoint:
 
     async def promote(self, name: str, reason: str) -> None:
         await self.client.post(f"/adapters/{name}/promote", cast_to=object, body={"reason": reason})
+
+    async def start_canary(self, name: str, share: float, reason: str) -> None:
+        body = {"share": share, "reason": reason}
+        await self.client.post(f"/adapters/{name}/canary", cast_to=object, body=body)
 
     async def refuse(self, name: str, reason: str) -> None:
         await self.client.post(f"/adapters/{name}/refuse", cast_to=object, body={"reason": reason})

@@ -1,6 +1,7 @@
-"""Decides whether a candidate may act: the same tasks under both adapters, and a lower bound on the gain.
+"""Decides whether a candidate may act: the same trials under both adapters, and a lower bound on the gain.
 
-Comparing two bare rates was refused: on a hundred tasks two equal policies easily differ by five points.
+A trial is a task of a world, or a held-out demonstration where there is no world. Comparing two bare rates was refused:
+on a hundred tasks two equal policies easily differ by five points.
 """
 
 from __future__ import annotations
@@ -8,13 +9,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
-from statistics import fmean, stdev
+from statistics import NormalDist, fmean, stdev
 from typing import Any
 
-from tools.worlds.practice import Attempt
+ERROR_RATE = 0.05
+"""How often, at most, a cycle promotes though nothing got better."""
+LEAST_TRIALS = 8
 
-ONE_SIDED_95 = 1.645
-"""Of the normal distribution."""
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """How one policy did in one trial."""
+
+    score: float
+    """In [0, 1]."""
+    num_malformed: int
+    """Actions that could not be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,28 +36,48 @@ class GateDecision:
     evidence: dict[str, Any]
 
 
-def decide(candidate: Sequence[Attempt], acting: Sequence[Attempt]) -> GateDecision:
-    """Promote if the lower end of the gain's one-sided 95 % interval is above zero and malformed actions did not rise.
+def decide(
+    candidate: Sequence[Trial | None], acting: Sequence[Trial | None], unit: str = "tasks", num_candidates: int = 1
+) -> GateDecision:
+    """Promote if the gain's lower bound is above zero, and that of the rise in malformed actions is not.
 
-    The attempts are paired by task; a task that either could not finish (no answer came) is left out.
+    The sequences are parallel; a trial that either did not finish (None) is left out. The bounds are Student's on the
+    paired differences, one-sided at 95 %; of the gain, higher where the best of several candidates is to be taken
+    (Bonferroni).
     """
-    pairs = [(new, old) for new, old in zip(candidate, acting, strict=True) if not new.error and not old.error]
-    if len(pairs) < 2:
-        return GateDecision(False, "fewer than two tasks were finished under both adapters", {"num_tasks": len(pairs)})
-    gains = [new.outcome - old.outcome for new, old in pairs]
-    gain = fmean(gains)
-    low = gain - ONE_SIDED_95 * stdev(gains) / sqrt(len(gains))
-    malformed = [sum(attempt.num_malformed for attempt in side) for side in zip(*pairs, strict=True)]
+    pairs = [(new, old) for new, old in zip(candidate, acting, strict=True) if new and old]
+    if len(pairs) < LEAST_TRIALS:
+        words = f"only {len(pairs)} {unit} were finished under both adapters, and a decision needs {LEAST_TRIALS}"
+        return GateDecision(False, words, {"num_trials": len(pairs), "unit": unit})
+    gains = [new.score - old.score for new, old in pairs]
+    gain, low = fmean(gains), _lower_bound(gains, num_candidates)
+    rises = [new.num_malformed - old.num_malformed for new, old in pairs]
+    malformed, was_malformed = (sum(trial.num_malformed for trial in side) for side in zip(*pairs, strict=True))
     evidence = {
-        "num_tasks": len(pairs),
-        "candidate_success": fmean(new.outcome for new, _ in pairs),
-        "acting_success": fmean(old.outcome for _, old in pairs),
+        "num_trials": len(pairs),
+        "unit": unit,
+        "candidate_score": fmean(new.score for new, _ in pairs),
+        "acting_score": fmean(old.score for _, old in pairs),
         "gain": gain,
         "gain_low": low,
-        "candidate_malformed": malformed[0],
-        "acting_malformed": malformed[1],
+        "candidate_malformed": malformed,
+        "acting_malformed": was_malformed,
     }
-    words = f"gain {gain:+.1%} on {len(pairs)} tasks, lower bound {low:+.1%}"
-    if malformed[0] > malformed[1]:
-        return GateDecision(False, f"malformed actions rose from {malformed[1]} to {malformed[0]} ({words})", evidence)
+    words = f"gain {gain:+.1%} on {len(pairs)} {unit}, lower bound {low:+.1%}"
+    if _lower_bound(rises, 1) > 0:
+        return GateDecision(False, f"malformed actions rose from {was_malformed} to {malformed} ({words})", evidence)
     return GateDecision(low > 0, words, evidence)
+
+
+def _lower_bound(differences: Sequence[float], num_candidates: int) -> float:
+    quantile = student_quantile(1 - ERROR_RATE / num_candidates, len(differences) - 1)
+    return fmean(differences) - quantile * stdev(differences) / sqrt(len(differences))
+
+
+def student_quantile(probability: float, degrees: int) -> float:
+    """Student's t by its expansion around the normal quantile (Abramowitz and Stegun, 26.7.5); good from 5 degrees."""
+    z = NormalDist().inv_cdf(probability)
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / degrees + second / degrees**2 + third / degrees**3

@@ -1,48 +1,146 @@
-"""Lets the acting policy act where experts have acted, and holds the two actions against each other."""
+"""Inspection: holds the policy's actions against an expert's, where experts have acted and where the policy has.
+
+At the states of demonstrations the acting policy is sampled through the endpoint; at its own logged states the action
+is there already, and an expert is asked. Both become material in tokens.
+"""
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from learner.comparison import ComparedState, compare_state
+from learner.collection import LoggedEpisode, LoggedState
+from learner.comparison import ComparedState, compare_state, report_on
 from learner.endpoint import Endpoint
-from policies.chat_protocol import action_message
-from policies.types import Message
+from learner.experts import Expert, ask, same_effect_at
+from learner.material import Material, OwnAction, State, Trajectory
+from policies.chat_protocol import ChatProtocol, ChatProtocolError
+from policies.types import Action, MalformedAction, TokenIds
 from runtime.step_log import StepLog
 from runtime.types import Step
+from tools.worlds.world import World
 
 
 @dataclass(frozen=True, slots=True)
-class InspectedState:
-    """A state where an expert acted, and what the acting policy does there."""
+class Inspector:
+    """Asks the acting policy and the experts."""
 
-    expert: Step
-    samples: tuple[Step, ...]
-    """The policy's own actions, as they were logged."""
-    compared: ComparedState
-    """The comparisons stand in the order of the samples."""
+    endpoint: Endpoint
+    log: StepLog
+    protocol: ChatProtocol
+    world: World | None
+    experts: Sequence[Expert]
+    acting: str
+    """The adapter that is sampled."""
+    num_samples: int
+    """Actions of the acting policy at each state of a demonstration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What was seen: the material, and how the actions compare."""
+
+    material: Material
+    demonstrated: list[ComparedState]
+    own: list[ComparedState]
+    """Only the states where an expert answered."""
+    num_answers: Counter[str] = field(default_factory=Counter)
+    """Experts' answers at own states by their source; `nobody`: no expert knew; `unwritable`: no tokens say it."""
+
+    def report(self) -> dict[str, Any]:
+        """For the cycle's report."""
+        return {
+            "demonstrated": report_on(self.demonstrated).to_json(),
+            "own": report_on(self.own).to_json(),
+            "expert_answers": dict(self.num_answers),
+        }
 
 
 async def inspect(
-    trajectories: Sequence[Sequence[Step]], endpoint: Endpoint, log: StepLog, acting: str, num_samples: int
-) -> list[InspectedState]:
-    """Sample the acting adapter at every step of the experts' trajectories, and compare by meaning."""
-    experts = [(step, messages) for steps in trajectories for step, messages in zip(steps, _seen(steps), strict=True)]
-    sampled = await endpoint.sample([(messages, step.tools) for step, messages in experts], acting, num_samples)
-    states = []
-    for (expert, _), step_ids in zip(experts, sampled, strict=True):
-        samples = tuple(step for step_id in step_ids if (step := log.step(step_id)) is not None)
-        compared = compare_state([sample.action for sample in samples], expert.action)
-        states.append(InspectedState(expert, samples, compared))
-    return states
+    demonstrations: Sequence[LoggedEpisode], own: Sequence[LoggedEpisode], inspector: Inspector
+) -> Inspection:
+    """Compare everywhere. Raises openai's errors where the endpoint does not answer."""
+    demonstrated, compared = await inspect_demonstrations(demonstrations, inspector)
+    own_trajectories, own_compared, num_answers = await _inspect_own(own, inspector)
+    material = Material(tuple(demonstrated), tuple(own_trajectories))
+    return Inspection(material, compared, own_compared, num_answers)
 
 
-def _seen(steps: Sequence[Step]) -> list[list[Message]]:
-    """The conversation before each step of a trajectory."""
-    seen, messages = [], list[Message]()
-    for step in steps:
-        messages = [*messages, *step.new_messages]
-        seen.append(messages)
-        messages = [*messages, action_message(step.action)]
-    return seen
+# ------------------------------------------------------------------------------------------- demonstrations
+
+
+async def inspect_demonstrations(
+    demonstrations: Sequence[LoggedEpisode], inspector: Inspector
+) -> tuple[list[Trajectory], list[ComparedState]]:
+    """Sample the acting policy at every state of the experts' episodes, and compare."""
+    places = [state for demonstration in demonstrations for state in demonstration.states()]
+    asked = [(state.messages, state.step.tools) for state in places]
+    sampled = await inspector.endpoint.sample(asked, inspector.acting, inspector.num_samples)
+    states: dict[str, State] = {}
+    compared = []
+    for place, step_ids in zip(places, sampled, strict=True):
+        samples = [step for step_id in step_ids if (step := inspector.log.step(step_id)) is not None]
+        judge = same_effect_at(inspector.world, place)
+        compared.append(compare_state([sample.action for sample in samples], place.step.action, judge))
+        states[place.step.id] = _demonstrated_state(place.step, samples, compared[-1])
+    trajectories = [
+        Trajectory(d.episode.id, tuple(states[step.id] for step in d.path), d.episode.task, 1.0) for d in demonstrations
+    ]
+    return trajectories, compared
+
+
+def _demonstrated_state(expert: Step, samples: Sequence[Step], compared: ComparedState) -> State:
+    own = tuple(
+        OwnAction(sample.id, sample.completion_token_ids, sample.behavior_logprobs or (), comparison.agrees)
+        for sample, comparison in zip(samples, compared.comparisons, strict=True)
+    )
+    # The prompt as it is served now: a template may write a history afresh that the demonstration continued.
+    prompt = samples[0].prompt_token_ids if samples else expert.prompt_token_ids
+    return State(expert.id, prompt, expert.completion_token_ids, own)
+
+
+# ---------------------------------------------------------------------------------------------- own states
+
+
+async def _inspect_own(
+    own: Sequence[LoggedEpisode], inspector: Inspector
+) -> tuple[list[Trajectory], list[ComparedState], Counter[str]]:
+    places = [state for episode in own for state in episode.states()]
+    answers = await asyncio.gather(*(ask(inspector.experts, place) for place in places))
+    states: dict[str, State] = {}
+    compared, num_answers = [], Counter[str]()
+    num_versions_old = {episode.episode.id: episode.num_versions_old for episode in own}
+    for place, answer in zip(places, answers, strict=True):
+        step = place.step
+        expert = None if answer is None else _in_tokens(inspector.protocol, place, answer.action)
+        agrees = None
+        if answer is None or expert is None:
+            num_answers["nobody" if answer is None else "unwritable"] += 1
+        else:
+            num_answers[answer.source] += 1
+            judge = same_effect_at(inspector.world, place)
+            compared.append(compare_state([step.action], answer.action, judge))
+            agrees = compared[-1].comparisons[0].agrees
+        action = OwnAction(
+            step.id, step.completion_token_ids, step.behavior_logprobs or (), agrees, num_versions_old[step.episode_id]
+        )
+        states[step.id] = State(step.id, step.prompt_token_ids, expert, (action,))
+    trajectories = [
+        Trajectory(e.episode.id, tuple(states[step.id] for step in e.path), e.episode.task, e.outcome) for e in own
+    ]
+    return trajectories, compared, num_answers
+
+
+def _in_tokens(protocol: ChatProtocol, place: LoggedState, action: Action) -> TokenIds | None:
+    """An expert's action as the policy would have to write it; None where it cannot be written, or reads otherwise."""
+    if isinstance(action, MalformedAction):
+        return None
+    try:
+        _, completion = protocol.completion_of(place.messages, action, place.step.tools)
+    except (ChatProtocolError, ValueError):
+        return None
+    read = protocol.parse(completion, tools=place.step.tools)
+    return completion if type(read) is type(action) else None

@@ -17,6 +17,8 @@ from typing import Any
 
 from sqlite_utils import Database, Migrations
 
+from policies.write_transaction import write_transaction
+
 
 class CycleStage(StrEnum):
     """Where a cycle is, or how it ended."""
@@ -145,7 +147,7 @@ class LearningLog:
         """Append the rewards of a cycle, all or none."""
         now = time.time()
         rows = [(r.step_id, r.cycle, r.source, r.value, now) for r in rewards]
-        with self.db.atomic():
+        with write_transaction(self.db):
             self.db.conn.executemany("INSERT INTO step_rewards VALUES (?, ?, ?, ?, ?)", rows)
 
     def add_decision(
@@ -165,7 +167,7 @@ class LearningLog:
         return [status.cycle for status in unfinished]
 
     def _insert(self, table: str, row: dict[str, Any]) -> None:
-        with self.db.atomic():
+        with write_transaction(self.db):
             self.db.table(table).insert({**row, "created_at": time.time()})
 
     # ----------------------------------------------------------------------------------------------- read

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean, pstdev
 from typing import Protocol
 
 import torch
@@ -124,7 +125,7 @@ class StepPreference:
 
 @dataclass(frozen=True, slots=True)
 class TrajectoryPreference:
-    """ETO: the expert's whole trajectory against the policy's failed one on the same task."""
+    """ETO: the expert's whole trajectory against the policy's failed ones on the same task."""
 
     rows: tuple[Row, ...]
     pairs: tuple[Pair, ...]
@@ -134,13 +135,15 @@ class TrajectoryPreference:
     def loss(self, scored: RowLogprobs, reference: Sequence[Tensor]) -> Loss:
         place = {row: at for at, row in enumerate(scored.rows)}
         sums, ref_sums = scored.sums(), _reference_sums(scored, reference)
-        chosen, rejected = _sides([pair for pair in self.pairs if pair.chosen[0] in place], place)
+        pairs = [pair for pair in self.pairs if pair.chosen[0] in place]
+        chosen, rejected = _sides(pairs, place)
         preferred = trajectory_preference_loss(
             _summed(sums, chosen),
             _summed(ref_sums, chosen),
             _summed(sums, rejected),
             _summed(ref_sums, rejected),
             beta=self.beta,
+            weights=torch.tensor([pair.weight for pair in pairs]).to(sums),
         )
         health = {"preference_accuracy": preferred.accuracy, "chosen_logprob": preferred.chosen_logprob}
         return Loss(preferred.loss, preferred.weight, health)
@@ -217,9 +220,8 @@ class PolicyGradient:
 
 def normalised(values: Sequence[float]) -> tuple[float, ...]:
     """Advantages from rewards: mean 0 and deviation 1; all zero where the rewards are all equal."""
-    tensor = torch.tensor(values, dtype=torch.float64)
-    spread = tensor.std(correction=0)
-    return tuple(((tensor - tensor.mean()) / spread).tolist()) if spread > 1e-9 else (0.0,) * len(values)
+    middle, spread = (fmean(values), pstdev(values)) if values else (0.0, 0.0)
+    return tuple((value - middle) / spread if spread > 1e-9 else 0.0 for value in values)
 
 
 def trajectories_of(rows: Sequence[Row]) -> list[list[int]]:

@@ -104,6 +104,11 @@ def pack_rows(rows: Sequence[Row], token_budget: int) -> list[Pack]:
     return [_lay_out(rows, tokens, _sorted_by_tokens(tokens, members)) for members in owners]
 
 
+def num_packed_tokens(rows: Sequence[Row]) -> int:
+    """How many tokens the rows need in a pack of their own."""
+    return _OpenPack([np.asarray(row.token_ids, dtype=np.int64) for row in rows]).add(range(len(rows)))
+
+
 # --------------------------------------------------------------------------------------------- filling packs
 
 
