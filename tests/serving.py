@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections import deque
@@ -21,7 +22,8 @@ from policies.registry import AdapterRegistry
 from policies.types import Adapter, Engine, EngineLimits, SampledToken, SamplingParams, TokenIds
 from runtime.agent import RunLimits
 from runtime.app import create_app
-from runtime.listening import listen
+from runtime.learning import Learning
+from runtime.listening import listen, url_of
 from runtime.metrics import Metrics
 from runtime.parts import Parts
 from runtime.server_tools import Toolbox
@@ -30,10 +32,12 @@ from runtime.swap import Swap
 from tests.scripted_engine import ScriptedEngine
 from tools.worlds.order_desk import OrderDesk
 
-NOVICE_FOLDER = Path(__file__).parent.parent / "policies" / "novice_model"
+ROOT = Path(__file__).parent.parent
+NOVICE_FOLDER = ROOT / "policies" / "novice_model"
 MODEL = "novice"
 
-LIMITS = EngineLimits(max_context_tokens=2048, max_adapters=3, max_rank=16, vocab_size=430, supports_grammar=True)
+VOCAB_SIZE = json.loads((NOVICE_FOLDER / "config.json").read_text())["vocab_size"]
+LIMITS = EngineLimits(2048, max_adapters=3, max_rank=16, vocab_size=VOCAB_SIZE, supports_grammar=True)
 """Those of the novice. The scripted engine keeps to no grammar: it says what it is told to."""
 
 
@@ -61,13 +65,13 @@ class SayingEngine(ScriptedEngine):
         return said if not isinstance(said, str) else self._protocol.encode(said + "<|im_end|>")
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, adapter: Adapter | None
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, adapter: Adapter | None, *, whole: bool = False
     ) -> AsyncIterator[SampledToken]:
         self.prompts.append(tuple(prompt_token_ids))
         self.samplings.append(sampling)
         self.num_said.append(0)
         number = len(self.num_said) - 1
-        async with aclosing(super().generate(prompt_token_ids, sampling, adapter)) as tokens:
+        async with aclosing(super().generate(prompt_token_ids, sampling, adapter, whole=whole)) as tokens:
             async for token in tokens:
                 await asyncio.sleep(self.pause_s)
                 self.num_said[number] += 1
@@ -77,17 +81,19 @@ class SayingEngine(ScriptedEngine):
 def parts_of(engine: Engine, protocol: ChatProtocol, folder: Path, **changes: Any) -> Parts:
     """A server's parts, with real stores in a folder and the order desk as its world."""
     folder.mkdir(parents=True, exist_ok=True)
-    registry = AdapterRegistry(folder / "agent.db")
+    registry, log = AdapterRegistry(folder / "agent.db"), StepLog(folder / "agent.db")
+    swap = Swap(engine, registry, read_base_network(NOVICE_FOLDER))
     parts = Parts(
         served_name=MODEL,
         engine=engine,
         protocol=protocol,
-        log=StepLog(folder / "agent.db"),
+        log=log,
         registry=registry,
-        swap=Swap(engine, registry, read_base_network(NOVICE_FOLDER)),
+        swap=swap,
         toolbox=Toolbox((), OrderDesk()),
         limits=RunLimits(),
         metrics=Metrics(engine),
+        learning=Learning.beside(folder, log, registry, swap, arguments=["--model", str(NOVICE_FOLDER)]),
     )
     return replace(parts, **changes)
 
@@ -111,6 +117,8 @@ class Served:
 def served(parts: Parts) -> Iterator[Served]:
     """Serve in a thread, as serve.py does in its main thread. Closes the log, but not the engine, at the end."""
     sock = listen("127.0.0.1", 0)
+    if parts.learning is not None:
+        parts.learning.process.url = url_of(sock)
     config = uvicorn.Config(create_app(parts), log_level="error", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([sock],), daemon=True)

@@ -89,6 +89,17 @@ def test_promoted_and_rolled_back_new_episodes_follow(server: Served, tiny: Tiny
         assert adapter_of_new_episode(server) == behind
 
 
+def test_an_episode_whose_outcome_is_known_holds_no_adapter(server: Served, tiny: TinyNetwork) -> None:
+    register(server, tiny.adapter(1))
+    post(server, "/agent-v0001/promote")
+    messages: list[Any] = [{"role": "user", "content": "Hi"}]
+    raw = server.client().chat.completions.with_raw_response.create(model=MODEL, messages=messages)
+    assert server.parts.swap.num_leases("agent-v0001") == 1
+    episode = raw.headers["x-episode-id"]
+    assert httpx.post(f"{server.url}/v1/episodes/{episode}/outcome", json={"value": 1.0}).status_code == 201
+    assert server.parts.swap.num_leases("agent-v0001") == 0
+
+
 def test_rolling_back_with_nothing_behind_is_a_conflict(server: Served) -> None:
     assert "nothing to roll back to" in refusal(post(server, "/rollback", {"reason": "worse"}))
 

@@ -332,11 +332,27 @@ async def test_the_client_is_shown_a_malformed_action_as_it_was_written(stage: S
     assert isinstance(it.logged[0].action, MalformedAction)
 
 
+async def test_where_no_tool_may_be_called_a_call_is_shown_as_text_and_run_by_nobody(stage: StageMaker) -> None:
+    """`tool_choice: none` left the tools out of the prompt, and the client got calls all the same."""
+    it = stage(f"I will look.\n{LOOK}")
+    turn = it.turn(tools=(), may_call=False)
+    assert await text_of(run_client_step(it.policy, it.log, turn, True)) == f"I will look.\n{LOOK}"
+    assert isinstance(it.logged[0].action, MalformedAction)
+    assert it.logged[0].stop_reason is StopReason.MALFORMED
+
+
+async def test_where_no_tool_may_be_called_the_server_runs_none_and_says_so_to_the_agent(stage: StageMaker) -> None:
+    steps = await stage(LOOK, "A globe.").run(may_call=False)
+    assert [type(step.action) for step in steps] == [MalformedAction, FinalAnswer]
+    assert [step.tool_results for step in steps] == [(), ()]
+    assert "no tool may be called now" in steps[1].new_messages[0]["content"]
+
+
 # ------------------------------------------------------------------------------------- sampling, stop texts
 
 
 async def test_a_stop_text_ends_the_answer_and_cancels_the_engine(stage: StageMaker) -> None:
-    it = stage("A globe. And a lamp. And much more.")
+    it = stage("A globe. And a lamp. And much more.", pause_s=0.02)
     step = await it.step(stop=(". And",))
     assert step.action == FinalAnswer("A globe")
     assert (step.finish_reason, step.stop_reason) == (FinishReason.STOP, StopReason.FINAL_ANSWER)
@@ -420,7 +436,7 @@ async def test_an_engine_that_says_nothing_is_an_engine_error(stage: StageMaker)
 async def test_a_listener_who_leaves_in_mid_step_cancels_the_engine_and_leaves_no_step(
     stage: StageMaker, num_heard: int
 ) -> None:
-    it = stage([65] * 400)
+    it = stage([65] * 400, pause_s=0.02)
     happenings = run_client_step(it.policy, it.log, it.turn(), True)
     async with aclosing(happenings) as listening:
         for _ in range(num_heard):

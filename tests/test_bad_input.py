@@ -192,6 +192,7 @@ def test_a_wrong_value_is_named(server: Served, changes: dict[str, Any], param: 
         ({"tool_choice": {"type": "function", "function": {"name": "fly"}}}, "none were given"),
         ({"response_format": {"type": "json_schema"}}, "needs a json_schema"),
         ({"response_format": {"type": "json_object"}, "tools": [LOOK], "tool_choice": "required"}, "drop one of them"),
+        ({"tools": [LOOK], "parallel_tool_calls": False}, "leave parallel_tool_calls out"),
         ({"max_tokens": 10**9}, "the model's context holds 2048"),
         ({"max_completion_tokens": 2049}, "the model's context holds 2048"),
         ({"metadata": {"task": "order_desk/train/99999999"}}, "there is no task"),

@@ -74,9 +74,9 @@ def test_every_option_can_come_from_every_source(monkeypatch: pytest.MonkeyPatch
         "host": "localhost", "port": "1", "state": "s", "engine": "vllm", "model": "m", "served_name": "n",
         "api_key": "k", "world": "w", "tools": "t", "search_corpus": "c", "max_steps": "2", "max_run_tokens": "3",
         "deadline": "4.5", "tool_timeout": "5.5", "max_context": "16", "max_batch_size": "6", "threads": "7",
-        "log_level": "info",
+        "log_level": "info", "response_template": "r", "learn_every": "8",
     }  # fmt: skip
-    missing = set(Settings.model_fields) - set(values) - {"engine_arg"}
+    missing = set(Settings.model_fields) - set(values) - {"engine_arg", "learner_arg"}
     assert not missing, f"give this test a value for {missing}"
     by_command_line = parse_settings([f"--{name.replace('_', '-')}={value}" for name, value in values.items()])
     toml = tmp_path / "stepagent.toml"
@@ -207,3 +207,14 @@ def test_options_are_parsed_without_heavy_imports() -> None:
         "print(sorted(heavy & set(sys.modules)))"
     )
     assert run_python("-c", program).stdout.strip() == "[]"
+
+
+def test_engine_arguments_come_one_by_one_or_as_a_table(tmp_path: Path) -> None:
+    given = parse_settings(["--engine-arg", "tensor_parallel_size=2", "--engine-arg", "gpu_memory_utilization=0.5"])
+    (tmp_path / "stepagent.toml").write_text("[engine_arg]\ntensor_parallel_size = 2\ngpu_memory_utilization = 0.5\n")
+    table = parse_settings([])
+    for settings in (given, table):
+        assert {name: str(value) for name, value in settings.engine_arg.items()} == {
+            "tensor_parallel_size": "2",
+            "gpu_memory_utilization": "0.5",
+        }

@@ -16,7 +16,7 @@ from policies.chat_protocol import ChatProtocol, message_action
 from policies.types import EngineLimits, FinalAnswer, Message, ToolCalls
 from runtime.conversation import history_of
 from runtime.types import Actor, Step, StopReason
-from tests.serving import MODEL, SayingEngine, Served, parts_of, served
+from tests.serving import MODEL, VOCAB_SIZE, SayingEngine, Served, parts_of, served
 from tools.worlds.order_desk import OrderDesk
 
 WORLD = OrderDesk()
@@ -27,7 +27,7 @@ CONTEXT = 1500
 @pytest.fixture(scope="module")
 def server(protocol: ChatProtocol, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """One server for all tests: each imports its own demonstrations."""
-    limits = EngineLimits(CONTEXT, max_adapters=3, max_rank=16, vocab_size=430, supports_grammar=True)
+    limits = EngineLimits(CONTEXT, max_adapters=3, max_rank=16, vocab_size=VOCAB_SIZE, supports_grammar=True)
     engine = SayingEngine(protocol, limits=limits)
     with served(parts_of(engine, protocol, tmp_path_factory.mktemp("demonstrations"))) as running:
         yield running

@@ -38,7 +38,12 @@ HEAVY = {
 
 ANNEXES = {
     "runtime/engines/embedded.py": ("runtime/engines/",),
-    "learner/trainer.py": ("learner/objectives.py", "learner/probing.py", "learner/tree_attention.py"),
+    "learner/trainer.py": (
+        "learner/health.py",
+        "learner/objectives.py",
+        "learner/probing.py",
+        "learner/tree_attention.py",
+    ),
     "runtime/step_log.py": ("runtime/step_schema.py", "runtime/step_views.py", "runtime/step_writer.py"),
 }
 """Rooms that were divided: what is allowed in one is allowed in its parts, except for vllm and peft."""

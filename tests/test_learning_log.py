@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from learner.learning_log import CycleStage, LearningLog, RewardSource, StepReward
+from runtime.step_log import StepLog
+from runtime.types import Actor, Episode, Purpose, new_id
 
 
 @pytest.fixture
@@ -65,3 +68,18 @@ def test_the_cursor_is_that_of_the_last_cycle_that_did_not_fail(log: LearningLog
     log.note("c1", CycleStage.REFUSED, report={"last_step_id": "step_7"})
     log.note("c2", CycleStage.FAILED, report={"last_step_id": "step_9"})
     assert log.last_step_seen() == "step_7"
+
+
+def test_two_writers_of_one_file_wait_for_each_other(tmp_path: Path) -> None:
+    """A cycle once failed, "database is locked": its transaction had read before it wrote, and the server wrote."""
+    path = tmp_path / "agent.db"
+    log = LearningLog(path)
+    step_log = StepLog(path)
+    episodes = (Episode(new_id("ep"), Actor.POLICY, Purpose.SERVE, "base") for _ in range(400))
+    with ThreadPoolExecutor(2) as pool:
+        appended = pool.submit(lambda: [step_log.append_now(episode) for episode in episodes])
+        while not appended.done():
+            log.note("c1", CycleStage.TRAIN)
+            log.add_decision("c1", "agent-v0001", "base", False, "no", {})
+        appended.result()
+    step_log.close()

@@ -10,6 +10,7 @@ import pytest
 
 from learner.cycle import CycleOptions, CycleParts, run_cycle
 from learner.endpoint import Endpoint
+from learner.experts import WorldExpert
 from learner.learning_log import CycleStage, LearningLog, RewardSource
 from learner.trainer import TrainingOptions
 from policies.chat_protocol import ChatProtocol
@@ -18,7 +19,7 @@ from runtime.step_log import StepLog
 from tests.serving import NOVICE_FOLDER, Served, parts_of, served
 from tools.worlds.order_desk import OrderDesk
 
-NUM_DEMONSTRATIONS = 16
+NUM_DEMONSTRATIONS = 32
 
 
 def expert_conversation(index: int) -> dict[str, object]:
@@ -32,15 +33,17 @@ def expert_conversation(index: int) -> dict[str, object]:
 
 
 def cycle_parts(server: Served, folder: Path, **options: object) -> CycleParts:
-    training = TrainingOptions(epochs=4)
+    training = TrainingOptions(epochs=6)
     return CycleParts(
         endpoint=Endpoint(server.async_client()),
         log=StepLog(folder / "agent.db", read_only=True),
         learning_log=LearningLog(folder / "agent.db"),
+        protocol=server.parts.protocol,
         world=OrderDesk(),
+        experts=[WorldExpert(OrderDesk())],
         base=NOVICE_FOLDER,
-        adapters=folder / "adapters",
-        options=replace(CycleOptions(gate_tasks=40, training=training), **options),  # type: ignore[arg-type]
+        state=folder,
+        options=replace(CycleOptions(gate_tasks=60, training=training), **options),  # type: ignore[arg-type]
     )
 
 
@@ -60,7 +63,7 @@ def test_a_cycle_without_demonstrations_ends_with_a_reason(
         assert asyncio.run(run_cycle("cycle_1", parts)) is CycleStage.NO_LESSON
         status = parts.learning_log.status("cycle_1")
         assert status is not None
-        assert "none to train on: import some" in status.message
+        assert "no demonstrations to train on" in status.message
 
 
 @pytest.mark.timeout(600)
@@ -68,10 +71,10 @@ def test_the_served_agent_gets_better_and_can_go_back(
     engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
 ) -> None:
     with served(parts_of(engine, protocol, tmp_path)) as server:
-        parts = cycle_parts(server, tmp_path, objectives=("sft", "implicit"))
+        parts = cycle_parts(server, tmp_path, objectives=("sft",))
         answer = asyncio.run(parts.endpoint.demonstrate([expert_conversation(n) for n in range(NUM_DEMONSTRATIONS)]))
         assert answer["imported"] == NUM_DEMONSTRATIONS
-        parts = cycle_parts(server, tmp_path, objectives=("sft", "implicit"))
+        parts = cycle_parts(server, tmp_path, objectives=("sft",))
         stage = asyncio.run(run_cycle("cycle_1", parts))
         status = parts.learning_log.status("cycle_1")
         assert status is not None
@@ -79,11 +82,11 @@ def test_the_served_agent_gets_better_and_can_go_back(
 
         promoted = status.report["promoted"]
         decisions = {decision["candidate"]: decision for decision in parts.learning_log.decisions("cycle_1")}
-        assert len(decisions) == 2
+        assert len(decisions) == 1
         assert decisions[promoted]["evidence"]["gain_low"] > 0
         rewards = parts.learning_log.rewards("cycle_1")
-        assert {reward.source for reward in rewards} == {RewardSource.EXPERT_AGREEMENT}
-        assert {reward.value for reward in rewards} == {0.0, 1.0}
+        agreement = {reward.value for reward in rewards if reward.source is RewardSource.EXPERT_AGREEMENT}
+        assert agreement == {0.0, 1.0}
 
         acting = server.parts.registry.acting()
         assert acting is not None

@@ -101,8 +101,9 @@ def test_usage_counts_the_tokens_of_all_steps(serve_scripted: ServeScripted) -> 
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
-def test_streamed_an_answer_is_the_same(serve_scripted: ServeScripted) -> None:
-    chunks = ask_streaming(serve_scripted("A brass globe, perhaps."))
+def test_streamed_an_answer_is_the_same(serve_scripted: ServeScripted, protocol: ChatProtocol) -> None:
+    engine = SayingEngine(protocol, "A brass globe, perhaps.", pause_s=0.02)
+    chunks = ask_streaming(serve_scripted(engine=engine))
     assert streamed_text(chunks) == "A brass globe, perhaps."
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [c.finish_reason for chunk in chunks for c in chunk.choices if c.finish_reason] == ["stop"]
@@ -414,6 +415,17 @@ def test_logprobs_are_those_of_the_tokens(novice_server: Served, protocol: ChatP
     streamed = ask_streaming(novice_server, logprobs=True, top_logprobs=3, seed=1, max_tokens=8, tools=[])
     in_stream = [e for chunk in streamed for c in chunk.choices if c.logprobs for e in c.logprobs.content or []]
     assert [entry.token for entry in in_stream] == [entry.token for entry in entries]
+
+
+@pytest.mark.parametrize("options", [{}, {"tools": [{"type": "function", "function": {"name": "look"}}]}])
+def test_with_tool_choice_none_the_client_never_gets_a_call(novice_server: Served, options: dict[str, Any]) -> None:
+    """The novice calls a tool on any order, also where none is on offer."""
+    question = OrderDesk().task("train", 5).messages[0]
+    answer = ask(novice_server.client(), question, tool_choice="none", temperature=0, **options)
+    assert answer.choices[0].message.tool_calls is None
+    assert answer.choices[0].finish_reason == "stop"
+    steps = (answer.model_extra or {})["stepagent"]["choices"][0]
+    assert all(step["tool_results"] == [] for step in steps)
 
 
 def test_an_answer_can_be_held_to_a_schema(novice_server: Served) -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
+from policies.chat_protocol import ChatProtocol
 from policies.registry import AdapterRegistry
 from policies.types import Adapter, EngineError, SampledToken, SamplingParams
 from runtime.engines.supervised import SupervisedEngine
 from runtime.swap import Swap
 from tests.scripted_engine import ScriptedEngine
+from tests.serving import MODEL, Served, parts_of, served
 from tests.tiny_adapters import TinyNetwork, faithful_script
 
 PAUSE_S = 0.05
@@ -27,11 +31,13 @@ class House:
         self.engines: list[ScriptedEngine] = []
         self.failures: list[Exception] = []
         """What the next starts raise."""
+        self.may_start = asyncio.Event()
+        self.may_start.set()
         self.engine = SupervisedEngine(self.start_engine, first_pause_s=PAUSE_S)
         self.swap = Swap(self.engine, self.registry, tiny.network)
 
     async def start_engine(self) -> ScriptedEngine:
-        await asyncio.sleep(0)
+        await self.may_start.wait()
         if self.failures:
             raise self.failures.pop(0)
         self.engines.append(ScriptedEngine(faithful_script(self.registry)))
@@ -98,6 +104,53 @@ async def test_while_the_adapter_is_restored_nobody_else_sees_the_engine(tiny: T
     await starting
     assert await house.say()
     await house.engine.close()
+
+
+def told_by(server: Served) -> tuple[int, dict[str, Any], dict[str, float]]:
+    """Status and body of /health, and the engine's gauges of /metrics."""
+    health = httpx.get(f"{server.url}/health")
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    gauges = [line.removeprefix("stepagent_engine_").split() for line in lines if line.startswith("stepagent_engine_")]
+    return health.status_code, health.json(), {name: float(value) for name, value in gauges}
+
+
+async def ask_over_http(server: Served) -> httpx.Response:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "tools": []}
+    return await asyncio.to_thread(httpx.post, f"{server.url}/v1/chat/completions", json=body)
+
+
+async def test_health_and_metrics_tell_the_truth_through_start_death_and_replacement(
+    tiny: TinyNetwork, protocol: ChatProtocol, tmp_path: Path
+):
+    house = House(tiny, tmp_path)
+    parts = parts_of(house.engine, protocol, tmp_path / "served", swap=house.swap, registry=house.registry)
+    house.may_start.clear()
+    with served(parts) as server:
+        starting = asyncio.create_task(house.engine.start(house.swap.restore))
+        await asyncio.sleep(0.05)
+        status, health, gauges = await asyncio.to_thread(told_by, server)
+        assert (status, health["status"], gauges["alive"], gauges["restarts"]) == (503, "starting", 0, 0)
+        assert "the engine is starting (0 s so far)" in health["engine"]["problem"]
+        refused = await ask_over_http(server)
+        assert (refused.status_code, "the engine is starting" in refused.text) == (503, True)
+        house.may_start.set()
+        await starting
+        status, health, gauges = await asyncio.to_thread(told_by, server)
+        assert (status, health["status"], gauges["alive"], gauges["restarts"]) == (200, "ok", 1, 0)
+        house.may_start.clear()
+        house.engines[-1].is_alive = False
+        assert (await ask_over_http(server)).status_code == 503
+        await eventually(lambda: house.engine.health().is_starting)
+        status, health, gauges = await asyncio.to_thread(told_by, server)
+        assert (status, health["status"], gauges["alive"], gauges["restarts"]) == (503, "starting", 0, 0)
+        house.may_start.set()
+        await eventually(lambda: house.engine.health().is_alive)
+        status, health, gauges = await asyncio.to_thread(told_by, server)
+        assert (status, health["status"], gauges["alive"], gauges["restarts"]) == (200, "ok", 1, 1)
+        assert health["engine"]["num_restarts"] == 1
+        await house.engine.close()
+        status, health, gauges = await asyncio.to_thread(told_by, server)
+        assert (status, health["status"], gauges["alive"]) == (503, "down", 0)
 
 
 async def test_a_start_that_fails_is_tried_again_and_health_says_why(house: House):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import AsyncExitStack, closing
 from itertools import count
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from runtime.swap import Swap, SwapError
 from tests.scripted_engine import Script, ScriptedEngine
 from tests.tiny_adapters import TinyNetwork, faithful_script, forgetful_script
 
-LEASE_IDLE_S = 100.0
+LEASE_IDLE_S, SLOT_WAIT_S = 100.0, 0.5
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ class House:
     def start(self, script: Script | None = None) -> None:
         self.registry = AdapterRegistry(self.folder / "agent.db")
         self.engine = ScriptedEngine(script or faithful_script(self.registry))
-        self.swap = Swap(self.engine, self.registry, self.tiny.network, LEASE_IDLE_S, clock=lambda: self.now)
+        self.swap = Swap(self.engine, self.registry, self.tiny.network, LEASE_IDLE_S, SLOT_WAIT_S, lambda: self.now)
 
     async def restart(self) -> Adapter | None:
         self.registry.close()
@@ -254,16 +256,57 @@ async def test_who_asks_for_a_swap_and_goes_away_leaves_no_half_loaded_adapter(h
 
 
 async def test_a_load_that_would_evict_is_refused_and_says_who_holds_the_slots(house: House):
-    for seed, episode in ((1, "ep_1"), (2, "ep_2"), (3, "ep_3")):
-        await house.swap.promote(house.register(seed))
-        await house.step(episode)
-    late = house.register(4)
-    with pytest.raises(SwapError, match=r"all 3 slots.*v0001 \(draining, 1 episodes\).*v0003 \(acting"):
-        await house.swap.bring_up(late)
-    assert house.registry.state(late) is AdapterState.REGISTERED, "that is no fault of the adapter"
+    async with AsyncExitStack() as running:
+        for seed, episode in ((1, "ep_1"), (2, "ep_2"), (3, "ep_3")):
+            await house.swap.promote(house.register(seed))
+            await running.enter_async_context(house.swap.lease(episode))
+        late = house.register(4)
+        with pytest.raises(SwapError, match=r"all 3 slots.*v0001 \(draining, 1 episodes\).*v0003 \(acting"):
+            await house.swap.bring_up(late)
+        assert house.registry.state(late) is AdapterState.REGISTERED, "that is no fault of the adapter"
     house.swap.finish("ep_1")
     await house.swap.bring_up(late)
     assert house.loaded() == ["agent-v0002", "agent-v0003", late]
+
+
+async def test_a_load_takes_the_slot_of_the_adapter_whose_episodes_were_idle_longest(house: House):
+    """Episodes left open held every slot for a quarter of an hour, and no version could be brought up meanwhile."""
+    for seed, episode in ((1, "ep_1"), (2, "ep_2"), (3, "ep_3")):
+        await house.swap.promote(house.register(seed))
+        house.now += 1
+        await house.step(episode)
+    house.now += 1
+    assert await house.step("ep_1") == "agent-v0001"
+    late = house.register(4)
+    await house.swap.bring_up(late)
+    assert house.loaded() == ["agent-v0001", "agent-v0003", late]
+    await house.swap.promote(late)
+    assert await house.step("ep_2", began_with="agent-v0002") == "agent-v0002", "it keeps the adapter it began with"
+    assert house.loaded() == ["agent-v0001", late, "agent-v0002"]
+
+
+async def test_an_episode_that_comes_back_waits_for_a_slot_that_a_running_step_holds(house: House):
+    async with AsyncExitStack() as running:
+        for seed, episode in ((1, "ep_1"), (2, "ep_2"), (3, "ep_3"), (4, "ep_4")):
+            await house.swap.promote(house.register(seed))
+            if seed > 1:
+                await running.enter_async_context(house.swap.lease(episode))
+        with pytest.raises(SwapError, match="began with agent-v0001, which is no longer served: all 3 slots"):
+            await house.step("ep_1", began_with="agent-v0001")
+        coming_back = asyncio.create_task(house.step("ep_1", began_with="agent-v0001"))
+        await asyncio.sleep(0.1)
+        assert not coming_back.done()
+    assert await coming_back == "agent-v0001"
+
+
+async def test_what_acts_and_what_is_to_be_judged_is_never_displaced(house: House):
+    acting, *candidates = (house.register(seed) for seed in (1, 2, 3))
+    await house.swap.promote(acting)
+    for candidate in candidates:
+        await house.swap.bring_up(candidate)
+    with pytest.raises(SwapError, match="all 3 slots"):
+        await house.swap.bring_up(house.register(4))
+    assert house.loaded() == [acting, *candidates]
 
 
 async def test_two_swaps_at_once_happen_one_after_the_other(house: House):
@@ -325,6 +368,41 @@ async def test_a_lease_does_not_wait_for_a_load(house: House):
     await loading
     async with swap.lease("ep_2") as adapter:
         assert adapter == house.registry.adapter("agent-v0001")
+
+
+async def test_nothing_but_the_change_itself_waits_for_a_slow_disk(house: House):
+    """Each write of the registry held the event loop, and with it every stream, for as long as the disk took."""
+    first, second = house.register(1), house.register(2)
+    await house.swap.promote(first)
+    with closing(sqlite3.connect(house.folder / "agent.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")  # as a learner that writes
+        promoting = asyncio.create_task(house.swap.promote(second))
+        async with asyncio.timeout(5):
+            for episode in range(20):
+                assert await house.step(f"ep_{episode}") == first
+                await asyncio.sleep(0.01)
+        assert [adapter.name for adapter in house.registry.adapters()] == [first, second]
+        assert not promoting.done()
+        other.execute("ROLLBACK")
+    await promoting
+    assert await house.step("ep_new") == second
+
+
+async def test_who_asks_for_a_promotion_and_goes_away_leaves_it_settled(house: House):
+    first, second = house.register(1), house.register(2)
+    await house.swap.bring_up(first)
+    with closing(sqlite3.connect(house.folder / "agent.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        promoting = asyncio.create_task(house.swap.promote(first))
+        await asyncio.sleep(0.05)
+        promoting.cancel()
+        after = asyncio.create_task(house.swap.promote(second))
+        await asyncio.sleep(0.05)
+        other.execute("ROLLBACK")
+    with pytest.raises(asyncio.CancelledError):
+        await promoting
+    await after
+    assert [one.name if one else None for one in house.registry.line()] == [second, first, None]
 
 
 async def test_a_lease_ends_with_its_idle_time_but_never_under_a_running_step(house: House):
@@ -507,6 +585,6 @@ async def test_the_background_drain_survives_an_engine_that_cannot_unload(house:
     draining = asyncio.create_task(house.swap.keep_draining(every_s=0.001))
     await eventually(lambda: "could not unload" in caplog.text)
     await unleased.aclose()  # type: ignore[attr-defined]
-    await eventually(lambda: first not in house.loaded())
+    await eventually(lambda: house.registry.state(first) is AdapterState.UNLOADED)
     draining.cancel()
-    assert house.registry.state(first) is AdapterState.UNLOADED
+    assert first not in house.loaded()

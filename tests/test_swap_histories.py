@@ -73,7 +73,9 @@ def machine_on(folders: list[Path], tiny: TinyNetwork) -> type[RuleBasedStateMac
         def start_process(self) -> None:
             self.registry = MortalRegistry(self.folder / "agent.db")
             self.engine = ScriptedEngine(faithful_script(self.registry))
-            self.swap = Swap(self.engine, self.registry, tiny.network, LEASE_IDLE_S, clock=lambda: self.now)
+            self.swap = Swap(
+                self.engine, self.registry, tiny.network, LEASE_IDLE_S, slot_wait_s=0.0, clock=lambda: self.now
+            )
 
         def teardown(self) -> None:
             if hasattr(self, "loop"):

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import learner.trainer
 from learner.batch import RowLogprobs
 from learner.objectives import (
     Likelihood,
     Loss,
-    Objective,
     Pair,
     PolicyGradient,
     StepPreference,
@@ -26,11 +32,13 @@ from learner.objectives import (
 )
 from learner.prefix_tree import Row
 from learner.trainer import Trainer, TrainingFailed, TrainingOptions
-from policies.adapter_files import weights_digest
+from policies.adapter_files import TENSOR_NAME, WEIGHTS_FILE, weights_digest
+from policies.base_network import read_base_network
 from policies.chat_protocol import ChatProtocol, message_action
+from policies.probe import read_probe
 from policies.types import FinalAnswer
 from runtime.engines.embedded import EmbeddedEngine
-from tests.serving import NOVICE_FOLDER, parts_of
+from tests.serving import NOVICE_FOLDER, ROOT, parts_of
 from tools.worlds.order_desk import OrderDesk
 
 QUICK = TrainingOptions(epochs=2, trajectories_per_step=2, rank=4)
@@ -152,17 +160,8 @@ def test_step_preference_parts_the_expert_from_the_blunder_and_keeps_the_expert_
 def test_trajectory_preference_widens_the_gap_between_whole_trajectories(
     protocol: ChatProtocol, rows: list[Row]
 ) -> None:
-    by_task: dict[object, list[Row]] = {}
-    for row in rows:
-        by_task.setdefault(row.owner[0], []).append(row)  # type: ignore[index]
-    laid, pairs = [], []
-    for task, good in by_task.items():
-        sides = [*good, *(blunder(protocol, row) for row in good)]
-        first = len(laid)
-        laid += [replace(row, owner=(task,)) for row in sides]
-        pairs.append(Pair(tuple(range(first, first + len(good))), tuple(range(first + len(good), first + len(sides)))))
     trainer = Trainer(NOVICE_FOLDER, None, QUICK)
-    report = trainer.train(TrajectoryPreference(tuple(laid), tuple(pairs), beta=0.1))
+    report = trainer.train(preference_of_whole_trajectories(protocol, rows))
     assert report.health["preference_accuracy"] == 1.0
 
 
@@ -185,16 +184,194 @@ def test_equal_rewards_teach_nothing() -> None:
     assert normalised([0.5, 0.5, 0.5]) == (0.0, 0.0, 0.0)
 
 
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+def preference_of_whole_trajectories(protocol: ChatProtocol, rows: Sequence[Row]) -> TrajectoryPreference:
+    """The expert's rows of each task against a blunder at each of its states; a task owns them all."""
+    by_task: dict[object, list[Row]] = {}
+    for row in rows:
+        by_task.setdefault(row.owner[0], []).append(row)  # type: ignore[index]
+    laid, pairs = [], []
+    for task, good in by_task.items():
+        sides = [*good, *(blunder(protocol, row) for row in good)]
+        first = len(laid)
+        laid += [replace(row, owner=(task,)) for row in sides]
+        pairs.append(Pair(tuple(range(first, first + len(good))), tuple(range(first + len(good), first + len(sides)))))
+    return TrajectoryPreference(tuple(laid), tuple(pairs), beta=0.1)
+
+
+def test_rows_that_belong_together_and_pass_the_budget_teach_the_same_in_parts(
+    protocol: ChatProtocol, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = preference_of_whole_trajectories(protocol, rows)
+    longest = max(len(row.token_ids) for row in rows)
+    passes: list[int] = []
+    plain_score = learner.trainer.score
+    monkeypatch.setattr(
+        learner.trainer,
+        "score",
+        lambda network, batch: passes.append(batch.input_ids.shape[1]) or plain_score(network, batch),
+    )
+    found = {}
+    for token_budget in (10_000, longest):
+        passes.clear()
+        trainer = Trainer(NOVICE_FOLDER, None, replace(QUICK, token_budget=token_budget))
+        report = trainer.train(objective)
+        assert max(passes) <= token_budget
+        assert report.health["preference_accuracy"] == 1.0
+        found[token_budget] = torch.cat(trainer.logprobs(rows))
+    assert torch.allclose(found[10_000], found[longest], atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def under_limits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What becomes of training in a process that is given little, as tests/training_under_limits.py prints it."""
+    folder = tmp_path_factory.mktemp("limits") / "made"
+    command = [sys.executable, "-m", "tests.training_under_limits", str(folder)]
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def test_where_memory_runs_out_the_budget_is_halved_and_the_same_is_learned(under_limits: dict[str, Any]) -> None:
+    roomy, tight = under_limits["roomy"], under_limits["tight"]
+    assert roomy["token_budget"] == 100_000
+    assert 700 <= tight["token_budget"] <= 50_000
+    assert tight["gain"] == pytest.approx(roomy["gain"], rel=1e-3)
+    assert roomy["gain"] > 0.01
+
+
+def test_no_memory_for_the_longest_row_ends_training_with_what_to_change(under_limits: dict[str, Any]) -> None:
+    failed = under_limits["one long row"]["failed"]
+    assert "not enough memory on cpu for a pass over 5600 tokens, the longest row" in failed
+    assert "leave longer episodes out" in failed
+
+
+def test_a_full_disk_leaves_nothing_behind(under_limits: dict[str, Any]) -> None:
+    failed = under_limits["full disk"]["failed"]
+    assert "the adapter could not be written to" in failed
+    assert "make room there" in failed
+    assert under_limits["full disk"]["left"] == []
+
+
+# ------------------------------------------------------------------------------------------- what goes wrong
+
+
 @dataclass(frozen=True)
-class NotANumber:
+class Broken:
+    """A loss of a given value and slope."""
+
     rows: tuple[Row, ...]
+    value: float
+    slope: float
     name: str = "broken"
 
     def loss(self, scored: RowLogprobs, reference: Sequence[Tensor]) -> Loss:
-        return Loss(scored.tokens.sum() * float("nan"), 1.0)
+        total = scored.tokens.sum()
+        return Loss(self.value + (total - total.detach()) * self.slope, 1.0)
 
 
-def test_a_loss_that_is_no_number_ends_training_with_the_place(rows: list[Row]) -> None:
-    objective: Objective = NotANumber(tuple(rows))
-    with pytest.raises(TrainingFailed, match="broken loss became nan at gradient step 1"):
-        Trainer(NOVICE_FOLDER, None, QUICK).train(objective)
+@pytest.mark.parametrize(
+    ("value", "slope", "problem"),
+    [
+        (math.nan, 1.0, "the broken loss became nan at gradient step 1"),
+        (math.inf, 1.0, "the broken loss became inf at gradient step 1"),
+        (1.0, 1e38, "the gradient of the broken loss became (inf|nan) at gradient step 1"),
+    ],
+)
+def test_a_loss_or_gradient_that_is_no_number_ends_training_with_the_place(
+    rows: list[Row], value: float, slope: float, problem: str
+) -> None:
+    trainer = Trainer(NOVICE_FOLDER, None, QUICK)
+    with pytest.raises(TrainingFailed, match=problem):
+        trainer.train(Broken(tuple(rows), value, slope))
+
+
+def test_weights_that_are_no_numbers_are_not_written(rows: list[Row], tmp_path: Path) -> None:
+    """The last gradient step is followed by no loss that would show what it did."""
+    trainer = Trainer(NOVICE_FOLDER, None, replace(QUICK, lr=math.inf, epochs=1, trajectories_per_step=99))
+    trainer.train(Likelihood("sft", tuple(rows)))
+    with pytest.raises(TrainingFailed, match=r"lora_.* not finite"):
+        trainer.save(tmp_path / "adapter", [rows[0].token_ids[:20]], "card")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------- saving
+
+
+@pytest.fixture(scope="module")
+def trained(rows: list[Row]) -> Trainer:
+    trainer = Trainer(NOVICE_FOLDER, None, QUICK)
+    trainer.train(Likelihood("sft", tuple(rows)))
+    return trainer
+
+
+def test_an_adapter_holds_low_rank_pairs_alone_and_its_base_is_as_it_was(trained: Trainer, tmp_path: Path) -> None:
+    trained.save(tmp_path / "adapter", [(1, 2, 3)], "card")
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS_FILE)
+    assert all(TENSOR_NAME.fullmatch(name) for name in tensors)
+    assert not any(word in name for name in tensors for word in ("embed", "lm_head"))
+    stored = load_file(NOVICE_FOLDER / "model.safetensors")
+    now = {
+        name.replace(".base_layer.", "."): weight
+        for name, weight in trained.network.get_base_model().state_dict().items()
+        if ".lora_" not in name
+    }
+    assert now.keys() - stored.keys() <= {"lm_head.weight"}  # tied to the embeddings
+    assert all(torch.equal(now[name], weight.float()) for name, weight in stored.items())
+
+
+def test_the_card_says_what_is_so(protocol: ChatProtocol, rows: list[Row], tmp_path: Path) -> None:
+    first = Trainer(NOVICE_FOLDER, None, QUICK)
+    first.train(Likelihood("sft", tuple(rows)))
+    first.save(tmp_path / "agent-v0001", [(1, 2, 3)], "# The first")
+    second = Trainer(NOVICE_FOLDER, tmp_path / "agent-v0001", replace(QUICK, seed=5))
+    objective = preference_of_whole_trajectories(protocol, rows)
+    report = second.train(objective)
+    second.save(tmp_path / "second", [(1, 2, 3)], "# The second\n\nOf cycle 2.\n")
+    card = (tmp_path / "second" / "README.md").read_text()
+    assert card.startswith(f"---\nlibrary_name: peft\nbase_model: {NOVICE_FOLDER}\n---\n")
+    assert "# The second\n\nOf cycle 2.\n" in card
+    for fact in (
+        f"| base | `{NOVICE_FOLDER}` (network {read_base_network(NOVICE_FOLDER).fingerprint[:12]}) |",
+        "| parent | agent-v0001 |",
+        "| objective | eto |",
+        f"| trained on | {len(objective.rows)} rows of 4 trajectories |",
+        f"| gradient steps | {report.num_gradient_steps}, seed 5 |",
+        f"preference_accuracy {report.health['preference_accuracy']:.4g}",
+    ):
+        assert fact in card
+    assert len(card.splitlines()) < 20
+    assert "| parent | none, a fresh LoRA |" in (tmp_path / "agent-v0001" / "README.md").read_text()
+
+
+def test_an_adapter_is_never_written_over_another(trained: Trainer, tmp_path: Path) -> None:
+    trained.save(tmp_path / "adapter", [(1, 2, 3)], "card")
+    digest = weights_digest(tmp_path / "adapter")
+    with pytest.raises(FileExistsError, match="holds something already"):
+        trained.save(tmp_path / "adapter", [(1, 2, 3)], "card")
+    assert weights_digest(tmp_path / "adapter") == digest
+
+
+# ---------------------------------------------------------------------------------------------- half precision
+
+
+def test_over_a_bfloat16_base_the_adapter_is_trained_and_saved_in_float32(rows: list[Row], tmp_path: Path) -> None:
+    """As on a GPU, where bfloat16 is the base's type without being asked for."""
+    trainer = Trainer(NOVICE_FOLDER, None, replace(QUICK, epochs=4), device="cpu", dtype=torch.bfloat16)
+    base_types = {p.dtype for p in trainer.network.parameters() if not p.requires_grad}
+    before = mean_sum(trainer, rows)
+    trainer.train(Likelihood("sft", tuple(rows)))
+    assert base_types == {torch.bfloat16}
+    assert {p.dtype for p in trainer.network.parameters() if p.requires_grad} == {torch.float32}
+    assert mean_sum(trainer, rows) > before
+    trainer.save(tmp_path / "adapter", [row.token_ids[: row.spans[0].start] for row in rows[:6]], "card")
+    assert {t.dtype for t in load_file(tmp_path / "adapter" / WEIGHTS_FILE).values()} == {torch.float32}
+    plain = AutoModelForCausalLM.from_pretrained(NOVICE_FOLDER, dtype=torch.bfloat16)
+    network = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))
+    row = rows[3]
+    logits = network(torch.tensor([row.token_ids])).logits[0].float().log_softmax(-1)
+    expected = [logits[at - 1, row.token_ids[at]].item() for at in range(row.spans[0].start, len(row.token_ids))]
+    assert trainer.logprobs([row])[0].tolist() == pytest.approx(expected, abs=0.15)
+    assert read_probe(tmp_path / "adapter").tolerance == 0.15

@@ -68,6 +68,12 @@ class NoviceAdapters:
         chosen = expected.gather(1, torch.tensor(ids_of(tokens))[:, None])[:, 0].tolist()
         assert [token.logprob for token in tokens] == pytest.approx(chosen, abs=TOLERANCE)
 
+    def expect_likeliest(self, adapter: Adapter | None, prompt: Sequence[int], tokens: Sequence[SampledToken]) -> None:
+        """Every sampled token is the reference's own greedy choice, or as good as it: two kernels break ties apart."""
+        expected = self.logprobs(adapter, prompt, ids_of(tokens))
+        chosen = expected.gather(1, torch.tensor(ids_of(tokens))[:, None])[:, 0]
+        assert float((expected.max(dim=-1).values - chosen).max()) <= TOLERANCE
+
     @torch.no_grad()
     def logprobs(self, adapter: Adapter | None, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
         """(completion, vocabulary) of float: one forward pass without a cache."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +17,9 @@ from openai import OpenAI
 
 from tests.serving import NOVICE_FOLDER
 
+MODEL = "novice_model"
+QUESTION = "Order 1000 has come in. Please see to it."
+
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("STEPAGENT_")}
 ENVIRONMENT |= {"PYTHONUNBUFFERED": "1"}
@@ -25,19 +28,25 @@ ENVIRONMENT |= {"PYTHONUNBUFFERED": "1"}
 class ServerProcess:
     """What a test may do to it."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: subprocess.Popen[str], url: str) -> None:
         self.process = process
+        self.url = url
         self.said = ""
-        self.url = ""
 
     def wait_until_serving(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.said += line
-            if found := re.search(r"listening +(http://\S+)/v1", line):
-                self.url = found[1]
+            if line.startswith("listening"):
                 return
         raise AssertionError(f"it ended before it served:\n{self.said}")
+
+    def is_answering(self) -> bool:
+        """Anything at all."""
+        try:
+            return bool(self.get("/health").status_code)
+        except httpx.TransportError:
+            return False
 
     def engine_process(self) -> int:
         """vLLM's process: the one child of the server that spawn made for it."""
@@ -51,22 +60,57 @@ class ServerProcess:
     def get(self, path: str) -> httpx.Response:
         return httpx.get(f"{self.url}{path}", timeout=30)
 
-    def post(self, path: str, **body: Any) -> dict[str, Any]:
+    def post(self, path: str, /, **body: Any) -> dict[str, Any]:
         response = httpx.post(f"{self.url}{path}", json=body, timeout=60)
         assert response.is_success, response.text
         return response.json()
+
+    def answer(self, episode_id: str, **options: Any) -> tuple[str, str]:
+        """(adapter, text) of one step with the client's tools, greedy."""
+        body: dict[str, Any] = {"temperature": 0, "max_tokens": 24, "tools": [], **options}
+        headers = {"x-episode-id": episode_id}
+        asked: list[Any] = [{"role": "user", "content": QUESTION}]
+        raw = self.client().chat.completions.with_raw_response.create(
+            model=MODEL, messages=asked, extra_headers=headers, **body
+        )
+        return raw.headers["x-adapter"], raw.parse().choices[0].message.content or ""
+
+    def streamed(self, episode_id: str) -> tuple[str, int]:
+        """The text of the same step, streamed, and the completion tokens it is said to have."""
+        chunks = self.client().chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": QUESTION}], temperature=0, max_tokens=24, tools=[],
+            stream=True, stream_options={"include_usage": True}, extra_headers={"x-episode-id": episode_id},
+        )  # fmt: skip
+        text, num_tokens = "", 0
+        for chunk in chunks:
+            text += (chunk.choices[0].delta.content or "") if chunk.choices else ""
+            num_tokens = chunk.usage.completion_tokens if chunk.usage else num_tokens
+        return text, num_tokens
+
+    def health(self) -> dict[str, Any]:
+        return self.get("/health").json()
+
+    def gauge(self, name: str) -> float:
+        lines = self.get("/metrics").text.splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith(f"stepagent_engine_{name} "))
+
+    def states(self, name: str) -> list[str]:
+        adapters = {adapter["name"]: adapter for adapter in self.get("/v1/adapters").json()["data"]}
+        return [event["state"] for event in adapters[name]["events"]]
 
 
 @contextmanager
 def serving(state: Path, *arguments: str) -> Iterator[ServerProcess]:
     """A server that was just started; the caller waits for it."""
-    command = [sys.executable, "serve.py", "--engine", "vllm", "--model", str(NOVICE_FOLDER), "--port", "0"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "serve.py", "--engine", "vllm", "--model", str(NOVICE_FOLDER), "--port", str(port)]
     process = subprocess.Popen(
         [*command, "--state", str(state), "--threads", "1", *arguments],
         cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
-        yield ServerProcess(process)
+        yield ServerProcess(process, f"http://127.0.0.1:{port}")
     finally:
         process.kill()
         process.wait()

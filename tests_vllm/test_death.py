@@ -102,11 +102,12 @@ def test_no_engine_outlives_its_server(tmp_path: Path, how: signal.Signals):
         wait_until(lambda: not is_running(engine), 5)
 
 
-def test_an_engine_that_is_still_starting_does_not_outlive_its_server(tmp_path: Path):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_an_engine_that_is_still_starting_does_not_outlive_its_server(tmp_path: Path, how: signal.Signals):
     with serving(tmp_path / "state") as server:
         engine = server.engine_process()
-        server.process.kill()
-        server.process.wait(30)
+        server.process.send_signal(how)
+        server.process.wait(60)
         wait_until(lambda: not is_running(engine), 60)
 
 

@@ -1,0 +1,124 @@
+"""What a cycle reads of the log: what is new, some of what is old, and nothing of long ago."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from learner.collection import CollectionOptions, collect, main_line
+from policies.types import FinalAnswer, FinishReason, SamplingParams
+from runtime.step_log import StepLog
+from runtime.types import Actor, Episode, Outcome, Purpose, Step, StopReason, new_id
+
+LINEAGE = ("agent-v0004", "agent-v0003", "agent-v0001", "base")
+OPTIONS = CollectionOptions(held_out_share=0.5, max_own_episodes=8, replay_share=0.25, max_versions_old=2)
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[StepLog]:
+    log = StepLog(tmp_path / "agent.db")
+    yield log
+    log.close()
+
+
+def step(episode_id: str, parent: Step | None = None, step_id: str = "") -> Step:
+    question = {"role": "user", "content": "What next?"}
+    return Step(
+        id=step_id or new_id("step"), episode_id=episode_id, parent_id=parent.id if parent else None,
+        index=parent.index + 1 if parent else 0, new_messages=(question,), tools=(), prompt_token_ids=(1, 2),
+        completion_token_ids=(3, 4), behavior_logprobs=(-0.1, -0.2), sampling=SamplingParams(), adapter="base",
+        action=FinalAnswer("This."), finish_reason=FinishReason.STOP, stop_reason=StopReason.FINAL_ANSWER,
+        tool_results=(), conversation_digest=new_id("digest"), created_at=0.0, first_token_ms=0.0, latency_ms=0.0,
+    )  # fmt: skip
+
+
+def episode(
+    log: StepLog, adapter: str = "agent-v0004", actor: Actor = Actor.POLICY, purpose: Purpose = Purpose.SERVE
+) -> str:
+    """An episode of one step; returns its id."""
+    new = Episode(new_id("ep"), actor, purpose, adapter)
+    log.append_now(new, step(new.id))
+    return new.id
+
+
+def test_new_episodes_are_collected_and_a_share_of_the_old_ones_is_replayed(log: StepLog) -> None:
+    old = {episode(log) for _ in range(10)}
+    first = collect(log, None, LINEAGE, OPTIONS, seed=0)
+    assert {each.episode.id for each in first.own} <= old
+    assert len(first.own) == OPTIONS.max_own_episodes
+    new = {episode(log) for _ in range(3)}
+    second = collect(log, first.last_step_id, LINEAGE, OPTIONS, seed=0)
+    ids = {each.episode.id for each in second.own}
+    assert new <= ids
+    assert len(ids & old) == 2  # a quarter of eight
+    assert second.counts == {"own_new": 3, "own_replayed": 2, "own_too_old": 0, "demonstrations": 0, "held_out": 0}
+
+
+def test_an_episode_that_goes_on_is_new_again(log: StepLog) -> None:
+    going_on = episode(log)
+    first = collect(log, None, LINEAGE, OPTIONS, seed=0)
+    log.append_now(step(going_on, parent=log.steps(going_on)[0]))
+    second = collect(log, first.last_step_id, LINEAGE, OPTIONS, seed=0)
+    assert [(each.episode.id, len(each.path)) for each in second.own] == [(going_on, 2)]
+    assert second.counts["own_new"] == 1
+
+
+def test_what_policies_of_long_ago_did_is_left_out_and_counted(log: StepLog) -> None:
+    kept = {episode(log, name): number for number, name in enumerate(LINEAGE[:3])}
+    episode(log, "base")  # three versions behind
+    episode(log, "agent-v0002")  # of another line
+    collected = collect(log, None, LINEAGE, OPTIONS, seed=0)
+    assert {each.episode.id: each.num_versions_old for each in collected.own} == kept
+    assert collected.counts["own_too_old"] == 2
+
+
+def test_what_a_rolled_back_adapter_did_is_left_out(log: StepLog) -> None:
+    """A cycle after a rollback to the base once ended with a KeyError."""
+    episode(log, "agent-v0001")
+    kept = episode(log, "base")
+    collected = collect(log, None, ("base",), OPTIONS, seed=0)
+    assert [each.episode.id for each in collected.own] == [kept]
+    assert collected.counts["own_too_old"] == 1
+
+
+def test_evaluations_are_not_learned_from(log: StepLog) -> None:
+    episode(log, purpose=Purpose.EVALUATION)
+    assert collect(log, None, LINEAGE, OPTIONS, seed=0).own == []
+
+
+def test_held_out_demonstrations_stay_held_out(log: StepLog) -> None:
+    for _ in range(40):
+        episode(log, actor=Actor.EXPERT)
+    first = collect(log, None, LINEAGE, OPTIONS, seed=0)
+    again = collect(log, first.last_step_id, LINEAGE, OPTIONS, seed=1)
+    held_out, trained = ({each.episode.id for each in side} for side in (first.held_out, first.demonstrations))
+    assert 5 < len(held_out) < 35
+    assert not held_out & trained
+    assert {each.episode.id for each in again.held_out} == held_out
+
+
+def test_the_newest_outcome_counts(log: StepLog) -> None:
+    told = episode(log)
+    log.append_now(
+        Outcome("out_1", told, 0.0, "user", created_at=1.0), Outcome("out_2", told, 1.0, "user", created_at=2.0)
+    )
+    assert [each.outcome for each in collect(log, None, LINEAGE, OPTIONS, seed=0).own] == [1.0]
+
+
+def test_the_main_line_leads_to_the_newest_step() -> None:
+    first = step("ep", step_id="first")
+    left, right = step("ep", first, "left"), replace(step("ep", first, "right"), created_at=1.0)
+    last = replace(step("ep", right, "last"), created_at=2.0)
+    assert [each.id for each in main_line([first, left, right, last])] == ["first", "right", "last"]
+    assert main_line([]) == ()
+
+
+def test_a_state_is_the_conversation_before_its_step(log: StepLog) -> None:
+    told = episode(log)
+    log.append_now(step(told, parent=log.steps(told)[0]))
+    (own,) = collect(log, None, LINEAGE, OPTIONS, seed=0).own
+    assert [len(state.messages) for state in own.states()] == [1, 3]
+    assert [message["role"] for message in own.states()[1].messages] == ["user", "assistant", "user"]

@@ -1,0 +1,196 @@
+"""A cycle ends with a better adapter or with a reason, whatever it is given; serving never notices."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from learner.collection import CollectionOptions
+from learner.cycle import CycleOptions, CycleParts, run_cycle
+from learner.endpoint import Endpoint
+from learner.experts import Expert, ModelExpert, WorldExpert
+from learner.learning_log import CycleStage, CycleStatus, LearningLog, RewardSource
+from learner.trainer import TrainingOptions
+from policies.chat_protocol import ChatProtocol
+from runtime.engines.embedded import EmbeddedEngine
+from runtime.step_log import StepLog
+from tests.serving import MODEL, NOVICE_FOLDER, SayingEngine, Served, parts_of, served
+from tests.test_demonstration_routes import expert_demonstration, post
+from tools.worlds.order_desk import OrderDesk
+from tools.worlds.practice import PracticeOptions, practise
+
+WORLD = OrderDesk()
+QUICK = CycleOptions(gate_tasks=8, collection=CollectionOptions(held_out_share=0.0), training=TrainingOptions(epochs=1))
+
+
+def cycle_parts(
+    server: Served, folder: Path, experts: tuple[Expert, ...] = (WorldExpert(WORLD),), **changes: Any
+) -> CycleParts:
+    parts = CycleParts(
+        endpoint=Endpoint(server.async_client()),
+        log=StepLog(folder / "agent.db", read_only=True),
+        learning_log=LearningLog(folder / "agent.db"),
+        protocol=server.parts.protocol,
+        world=WORLD,
+        experts=experts,
+        base=NOVICE_FOLDER,
+        state=folder,
+        options=QUICK,
+    )
+    return replace(parts, **changes)
+
+
+def run(server: Served, folder: Path, cycle: str = "cycle_1", **changes: Any) -> CycleStatus:
+    """Run one cycle to its end."""
+    parts = cycle_parts(server, folder, **changes)
+    asyncio.run(run_cycle(cycle, parts))
+    status = parts.learning_log.status(cycle)
+    assert status is not None
+    return status
+
+
+def practised(server: Served, first: int, number: int) -> None:
+    tasks = [WORLD.task("train", first + index) for index in range(number)]
+    asyncio.run(practise(server.async_client(), WORLD, tasks, PracticeOptions(MODEL, seed=3)))
+
+
+@pytest.fixture
+def engine(protocol: ChatProtocol):
+    """An engine of its own: this one is swapped."""
+    engine = EmbeddedEngine(NOVICE_FOLDER, tokenizer=protocol.tokenizer, device="cpu", num_threads=1)
+    yield engine
+    asyncio.run(engine.close())
+
+
+def test_a_log_with_nothing_in_it_ends_with_a_reason(
+    novice_engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    with served(parts_of(novice_engine, protocol, tmp_path)) as server:
+        status = run(server, tmp_path)
+    assert status.stage is CycleStage.NO_LESSON
+    assert "no demonstrations to train on, and no own episodes" in status.message
+
+
+def test_demonstrations_that_are_all_held_out_are_told(
+    novice_engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    with served(parts_of(novice_engine, protocol, tmp_path)) as server:
+        post(server, expert_demonstration(1)).raise_for_status()
+        options = replace(QUICK, collection=CollectionOptions(held_out_share=1.0))
+        status = run(server, tmp_path, options=options)
+    assert status.stage is CycleStage.NO_LESSON
+    assert "no demonstrations to train on, 1 held out" in status.message
+
+
+def test_a_policy_that_has_mastered_every_demonstrated_state_learns_nothing(
+    protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    with served(parts_of(SayingEngine(protocol), protocol, tmp_path)) as server:
+        question = {"role": "user", "content": "Hi"}
+        post(server, {"messages": [question, {"role": "assistant", "content": "All done."}]}).raise_for_status()
+        status = run(server, tmp_path)
+    assert status.stage is CycleStage.NO_LESSON
+    assert "does what the experts do at all 1 states" in status.message
+
+
+def test_one_cycle_rewards_every_own_action_from_every_source_and_answers_own_states(
+    engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    with served(parts_of(engine, protocol, tmp_path)) as server:
+        post(server, *(expert_demonstration(number) for number in range(4))).raise_for_status()
+        practised(server, first=100, number=6)
+        options = replace(QUICK, objectives=("sft", "implicit", "inverse", "eto", "rft", "ppo"))
+        status = run(server, tmp_path, options=options)
+        parts = cycle_parts(server, tmp_path)
+        assert status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED), status.message
+        rewards = parts.learning_log.rewards("cycle_1")
+        taken = {
+            step.id
+            for episode in server.parts.log.episodes(limit=100, task_prefix="order_desk/train/10")
+            for step in server.parts.log.steps(episode.id)
+        }
+        for source in (RewardSource.EXPERT_AGREEMENT, RewardSource.IMPLICIT, RewardSource.DISCRIMINATOR):
+            judged = {reward.step_id for reward in rewards if reward.source is source}
+            assert taken <= judged, source
+            assert len({reward.value for reward in rewards if reward.source is source}) > 1
+        report = status.report
+        assert report["collected"]["own_new"] == 6
+        assert report["inspection"]["expert_answers"]["world"] == len(taken)
+        assert set(report["health"]) >= {"sft", "implicit", "inverse", "discriminator"}
+        assert report["health"]["sft"]["chosen_logprob_change"] > 0
+        assert 0 < report["health"]["inverse"]["effective_sample_share"] <= 1
+        assert "no own episode failed on a demonstrated task" in report["not_trained"]["eto"]
+        gate = report["gate"]
+        assert {each["objective"] for each in gate.values()} >= {"sft", "implicit", "inverse"}
+        assert len(parts.learning_log.decisions("cycle_1")) == len(gate)
+        assert not list((tmp_path / "candidates").glob("*"))
+
+
+def test_without_a_world_held_out_demonstrations_are_the_gate(
+    engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    with served(parts_of(engine, protocol, tmp_path)) as server:
+        post(server, *(expert_demonstration(number) for number in range(24))).raise_for_status()
+        options = replace(QUICK, collection=CollectionOptions(held_out_share=0.5))
+        status = run(server, tmp_path, options=options, world=None, experts=())
+    assert status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED), status.message
+    (decision,) = status.report["gate"].values()
+    assert (decision["unit"], decision["num_trials"]) == (
+        "held-out demonstrations",
+        status.report["collected"]["held_out"],
+    )
+
+
+def test_a_stronger_model_teaches_at_own_states(engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path) -> None:
+    stronger_engine = SayingEngine(protocol, *["Sadly the lantern is sold out."] * 100)
+    with (
+        served(parts_of(engine, protocol, tmp_path / "agent")) as server,
+        served(parts_of(stronger_engine, protocol, tmp_path / "stronger")) as stronger,
+    ):
+        practised(server, first=200, number=3)
+        expert = ModelExpert(stronger.async_client(), MODEL)
+        status = run(server, tmp_path / "agent", experts=(expert,))
+        assert status.report["expert_problems"] == {}
+        assert status.report["inspection"]["expert_answers"] == {MODEL: stronger.parts.log.counts()["steps"]}
+    assert status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED), status.message
+
+
+def test_a_loss_that_runs_away_fails_the_cycle_and_leaves_no_adapter(
+    novice_engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    with served(parts_of(novice_engine, protocol, tmp_path)) as server:
+        post(server, *(expert_demonstration(number) for number in range(4))).raise_for_status()
+        options = replace(QUICK, training=TrainingOptions(lr=1e30, epochs=4))
+        status = run(server, tmp_path, options=options)
+        assert status.stage is CycleStage.FAILED
+        assert "loss became" in status.message
+        assert server.parts.registry.adapters() == ()
+
+
+def test_a_disk_that_takes_no_adapter_fails_the_cycle_and_serving_goes_on(
+    novice_engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    with served(parts_of(novice_engine, protocol, tmp_path)) as server:
+        post(server, *(expert_demonstration(number) for number in range(4))).raise_for_status()
+        (tmp_path / "candidates").write_text("no folder can be made here")
+        status = run(server, tmp_path)
+        assert status.stage is CycleStage.FAILED
+        assert "candidates" in status.message
+        answer = server.client().chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "Hi"}], max_tokens=4
+        )
+        assert answer.choices
+
+
+def test_a_server_that_goes_away_fails_the_cycle(
+    novice_engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    with served(parts_of(novice_engine, protocol, tmp_path)) as server:
+        post(server, expert_demonstration(1)).raise_for_status()
+    status = run(server, tmp_path)
+    assert status.stage is CycleStage.FAILED
+    assert "Connection" in status.message

@@ -1,0 +1,160 @@
+"""The discriminator on the real novice: it tells an expert's actions from blunders, also where it was not trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from statistics import fmean
+
+import pytest
+import torch
+
+from learner.discriminator import Discriminator, DiscriminatorOptions, train_discriminator
+from learner.lessons import LessonOptions, NothingToLearn, objective_of
+from learner.material import Material, OwnAction, State, Trajectory
+from learner.objectives import action_row
+from learner.prefix_tree import Row
+from learner.trainer import Trainer, TrainingOptions
+from policies.chat_protocol import ChatProtocol
+from tests.serving import NOVICE_FOLDER
+from tests.test_trainer import expert_rows
+
+LESSONS = LessonOptions(anchor_weight=0.0)
+TRAINING = TrainingOptions(epochs=12, trajectories_per_step=4, rank=8)
+OPTIONS = DiscriminatorOptions(training=TRAINING)
+BLUNDERS = ("I am sorry, this order has gone wrong.<|im_end|>", "Sadly the silver clock is sold out.<|im_end|>")
+
+
+def blundering(protocol: ChatProtocol, num_tasks: int, split: str = "train") -> Material:
+    """Experts' episodes, at whose states the policy always gives up, in one way or another."""
+    by_task: dict[str, list[State]] = {}
+    for row in expert_rows(protocol, split, num_tasks):
+        task, number = row.owner  # type: ignore[misc]
+        prompt, expert = row.token_ids[: row.spans[0].start], row.token_ids[row.spans[0].start :]
+        own = tuple(own_action(protocol.encode(text), agrees=False) for text in BLUNDERS)
+        by_task.setdefault(str(task), []).append(State(f"{task}/{number}", prompt, expert, own))
+    return Material(tuple(Trajectory(task, tuple(states), task, 1.0) for task, states in by_task.items()))
+
+
+def own_action(token_ids: tuple[int, ...], agrees: bool, num_versions_old: int = 0) -> OwnAction:
+    return OwnAction("step", token_ids, (-1.0,) * len(token_ids), agrees, num_versions_old)
+
+
+def sides(material: Material) -> tuple[list[Row], list[Row]]:
+    """Rows of the experts' actions, and of the own ones."""
+    states = [state for trajectory in material.demonstrations for state in trajectory.states]
+    experts = [action_row(s.prompt, s.expert, (s.id,)) for s in states if s.expert is not None]
+    return experts, [action_row(s.prompt, own.token_ids, (s.id,)) for s in states for own in s.own]
+
+
+def with_own(material: Material, own: tuple[OwnAction, ...], num_states: int | None = None) -> Material:
+    """The material with other own actions, at its first `num_states` states alone."""
+    found, place = [], 0
+    for trajectory in material.demonstrations:
+        states = []
+        for state in trajectory.states:
+            states.append(replace(state, own=own if num_states is None or place < num_states else ()))
+            place += 1
+        found.append(replace(trajectory, states=tuple(states)))
+    return Material(tuple(found))
+
+
+@pytest.fixture(scope="module")
+def material(protocol: ChatProtocol) -> Material:
+    return blundering(protocol, 6)
+
+
+@pytest.fixture(scope="module")
+def discriminator(material: Material) -> Discriminator:
+    return train_discriminator(material, NOVICE_FOLDER, LESSONS, OPTIONS)
+
+
+def test_it_tells_held_out_pairs_apart(discriminator: Discriminator) -> None:
+    assert discriminator.accuracy is not None
+    assert discriminator.accuracy > 0.9
+
+
+def test_experts_have_logits_above_zero_and_blunders_below_at_tasks_it_never_saw(
+    protocol: ChatProtocol, discriminator: Discriminator
+) -> None:
+    experts, own = map(discriminator.expert_logits, sides(blundering(protocol, 4, "validation")))
+    assert fmean(logit > 0 for logit in experts) > 0.8
+    assert fmean(logit < 0 for logit in own) > 0.8
+
+
+def test_rewards_are_the_logits_without_their_trend_in_length(material: Material, discriminator: Discriminator) -> None:
+    rows = [row for side in sides(material) for row in side]
+    lengths = torch.tensor([float(len(row.token_ids) - row.spans[0].start) for row in rows])
+    logits, rewards = torch.tensor(discriminator.expert_logits(rows)), torch.tensor(discriminator.rewards(rows))
+    assert torch.corrcoef(torch.stack([logits, lengths]))[0, 1].abs() > 0.05
+    assert torch.corrcoef(torch.stack([rewards, lengths]))[0, 1].abs() < 1e-4
+    assert rewards.mean().item() == pytest.approx(logits.mean().item(), abs=1e-4)
+
+
+def test_inverse_makes_what_experts_do_likelier_and_blunders_less_likely(
+    material: Material, discriminator: Discriminator
+) -> None:
+    """Without an anchor: the discriminator's rewards alone move the policy, from own actions alone."""
+    states = [state for trajectory in material.demonstrations for state in trajectory.states]
+    right = [own_action(state.expert, agrees=True) for state in states if state.expert is not None]
+    tried = replace(
+        material,
+        own=tuple(
+            Trajectory(f"own/{state.id}", (replace(state, expert=None, own=(*state.own, expert)),))
+            for state, expert in zip(states, right, strict=True)
+        ),
+    )
+    trainer = Trainer(NOVICE_FOLDER, None, TRAINING)
+    objective = objective_of("inverse", tried, LESSONS, discriminator)
+    behavior = tuple(tuple(tokens.tolist()) for tokens in trainer.logprobs(objective.rows))
+    experts, own = sides(material)
+    before = [_mean_logprob(trainer, side) for side in (experts, own)]
+    trainer.train(replace(objective, behavior_logprobs=behavior))  # type: ignore[type-var]
+    after = [_mean_logprob(trainer, side) for side in (experts, own)]
+    assert after[0] > before[0]
+    assert after[1] < before[1] - 1
+
+
+def _mean_logprob(trainer: Trainer, rows: list[Row]) -> float:
+    return fmean(tokens.sum().item() for tokens in trainer.logprobs(rows))
+
+
+def test_a_seed_decides_it(material: Material) -> None:
+    rows = sides(material)[0]
+    quick = replace(TRAINING, epochs=1)
+    found = []
+    for seed in (1, 1, 2):
+        options = replace(OPTIONS, training=replace(quick, seed=seed))
+        found.append(train_discriminator(material, NOVICE_FOLDER, LESSONS, options).expert_logits(rows))
+    assert found[0] == found[1] != found[2]
+
+
+def test_held_out_states_are_not_trained_on(material: Material, protocol: ChatProtocol) -> None:
+    num_states = sum(len(trajectory.states) for trajectory in material.demonstrations)
+    quick = replace(TRAINING, epochs=1)
+    some = train_discriminator(material, NOVICE_FOLDER, LESSONS, replace(OPTIONS, training=quick))
+    everything = replace(OPTIONS, held_out_share=0.0, training=quick)
+    whole = train_discriminator(material, NOVICE_FOLDER, LESSONS, everything)
+    assert (whole.num_pairs, whole.accuracy) == (2 * num_states, None)
+    assert 0 < some.num_pairs < whole.num_pairs
+
+
+# --------------------------------------------------------------------------------- nothing to learn
+
+
+def test_too_few_disagreements_are_refused(material: Material, protocol: ChatProtocol) -> None:
+    wrong = own_action(protocol.encode(BLUNDERS[0]), agrees=False)
+    few = with_own(material, (wrong,), num_states=3)
+    with pytest.raises(NothingToLearn, match="needs 4 states where the policy disagrees with an expert, there are"):
+        train_discriminator(few, NOVICE_FOLDER, LESSONS, OPTIONS)
+
+
+def test_agreeing_and_stale_actions_are_no_counterexamples(material: Material, protocol: ChatProtocol) -> None:
+    blunder = protocol.encode(BLUNDERS[0])
+    useless = own_action(blunder, agrees=True), own_action(blunder, False, LESSONS.max_versions_old + 1)
+    with pytest.raises(NothingToLearn, match="there are 0"):
+        train_discriminator(with_own(material, useless), NOVICE_FOLDER, LESSONS, OPTIONS)
+
+
+def test_without_experts_there_is_none() -> None:
+    with pytest.raises(NothingToLearn, match="no expert has acted"):
+        train_discriminator(Material(()), NOVICE_FOLDER, LESSONS, OPTIONS)

@@ -1,0 +1,139 @@
+"""Experts at the policy's own states: people's corrections, the world, and a stronger model over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import httpx
+
+from learner.collection import LoggedState, main_line
+from learner.experts import Corrections, ModelExpert, WorldExpert, ask, open_at, same_effect_at
+from policies.chat_protocol import ChatProtocol, action_message
+from policies.types import FinalAnswer, ToolCalls
+from runtime.step_log import StepLog
+from runtime.types import Step
+from tests.conftest import ServeScripted
+from tests.serving import MODEL, SayingEngine, Served, parts_of, served
+from tests.test_demonstration_routes import expert_demonstration
+from tools.worlds.order_desk import OrderDesk
+from tools.worlds.practice import PracticeOptions, practise
+
+WORLD = OrderDesk()
+
+
+def practised(server: Served, index: int = 5) -> list[LoggedState]:
+    """The states of one practised task, tools run by the client."""
+    options = PracticeOptions(MODEL, temperature=1.0, seed=1)
+    (attempt,) = asyncio.run(practise(server.async_client(), WORLD, [WORLD.task("train", index)], options))
+    path = main_line(server.parts.log.steps(attempt.episode_id))
+    return [LoggedState(WORLD.task("train", index).id, path[: number + 1]) for number in range(len(path))]
+
+
+def test_the_world_knows_the_way_from_every_state_that_the_policy_got_into(novice_server: Served) -> None:
+    states = practised(novice_server)
+    answers = [asyncio.run(WorldExpert(WORLD).answer(state)) for state in states]
+    assert all(answer is not None and answer.source == "world" for answer in answers)
+    assert answers[0] is not None
+    assert isinstance(answers[0].action, ToolCalls)
+    assert answers[0].action.calls[0].name == "look_up_customer"
+
+
+def test_a_world_that_tells_another_story_than_was_lived_says_nothing(novice_server: Served) -> None:
+    told_of = WORLD.task("train", 6).id
+    (first, *later) = practised(novice_server, index=5)
+    elsewhere = [LoggedState(told_of, state.path) for state in later]
+    assert all(open_at(WORLD, state) is None for state in elsewhere if len(state.path) > 2)
+    assert open_at(WORLD, LoggedState("another_world/train/1", first.path)) is None
+    assert open_at(WORLD, LoggedState("order_desk/train/999999", first.path)) is None
+    assert open_at(WORLD, LoggedState(None, first.path)) is None
+    assert same_effect_at(None, first) is None
+
+
+def test_a_correction_comes_before_the_world(serve_scripted: ServeScripted) -> None:
+    server = serve_scripted('<tool_call> {"name" : "check_item"} </tool_call>', "I do not know.")
+    task = WORLD.task("train", 3)
+    answer = server.client().chat.completions.with_raw_response.create(
+        model=MODEL,
+        messages=list(task.messages),
+        tools=[],
+        metadata={"task": task.id},  # type: ignore[arg-type]
+    )
+    episode_id, step_id = answer.headers["x-episode-id"], answer.headers["x-step-id"]
+    message = {"role": "assistant", "content": "I shall ask."}
+    reply = httpx.post(
+        f"{server.url}/v1/episodes/{episode_id}/corrections", json={"step_id": step_id, "message": message}
+    )
+    assert reply.status_code == 201, reply.text
+    state = LoggedState(task.id, main_line(server.parts.log.steps(episode_id)))
+    found = asyncio.run(ask([Corrections(server.parts.log), WorldExpert(WORLD)], state))
+    assert found is not None
+    assert (found.source, found.action) == ("correction", FinalAnswer("I shall ask."))
+    assert asyncio.run(ask([], state)) is None
+
+
+def test_a_stronger_model_answers_over_http_and_its_failures_are_counted(
+    protocol: ChatProtocol, tmp_path: Path, novice_server: Served
+) -> None:
+    state = practised(novice_server)[0]
+    with served(parts_of(SayingEngine(protocol, "Ask the customer."), protocol, tmp_path)) as stronger:
+        expert = ModelExpert(stronger.async_client(), MODEL)
+        answer = asyncio.run(expert.answer(state))
+        assert answer is not None
+        assert (answer.source, answer.action) == (MODEL, FinalAnswer("Ask the customer."))
+        seen = stronger.parts.log.steps(stronger.parts.log.episodes()[0].id)[0]
+        assert list(seen.new_messages) == state.messages
+    gone = ModelExpert(stronger.async_client(timeout=2), MODEL)
+    assert asyncio.run(gone.answer(state)) is None
+    assert sum(gone.problems.values()) == 1
+
+
+def test_a_promoted_episode_is_a_demonstration_once(novice_server: Served) -> None:
+    state = practised(novice_server, index=9)[-1]
+    url = f"{novice_server.url}/v1/episodes/{state.step.episode_id}/promote"
+    first, second = (httpx.post(url, json={"expert": "ada"}, timeout=30) for _ in range(2))
+    assert (first.status_code, first.json()["is_new"], second.json()["is_new"]) == (201, True, False)
+    assert first.json()["id"] == second.json()["id"]
+    log: StepLog = novice_server.parts.log
+    episode = log.episode(first.json()["id"])
+    assert episode is not None
+    assert (episode.adapter, episode.task) == ("ada", state.task)
+    assert episode.metadata["promoted_from"] == state.step.episode_id
+    learned: list[Step] = log.steps(episode.id)
+    assert [action_message(step.action)["content"] for step in learned] == [
+        action_message(step.action)["content"] for step in state.path
+    ]
+    assert [step.completion_token_ids for step in learned] == [step.completion_token_ids for step in state.path]
+
+
+def test_a_correction_that_cannot_be_is_refused_in_words(serve_scripted: ServeScripted) -> None:
+    server = serve_scripted("Hello.")
+    answer = server.client().chat.completions.with_raw_response.create(
+        model=MODEL, messages=[{"role": "user", "content": "Hi"}]
+    )
+    episode_id, step_id = answer.headers["x-episode-id"], answer.headers["x-step-id"]
+    good = {"role": "assistant", "content": "Good day."}
+    for body, status, words in (
+        ({"step_id": "step_none", "message": good}, 404, "has no step"),
+        ({"step_id": step_id, "message": {"role": "user", "content": "?"}}, 400, "assistant's message"),
+        ({"step_id": step_id, "message": {"role": "assistant", "content": "x<|im_end|>y"}}, 400, "ends a turn"),
+        ({"message": good}, 400, "step_id"),
+    ):
+        reply = httpx.post(f"{server.url}/v1/episodes/{episode_id}/corrections", json=body)
+        assert (reply.status_code, words in reply.json()["error"]["message"]) == (status, True), reply.text
+    assert server.parts.log.corrections(step_id) == []
+    assert httpx.post(f"{server.url}/v1/episodes/ep_none/promote").status_code == 404
+
+
+def test_the_worlds_judgement_counts_at_a_demonstrations_states(novice_server: Served) -> None:
+    demonstration = expert_demonstration(11)
+    body = {"demonstrations": [demonstration]}
+    httpx.post(f"{novice_server.url}/v1/demonstrations", json=body, timeout=30).raise_for_status()
+    log = novice_server.parts.log
+    (episode,) = log.episodes(task_prefix=demonstration["task"])
+    path = main_line(log.steps(episode.id))
+    judge = same_effect_at(WORLD, LoggedState(episode.task, path[:1]))
+    assert judge is not None
+    own = action_message(path[0].action)
+    assert judge(own, {**own, "content": "Let me look that up."})
+    assert not judge(own, {"role": "assistant", "content": "Done."})

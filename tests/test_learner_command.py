@@ -1,0 +1,168 @@
+"""python -m learner, as it is typed: imports tell what they refuse, and every error is a sentence and an exit code."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from learner.__main__ import main
+from tests.conftest import ServeScripted
+from tests.serving import wait_until
+from tests.test_demonstration_routes import expert_demonstration
+
+
+def jsonl(path: Path, *records: object) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def demonstration(index: int) -> dict[str, object]:
+    made = expert_demonstration(index)
+    return {"messages": made["messages"], "tools": made["tools"]}
+
+
+def test_an_import_takes_what_it_can_and_tells_the_rest_by_line(
+    serve_scripted: ServeScripted, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server = serve_scripted()
+    elsewhere = {
+        "tools": demonstration(1)["tools"],
+        "messages": [
+            {"role": "user", "content": "Please see to order 1000."},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [
+                    {"id": "a", "type": "function", "function": {"name": "open_browser", "arguments": '{"url": "x"}'}}
+                ],
+            },
+        ],
+    }
+    path = jsonl(tmp_path / "desk.jsonl", demonstration(1), {"messages": []}, elsewhere, demonstration(2))
+    url = ["--url", f"{server.url}/v1"]
+    assert main(["import", str(path), *url]) == 1
+    said = capfd.readouterr().out
+    assert f"{path}: 2 imported, 0 known already, 2 refused" in said
+    assert f"{path} line 2: " in said
+    assert f"{path} line 3: " in said  # it calls what is not among its tools
+    assert main(["import", str(jsonl(tmp_path / "again.jsonl", demonstration(1))), *url]) == 0
+    assert "0 imported, 1 known already, 0 refused" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", ": the file is empty"), (b'{"messages": [', "line 1: "), (b"\xff\xfe\x00nonsense", ": the file is UTF-16")],
+)
+def test_a_file_that_is_none_is_told_and_nothing_is_logged(
+    serve_scripted: ServeScripted, tmp_path: Path, capfd: pytest.CaptureFixture[str], content: bytes, words: str
+) -> None:
+    server = serve_scripted()
+    path = tmp_path / "broken.jsonl"
+    path.write_bytes(content)
+    assert main(["import", str(path), "--url", f"{server.url}/v1"]) == 1
+    assert words in capfd.readouterr().out
+    assert server.parts.log.counts()["episodes"] == 0
+
+
+def test_many_demonstrations_are_sent_in_bodies_that_the_server_takes(
+    serve_scripted: ServeScripted, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server = serve_scripted()
+    records = [demonstration(index) for index in range(70)]
+    for record in records[:10]:
+        record["messages"] = [{"role": "system", "content": "so " * 200_000}, *record["messages"]]  # type: ignore[misc]
+    path = jsonl(tmp_path / "large.jsonl", *records)
+    assert main(["import", str(path), "--url", f"{server.url}/v1"]) == 1
+    said = capfd.readouterr().out
+    assert "60 imported, 0 known already, 10 refused" in said
+    assert "the model's context holds" in said
+
+
+def test_without_a_server_or_a_log_each_command_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    nowhere = ["--url", "http://127.0.0.1:9/v1", "--state", str(tmp_path)]
+    path = jsonl(tmp_path / "desk.jsonl", demonstration(1))
+    for command, words in (
+        (["status"], "start the server first"),
+        (["--once"], "start the server first"),
+        (["rollback"], "did not do it"),
+        (["import", str(path)], "did not do it"),
+    ):
+        assert main([*command, *nowhere]) == 1, command
+        assert words in capfd.readouterr().err
+
+
+def test_a_rollback_with_nothing_behind_is_told(
+    serve_scripted: ServeScripted, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["rollback", "--url", f"{serve_scripted().url}/v1"]) == 1
+    assert "nothing to roll back to" in capfd.readouterr().err
+
+
+def test_a_second_learner_waits_for_the_first(
+    serve_scripted: ServeScripted, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server = serve_scripted()
+    with (tmp_path / "learner.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["--once", "--url", f"{server.url}/v1", "--state", str(tmp_path)]) == 3
+    assert "another cycle runs" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["import"], "name the demonstration files"),
+        (["--once", "--expert-url", "http://127.0.0.1:9/v1"], "go together"),
+        (["fly"], "invalid choice"),
+    ],
+)
+def test_options_that_make_no_sense_end_with_a_sentence(
+    arguments: list[str], words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert words in capfd.readouterr().err
+
+
+def test_an_unknown_objective_is_told(serve_scripted: ServeScripted, tmp_path: Path) -> None:
+    server = serve_scripted()
+    arguments = ["--once", "--objectives", "telepathy", "--url", f"{server.url}/v1", "--state", str(tmp_path)]
+    with pytest.raises(SystemExit, match="no objective is called 'telepathy'"):
+        main(arguments)
+
+
+def test_the_status_lists_cycles(
+    serve_scripted: ServeScripted, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server = serve_scripted()
+    main(["--once", "--url", f"{server.url}/v1", "--state", str(tmp_path)])
+    capfd.readouterr()
+    assert main(["status", "--state", str(tmp_path)]) == 0
+    assert "no_lesson" in capfd.readouterr().out
+
+
+def test_a_learner_ends_with_the_server_that_started_it(serve_scripted: ServeScripted, tmp_path: Path) -> None:
+    """However the server ends, and also while the learner still imports: `kill -9` leaves nobody behind."""
+    server = serve_scripted()
+    starts_a_learner = f"""
+import os, signal, subprocess, sys
+arguments = ["--url", "{server.url}/v1", "--state", "{tmp_path}", "--parent", str(os.getpid())]
+learner = subprocess.Popen([sys.executable, "-m", "learner", "once", *arguments], stdout=subprocess.DEVNULL)
+print(learner.pid, flush=True)
+input()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    command = [sys.executable, "-c", starts_a_learner]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        learner = Path("/proc") / parent.stdout.readline().strip()
+        assert learner.exists()
+        parent.stdin.write("\n")
+    wait_until(lambda: not learner.exists(), 30)

@@ -1,0 +1,63 @@
+"""vLLM reads a small checkpoint of each family, and serves what transformers and PEFT compute with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from policies.answer_grammar import tool_call_grammar
+from policies.base_network import read_base_network
+from policies.chat_protocol import ChatProtocol
+from policies.registry import AdapterRegistry, AdapterState
+from policies.types import FinishReason, MalformedAction, SamplingParams, ToolCalls
+from runtime.swap import Swap
+from tests.tiny_checkpoints import CHECKPOINTS
+from tests_vllm.novice_adapters import NoviceAdapters, complete, engine_on, ids_of
+
+QUESTION = [{"role": "user", "content": "What is it?"}]
+LOOK = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "parameters": {
+            "type": "object",
+            "properties": {"times": {"enum": [1, 2, 3]}},
+            "required": ["times"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "mistral", "gemma3"])  # the novice is a Qwen2
+async def test_a_familys_checkpoint_is_served_with_adapters_and_required_calls(family: str, tmp_path: Path):
+    folder = CHECKPOINTS[family].build(tmp_path / "model")
+    protocol, networks = ChatProtocol.load(folder), NoviceAdapters(folder, tmp_path / "adapters")
+    prompt = protocol.render(QUESTION)
+    async with engine_on(folder, max_batch_size=4) as engine:
+        tokens = await complete(engine, prompt, SamplingParams(max_tokens=16, temperature=0))
+        networks.expect(None, prompt, tokens)
+        networks.expect_likeliest(None, prompt, tokens)
+        registry = AdapterRegistry(tmp_path / "agent.db")
+        name = registry.register(networks.adapter(2).path).name
+        await Swap(engine, registry, read_base_network(folder)).promote(name)
+        assert registry.state(name) is AdapterState.ACTING
+        tokens = await complete(engine, prompt, SamplingParams(max_tokens=16, temperature=0), registry.acting())
+        networks.expect(networks.adapter(2), prompt, tokens)
+        if CHECKPOINTS[family].takes_tools:
+            sampling = SamplingParams(
+                max_tokens=200,
+                seed=1,
+                grammar=tool_call_grammar(protocol, [LOOK]),
+                stop_token_ids=protocol.stop_token_ids,
+            )
+            tokens = await complete(engine, protocol.render(QUESTION, [LOOK]), sampling)
+            action = protocol.parse(ids_of(tokens), FinishReason.STOP, [LOOK])
+            # A network of random weights may think up to its limit; otherwise it has called.
+            if tokens[-1].finish_reason is FinishReason.STOP or not CHECKPOINTS[family].thinks:
+                assert isinstance(action, ToolCalls), json.dumps(protocol.decode(ids_of(tokens)))
+                assert action.calls[0].arguments["times"] in (1, 2, 3)
+            else:
+                assert not isinstance(action, MalformedAction)
