@@ -1,9 +1,9 @@
-# make serve | make test | make setup | make check; everything lives in .venv.
+# make serve | make demo | make test | make setup | make check; everything lives in .venv.
 PYTHON ?= python3
 VENV := .venv
 ARGS ?=
 
-.PHONY: setup serve test check
+.PHONY: setup serve demo test check
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -16,6 +16,9 @@ setup: $(VENV)/.ready
 
 serve: setup
 	$(VENV)/bin/python serve.py $(ARGS)
+
+demo: setup
+	$(VENV)/bin/python -m benchmarks.demo $(ARGS)
 
 test: setup
 	$(VENV)/bin/python -m pytest $(ARGS)

@@ -6,6 +6,8 @@ A real server (python serve.py, the novice, the embedded engine) is put under lo
 streaming, and its process is killed at a random moment. Each client keeps the ids of the steps whose answers it
 received whole. Then the log is opened as the next start would open it: every such step must be there, with the tokens
 it was served with, and the log must verify. All kills hit one log, so that it also lives through fifty recoveries.
+
+The servers are forked from a process that has done their imports: fifty times over, those would take most of the time.
 """
 
 from __future__ import annotations
@@ -13,15 +15,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import os
 import random
 import re
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +34,34 @@ from runtime.step_log import StepLog
 
 NUM_CLIENTS = 8
 ORDERS = range(1000, 1200)
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["runtime.app", "runtime.engines.embedded", "sqlite_utils", "uvloop"])
 
 
-def start_server(state: Path) -> tuple[subprocess.Popen[str], int]:
+def serve_until_killed(state: Path, told: Connection) -> None:
+    """The child process: `python serve.py`, but for its imports, with its standard output on a pipe."""
+    os.dup2(told.fileno(), 1)
+    import serve
+
+    serve.main(["--port", "0", "--state", str(state), "--threads", "1"])
+
+
+def start_server(state: Path) -> tuple[BaseProcess, int]:
     """A server on a free port; returns once it listens."""
-    command = [sys.executable, "serve.py", "--port", "0", "--state", str(state), "--threads", "1"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert server.stdout is not None
-    for line in server.stdout:
-        if found := re.search(r"http://127\.0\.0\.1:(\d+)", line):
-            return server, int(found[1])
-    raise SystemExit(f"the server ended with exit code {server.wait()} before it listened")
+    ours, theirs = PROCESSES.Pipe(duplex=False)
+    server = PROCESSES.Process(target=serve_until_killed, args=(state, theirs), daemon=True)
+    server.start()
+    theirs.close()
+    welcome = ""
+    with os.fdopen(os.dup(ours.fileno())) as lines:
+        for line in lines:
+            welcome += line
+            if line.startswith("try"):  # the last one; to close the pipe before would break it
+                break
+    if found := re.search(r"http://127\.0\.0\.1:(\d+)", welcome):
+        return server, int(found[1])
+    server.join()
+    raise SystemExit(f"the server ended with exit code {server.exitcode} before it listened")
 
 
 async def load(port: int, answered: list[str], client_number: int) -> None:
@@ -73,16 +92,16 @@ def _steps_of(answer: bytes, is_streaming: bool) -> list[str]:
     return [chunk["stepagent"]["step"]["id"] for chunk in chunks if "stepagent" in chunk]
 
 
-async def load_and_kill(server: subprocess.Popen[str], port: int, after_s: float) -> list[str]:
+async def load_and_kill(server: BaseProcess, port: int, after_s: float) -> list[str]:
     """Kill the server so many seconds after its first answer; returns the steps that were answered."""
     answered: list[str] = []
     clients = [asyncio.create_task(load(port, answered, number)) for number in range(NUM_CLIENTS)]
     while not answered:  # noqa: ASYNC110 (a list that clients append to; an event would be a second truth)
         await asyncio.sleep(0.01)
     await asyncio.sleep(after_s)
-    os.kill(server.pid, signal.SIGKILL)
+    server.kill()
     await asyncio.gather(*clients)
-    server.wait()
+    server.join()
     return answered
 
 
