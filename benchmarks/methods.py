@@ -112,7 +112,7 @@ METHODS: dict[str, Method] = {
     "implicit": IMPLICIT,
     "inverse": INVERSE,
     "eto": Method("eto", lr=1e-3, lessons=replace(LESSONS, beta=0.03)),
-    "rft": Method("rft", lr=4e-3, trajectories_per_step=4),
+    "rft": Method("rft"),
     "ppo": PPO,
     # What might beat sft:
     "sft, informative": replace(SFT, lessons=replace(LESSONS, informative_only=True)),

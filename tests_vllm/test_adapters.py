@@ -316,13 +316,31 @@ async def test_rollback_is_served_at_once(house: House, novice: NoviceAdapters):
     assert (await house.step("ep_2"))[1] == novice.greedy(None, novice.prompt(40), 12)
 
 
-async def test_when_all_places_are_leased_a_promotion_waits_its_turn_in_words(house: House, novice: NoviceAdapters):
+async def three_acting_in_turn(house: House, novice: NoviceAdapters) -> list[str]:
+    """Four versions; the first three have each answered an episode, ep_0 to ep_2, and fill the engine."""
     names = [house.register(novice.adapter(version).path) for version in range(1, 5)]
     for number, name in enumerate(names[:3]):
         await house.swap.promote(name)
         await house.step(f"ep_{number}")
-    with pytest.raises(SwapError, match="all 3 slots"):
-        await house.swap.promote(names[3])
-    house.swap.finish("ep_0")
+    return names
+
+
+async def test_where_all_places_have_running_steps_a_promotion_is_refused_in_words(
+    house: House, novice: NoviceAdapters
+):
+    names = await three_acting_in_turn(house, novice)
+    async with house.swap.lease("ep_0"), house.swap.lease("ep_1"):
+        with pytest.raises(SwapError, match="all 3 slots"):
+            await house.swap.promote(names[3])
+    assert (await house.step("ep_new"))[0] == house.registry.adapter(names[2])
+
+
+async def test_an_idle_episode_gives_its_place_to_a_promotion_and_finds_its_adapter_again(
+    house: House, novice: NoviceAdapters
+):
+    names = await three_acting_in_turn(house, novice)
     await house.swap.promote(names[3])
-    assert (await house.step("ep_1"))[0] == house.registry.adapter(names[1])
+    assert house.registry.state(names[0]) is AdapterState.UNLOADED
+    adapter, token_ids = await house.step("ep_0")
+    assert adapter == house.registry.adapter(names[0])
+    assert token_ids == novice.greedy(novice.adapter(1), novice.prompt(40), 12)
