@@ -100,9 +100,9 @@ def make_versions(network: Path, folder: Path, num_versions: int) -> list[Path]:
 
 
 @contextmanager
-def served(network: Path, state: Path, engine: str) -> Iterator[int]:
+def served(network: Path, state: Path, engine: str, world: str = "") -> Iterator[int]:
     """A server on a free port."""
-    options = ["--model", str(network), "--engine", engine, "--state", str(state), "--world", "", "--threads", "1"]
+    options = ["--model", str(network), "--engine", engine, "--state", str(state), "--world", world, "--threads", "1"]
     options += ["--learn-every", "0"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("STEPAGENT_")}
     with (state.parent / "server.log").open("w") as errors:
@@ -148,13 +148,18 @@ class Load:
 
 
 async def ask(client: PlainClient, seed: int, num_tokens: int) -> Answered:
-    """One streamed answer, of an episode of its own. Raises for whatever is not a whole answer."""
+    """One streamed answer to a few random words, of an episode of its own. Raises as `streamed` does."""
     draw = random.Random(seed)
     words = " ".join("".join(draw.choices("abcdefghij", k=4)) for _ in range(8))
     body = {
         "model": "network", "messages": [{"role": "user", "content": words}], "tools": [], "stream": True,
         "logprobs": True, "max_completion_tokens": num_tokens, "metadata": {"episode_id": f"ep_swap_{seed}"},
     }  # fmt: skip
+    return await streamed(client, body)
+
+
+async def streamed(client: PlainClient, body: dict[str, Any]) -> Answered:
+    """One streamed answer with logprobs, which tell each token apart. Raises for whatever is not a whole answer."""
     answer = await client.stream("/v1/chat/completions", body)
     if not answer.pieces[-1][1].endswith(b"data: [DONE]\n\n"):
         raise RuntimeError(f"a stream ended with {answer.pieces[-1][1]!r}")

@@ -1,4 +1,4 @@
-"""One server's life on vLLM, as its users live it: served, logged, swapped, rolled back, killed and up again."""
+"""One server's life on vLLM: served, logged, swapped, rolled back, killed, up again, and taught."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
+from benchmarks.demo import ENDINGS, write_demonstrations
+from learner.__main__ import main as learner
 from policies.chat_protocol import ChatProtocol
-from policies.registry import AdapterRegistry
 from runtime.step_log import StepLog
+from tests.serving import NOVICE_FOLDER
 from tests_vllm.novice_adapters import NoviceAdapters
 from tests_vllm.server_process import MODEL, QUESTION, ServerProcess, serving, wait_until
 
@@ -115,20 +119,42 @@ def test_a_killed_engine_is_told_replaced_and_serves_the_acting_adapter_again(li
     assert life.states("agent-v0001")[-5:] == ["unloaded", "validated", "loaded", "verified", "acting"]
 
 
-def test_after_a_restart_of_the_server_the_same_adapter_acts_and_the_log_is_whole(
-    life: ServerProcess, state: Path
-) -> None:
+@pytest.fixture(scope="module")
+def reborn(life: ServerProcess, state: Path) -> Iterator[ServerProcess]:
+    """The same state folder, served again after the first server was killed."""
     life.process.kill()
     life.process.wait()
-    with serving(state) as again:
-        again.wait_until_serving()
-        assert again.answer("reborn")[0] == "agent-v0001"
-        assert again.answer("new")[0] == "agent-v0002", "an episode's adapter is known from the log"
-        assert again.post("/v1/adapters/rollback") == {"acting": "base"}
+    with serving(state, "--learner-arg", "gate-tasks=40") as server:
+        server.wait_until_serving()
+        yield server
+
+
+def test_after_a_restart_of_the_server_the_same_adapter_acts_and_the_log_is_whole(
+    reborn: ServerProcess, state: Path
+) -> None:
+    assert reborn.answer("reborn")[0] == "agent-v0001"
+    assert reborn.answer("new")[0] == "agent-v0002", "an episode's adapter is known from the log"
+    assert reborn.post("/v1/adapters/rollback") == {"acting": "base"}
     log = StepLog(state / "agent.db")
     assert log.verify() == []
     assert {step.adapter for step in log.steps("long")} == {"agent-v0001"}
     log.close()
-    registry = AdapterRegistry(state / "agent.db")
-    assert registry.acting() is None
-    registry.close()
+
+
+def test_it_learns_from_demonstrations_while_it_serves_and_serves_what_it_learned(
+    reborn: ServerProcess, state: Path, tmp_path: Path
+) -> None:
+    write_demonstrations(tmp_path / "demonstrations.jsonl", 24)
+    imported = ["import", str(tmp_path / "demonstrations.jsonl"), "--url", f"{reborn.url}/v1"]
+    assert learner(imported) == 0
+    cycle = reborn.post("/v1/learner/cycles")["id"]
+    ending = {}
+    while ending.get("stage") not in ENDINGS:
+        assert reborn.answer("beside")[0] == "base", "an episode keeps its adapter, and is answered all the while"
+        ending = reborn.get(f"/v1/learner/cycles/{cycle}").json()
+    assert ending["stage"] == "promoted", ending["message"]
+    trained = ending["report"]["promoted"]
+    assert reborn.answer("taught")[0] == trained
+    assert reborn.states(trained) == ["registered", "validated", "loaded", "verified", "acting"]
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(NOVICE_FOLDER), str(state / "adapters" / trained))
+    assert reborn.post("/v1/adapters/rollback") == {"acting": "base"}
