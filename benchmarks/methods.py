@@ -105,14 +105,14 @@ class Method:
 
 SFT = Method("sft", lr=4e-3, trajectories_per_step=2)
 IMPLICIT = Method("implicit", lr=4e-3)
-INVERSE = Method("inverse", lr=4e-3)
+INVERSE = Method("inverse", lr=8e-3)
 PPO = Method("ppo", lr=4e-3, lessons=replace(LESSONS, anchor_weight=0.0, kl_weight=0.0, max_versions_old=0))
 METHODS: dict[str, Method] = {
     "sft": SFT,
     "implicit": IMPLICIT,
     "inverse": INVERSE,
     "eto": Method("eto", lr=1e-3, lessons=replace(LESSONS, beta=0.03)),
-    "rft": Method("rft"),
+    "rft": Method("rft", lr=4e-3),
     "ppo": PPO,
     # What might beat sft:
     "sft, informative": replace(SFT, lessons=replace(LESSONS, informative_only=True)),

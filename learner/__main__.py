@@ -10,11 +10,12 @@ import json
 import os
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
 
 from openai import APIStatusError, AsyncOpenAI, OpenAIError
 from tqdm import tqdm
@@ -59,7 +60,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     cycle.add_argument("--threads", type=int, default=1, help="of its arithmetic on a CPU")
     cycle.add_argument("--seed", type=int, default=0)
     cycle.add_argument("--parent", type=int, default=None, help=argparse.SUPPRESS)  # the server that started us
-    for name, kind, text in _TRAINING:
+    for name, kind, text in (*_TRAINING, *_LESSON):
         cycle.add_argument(f"--{name}", type=kind, default=None, help=text)
     options = parser.parse_args(arguments)
     options.command = "once" if options.once else options.command
@@ -70,6 +71,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def _yes_or_no(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
+    return text.lower() == "true"
+
+
 _TRAINING = (
     ("lr", float, "peak learning rate"),
     ("epochs", int, "passes over the material"),
@@ -77,6 +84,14 @@ _TRAINING = (
     ("token-budget", int, "most tokens of one packed forward pass: what bounds the memory"),
 )
 """Options of the trainer; what is not given keeps the default of `learner.trainer.TrainingOptions`."""
+
+_LESSON = (
+    ("beta", float, "of implicit and eto: smaller lets the policy go further"),
+    ("anchor-weight", float, "of experts' likelihood, in implicit, inverse and ppo"),
+    ("kl-weight", float, "of the distance from the reference, in inverse and ppo"),
+    ("informative-only", _yes_or_no, "true: sft and implicit learn only where the agent disagrees with the expert"),
+)
+"""Options of what is learned; what is not given keeps the default of `learner.lessons.LessonOptions`."""
 
 
 def main(arguments: list[str]) -> int:
@@ -116,9 +131,16 @@ def _once(options: argparse.Namespace, endpoint: Endpoint) -> int:
             print(f"another cycle runs on {options.state}: wait for its end", file=sys.stderr)
             return 3
         parts = _cycle_parts(options, endpoint)
-        for cycle in parts.learning_log.fail_unfinished():
+        cut_off = parts.learning_log.fail_unfinished()
+        for cycle in cut_off:
             print(f"cycle {cycle} was cut off and is marked as failed")
-        stage = asyncio.run(run_cycle(options.cycle or new_id("cycle"), parts))
+
+        async def clear_up_and_run() -> CycleStage:
+            if cut_off:
+                await endpoint.refuse_left_over(cut_off)
+            return await run_cycle(options.cycle or new_id("cycle"), parts)
+
+        stage = asyncio.run(clear_up_and_run())
         _show(parts.learning_log, 1)
     return 1 if stage is CycleStage.FAILED else 0
 
@@ -137,17 +159,25 @@ def _live_beside(server: int) -> None:
 def _only_learner(state: Path) -> Iterator[bool]:
     """Whether no other learner works on this state folder, as long as this goes on. Its death frees the place."""
     with (state / "learner.lock").open("w") as lock:
+        yield _locks(lock)
+
+
+def _locks(lock: TextIO) -> bool:
+    """Waits a second for it: the server holds it for a moment when it looks whether a learner is alive."""
+    give_up_at = time.monotonic() + 1.0
+    while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
         except BlockingIOError:
-            yield False
-            return
-        yield True
+            if time.monotonic() > give_up_at:
+                return False
+            time.sleep(0.02)
 
 
 def _cycle_parts(options: argparse.Namespace, endpoint: Endpoint) -> CycleParts:
     from learner.cycle import CycleOptions, CycleParts
-    from learner.lessons import OBJECTIVES
+    from learner.lessons import OBJECTIVES, LessonOptions
     from learner.trainer import TrainingOptions
     from policies.chat_protocol import ChatProtocol
     from runtime.step_log import StepLog
@@ -157,8 +187,7 @@ def _cycle_parts(options: argparse.Namespace, endpoint: Endpoint) -> CycleParts:
         StepLog(options.state / "agent.db", read_only=True),
         load_world(options.world) if options.world else None,
     )
-    given = {name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name, _, _ in _TRAINING}
-    training = TrainingOptions(seed=options.seed, **{name: value for name, value in given.items() if value is not None})
+    training = TrainingOptions(seed=options.seed, **_given(options, _TRAINING))
     objectives = tuple(name for name in options.objectives.split(",") if name) or CycleOptions().objectives
     if unknown := set(objectives) - OBJECTIVES.keys():
         raise SystemExit(f"no objective is called {min(unknown)!r}; there are: {', '.join(OBJECTIVES)}")
@@ -177,9 +206,16 @@ def _cycle_parts(options: argparse.Namespace, endpoint: Endpoint) -> CycleParts:
             gate_tasks=options.gate_tasks,
             canary_share=options.canary_share,
             training=training,
+            lesson=LessonOptions(**_given(options, _LESSON)),
             device=options.device,
         ),
     )
+
+
+def _given(options: argparse.Namespace, names: Sequence[tuple[str, Any, str]]) -> dict[str, Any]:
+    """Those of these options that were given, as keyword arguments."""
+    values = {name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name, *_ in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _experts(options: argparse.Namespace, log: object, world: object) -> list[Expert]:

@@ -2,6 +2,9 @@
 
 Own episodes are those with steps that no cycle has read yet, and a replay share of older ones: without replay an online
 LoRA forgets (CLaaS, arXiv 2606.05559). What a policy of long ago did is left out: its importance ratios say nothing.
+But what a person took the trouble to correct is always learned, whoever acted there and however long ago.
+
+A task is held out as a whole, for the gate: its demonstrations are never trained on, nor what the policy did at it.
 """
 
 from __future__ import annotations
@@ -11,8 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from learner.held_out import is_held_out
+from learner.material import NO_ANCESTOR
 from policies.chat_protocol import action_message
 from policies.types import Message
+from runtime.conversation import digests_of
 from runtime.step_log import StepLog
 from runtime.types import Actor, Episode, Purpose, Step
 
@@ -26,7 +31,9 @@ class CollectionOptions:
 
     held_out_share: float = 0.2
     """Of the demonstrations; never trained on."""
-    max_own_episodes: int = 64
+    max_demonstrations: int = 256
+    """Of those to train on, drawn anew each cycle, and of those held out: each of their states is sampled at."""
+    max_own_episodes: int = 256
     """Of the policy's own; the newest count."""
     replay_share: float = 0.25
     """Of `max_own_episodes`: kept for episodes that an earlier cycle has read already."""
@@ -43,7 +50,18 @@ class LoggedEpisode:
     outcome: float | None
     """The newest that was said; None where nobody said."""
     num_versions_old: int = 0
-    """How many versions its adapter is behind the acting one."""
+    """How many versions its adapter is behind the acting one; NO_ANCESTOR where the acting one does not stem from it,
+    or where only the corrections along the path count."""
+
+    @property
+    def held_out_name(self) -> str:
+        """What decides whether it is held out: its task, or where that has no name all that the agent was told in it.
+
+        An episode and the demonstration that it was promoted to have the same one. What the user began with was
+        refused as a name: many agents are always greeted alike.
+        """
+        told = [message for step in self.path for message in step.new_messages if message["role"] in ("user", "tool")]
+        return self.episode.task or digests_of(told)[-1] if told else self.episode.id
 
     def states(self) -> list[LoggedState]:
         return [LoggedState(self.episode.task, self.path[: number + 1]) for number in range(len(self.path))]
@@ -86,15 +104,29 @@ def collect(
     log: StepLog, last_step_id: str | None, lineage: Sequence[str], options: CollectionOptions, seed: int
 ) -> Collected:
     """Read the log. `lineage` names the acting adapter and its ancestors, newest first, `base` last."""
-    experts = [_logged(log, episode) for episode in log.episodes(limit=1_000_000, actor=Actor.EXPERT)]
-    is_kept_apart = {e.episode.id: is_held_out(e.episode.id, options.held_out_share) for e in experts}
+    demonstrations, held_out, counts = _demonstrations(log, options, seed)
     fresh, last_step_id = _episodes_since(log, last_step_id)
     behind = {name: number for number, name in enumerate(lineage)}
-    own, counts = _own(log, fresh, behind, options, seed)
-    demonstrations = [expert for expert in experts if not is_kept_apart[expert.episode.id]]
-    held_out = [expert for expert in experts if is_kept_apart[expert.episode.id]]
-    counts |= {"demonstrations": len(demonstrations), "held_out": len(held_out)}
-    return Collected(demonstrations, held_out, own, last_step_id, counts)
+    own, own_counts = _own(log, fresh, behind, options, seed)
+    own += _corrected(log, own)
+    kept_apart = {expert.held_out_name for expert in held_out}
+    trained = [each for each in own if each.held_out_name not in kept_apart]
+    counts |= own_counts | {"own_held_out": len(own) - len(trained)}
+    return Collected(demonstrations, held_out, trained, last_step_id, counts)
+
+
+def _demonstrations(
+    log: StepLog, options: CollectionOptions, seed: int
+) -> tuple[list[LoggedEpisode], list[LoggedEpisode], dict[str, int]]:
+    """Those to train on, those held out, and how many there are."""
+    experts = [_logged(log, episode) for episode in log.episodes(limit=1_000_000, actor=Actor.EXPERT)]
+    sides = {True: list[LoggedEpisode](), False: list[LoggedEpisode]()}
+    for expert in experts:
+        sides[is_held_out(expert.held_out_name, options.held_out_share)].append(expert)
+    counts = {"demonstrations": len(sides[False]), "held_out": len(sides[True])}
+    draw, most = random.Random(seed), options.max_demonstrations
+    demonstrations, held_out = (draw.sample(side, most) if len(side) > most else side for side in sides.values())
+    return held_out, demonstrations, counts
 
 
 def _episodes_since(log: StepLog, last_step_id: str | None) -> tuple[set[str], str | None]:
@@ -119,11 +151,27 @@ def _own(
     new = sorted((e for e in recent if e.id in fresh), key=lambda e: e.id, reverse=True)
     old = sorted((e for e in recent if e.id not in fresh), key=lambda e: e.id)
     num_replayed = min(len(old), max(int(options.max_own_episodes * options.replay_share), 0))
-    new = new[: options.max_own_episodes - num_replayed]
+    kept = new[: options.max_own_episodes - num_replayed]
     replayed = random.Random(seed).sample(old, num_replayed)
-    own = [_logged(log, episode, behind[episode.adapter]) for episode in (*new, *replayed)]
-    counts = {"own_new": len(new), "own_replayed": len(replayed), "own_too_old": len(learnable) - len(recent)}
+    own = [_logged(log, episode, behind[episode.adapter]) for episode in (*kept, *replayed)]
+    counts = {"own_new": len(kept), "own_replayed": len(replayed)}
+    counts |= {"own_too_old": len(learnable) - len(recent), "own_over_limit": len(new) - len(kept)}
     return own, counts
+
+
+def _corrected(log: StepLog, own: Sequence[LoggedEpisode]) -> list[LoggedEpisode]:
+    """The ways to the corrected steps that are not on a path of `own`."""
+    collected = {step.id for each in own for step in each.path}
+    found = []
+    for step_id in log.corrected_steps():
+        if step_id in collected:
+            continue
+        path = tuple(log.path_to(step_id))
+        episode = log.episode(path[-1].episode_id) if path else None
+        if episode is not None and episode.actor is Actor.POLICY:
+            found.append(LoggedEpisode(episode, path, None, NO_ANCESTOR))
+            collected |= {step.id for step in path}
+    return found
 
 
 def _logged(log: StepLog, episode: Episode, num_versions_old: int = 0) -> LoggedEpisode:

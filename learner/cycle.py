@@ -6,31 +6,31 @@ in one cycle: those that cannot be are left out with their reason, and the gate 
 
 from __future__ import annotations
 
-import random
 import shutil
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
-from learner.collection import Collected, CollectionOptions, LoggedEpisode, collect
-from learner.comparison import ComparedState, DropReason, Verdict
+from openai import APIStatusError, OpenAIError
+
+from learner.collection import Collected, CollectionOptions, collect
+from learner.comparison import DropReason
+from learner.cycle_notes import CycleNotes
 from learner.discriminator import Discriminator, DiscriminatorOptions, train_discriminator
 from learner.endpoint import Endpoint
 from learner.experts import Expert, ModelExpert
-from learner.gate import GateDecision, Trial, decide
+from learner.gate import GateDecision, decide
 from learner.health import WatchedActions, health, own_sums
-from learner.inspection import Inspection, Inspector, inspect, inspect_demonstrations
+from learner.inspection import Inspection, Inspector, inspect
 from learner.learning_log import CycleStage, LearningLog, StepReward
 from learner.lessons import LessonOptions, NothingToLearn, objective_of
 from learner.material import Material
+from learner.objectives import Objective
 from learner.rewards import agreement_rewards, discriminator_rewards, implicit_rewards
 from learner.trainer import Trainer, TrainingFailed, TrainingOptions
+from learner.trials import Trials
 from policies.chat_protocol import ChatProtocol
 from policies.types import BASE_ADAPTER, TokenIds
 from runtime.step_log import StepLog
@@ -101,7 +101,7 @@ class Judged:
 
 async def run_cycle(cycle: str, parts: CycleParts) -> CycleStage:
     """Run a cycle to its end, which is noted in the learning log with a report. No error of a cycle is raised."""
-    notes = _Notes(cycle, parts.learning_log)
+    notes = CycleNotes(cycle, parts.learning_log)
     try:
         stage, message = await _run(notes, parts)
     except NothingToLearn as reason:
@@ -114,16 +114,22 @@ async def run_cycle(cycle: str, parts: CycleParts) -> CycleStage:
     return stage
 
 
-async def _run(notes: _Notes, parts: CycleParts) -> tuple[CycleStage, str]:
+async def _run(notes: CycleNotes, parts: CycleParts) -> tuple[CycleStage, str]:
     lineage = await parts.endpoint.lineage()
+    if parts.options.canary_share and (canary := await parts.endpoint.canary()):
+        raise NothingToLearn(f"{canary} is a canary still: it is promoted or refused by how it does, or by you")
     collected = _collect(notes, parts, lineage)
     inspector = _inspector(parts, lineage[0])
     inspection = await _inspect(notes, inspector, collected)
-    discriminator = _reward(notes, parts, inspection.material)
-    with _candidate_folders(parts.state) as folders:
-        candidates = _train(notes, parts, lineage[0], inspection.material, discriminator, folders)
-        judged = await _gate(notes, parts, inspector, collected.held_out, candidates)
-    return await _promote(notes, parts, judged)
+    lessons = _reward(notes, parts, inspection.material)
+    try:
+        with _candidate_folders(parts.state) as folders:
+            candidates = _train(notes, parts, lineage[0], inspection.material, lessons, folders)
+            judged = await _gate(notes, parts, inspector, collected, candidates)
+        return await _promote(notes, parts, lineage[0], judged)
+    finally:  # whatever happened: what is neither promoted nor refused would keep its slot in the engine
+        with suppress(OpenAIError):
+            await parts.endpoint.refuse_left_over([notes.cycle])
 
 
 @contextmanager
@@ -141,7 +147,7 @@ def _candidate_folders(state: Path) -> Iterator[Path]:
 # ------------------------------------------------------------------------------------------------- stages
 
 
-def _collect(notes: _Notes, parts: CycleParts, lineage: Sequence[str]) -> Collected:
+def _collect(notes: CycleNotes, parts: CycleParts, lineage: Sequence[str]) -> Collected:
     with notes.stage(CycleStage.COLLECT):
         seed = parts.options.training.seed
         since = parts.learning_log.last_step_seen()
@@ -162,10 +168,12 @@ def _inspector(parts: CycleParts, acting: str) -> Inspector:
     )
 
 
-async def _inspect(notes: _Notes, inspector: Inspector, collected: Collected) -> Inspection:
-    with notes.stage(CycleStage.INSPECT, total=len(collected.demonstrations) + len(collected.own)):
-        inspection = await inspect(collected.demonstrations, collected.own, inspector)
+async def _inspect(notes: CycleNotes, inspector: Inspector, collected: Collected) -> Inspection:
+    num_states = sum(len(each.path) for each in (*collected.demonstrations, *collected.own))
+    with notes.counted(CycleStage.INSPECT, "", num_states) as count:
+        inspection = await inspect(collected.demonstrations, collected.own, inspector, count)
         notes.report["inspection"] = inspection.report()
+        notes.measure("material", inspection.measures())
         problems = [expert.problems for expert in inspector.experts if isinstance(expert, ModelExpert)]
         notes.report["expert_problems"] = dict(sum(problems, Counter[str]()))
     compared = inspection.demonstrated + inspection.own
@@ -174,41 +182,64 @@ async def _inspect(notes: _Notes, inspector: Inspector, collected: Collected) ->
     return inspection
 
 
-def _reward(notes: _Notes, parts: CycleParts, material: Material) -> Discriminator | None:
-    """Agreement and discriminator rewards; the implicit ones come with a trained policy."""
+Lessons = dict[str, Objective | NothingToLearn]
+"""By its name, each objective that was asked for, or why there is none."""
+
+
+def _reward(notes: CycleNotes, parts: CycleParts, material: Material) -> Lessons:
+    """Agreement and discriminator rewards, and the objectives; the implicit rewards come with a trained policy.
+
+    The discriminator, which is a network of its own, is gone when this ends.
+    """
     with notes.stage(CycleStage.REWARD):
         parts.learning_log.add_rewards(agreement_rewards(notes.cycle, material))
-        try:
-            options = DiscriminatorOptions(training=parts.options.training)
-            discriminator = train_discriminator(material, parts.base, parts.options.lesson, options)
-        except NothingToLearn as reason:
-            notes.report["discriminator"] = {"none": str(reason)}
-            return None
-        watched = WatchedActions.of(material)
-        logits = discriminator.rewards(watched.rows()[len(watched.experts) :])
-        actions = [action for _, action in watched.own]
-        parts.learning_log.add_rewards(discriminator_rewards(notes.cycle, actions, logits))
-        measured = {"num_pairs": float(discriminator.num_pairs)}
-        notes.measure(
-            "discriminator", measured | ({"accuracy": a} if (a := discriminator.accuracy) is not None else {})
+        discriminator = _discriminator(notes, parts, material)
+        return {kind: _lesson(kind, parts.options.lesson, material, discriminator) for kind in parts.options.objectives}
+
+
+def _discriminator(notes: CycleNotes, parts: CycleParts, material: Material) -> Discriminator | Exception:
+    """With its rewards in the log; or why there is none."""
+    options = parts.options
+    try:
+        discriminator = train_discriminator(
+            material, parts.base, options.lesson, DiscriminatorOptions(training=options.training), options.device
         )
+    except (NothingToLearn, TrainingFailed) as reason:
+        notes.report["discriminator"] = {"none": str(reason)}
+        return reason
+    watched = WatchedActions.of(material)
+    logits = discriminator.rewards(watched.rows()[len(watched.experts) :])
+    actions = [action for _, action in watched.own]
+    parts.learning_log.add_rewards(discriminator_rewards(notes.cycle, actions, logits))
+    accuracy = {} if discriminator.accuracy is None else {"accuracy": discriminator.accuracy}
+    notes.measure("discriminator", {"num_pairs": float(discriminator.num_pairs), **accuracy})
     return discriminator
 
 
+def _lesson(
+    kind: str, options: LessonOptions, material: Material, discriminator: Discriminator | Exception
+) -> Objective | NothingToLearn:
+    try:
+        if not isinstance(discriminator, Exception):
+            return objective_of(kind, material, options, discriminator)
+        if kind == "inverse":
+            return NothingToLearn(f"there is no discriminator: {discriminator}")
+        return objective_of(kind, material, options)
+    except NothingToLearn as reason:
+        return reason
+
+
 def _train(
-    notes: _Notes,
-    parts: CycleParts,
-    acting: str,
-    material: Material,
-    discriminator: Discriminator | None,
-    folders: Path,
+    notes: CycleNotes, parts: CycleParts, acting: str, material: Material, lessons: Lessons, folders: Path
 ) -> list[Candidate]:
     """A candidate for each objective that can be trained. Raises why where none can."""
     candidates, problems = [], list[NothingToLearn | TrainingFailed]()
-    for kind in parts.options.objectives:
+    for kind, lesson in lessons.items():
         with notes.stage(CycleStage.TRAIN, kind):
             try:
-                candidates.append(_train_one(notes, parts, acting, material, discriminator, kind, folders / kind))
+                if isinstance(lesson, NothingToLearn):
+                    raise lesson
+                candidates.append(_train_one(notes, parts, acting, material, kind, lesson, folders / kind))
             except (NothingToLearn, TrainingFailed) as problem:
                 problems.append(problem)
                 notes.report.setdefault("not_trained", {})[kind] = str(problem)
@@ -218,17 +249,14 @@ def _train(
 
 
 def _train_one(
-    notes: _Notes,
+    notes: CycleNotes,
     parts: CycleParts,
     acting: str,
     material: Material,
-    discriminator: Discriminator | None,
     kind: str,
+    objective: Objective,
     folder: Path,
 ) -> Candidate:
-    if kind == "inverse" and discriminator is None:
-        raise NothingToLearn(f"there is no discriminator: {notes.report['discriminator']['none']}")
-    objective = objective_of(kind, material, parts.options.lesson, discriminator)
     begin = None if acting == BASE_ADAPTER else parts.state / "adapters" / acting
     trainer = Trainer(parts.base, begin, parts.options.training, parts.options.device)
     watched = WatchedActions.of(material)
@@ -245,30 +273,38 @@ def _train_one(
 
 
 async def _gate(
-    notes: _Notes,
+    notes: CycleNotes,
     parts: CycleParts,
     inspector: Inspector,
-    held_out: Sequence[LoggedEpisode],
+    collected: Collected,
     candidates: Sequence[Candidate],
 ) -> list[Judged]:
-    """Judge the candidates one after the other, on tasks of the world, or on held-out demonstrations without one.
+    """Judge the candidates one after the other. Raises why where the runtime takes none of them in.
 
     At most two are in the engine at a time, the best one so far and the next: slots are few.
     """
-    trials = _Trials(parts, inspector, held_out, seed=notes.cycle)
-    with notes.stage(CycleStage.GATE, inspector.acting):
-        baseline = await trials.of(inspector.acting)
-    judged, best = list[Judged](), None
+    options, judged, best = parts.options, list[Judged](), None
+    trials = Trials.of_cycle(notes.cycle, collected, inspector, options.gate_tasks, options.gate_temperature)
+    with notes.counted(CycleStage.GATE, inspector.acting, trials.num) as count:
+        baseline = await trials.results(inspector.acting, count)
+    problems = list[APIStatusError]()
     for candidate in candidates:
-        with notes.stage(CycleStage.GATE, candidate.objective):
+        with notes.counted(CycleStage.GATE, candidate.objective, trials.num) as count:
             reason = f"{candidate.objective}, {notes.cycle}"
-            name = await parts.endpoint.register(candidate.folder.absolute(), inspector.acting, reason)
-            decision = decide(await trials.of(name), baseline, trials.unit, len(candidates))
+            try:
+                name = await parts.endpoint.register(candidate.folder.absolute(), inspector.acting, reason)
+            except APIStatusError as problem:
+                problems.append(problem)
+                notes.report.setdefault("not_taken_in", {})[candidate.objective] = problem.message
+                continue
+            decision = decide(await trials.results(name, count), baseline, trials.unit, len(candidates))
             parts.learning_log.add_decision(
                 notes.cycle, name, inspector.acting, decision.promote, decision.reason, decision.evidence
             )
         judged.append(Judged(candidate, name, decision))
         best = await _keep_the_better(parts.endpoint, best, judged[-1])
+    if not judged:
+        raise problems[0]
     notes.report["gate"] = {
         each.name: {
             **each.decision.evidence,
@@ -293,7 +329,9 @@ async def _keep_the_better(endpoint: Endpoint, best: Judged | None, newest: Judg
     return better
 
 
-async def _promote(notes: _Notes, parts: CycleParts, judged: Sequence[Judged]) -> tuple[CycleStage, str]:
+async def _promote(
+    notes: CycleNotes, parts: CycleParts, acting: str, judged: Sequence[Judged]
+) -> tuple[CycleStage, str]:
     """Hand the best of those that are better to the runtime; the implicit rewards are those of the best in any case."""
     best = max(judged, key=lambda each: (each.decision.promote, each.gain))
     parts.learning_log.add_rewards(best.candidate.rewards)
@@ -301,91 +339,15 @@ async def _promote(notes: _Notes, parts: CycleParts, judged: Sequence[Judged]) -
         return CycleStage.REFUSED, "; ".join(f"{each.name}: {each.decision.reason}" for each in judged)
     reason, share = best.decision.reason, parts.options.canary_share
     with notes.stage(CycleStage.PROMOTE, best.name):
-        if share:
-            await parts.endpoint.start_canary(best.name, share, reason)
-        else:
-            await parts.endpoint.promote(best.name, reason)
+        try:
+            if share:
+                await parts.endpoint.start_canary(best.name, share, reason, acting)
+            else:
+                await parts.endpoint.promote(best.name, reason, acting)
+        except APIStatusError as problem:  # somebody else has changed what acts meanwhile
+            return CycleStage.REFUSED, f"{best.name} was better ({reason}), but is not let act: {problem.message}"
     notes.report["promoted"] = best.name
     return CycleStage.PROMOTED, f"{best.name}{f', canary of {share:.0%}' if share else ''}: {reason}"
-
-
-# -------------------------------------------------------------------------------------------------- trials
-
-
-@dataclass(frozen=True, slots=True)
-class _Trials:
-    """The trials of a cycle's gate: the same for every adapter."""
-
-    parts: CycleParts
-    inspector: Inspector
-    held_out: Sequence[LoggedEpisode]
-    seed: str
-    """Draws the tasks: always the same ones would in time be learned by selection."""
-
-    @property
-    def unit(self) -> str:
-        return "tasks" if self.parts.world else "held-out demonstrations"
-
-    async def of(self, adapter: str) -> list[Trial | None]:
-        return await (
-            self._demonstrations(adapter) if self.parts.world is None else self._tasks(self.parts.world, adapter)
-        )
-
-    async def _tasks(self, world: World, adapter: str) -> list[Trial | None]:
-        options, size = self.parts.options, world.splits["validation"]
-        places = random.Random(self.seed).sample(range(size), min(options.gate_tasks, size))
-        tasks = [world.task("validation", place) for place in places]
-        attempts = await self.parts.endpoint.evaluate(world, tasks, adapter, options.gate_temperature)
-        return [None if attempt.error else Trial(attempt.outcome, attempt.num_malformed) for attempt in attempts]
-
-    async def _demonstrations(self, adapter: str) -> list[Trial | None]:
-        """A demonstration's score is the share of the sampled actions that agree with its expert's."""
-        _, compared = await inspect_demonstrations(self.held_out, replace(self.inspector, acting=adapter))
-        states = iter(compared)
-        return [_agreement(list(islice(states, len(demonstration.path)))) for demonstration in self.held_out]
-
-
-def _agreement(states: Sequence[ComparedState]) -> Trial | None:
-    comparisons = [comparison for state in states for comparison in state.comparisons]
-    if not comparisons:
-        return None
-    num_malformed = sum(comparison.verdict is Verdict.MALFORMED for comparison in comparisons)
-    return Trial(fmean(comparison.agrees for comparison in comparisons), num_malformed)
-
-
-# --------------------------------------------------------------------------------------------------- notes
-
-
-class _Notes:
-    """Where a cycle is, in the learning log, and what is known of it so far."""
-
-    PROGRESS_EVERY_S = 1.0
-
-    def __init__(self, cycle: str, log: LearningLog) -> None:
-        self.cycle = cycle
-        self.report: dict[str, Any] = {"seconds": {}, "health": {}}
-        self._log = log
-        self._noted_at = 0.0
-
-    @contextmanager
-    def stage(self, stage: CycleStage, message: str = "", total: int = 0) -> Iterator[None]:
-        """Note that a stage is reached, and how long it took."""
-        self._log.note(self.cycle, stage, message, 0, total, self.report)
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            seconds = self.report["seconds"]
-            seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - began, 3)
-
-    def progress(self, stage: CycleStage, message: str, done: int, total: int) -> None:
-        """Note how far a stage is, at most once a second: rows are for ever."""
-        if done == total or time.monotonic() - self._noted_at > self.PROGRESS_EVERY_S:
-            self._noted_at = time.monotonic()
-            self._log.note(self.cycle, stage, message, done, total, self.report)
-
-    def measure(self, of: str, values: dict[str, float]) -> None:
-        self.report["health"][of] = {name: round(value, 6) for name, value in values.items()}
 
 
 def _probe_prompts(material: Material) -> list[TokenIds]:
@@ -395,7 +357,7 @@ def _probe_prompts(material: Material) -> list[TokenIds]:
     return [state.prompt for state in states[:NUM_PROBE_PROMPTS]]
 
 
-def _card(notes: _Notes, kind: str, acting: str, material: Material) -> str:
+def _card(notes: CycleNotes, kind: str, acting: str, material: Material) -> str:
     return (
         f"# {kind}, {notes.cycle}\n\nA LoRA trained by StepAgent from {acting}, on {len(material.demonstrations)} "
         f"demonstrations and {len(material.own)} own episodes. `probe.json` holds what it says after fixed prompts.\n"

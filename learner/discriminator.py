@@ -102,9 +102,10 @@ class Discriminator:
 
 
 def train_discriminator(
-    material: Material, base: Path, lessons: LessonOptions, options: DiscriminatorOptions
+    material: Material, base: Path, lessons: LessonOptions, options: DiscriminatorOptions, device: str = "auto"
 ) -> Discriminator:
-    """A discriminator of the material's experts from its own actions. Raises NothingToLearn with too few pairs."""
+    """A discriminator of the material's experts from its own actions. Raises NothingToLearn with too few pairs, and as
+    `Trainer.train` does."""
     taught = taught_states(without_stale_actions(material, lessons), lessons)
     kept, held_out = list[TaughtState](), list[TaughtState]()
     for each in taught:
@@ -116,7 +117,7 @@ def train_discriminator(
             f"there are {len(kept)} (and {len(held_out)} held out)"
         )
     pairs = _pairs(kept, options)
-    trainer = Trainer(base, None, options.training)
+    trainer = Trainer(base, None, options.training, device)
     trainer.train(pairs)
     return Discriminator(trainer, pairs, _pairs(held_out, options) if held_out else None)
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, BadRequestError
 
 from policies.types import BASE_ADAPTER, Message, ToolSchema
 from runtime.types import Purpose, new_id
 from tools.worlds.practice import Attempt, PracticeOptions, practise
 from tools.worlds.world import Task, World
+
+UNJUDGED = frozenset({"registered", "validated", "loaded", "verified", "unloaded"})
+"""States of an adapter that has never served and was not refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,27 +37,51 @@ class Endpoint:
             name = parents[name]
         return [*line, BASE_ADAPTER]
 
+    async def canary(self) -> str | None:
+        """The adapter that serves a share of the new episodes, if one does."""
+        listed: Any = await self.client.get("/adapters", cast_to=object)
+        return next((adapter["name"] for adapter in listed["data"] if adapter["state"] == "canary"), None)
+
     async def sample(
-        self, states: Sequence[tuple[Sequence[Message], Sequence[ToolSchema]]], adapter: str, num_samples: int
+        self,
+        states: Sequence[tuple[Sequence[Message], Sequence[ToolSchema]]],
+        adapter: str,
+        num_samples: int,
+        on_done: Callable[[], object] = lambda: None,
     ) -> list[list[str]]:
-        """Sample actions of an adapter at each state; returns the ids of the logged steps, by state."""
+        """Sample actions of an adapter at each state; returns the ids of the logged steps, by state.
+
+        None at a state that the endpoint cannot answer at, for example because it is too long for the model.
+        """
         places = asyncio.Semaphore(self.concurrency)
 
         async def sample_one(messages: Any, tools: Any) -> list[str]:
             # An episode of its own: a state of a logged episode must not be continued under it.
             metadata: Any = {"purpose": Purpose.EVALUATION, "episode_id": new_id("ep")}
             async with places:
-                answer = await self.client.chat.completions.create(
-                    model=adapter, messages=list(messages), tools=list(tools), n=num_samples, metadata=metadata
-                )
+                try:
+                    answer = await self.client.chat.completions.create(
+                        model=adapter, messages=list(messages), tools=list(tools), n=num_samples, metadata=metadata
+                    )
+                except BadRequestError:
+                    return []
+                finally:
+                    on_done()
             return [steps[0]["id"] for steps in (answer.model_extra or {})["stepagent"]["choices"]]
 
         return list(await asyncio.gather(*(sample_one(*state) for state in states)))
 
-    async def evaluate(self, world: World, tasks: Sequence[Task], adapter: str, temperature: float) -> list[Attempt]:
+    async def evaluate(
+        self,
+        world: World,
+        tasks: Sequence[Task],
+        adapter: str,
+        temperature: float,
+        on_done: Callable[[], object] = lambda: None,
+    ) -> list[Attempt]:
         """Try tasks under an adapter; they are not learned from."""
         options = PracticeOptions(adapter, temperature, Purpose.EVALUATION, self.concurrency)
-        return await practise(self.client, world, tasks, options)
+        return await practise(self.client, world, tasks, options, lambda _: on_done())
 
     async def register(self, folder: Path, parent: str, reason: str) -> str:
         """Hand a trained folder (absolute) to the runtime, which validates, loads and verifies it; returns its name."""
@@ -62,15 +89,29 @@ class Endpoint:
         adapter: Any = await self.client.post("/adapters", cast_to=object, body=body)
         return adapter["name"]
 
-    async def promote(self, name: str, reason: str) -> None:
-        await self.client.post(f"/adapters/{name}/promote", cast_to=object, body={"reason": reason})
+    async def promote(self, name: str, reason: str, acting: str) -> None:
+        """Raises openai's ConflictError where another adapter than `acting` acts by now."""
+        body = {"reason": reason, "acting": acting}
+        await self.client.post(f"/adapters/{name}/promote", cast_to=object, body=body)
 
-    async def start_canary(self, name: str, share: float, reason: str) -> None:
-        body = {"share": share, "reason": reason}
+    async def start_canary(self, name: str, share: float, reason: str, acting: str) -> None:
+        """Raises as `promote` does, and beside another canary."""
+        body = {"share": share, "reason": reason, "acting": acting}
         await self.client.post(f"/adapters/{name}/canary", cast_to=object, body=body)
 
     async def refuse(self, name: str, reason: str) -> None:
         await self.client.post(f"/adapters/{name}/refuse", cast_to=object, body={"reason": reason})
+
+    async def refuse_left_over(self, cycles: Sequence[str]) -> list[str]:
+        """Refuse what cycles that were cut off have registered and nobody has judged; returns the names."""
+        listed: Any = await self.client.get("/adapters", cast_to=object)
+        names = []
+        for adapter in listed["data"]:
+            cycle = next((cycle for cycle in cycles if cycle in adapter["events"][0]["reason"]), None)
+            if cycle is not None and adapter["state"] in UNJUDGED:
+                await self.refuse(adapter["name"], f"the learner ended before it was judged ({cycle})")
+                names.append(adapter["name"])
+        return names
 
     async def rollback(self, reason: str) -> Any:
         return await self.client.post("/adapters/rollback", cast_to=object, body={"reason": reason})

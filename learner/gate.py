@@ -27,6 +27,10 @@ class Trial:
     """Actions that could not be read."""
 
 
+UNFINISHED = Trial(0.0, 0)
+"""As which a candidate's trial counts that did not come to an end."""
+
+
 @dataclass(frozen=True, slots=True)
 class GateDecision:
     """Whether to promote, why, and on what evidence."""
@@ -41,13 +45,14 @@ def decide(
 ) -> GateDecision:
     """Promote if the gain's lower bound is above zero, and that of the rise in malformed actions is not.
 
-    The sequences are parallel; a trial that either did not finish (None) is left out. The bounds are Student's on the
-    paired differences, one-sided at 95 %; of the gain, higher where the best of several candidates is to be taken
-    (Bonferroni).
+    The sequences are parallel; None is a trial that did not come to an end. Where the acting adapter did not finish, it
+    is left out; where only the candidate did not, it has failed: else it would be judged by what it can do. The bounds
+    are Student's on the paired differences, one-sided at 95 %; of the gain, higher where the best of several candidates
+    is to be taken (Bonferroni).
     """
-    pairs = [(new, old) for new, old in zip(candidate, acting, strict=True) if new and old]
+    pairs = [(new or UNFINISHED, old) for new, old in zip(candidate, acting, strict=True) if old]
     if len(pairs) < LEAST_TRIALS:
-        words = f"only {len(pairs)} {unit} were finished under both adapters, and a decision needs {LEAST_TRIALS}"
+        words = f"only {len(pairs)} {unit} were finished under the acting adapter, and a decision needs {LEAST_TRIALS}"
         return GateDecision(False, words, {"num_trials": len(pairs), "unit": unit})
     gains = [new.score - old.score for new, old in pairs]
     gain, low = fmean(gains), _lower_bound(gains, num_candidates)
@@ -56,6 +61,7 @@ def decide(
     evidence = {
         "num_trials": len(pairs),
         "unit": unit,
+        "candidate_unfinished": sum(new is UNFINISHED for new, _ in pairs),
         "candidate_score": fmean(new.score for new, _ in pairs),
         "acting_score": fmean(old.score for _, old in pairs),
         "gain": gain,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from learner.losses import effective_sample_size, k3
-from learner.material import Material, OwnAction, State
+from learner.material import NO_ANCESTOR, Material, OwnAction, State
 from learner.objectives import action_row
 from learner.prefix_tree import Row
 from learner.rewards import own_actions
@@ -42,7 +42,7 @@ def health(watched: WatchedActions, before: Sequence[Tensor], after: Sequence[Te
 
     chosen_logprob and its change: mean log pi of an expert's action, in nats; it must not fall. kl_to_reference: mean a
     token of the own actions. effective_sample_share: of the own actions' importance ratios reference / behavior, how
-    many as good as fresh samples they are worth. versions_old: mean over own actions.
+    many as good as fresh samples they are worth. versions_old: mean over these actions.
     """
     num_experts = len(watched.experts)
     measured: dict[str, float] = {}
@@ -51,15 +51,26 @@ def health(watched: WatchedActions, before: Sequence[Tensor], after: Sequence[Te
         measured |= {"chosen_logprob": now, "chosen_logprob_change": now - was}
     if watched.own:
         ref, policy = torch.cat(list(before[num_experts:])), torch.cat(list(after[num_experts:]))
-        behavior = torch.tensor([sum(action.behavior_logprobs) for _, action in watched.own])
-        log_ratios = _sums(before[num_experts:]) - behavior
-        measured |= {
-            # The samples are the reference's, so the estimate is of KL(reference || policy): never negative.
-            "kl_to_reference": k3(ref, policy).mean().item(),
-            "effective_sample_share": effective_sample_size((log_ratios - log_ratios.max()).exp()) / len(watched.own),
-            "versions_old": sum(action.num_versions_old for _, action in watched.own) / len(watched.own),
-        }
+        # The samples are the reference's, so the estimate is of KL(reference || policy): never negative.
+        measured["kl_to_reference"] = k3(ref, policy).mean().item()
+        measured |= _staleness([action for _, action in watched.own], _sums(before[num_experts:]))
     return measured
+
+
+def _staleness(own: Sequence[OwnAction], ref_logprobs: Tensor) -> dict[str, float]:
+    """Of the actions that a policy gradient could take."""
+    ratios = [
+        (ref - sum(action.behavior_logprobs), action.num_versions_old)
+        for action, ref in zip(own, ref_logprobs.tolist(), strict=True)
+        if action.behavior_logprobs and action.num_versions_old < NO_ANCESTOR
+    ]
+    if not ratios:
+        return {}
+    log_ratios = torch.tensor([log_ratio for log_ratio, _ in ratios])
+    return {
+        "effective_sample_share": effective_sample_size((log_ratios - log_ratios.max()).exp()) / len(ratios),
+        "versions_old": sum(num_versions_old for _, num_versions_old in ratios) / len(ratios),
+    }
 
 
 def own_sums(watched: WatchedActions, logprobs: Sequence[Tensor]) -> list[float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +50,12 @@ class Inspection:
     num_answers: Counter[str] = field(default_factory=Counter)
     """Experts' answers at own states by their source; `nobody`: no expert knew; `unwritable`: no tokens say it."""
 
+    def measures(self) -> dict[str, float]:
+        """How many states teach something new, and how many do not, by the reason."""
+        report = report_on([*self.demonstrated, *self.own])
+        dropped = {f"num_{reason}": float(number) for reason, number in report.num_dropped.items()}
+        return {"num_states": float(report.num_states), "num_informative": float(report.num_kept), **dropped}
+
     def report(self) -> dict[str, Any]:
         """For the cycle's report."""
         return {
@@ -60,11 +66,15 @@ class Inspection:
 
 
 async def inspect(
-    demonstrations: Sequence[LoggedEpisode], own: Sequence[LoggedEpisode], inspector: Inspector
+    demonstrations: Sequence[LoggedEpisode],
+    own: Sequence[LoggedEpisode],
+    inspector: Inspector,
+    on_done: Callable[[], object] = lambda: None,
 ) -> Inspection:
-    """Compare everywhere. Raises openai's errors where the endpoint does not answer."""
-    demonstrated, compared = await inspect_demonstrations(demonstrations, inspector)
-    own_trajectories, own_compared, num_answers = await _inspect_own(own, inspector)
+    """Compare everywhere; `on_done` is called after each state. Raises openai's errors where the endpoint does not
+    answer."""
+    demonstrated, compared = await inspect_demonstrations(demonstrations, inspector, on_done)
+    own_trajectories, own_compared, num_answers = await _inspect_own(own, inspector, on_done)
     material = Material(tuple(demonstrated), tuple(own_trajectories))
     return Inspection(material, compared, own_compared, num_answers)
 
@@ -73,12 +83,12 @@ async def inspect(
 
 
 async def inspect_demonstrations(
-    demonstrations: Sequence[LoggedEpisode], inspector: Inspector
+    demonstrations: Sequence[LoggedEpisode], inspector: Inspector, on_done: Callable[[], object] = lambda: None
 ) -> tuple[list[Trajectory], list[ComparedState]]:
     """Sample the acting policy at every state of the experts' episodes, and compare."""
     places = [state for demonstration in demonstrations for state in demonstration.states()]
     asked = [(state.messages, state.step.tools) for state in places]
-    sampled = await inspector.endpoint.sample(asked, inspector.acting, inspector.num_samples)
+    sampled = await inspector.endpoint.sample(asked, inspector.acting, inspector.num_samples, on_done)
     states: dict[str, State] = {}
     compared = []
     for place, step_ids in zip(places, sampled, strict=True):
@@ -94,26 +104,30 @@ async def inspect_demonstrations(
 
 def _demonstrated_state(expert: Step, samples: Sequence[Step], compared: ComparedState) -> State:
     own = tuple(
-        OwnAction(sample.id, sample.completion_token_ids, sample.behavior_logprobs or (), comparison.agrees)
-        for sample, comparison in zip(samples, compared.comparisons, strict=True)
+        _own_action(sample, comparison.agrees) for sample, comparison in zip(samples, compared.comparisons, strict=True)
     )
     # The prompt as it is served now: a template may write a history afresh that the demonstration continued.
     prompt = samples[0].prompt_token_ids if samples else expert.prompt_token_ids
     return State(expert.id, prompt, expert.completion_token_ids, own)
 
 
+def _own_action(step: Step, agrees: bool | None, num_versions_old: int = 0) -> OwnAction:
+    behavior = step.behavior_logprobs if step.behavior_logprobs and step.sampling.is_policy else ()
+    return OwnAction(step.id, step.completion_token_ids, behavior, agrees, num_versions_old)
+
+
 # ---------------------------------------------------------------------------------------------- own states
 
 
 async def _inspect_own(
-    own: Sequence[LoggedEpisode], inspector: Inspector
+    own: Sequence[LoggedEpisode], inspector: Inspector, on_done: Callable[[], object]
 ) -> tuple[list[Trajectory], list[ComparedState], Counter[str]]:
-    places = [state for episode in own for state in episode.states()]
-    answers = await asyncio.gather(*(ask(inspector.experts, place) for place in places))
+    places = [(episode, state) for episode in own for state in episode.states()]
+    answers = await asyncio.gather(*(ask(inspector.experts, place) for _, place in places))
     states: dict[str, State] = {}
     compared, num_answers = [], Counter[str]()
-    num_versions_old = {episode.episode.id: episode.num_versions_old for episode in own}
-    for place, answer in zip(places, answers, strict=True):
+    for (episode, place), answer in zip(places, answers, strict=True):
+        on_done()
         step = place.step
         expert = None if answer is None else _in_tokens(inspector.protocol, place, answer.action)
         agrees = None
@@ -124,9 +138,7 @@ async def _inspect_own(
             judge = same_effect_at(inspector.world, place)
             compared.append(compare_state([step.action], answer.action, judge))
             agrees = compared[-1].comparisons[0].agrees
-        action = OwnAction(
-            step.id, step.completion_token_ids, step.behavior_logprobs or (), agrees, num_versions_old[step.episode_id]
-        )
+        action = _own_action(step, agrees, episode.num_versions_old)
         states[step.id] = State(step.id, step.prompt_token_ids, expert, (action,))
     trajectories = [
         Trajectory(e.episode.id, tuple(states[step.id] for step in e.path), e.episode.task, e.outcome) for e in own

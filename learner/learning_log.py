@@ -108,6 +108,11 @@ def create_tables(db: Database) -> None:
     )
 
 
+@migrations()
+def index_rewards_by_cycle(db: Database) -> None:
+    db.execute("CREATE INDEX step_rewards_by_cycle ON step_rewards(cycle, source)")
+
+
 @dataclass(slots=True)
 class LearningLog:
     """The store. Constructing migrates. Used from one thread."""
@@ -182,7 +187,9 @@ class LearningLog:
     def last_step_seen(self) -> str | None:
         """The step that the last cycle which learned from the log read up to."""
         for status in self.cycles(limit=1000):
-            if status.stage is not CycleStage.FAILED and (last := status.report.get("last_step_id")):
+            if status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED) and (
+                last := status.report.get("last_step_id")
+            ):
                 return last
         return None
 

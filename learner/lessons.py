@@ -155,9 +155,9 @@ def _inverse(material: Material, options: LessonOptions, discriminator: ActionRe
     """Every own action by the discriminator's reward, with or without an expert's answer beside it."""
     if discriminator is None:
         raise ValueError("inverse takes its rewards from a discriminator, and none was given")
-    own = _own_actions(material.trajectories)
+    own = _drawn_from_policy(_own_actions(material.trajectories))
     if not own:
-        raise NothingToLearn("there is no own action that is fresh enough to be rewarded")
+        raise NothingToLearn("there is no own action to be rewarded that is fresh enough and drawn at temperature 1")
     advantages = normalised(discriminator.rewards([row for row, _ in own]))
     if not any(advantages):
         raise NothingToLearn(f"the discriminator rewards all {len(own)} own actions alike")
@@ -220,11 +220,11 @@ def _rft(material: Material, options: LessonOptions, discriminator: ActionReward
 
 def _ppo(material: Material, options: LessonOptions, discriminator: ActionRewards | None) -> PolicyGradient:
     """Every own action by its episode's outcome, against the mean outcome of the episodes."""
-    judged = [own for own in material.own if own.outcome is not None and _own_side(own)]
+    judged = [own for own in material.own if own.outcome is not None and _drawn_from_policy(_own_actions([own]))]
     advantages = normalised([own.outcome for own in judged if own.outcome is not None])
     if not any(advantages):
         raise NothingToLearn(f"the outcomes of all own episodes are equal: {_outcomes(material.own)}")
-    actions = [_own_actions([own]) for own in judged]
+    actions = [_drawn_from_policy(_own_actions([own])) for own in judged]
     spread = [advantage for advantage, episode in zip(advantages, actions, strict=True) for _ in episode]
     return _policy_gradient("ppo", [action for episode in actions for action in episode], spread, material, options)
 
@@ -272,6 +272,11 @@ def _own_actions(trajectories: Sequence[Trajectory]) -> list[tuple[Row, OwnActio
         for state in trajectory.states
         for action in state.own
     ]
+
+
+def _drawn_from_policy(own: Sequence[tuple[Row, OwnAction]]) -> list[tuple[Row, OwnAction]]:
+    """Those whose importance ratio can be told."""
+    return [(row, action) for row, action in own if action.behavior_logprobs]
 
 
 def without_stale_actions(material: Material, options: LessonOptions) -> Material:

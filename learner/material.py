@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from policies.types import TokenIds
 
+NO_ANCESTOR = 1_000_000
+"""As a number of versions: of a policy that the acting one does not stem from."""
+
 
 @dataclass(frozen=True, slots=True)
 class OwnAction:
@@ -19,7 +22,8 @@ class OwnAction:
     """The logged step."""
     token_ids: TokenIds
     behavior_logprobs: tuple[float, ...]
-    """Of each token, under the policy that sampled it, at temperature 1."""
+    """Of each token, under the policy that sampled it. Empty where it was drawn otherwise (another temperature, top-p,
+    a grammar): how likely that was is not known, and no policy gradient takes it."""
     agrees: bool | None
     """Whether it means what the expert's action does; None where no expert has answered."""
     num_versions_old: int = 0

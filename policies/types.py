@@ -47,6 +47,11 @@ class SamplingParams:
     grammar: str | None = None
     """An llguidance grammar in Lark form that the completion's text must follow. None: unconstrained."""
 
+    @property
+    def is_policy(self) -> bool:
+        """Tokens are drawn from the policy's own distribution: the logprobs of `SampledToken` are those of the draw."""
+        return self.temperature == 1.0 and self.top_p == 1.0 and self.top_k == 0 and self.grammar is None
+
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")

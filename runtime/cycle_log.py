@@ -55,16 +55,19 @@ class CycleLog:
         return {row["stage"]: row["num"] for row in rows if row["stage"] in ENDINGS}
 
     def health(self) -> dict[str, dict[str, float]]:
-        """What the newest cycle measured, by what it was measured of: an objective, the discriminator, the material."""
-        newest = self.cycles(limit=1)
-        return newest[0]["report"].get("health", {}) if newest else {}
+        """What the newest cycle that measured anything did, by what it was of: an objective, the discriminator, the
+        material."""
+        reports = (cycle["report"].get("health") for cycle in self.cycles(limit=50))
+        return next((health for health in reports if health), {})
 
     def agreement(self, adapter: str) -> list[float]:
-        """Expert agreement of an adapter's own steps in the newest cycle that judged any: 1 or 0, a step."""
+        """Expert agreement of an adapter's own steps in the newest cycle that judged any: 1 or 0, newest step first."""
         rows = self._rows(
             "SELECT value FROM step_rewards JOIN steps ON steps.id = step_id JOIN episodes ON episodes.id = episode_id "
             "WHERE source = 'expert_agreement' AND episodes.purpose <> 'evaluation' AND steps.adapter = ? "
-            "AND cycle = (SELECT cycle FROM cycles ORDER BY id DESC LIMIT 1)",
+            "AND cycle = (SELECT cycle FROM cycles WHERE EXISTS (SELECT 1 FROM step_rewards WHERE "
+            "step_rewards.cycle = cycles.cycle AND source = 'expert_agreement') ORDER BY id DESC LIMIT 1) "
+            "ORDER BY steps.created_at DESC",
             [adapter],
         )
         return [row["value"] for row in rows]

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from runtime.background import keep_doing
 from runtime.cycle_log import CycleLog
 from runtime.step_log import StepLog
 from runtime.types import new_id
+
+_log = logging.getLogger(__name__)
 
 LOG_FILE = "learner.log"
 """In the state folder: what the learner prints."""
@@ -41,6 +46,7 @@ class LearnerProcess:
         self._cycles = CycleLog(state)
         self._process: asyncio.subprocess.Process | None = None
         self._running: str | None = None
+        self._starting = asyncio.Lock()
         self._reasons: dict[str, str] = {}
 
     @property
@@ -55,6 +61,10 @@ class LearnerProcess:
 
     async def start(self, options: Sequence[str] = (), reason: str = "asked for") -> str:
         """Start a cycle; returns its name. Raises LearnerBusy beside another one, ours or not."""
+        async with self._starting:  # two who ask at once: the second finds the first one's process
+            return await self._start(options, reason)
+
+    async def _start(self, options: Sequence[str], reason: str) -> str:
         if self.running is not None:
             raise LearnerBusy(f"cycle {self.running} runs already; wait for its end")
         if self._cycles.is_learner_alive():
@@ -99,6 +109,8 @@ class CycleTrigger:
     """Starts a cycle whenever enough episodes have come since the last one began."""
 
     EVERY_S = 2.0
+    FIRST_PAUSE_S, LONGEST_PAUSE_S = 60.0, 3600.0
+    """After a learner that ended without a word in the log: they double, else it would be started for ever."""
 
     def __init__(self, learner: LearnerProcess, log: StepLog, cycles: CycleLog, every_episodes: int) -> None:
         self._learner = learner
@@ -106,16 +118,37 @@ class CycleTrigger:
         self._cycles = cycles
         self.every_episodes = every_episodes
         """0: never by itself."""
+        self._started: str | None = None
+        """The cycle that we started last."""
+        self._pause_s = 0.0
+        self._not_before = 0.0
+        """time.monotonic()"""
 
     async def keep_watching(self) -> None:
         """For ever: the server's background task."""
-        while self.every_episodes:
-            await asyncio.sleep(self.EVERY_S)
-            if self._learner.running is None and await asyncio.to_thread(self._is_due):
-                with contextlib.suppress(LearnerBusy):
-                    await self._learner.start(reason=f"{self.every_episodes} new episodes")
+        if self.every_episodes:
+            await keep_doing("the start of a learning cycle", self.look, self.EVERY_S)
+
+    async def look(self) -> None:
+        """Start a cycle if one is due."""
+        if self._learner.running is None and await asyncio.to_thread(self._is_due):
+            with contextlib.suppress(LearnerBusy):
+                self._started = await self._learner.start(reason=f"{self.every_episodes} new episodes")
 
     def _is_due(self) -> bool:
         newest = self._cycles.cycles(limit=1)
+        self._back_off(newest[0]["cycle"] if newest else None)
         since = newest[0]["started_at"] if newest else 0.0
-        return self._log.num_learnable_since(since) >= self.every_episodes
+        return time.monotonic() >= self._not_before and self._log.num_learnable_since(since) >= self.every_episodes
+
+    def _back_off(self, newest: str | None) -> None:
+        if self._started is None:
+            return
+        if newest == self._started:
+            self._pause_s = 0.0
+        else:
+            self._pause_s = min(2 * self._pause_s or self.FIRST_PAUSE_S, self.LONGEST_PAUSE_S)
+            self._not_before = time.monotonic() + self._pause_s
+            problem = self._learner.status(self._started)
+            _log.error("%s; the next try is in %g s", problem["message"] if problem else "no cycle", self._pause_s)
+        self._started = None

@@ -47,7 +47,7 @@ def welcome(parts: Parts, settings: Settings, sock: socket.socket) -> str:
         f"step log    {settings.state / 'agent.db'}",
         "learner     "
         + (f"a cycle every {settings.learn_every} new episodes; " if settings.learn_every else "")
-        + f"curl -X POST {url}/v1/learner/cycles starts one now",
+        + f"curl{_key(parts)} -X POST {url}/v1/learner/cycles starts one now",
         "try         " + _example(parts, url),
     ]
     return "\n".join(lines)
@@ -55,5 +55,10 @@ def welcome(parts: Parts, settings: Settings, sock: socket.socket) -> str:
 
 def _example(parts: Parts, url: str) -> str:
     body = {"model": parts.served_name, "messages": [{"role": "user", "content": parts.toolbox.example_request()}]}
-    key = " -H 'authorization: Bearer $STEPAGENT_API_KEY'" if parts.api_key else ""
-    return f"curl {url}/v1/chat/completions -H 'content-type: application/json'{key} -d {shlex.quote(json.dumps(body))}"
+    said = shlex.quote(json.dumps(body))
+    return f"curl{_key(parts)} {url}/v1/chat/completions -H 'content-type: application/json' -d {said}"
+
+
+def _key(parts: Parts) -> str:
+    """curl's option for the API key, which the shell fills in."""
+    return ' -H "authorization: Bearer $STEPAGENT_API_KEY"' if parts.api_key else ""

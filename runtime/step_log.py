@@ -165,6 +165,13 @@ class StepLog:
         rows = self._rows("SELECT * FROM corrections WHERE step_id = ? ORDER BY created_at, id", step_id)
         return [correction_from_row(row) for row in rows]
 
+    def corrected_steps(self) -> list[str]:
+        """Ids of the steps that have a correction, newest correction first."""
+        rows = self._rows(
+            "SELECT step_id, max(created_at) AS newest FROM corrections GROUP BY step_id ORDER BY newest DESC"
+        )
+        return [row["step_id"] for row in rows]
+
     def steps_since(self, step_id: str | None, limit: int) -> list[Step]:
         """The next steps in the order of their logging; None begins at the first. Pass on the last returned step's id.
 

@@ -26,6 +26,7 @@ from policies.base_network import BaseNetwork
 from policies.probe import Probe
 from policies.registry import AdapterRegistry, AdapterState, RegistryError
 from policies.types import BASE_ADAPTER, Adapter, Engine, EngineError
+from runtime.background import keep_doing
 from runtime.leases import Leases
 from runtime.verification import verify_adapter
 
@@ -42,7 +43,8 @@ IN_ENGINE = (
     AdapterState.DRAINING,
 )
 WANTED = (AdapterState.VERIFIED, AdapterState.CANARY, AdapterState.ACTING)
-"""States that keep an adapter in the engine though no episode leases it."""
+"""States that keep an adapter in the engine though no episode leases it, as long as nobody needs its slot: a verified
+one, which nobody has promoted yet, then gives way and is brought up again when it is promoted."""
 
 SLOT_PAUSE_S = 0.05
 """Between two looks for a free slot."""
@@ -126,18 +128,25 @@ class Swap:
         async with self._changes:
             return await self._bring_up(self._registry.adapter(name))
 
-    async def promote(self, name: str, reason: str = "") -> None:
-        """Let an adapter act for new episodes. One that is not up is brought up first, see `bring_up`."""
+    async def promote(self, name: str, reason: str = "", acting: str | None = None) -> None:
+        """Let an adapter act for new episodes. One that is not up is brought up first, see `bring_up`.
+
+        `acting` is what it was found to be better than. Raises SwapError where that does not act any more (None:
+        whatever acts).
+        """
         async with self._changes:
+            self._require_acting(acting)
             await self._bring_up(self._registry.adapter(name))
             self._end_canary(name)
             await self._write(self._registry.promote, name, reason)
 
-    async def start_canary(self, name: str, share: float, reason: str = "") -> None:
-        """Give an adapter this share of the new episodes, chosen by their ids. Raises SwapError beside another."""
+    async def start_canary(self, name: str, share: float, reason: str = "", acting: str | None = None) -> None:
+        """Give an adapter this share of the new episodes, chosen by their ids. Raises SwapError beside another canary,
+        and as `promote` does."""
         if not 0.0 < share <= 1.0:
             raise SwapError(f"a canary's share must lie in (0, 1], got {share}")
         async with self._changes:
+            self._require_acting(acting)
             if self._canary is not None:
                 raise SwapError(f"{self._canary[0]} is a canary already; promote or refuse it first")
             await self._bring_up(self._registry.adapter(name))
@@ -158,9 +167,7 @@ class Swap:
         another adapter than the one that is to be taken back acts by now (None: whichever acts).
         """
         async with self._changes:
-            now = self._registry.acting()
-            if acting is not None and (now is None or now.name != acting):
-                raise SwapError(f"{acting} does not act any more")
+            self._require_acting(acting)
             return await self._roll_back(reason)
 
     async def restore(self) -> Adapter | None:
@@ -186,9 +193,7 @@ class Swap:
 
     async def keep_draining(self, every_s: float = 5.0) -> None:
         """`drain`, for ever: the server's background task."""
-        while True:
-            await asyncio.sleep(every_s)
-            await self.drain()
+        await keep_doing("the draining of adapters", self.drain, every_s)
 
     # ------------------------------------------------------------------------------------- choosing a lease
 
@@ -234,6 +239,7 @@ class Swap:
         self._require_not_refused(adapter)
         if adapter.name in self._served:
             return adapter
+        await self._note_if_unloaded(adapter)
         await self._require_slot()
         try:
             files = await self._validate(adapter)
@@ -247,6 +253,11 @@ class Swap:
             if adapter.name not in self._served:
                 await self._unload(adapter, "it did not come up")
         return adapter
+
+    async def _note_if_unloaded(self, adapter: Adapter) -> None:
+        """The engine let go of it, but that could not be written then (a full disk)."""
+        if self._registry.state(adapter.name) in IN_ENGINE and adapter not in self._engine.loaded_adapters():
+            await self._write(self._registry.record, adapter, AdapterState.UNLOADED, "it was unloaded before")
 
     async def _validate(self, adapter: Adapter) -> AdapterFiles:
         files = await asyncio.to_thread(validate_adapter, adapter.path, self._engine.limits, self._base)
@@ -332,15 +343,23 @@ class Swap:
 
     async def _displace(self) -> None:
         """Unload the draining adapter that was idle longest, if one is: its episodes wait for their users, and one
-        that comes back finds it loaded again. Else conversations left open would keep every new version out."""
-        idle_since: dict[Adapter, float] = {}
+        that comes back finds it loaded again. Else conversations left open would keep every new version out.
+
+        Where none drains, the verified one that was idle longest: else what nobody promotes or refuses would."""
+        idle_since: dict[Adapter, tuple[bool, float]] = {}
         for adapter in self._engine.loaded_adapters():
-            since = self._leases.idle_since(adapter.name)
-            if since is not None and self._registry.state(adapter.name) not in WANTED:
-                idle_since[adapter] = since
+            since, state = self._leases.idle_since(adapter.name), self._registry.state(adapter.name)
+            if since is not None and (state not in WANTED or state is AdapterState.VERIFIED):
+                idle_since[adapter] = state is AdapterState.VERIFIED, since
         if idle_since:
             longest = min(idle_since, key=idle_since.__getitem__)
             await self._unload_if_possible(longest, "its slot was needed and its episodes were idle")
+
+    def _require_acting(self, name: str | None) -> None:
+        now = self._registry.acting()
+        acting = BASE_ADAPTER if now is None else now.name
+        if name not in (None, acting):
+            raise SwapError(f"{name} does not act any more: {acting} does")
 
     def _require_not_refused(self, adapter: Adapter) -> None:
         last = self._registry.last_event(adapter.name)

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean, variance
 
-from policies.registry import AdapterRegistry, RegistryError
+from policies.registry import AdapterRegistry
 from policies.types import BASE_ADAPTER
+from runtime.background import keep_doing
 from runtime.cycle_log import CycleLog
 from runtime.step_log import StepLog
-from runtime.swap import Swap, SwapError
+from runtime.swap import Swap
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class WatchOptions:
     z: float = 3.0
     """Standard errors that count as more than noise. Three, not two: the same evidence is looked at again and again."""
     canary_values: int = 100
-    """Outcomes after which a canary that is not worse acts."""
+    """Outcomes after which a canary that is not worse acts; of what acts there must be `least_values`."""
 
 
 class Watch:
@@ -57,12 +58,7 @@ class Watch:
 
     async def keep_watching(self) -> None:
         """For ever: the server's background task."""
-        while True:
-            await asyncio.sleep(self._options.every_s)
-            try:
-                await self.look()
-            except (SwapError, RegistryError) as error:  # another change came first; the next look sees it
-                _log.warning("the watch could not act: %s", error)
+        await keep_doing("the watch over live adapters", self.look, self._options.every_s)
 
     async def look(self) -> str | None:
         """Look once; says what was done, None where nothing was."""
@@ -83,10 +79,11 @@ class Watch:
             await self._swap.refuse(canary, worse)
             return worse
         outcomes = await asyncio.to_thread(self._log.outcome_values, canary, self._options.canary_values)
-        if len(outcomes) < self._options.canary_values:
+        others = await asyncio.to_thread(self._log.outcome_values, acting, self._options.least_values)
+        if len(outcomes) < self._options.canary_values or len(others) < self._options.least_values:
             return None
         reason = f"as a canary it was not worse over {len(outcomes)} episodes"
-        await self._swap.promote(canary, reason)
+        await self._swap.promote(canary, reason, acting)
         return reason
 
     def _why_worse(self, adapter: str, other: str) -> str | None:

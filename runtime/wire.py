@@ -357,12 +357,20 @@ class AdapterRegistration(WireModel):
 
 
 class AdapterChange(WireModel):
-    """Body of POST /v1/adapters/{name}/promote and /v1/adapters/rollback; may be left out."""
+    """Body of POST /v1/adapters/rollback; may be left out."""
 
     reason: _Reason = ""
 
 
-class CanaryRequest(AdapterChange):
+class AdapterPromotion(AdapterChange):
+    """Body of POST /v1/adapters/{name}/promote; may be left out."""
+
+    acting: str | None = None
+    """What it was found to be better than (`base`: the base network). Where another adapter acts by now, nothing is
+    changed."""
+
+
+class CanaryRequest(AdapterPromotion):
     """Body of POST /v1/adapters/{name}/canary."""
 
     share: float = Field(gt=0, le=1, allow_inf_nan=False)

@@ -21,7 +21,7 @@ from runtime.swap import Swap
 from tests_vllm.novice_adapters import NoviceAdapters, complete, ids_of, until
 from tests_vllm.server_process import is_running, serving, wait_until
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+on_one_loop = pytest.mark.asyncio(loop_scope="module")
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0)
 LONG = SamplingParams(max_tokens=1500)
@@ -35,6 +35,7 @@ async def engine(novice: NoviceAdapters) -> AsyncIterator[SupervisedEngine]:
     await engine.close()
 
 
+@on_one_loop
 async def test_a_killed_engine_ends_its_requests_at_once_and_is_replaced(
     engine: SupervisedEngine, novice: NoviceAdapters, tmp_path: Path
 ):
@@ -72,6 +73,7 @@ async def test_a_killed_engine_ends_its_requests_at_once_and_is_replaced(
     assert events[-5:] == ["unloaded", "validated", "loaded", "verified", "acting"]
 
 
+@on_one_loop
 async def test_a_closed_engine_ends_its_requests_and_refuses_more(engine: SupervisedEngine):
     vllm_engine = engine._usable()
     assert isinstance(vllm_engine, VllmEngine)
@@ -86,6 +88,7 @@ async def test_a_closed_engine_ends_its_requests_and_refuses_more(engine: Superv
     assert not is_running(pid)
 
 
+@on_one_loop
 async def test_a_model_that_vllm_cannot_load_is_told(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}')
     with pytest.raises(EngineError, match="vLLM cannot start"):

@@ -198,6 +198,7 @@ class EmbeddedEngine:
     async def _command(self, action: Callable[[], None]) -> None:
         """Have the thread do something between two steps."""
         done: Future[None] = Future()
+        done.set_running_or_notify_cancel()  # it will be done, also where the one who asks has gone away meanwhile
         with self._work:
             if self._problem:
                 raise EngineError(self._problem)

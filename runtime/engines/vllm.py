@@ -155,7 +155,11 @@ class VllmEngine:
             supports_grammar=llm.tokenizer is not None,
         )
         engine = cls(llm, limits, config.lora_config.target_modules or TARGET_MODULES)
-        await engine._warm_up()
+        try:
+            await engine._warm_up()
+        except BaseException:
+            await engine.close()  # else its process would hold the GPU, and nobody knew of it
+            raise
         return engine
 
     @property

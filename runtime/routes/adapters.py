@@ -14,9 +14,10 @@ from policies.types import BASE_ADAPTER, Adapter
 from runtime.parts import Parts
 from runtime.routes.bodies import StrictJsonRoute
 from runtime.routes.errors import ApiError
-from runtime.wire import AdapterChange, AdapterRefusal, AdapterRegistration, CanaryRequest
+from runtime.wire import AdapterChange, AdapterPromotion, AdapterRefusal, AdapterRegistration, CanaryRequest
 
 _NO_REASON = AdapterChange()
+_PROMOTION = AdapterPromotion()
 
 
 def adapter_routes(parts: Parts) -> APIRouter:
@@ -45,15 +46,15 @@ def adapter_routes(parts: Parts) -> APIRouter:
         return {"acting": acting.name if acting else BASE_ADAPTER}
 
     @router.post("/{name}/promote")
-    async def promote_adapter(name: str, body: Annotated[AdapterChange, Body()] = _NO_REASON) -> dict[str, Any]:
+    async def promote_adapter(name: str, body: Annotated[AdapterPromotion, Body()] = _PROMOTION) -> dict[str, Any]:
         """Let it act for new episodes; episodes that are running keep the adapter they began with."""
-        await swap.promote(name, body.reason)
+        await swap.promote(name, body.reason, body.acting)
         return _record(registry, registry.adapter(name))
 
     @router.post("/{name}/canary")
     async def start_canary(name: str, body: CanaryRequest) -> dict[str, Any]:
         """Let it serve a share of the new episodes; it is promoted or refused by how they go. 409 beside another."""
-        await swap.start_canary(name, body.share, body.reason)
+        await swap.start_canary(name, body.share, body.reason, body.acting)
         return _record(registry, registry.adapter(name))
 
     @router.post("/{name}/refuse")

@@ -53,7 +53,7 @@ def chat_routes(parts: Parts) -> APIRouter:
             await until_gone(request.receive, _gather(answer, happenings))
             return json_answer(answer.whole(), episode_headers(runs, choices[0].steps[-1].id))
         # The first happening is awaited here, so that what fails at once fails with its own status and not in a stream.
-        first = await anext(happenings)
+        first = await until_gone(request.receive, anext(happenings))
         wants_usage = body.stream_options is not None and body.stream_options.include_usage
         events = _events(answer, first, happenings, wants_usage)
         return EventStream(events, episode_headers(runs, runs[0].turn.step_id))

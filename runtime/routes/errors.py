@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from policies.types import EngineError
 from runtime.admission import UnknownModel
 from runtime.agent import ContextFull
 from runtime.learner_process import LearnerBusy
+from runtime.routes.sending import ClientGone
 from runtime.step_log import StepLogError
 from runtime.swap import SwapError
 
@@ -103,6 +105,11 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(404, f"{error}; GET /v1/adapters lists them", "adapter_not_found")
         case RegistryError():
             return ApiError(409, str(error), "adapter_conflict")
+        case ClientGone():
+            return ApiError(499, str(error), "client_gone")
+        case sqlite3.Error():
+            problem = f"the server's database, agent.db, could not be used: {error}"
+            return ApiError(503, f"{problem}; is the disk full, or does another program hold a lock?", "database_error")
         case StepLogError():
             return ApiError(503, f"the answer could not be logged, so it was not given: {error}", "log_error")
         case HTTPException(status_code=404):
@@ -132,6 +139,6 @@ def install_error_handlers(app: FastAPI) -> None:
 
     refused = (ApiError, RequestValidationError, HTTPException, ValueError, ContextFull)
     of_adapters = (SwapError, AdapterRefused, RegistryError, LearnerBusy)
-    failed = (EngineError, StepLogError, Exception)
+    failed = (EngineError, StepLogError, sqlite3.Error, ClientGone, Exception)
     for kind in (*refused, *of_adapters, *failed):
         app.add_exception_handler(kind, answer)

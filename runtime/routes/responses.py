@@ -45,7 +45,7 @@ def response_routes(parts: Parts) -> APIRouter:
             await until_gone(request.receive, _gather(answer, happenings))
             return json_answer(answer.whole(), episode_headers(runs, answer.steps[-1].id))
         # Awaited here, so that what fails at once fails with its own status and not in a stream.
-        first = await anext(happenings)
+        first = await until_gone(request.receive, anext(happenings))
         return EventStream(_events(answer, first, happenings), episode_headers(runs, runs[0].turn.step_id))
 
     return router

@@ -41,7 +41,7 @@ class EventStream(Response):
         self.raw_headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with suppress(asyncio.CancelledError):  # nobody reads on; uvicorn would log it as the app's failure
+        with suppress(ClientGone):  # nobody reads on; uvicorn would log it as the app's failure
             await until_gone(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
@@ -52,17 +52,24 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b""})
 
 
+class ClientGone(Exception):
+    """The client has hung up, and what was done for it has been ended."""
+
+
 async def until_gone(receive: Receive, work: Awaitable[T]) -> T:
-    """Await the work, but cancel it where the client hangs up: nobody would read the answer."""
+    """Await the work, but cancel it where the client hangs up: nobody would read the answer. Raises ClientGone then."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(receive))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        task.cancel()
+        await asyncio.wait({task})
+        raise ClientGone("the client has hung up")
     finally:
         gone.cancel()
-        if not task.done():
-            task.cancel()
-    return await task
+        task.cancel()
 
 
 async def _gone(receive: Receive) -> None:

@@ -101,6 +101,8 @@ async def _attempt(client: AsyncOpenAI, world: World, task: Task, model: str, op
             messages.extend(episode.play(messages[-1]))
         await _report(client, episode_id, episode.outcome())
     except OpenAIError as error:
+        if getattr(error, "code", None) == "context_length_exceeded":  # it went round in circles: its own failure
+            return Attempt(task.id, episode_id, 0.0, num_steps, num_malformed)
         return Attempt(task.id, episode_id, 0.0, num_steps, num_malformed, str(error))
     return Attempt(task.id, episode_id, episode.outcome(), num_steps, num_malformed)
 
