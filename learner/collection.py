@@ -9,6 +9,8 @@ A task is held out as a whole, for the gate: its demonstrations are never traine
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +19,6 @@ from learner.held_out import is_held_out
 from learner.material import NO_ANCESTOR
 from policies.chat_protocol import action_message
 from policies.types import Message
-from runtime.conversation import digests_of
 from runtime.step_log import StepLog
 from runtime.types import Actor, Episode, Purpose, Step
 
@@ -60,8 +61,11 @@ class LoggedEpisode:
         An episode and the demonstration that it was promoted to have the same one. What the user began with was
         refused as a name: many agents are always greeted alike.
         """
-        told = [message for step in self.path for message in step.new_messages if message["role"] in ("user", "tool")]
-        return self.episode.task or digests_of(told)[-1] if told else self.episode.id
+        if self.episode.task is not None:
+            return self.episode.task
+        messages = [message for step in self.path for message in step.new_messages]
+        told = [message.get("content") for message in messages if message["role"] in ("user", "tool")]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     def states(self) -> list[LoggedState]:
         return [LoggedState(self.episode.task, self.path[: number + 1]) for number in range(len(self.path))]

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from learner.collection import CollectionOptions, collect, main_line
+from learner.material import NO_ANCESTOR
 from policies.types import FinalAnswer, FinishReason, SamplingParams
 from runtime.step_log import StepLog
-from runtime.types import Actor, Episode, Outcome, Purpose, Step, StopReason, new_id
+from runtime.types import Actor, Correction, Episode, Outcome, Purpose, Step, StopReason, new_id
 
 LINEAGE = ("agent-v0004", "agent-v0003", "agent-v0001", "base")
 OPTIONS = CollectionOptions(held_out_share=0.5, max_own_episodes=8, replay_share=0.25, max_versions_old=2)
@@ -24,8 +25,8 @@ def log(tmp_path: Path) -> Iterator[StepLog]:
     log.close()
 
 
-def step(episode_id: str, parent: Step | None = None, step_id: str = "") -> Step:
-    question = {"role": "user", "content": "What next?"}
+def step(episode_id: str, parent: Step | None = None, step_id: str = "", asked: str = "") -> Step:
+    question = {"role": "user", "content": asked or f"What next in {episode_id}?"}
     return Step(
         id=step_id or new_id("step"), episode_id=episode_id, parent_id=parent.id if parent else None,
         index=parent.index + 1 if parent else 0, new_messages=(question,), tools=(), prompt_token_ids=(1, 2),
@@ -54,7 +55,8 @@ def test_new_episodes_are_collected_and_a_share_of_the_old_ones_is_replayed(log:
     ids = {each.episode.id for each in second.own}
     assert new <= ids
     assert len(ids & old) == 2  # a quarter of eight
-    assert second.counts == {"own_new": 3, "own_replayed": 2, "own_too_old": 0, "demonstrations": 0, "held_out": 0}
+    wanted = {"own_new": 3, "own_replayed": 2, "own_too_old": 0, "own_over_limit": 0, "own_held_out": 0}
+    assert second.counts == wanted | {"demonstrations": 0, "held_out": 0}
 
 
 def test_an_episode_that_goes_on_is_new_again(log: StepLog) -> None:
@@ -98,6 +100,58 @@ def test_held_out_demonstrations_stay_held_out(log: StepLog) -> None:
     assert 5 < len(held_out) < 35
     assert not held_out & trained
     assert {each.episode.id for each in again.held_out} == held_out
+
+
+def test_what_was_corrected_is_learned_however_old_it_is_and_wherever_it_branched_off(log: StepLog) -> None:
+    old = episode(log, "agent-v0002")  # of a line that was rolled back
+    branched = episode(log)
+    first = log.steps(branched)[0]
+    side, newest = step(branched, first), replace(step(branched, first), created_at=1.0)
+    log.append_now(side, newest)
+    for number, corrected in enumerate((log.steps(old)[0], side)):
+        log.append_now(Correction(f"cor_{number}", corrected.id, FinalAnswer("That."), (9,), "user"))
+    collected = collect(log, None, LINEAGE, OPTIONS, seed=0)
+    found = {each.path[-1].id: each.num_versions_old for each in collected.own}
+    assert found == {newest.id: 0, side.id: NO_ANCESTOR, log.steps(old)[0].id: NO_ANCESTOR}
+
+
+def test_a_task_is_held_out_as_a_whole(log: StepLog) -> None:
+    """Its demonstrations fall on one side, and what the policy did at it is not learned from either."""
+    for number in range(30):
+        for actor in (Actor.EXPERT, Actor.EXPERT, Actor.POLICY):
+            new = Episode(new_id("ep"), actor, Purpose.SERVE, "agent-v0004", task=f"world/train/{number}")
+            log.append_now(new, step(new.id))
+    options = replace(OPTIONS, max_own_episodes=100)
+    collected = collect(log, None, LINEAGE, options, seed=0)
+    held_out, trained, own = (
+        [each.episode.task for each in side] for side in (collected.held_out, collected.demonstrations, collected.own)
+    )
+    assert 5 < len(set(held_out)) < 25
+    assert len(held_out) == 2 * len(set(held_out))
+    assert not set(held_out) & {*trained, *own}
+    assert set(own) == set(trained)
+    assert collected.counts["own_held_out"] == len(set(held_out))
+
+
+def test_an_episode_that_was_promoted_to_a_held_out_demonstration_is_not_learned_from(log: StepLog) -> None:
+    options = replace(OPTIONS, held_out_share=1.0)
+    own = episode(log)
+    asked = step(own, asked=f"What next in {own}?")
+    promoted = Episode(new_id("ep"), Actor.EXPERT, Purpose.SERVE, "expert")
+    log.append_now(promoted, replace(asked, id=new_id("step"), episode_id=promoted.id))
+    collected = collect(log, None, LINEAGE, options, seed=0)
+    assert ([each.episode.id for each in collected.held_out], collected.own) == ([promoted.id], [])
+
+
+def test_a_large_import_is_drawn_from(log: StepLog) -> None:
+    for _ in range(30):
+        episode(log, actor=Actor.EXPERT)
+    options = replace(OPTIONS, max_demonstrations=4)
+    first, again, other = (collect(log, None, LINEAGE, options, seed=seed) for seed in (0, 0, 1))
+    assert len(first.demonstrations) == len(first.held_out) == 4
+    assert first.counts["demonstrations"] + first.counts["held_out"] == 30
+    assert first.demonstrations == again.demonstrations
+    assert first.demonstrations != other.demonstrations
 
 
 def test_the_newest_outcome_counts(log: StepLog) -> None:

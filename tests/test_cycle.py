@@ -7,17 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from openai import APIConnectionError
 
 from learner.collection import CollectionOptions
 from learner.cycle import CycleOptions, CycleParts, run_cycle
 from learner.endpoint import Endpoint
-from learner.experts import Expert, ModelExpert, WorldExpert
+from learner.experts import Corrections, Expert, ModelExpert, WorldExpert
 from learner.learning_log import CycleStage, CycleStatus, LearningLog, RewardSource
 from learner.trainer import TrainingOptions
 from policies.chat_protocol import ChatProtocol
+from policies.registry import AdapterState
 from runtime.engines.embedded import EmbeddedEngine
 from runtime.step_log import StepLog
+from runtime.types import Outcome, new_id
 from tests.serving import MODEL, NOVICE_FOLDER, SayingEngine, Served, parts_of, served
 from tests.test_demonstration_routes import expert_demonstration, post
 from tools.worlds.order_desk import OrderDesk
@@ -194,3 +198,133 @@ def test_a_server_that_goes_away_fails_the_cycle(
     status = run(server, tmp_path)
     assert status.stage is CycleStage.FAILED
     assert "Connection" in status.message
+
+
+# ------------------------------------------------------------------------------------------- what is handed over
+
+
+class MeddledWith(Endpoint):
+    """Somebody else changes what acts, or the server refuses, between the gate and the promotion."""
+
+    async def promote(self, name: str, reason: str, acting: str) -> None:
+        await super().promote(name, reason, acting="agent-v9999")
+
+
+def learned_well(server: Served) -> CycleOptions:
+    """Options under which twelve demonstrations bring a better adapter; they are imported."""
+    post(server, *(expert_demonstration(number) for number in range(12))).raise_for_status()
+    return replace(QUICK, gate_tasks=40, training=TrainingOptions(lr=4e-3, epochs=8))
+
+
+def test_a_candidate_for_another_parent_than_what_acts_is_refused_and_leaves_its_slot(
+    engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    with served(parts_of(engine, protocol, tmp_path)) as server:
+        meddled = MeddledWith(server.async_client())
+        status = run(server, tmp_path, options=learned_well(server), endpoint=meddled)
+        assert status.stage is CycleStage.REFUSED
+        assert "was better" in status.message
+        assert "agent-v9999 does not act any more: base does" in status.message
+        assert server.parts.registry.state("agent-v0001") is AdapterState.REFUSED
+        assert engine.loaded_adapters() == ()
+
+
+def test_a_candidate_may_begin_as_a_canary_and_no_cycle_starts_another_beside_it(
+    engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    with served(parts_of(engine, protocol, tmp_path)) as server:
+        options = replace(learned_well(server), canary_share=0.25)
+        status = run(server, tmp_path, options=options)
+        assert status.stage is CycleStage.PROMOTED, status.message
+        assert "agent-v0001, canary of 25%" in status.message
+        assert server.parts.swap.canary == "agent-v0001"
+        assert server.parts.registry.acting() is None
+        second = run(server, tmp_path, "cycle_2", options=options)
+        assert second.stage is CycleStage.NO_LESSON
+        assert "agent-v0001 is a canary still" in second.message
+
+
+class Breaking(Endpoint):
+    """The server goes away in the gate, once a candidate is in the engine."""
+
+    async def evaluate(self, world: Any, tasks: Any, adapter: str, *more: Any) -> Any:
+        if adapter != "base":
+            raise APIConnectionError(request=httpx.Request("POST", "http://127.0.0.1"))
+        return await super().evaluate(world, tasks, adapter, *more)
+
+
+def test_a_cycle_that_breaks_in_the_gate_gives_the_slot_back(
+    engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    with served(parts_of(engine, protocol, tmp_path)) as server:
+        post(server, *(expert_demonstration(number) for number in range(4))).raise_for_status()
+        for number in range(2):
+            status = run(server, tmp_path, f"cycle_{number}", endpoint=Breaking(server.async_client()))
+            assert status.stage is CycleStage.FAILED
+        assert [server.parts.registry.state(a.name) for a in server.parts.registry.adapters()] == ["refused"] * 2
+        assert engine.loaded_adapters() == ()
+
+
+# -------------------------------------------------------------------------------------------- odd material
+
+
+def test_one_demonstration_is_learned_from_and_judged(
+    engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    with served(parts_of(engine, protocol, tmp_path)) as server:
+        post(server, expert_demonstration(3)).raise_for_status()
+        status = run(server, tmp_path)
+    assert status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED), status.message
+    assert status.report["health"]["material"]["num_informative"] > 0
+    assert "a discriminator needs" in status.report["discriminator"]["none"]
+
+
+def test_outcomes_that_are_all_equal_teach_no_policy_gradient_and_say_so(
+    novice_engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    with served(parts_of(novice_engine, protocol, tmp_path)) as server:
+        practised(server, first=300, number=4)
+        for episode in server.parts.log.episodes(limit=100):
+            server.parts.log.append_now(Outcome(new_id("out"), episode.id, 1.0, "user"))
+        status = run(server, tmp_path, options=replace(QUICK, objectives=("ppo",)))
+    assert status.stage is CycleStage.NO_LESSON
+    assert "the outcomes of all own episodes are equal: 4 own episodes, 4 succeeded" in status.message
+
+
+def test_a_correction_of_an_episode_that_was_read_long_ago_is_learned(
+    engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    with served(parts_of(engine, protocol, tmp_path)) as server:
+        practised(server, first=400, number=6)
+        options = replace(QUICK, collection=CollectionOptions(replay_share=0.0))
+        assert run(server, tmp_path, options=options).report["collected"]["own_new"] == 6
+        episode = server.parts.log.episodes(limit=1)[0]
+        corrected = server.parts.log.steps(episode.id)[0]
+        body = {"step_id": corrected.id, "message": {"role": "assistant", "content": "I cannot see to that."}}
+        httpx.post(f"{server.url}/v1/episodes/{episode.id}/corrections", json=body, timeout=30).raise_for_status()
+        experts = (Corrections(server.parts.log),)
+        status = run(server, tmp_path, "cycle_2", options=options, experts=experts)
+    assert status.report["inspection"]["expert_answers"]["correction"] == 1
+    assert status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED), status.message
+
+
+def test_demonstrations_of_another_tool_set_are_their_own_gate(
+    engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    """With the default world every adapter for another tool set was once judged by the order desk, and refused."""
+    weigh = {"type": "function", "function": {"name": "weigh", "parameters": {"type": "object", "properties": {}}}}
+    calls = [{"id": "call_1", "type": "function", "function": {"name": "weigh", "arguments": "{}"}}]
+    with served(parts_of(engine, protocol, tmp_path)) as server:
+        for number in range(24):
+            messages = [
+                {"role": "user", "content": f"What does parcel {number} weigh?"},
+                {"role": "assistant", "content": "", "tool_calls": calls},
+                {"role": "tool", "tool_call_id": "call_1", "content": f"{number} grams"},
+                {"role": "assistant", "content": f"It weighs {number} grams."},
+            ]
+            post(server, {"messages": messages, "tools": [weigh]}).raise_for_status()
+        options = replace(QUICK, collection=CollectionOptions(held_out_share=0.5))
+        status = run(server, tmp_path, options=options)
+    assert status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED), status.message
+    (decision,) = status.report["gate"].values()
+    assert decision["unit"] == "held-out demonstrations"

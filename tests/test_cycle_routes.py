@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from learner.learning_log import CycleStage, LearningLog
+from learner.__main__ import main as learner
 from policies.chat_protocol import ChatProtocol
 from runtime.cycle_log import CycleLog
 from runtime.engines.embedded import EmbeddedEngine
-from tests.serving import MODEL, Served, parts_of, served, wait_until
+from runtime.types import Actor, Episode, Purpose
+from tests.serving import MODEL, NOVICE_FOLDER, Served, parts_of, served, wait_until
 from tests.test_demonstration_routes import expert_demonstration
 
 ENDINGS = {"promoted", "refused", "no_lesson", "failed"}
@@ -26,6 +31,14 @@ ENDINGS = {"promoted", "refused", "no_lesson", "failed"}
 def server(novice_engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path) -> Iterator[Served]:
     with served(parts_of(novice_engine, protocol, tmp_path)) as running:
         yield running
+
+
+@pytest.fixture
+def engine(protocol: ChatProtocol) -> Iterator[EmbeddedEngine]:
+    """An engine of its own: this one is swapped."""
+    engine = EmbeddedEngine(NOVICE_FOLDER, tokenizer=protocol.tokenizer, device="cpu", num_threads=1)
+    yield engine
+    asyncio.run(engine.close())
 
 
 def start(server: Served, **body: Any) -> httpx.Response:
@@ -51,7 +64,7 @@ def asks_well(server: Served) -> bool:
     answer = server.client().chat.completions.create(
         model=MODEL, messages=[{"role": "user", "content": "Hi"}], tools=[], max_tokens=4
     )
-    return answer.choices[0].finish_reason in ("stop", "length")
+    return answer.choices[0].finish_reason in ("stop", "length", "tool_calls")
 
 
 def test_a_cycle_runs_beside_the_server_and_says_why_it_learned_nothing(server: Served) -> None:
@@ -70,24 +83,65 @@ def test_a_cycle_runs_beside_the_server_and_says_why_it_learned_nothing(server: 
     assert start(server).status_code == 202  # the next one may come
 
 
-@pytest.mark.parametrize("stage", ["inspect", "train", "gate"])
-def test_a_learner_that_is_killed_leaves_a_failed_cycle_and_a_server_that_serves(
-    server: Served, tmp_path: Path, stage: str
-) -> None:
-    body = {"demonstrations": [expert_demonstration(number) for number in range(12)]}
+def test_of_two_who_ask_at_once_one_gets_a_cycle(server: Served) -> None:
+    with ThreadPoolExecutor() as threads:
+        answers = list(threads.map(lambda _: start(server), range(4)))
+    assert sorted(answer.status_code for answer in answers) == [202, 409, 409, 409]
+    (name,) = (answer.json()["id"] for answer in answers if answer.status_code == 202)
+    assert ended(server, name)["stage"] == "no_lesson"
+
+
+def import_demonstrations(server: Served, number: int) -> None:
+    body = {"demonstrations": [expert_demonstration(index) for index in range(number)]}
     httpx.post(f"{server.url}/v1/demonstrations", json=body, timeout=60).raise_for_status()
-    name = start(server, gate_tasks=1000).json()["id"]
-    wait_until(lambda: cycle(server, name)["stage"] == stage, 240)
+
+
+def test_a_learner_that_is_killed_in_the_middle_of_training_leaves_a_failed_cycle(
+    server: Served, tmp_path: Path
+) -> None:
+    import_demonstrations(server, 12)
+    name = start(server).json()["id"]
+    wait_until(lambda: cycle(server, name)["stage"] == "train", 240)
     os.kill(learning(server).process.pid, signal.SIGKILL)
     told = ended(server, name)
-    assert told["stage"] == "failed"
-    assert f"ended while it was in stage {stage}" in told["message"]
+    assert (told["stage"], told["message"]) == ("failed", "the learner ended while it was in stage train")
     assert asks_well(server)
-    log = LearningLog(tmp_path / "agent.db")
-    assert log.fail_unfinished() == [name]
-    status = log.status(name)
-    assert status is not None
-    assert status.stage is CycleStage.FAILED
+
+
+DYING_LEARNER = """
+import os, sys
+from learner.learning_log import LearningLog
+note = LearningLog.note
+def note_and_die(self, cycle, stage, *more, **options):
+    note(self, cycle, stage, *more, **options)
+    if stage == sys.argv[1]:
+        os._exit(9)
+LearningLog.note = note_and_die
+from learner.__main__ import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("stage", ["collect", "inspect", "reward", "train", "gate", "promote"])
+def test_a_learner_may_die_at_any_stage_and_the_next_one_clears_up(
+    engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path, stage: str
+) -> None:
+    with served(parts_of(engine, protocol, tmp_path)) as server:
+        import_demonstrations(server, 12)
+        where = ["once", "--url", f"{server.url}/v1", "--state", str(tmp_path)]
+        options = ["--gate-tasks", "40", "--lr", "4e-3", "--epochs", "8"]  # enough for a promotion
+        died = subprocess.run([sys.executable, "-c", DYING_LEARNER, stage, *where, *options], timeout=240)
+        assert died.returncode == 9
+        assert asks_well(server)
+        (told,) = CycleLog(tmp_path).cycles()
+        assert (told["stage"], stage in told["message"]) == ("failed", True)
+        assert learner([*where, "--gate-tasks", "8", "--epochs", "1"]) == 0
+        newest, killed = CycleLog(tmp_path).cycles()
+        assert (killed["stage"], stage in killed["message"]) == ("failed", True)
+        assert newest["stage"] in ("promoted", "refused")
+        registry = server.parts.registry
+        assert {registry.state(adapter.name) for adapter in registry.adapters()} <= {"refused", "acting"}
+        assert [adapter.name for adapter in engine.loaded_adapters()] in ([], [newest["report"].get("promoted")])
 
 
 def test_a_learner_that_cannot_even_start_is_told(server: Served, tmp_path: Path) -> None:
@@ -147,3 +201,22 @@ def test_a_cycle_starts_by_itself_after_enough_episodes(
         wait_until(lambda: learning(server).process.running is None, 240)
         time.sleep(2.5)
         assert len(httpx.get(f"{server.url}/v1/learner/cycles", timeout=30).json()["data"]) == 1
+
+
+async def test_a_learner_that_dies_before_its_first_word_is_not_started_again_at_once(
+    novice_engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    """With a wrong --learner-arg the server once started a process every two seconds, for ever."""
+    parts = parts_of(novice_engine, protocol, tmp_path)
+    assert parts.learning is not None
+    trigger, process = parts.learning.trigger, parts.learning.process
+    trigger.every_episodes, process._arguments = 1, ("--objectives", "telepathy")
+    parts.log.append_now(Episode("ep_1", Actor.POLICY, Purpose.SERVE, "base"))
+    for _ in range(2):
+        await trigger.look()
+        assert process._process is not None
+        await process._process.wait()
+    first = process._process
+    await trigger.look()
+    assert process._process is first, "it waits"
+    assert (tmp_path / "learner.log").read_text().count("no objective is called") == 1

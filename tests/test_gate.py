@@ -57,11 +57,19 @@ def test_a_single_malformed_action_is_no_rise() -> None:
     assert decide(candidate, trials([0.0] * 50)).promote
 
 
-def test_trials_that_one_side_could_not_finish_are_left_out() -> None:
+def test_trials_that_the_acting_adapter_could_not_finish_are_left_out() -> None:
     decision = decide(trials([1.0] * 10), [None] * 10)
     assert not decision.promote
     assert decision.evidence == {"num_trials": 0, "unit": "tasks"}
     assert f"needs {LEAST_TRIALS}" in decision.reason
+
+
+def test_a_trial_that_only_the_candidate_could_not_finish_has_failed() -> None:
+    """A candidate that won 40 tasks and broke off 60 was once promoted: the 60 were left out."""
+    candidate: list[Trial | None] = [*trials([1.0] * 40), *[None] * 60]
+    decision = decide(candidate, trials([1.0, 0.0] * 50))
+    assert not decision.promote
+    assert (decision.evidence["candidate_unfinished"], decision.evidence["candidate_score"]) == (60, 0.4)
 
 
 def test_students_quantile_is_that_of_the_tables() -> None:

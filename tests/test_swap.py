@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from policies.adapter_files import WEIGHTS_FILE, AdapterRefused
 from policies.probe import PROBE_FILE
 from policies.registry import AdapterRegistry, AdapterState, RegistryError, UnknownAdapter
-from policies.types import Adapter, EngineError, SamplingParams
+from policies.types import BASE_ADAPTER, Adapter, EngineError, SamplingParams
 from runtime.swap import Swap, SwapError
 from tests.scripted_engine import Script, ScriptedEngine
 from tests.tiny_adapters import TinyNetwork, faithful_script, forgetful_script
@@ -299,14 +299,64 @@ async def test_an_episode_that_comes_back_waits_for_a_slot_that_a_running_step_h
     assert await coming_back == "agent-v0001"
 
 
-async def test_what_acts_and_what_is_to_be_judged_is_never_displaced(house: House):
-    acting, *candidates = (house.register(seed) for seed in (1, 2, 3))
+async def test_what_acts_and_what_is_being_judged_is_never_displaced(house: House):
+    acting, canary, candidate, late = (house.register(seed) for seed in (1, 2, 3, 4))
     await house.swap.promote(acting)
-    for candidate in candidates:
+    await house.swap.start_canary(canary, 0.5)
+    await house.swap.bring_up(candidate)
+    async with house.swap.lease("ep_trial", pinned=candidate):
+        with pytest.raises(SwapError, match="all 3 slots"):
+            await house.swap.bring_up(late)
+    assert house.loaded() == [acting, canary, candidate]
+
+
+async def test_a_candidate_that_nobody_judges_gives_way_and_can_be_promoted_all_the_same(house: House):
+    """Candidates of cycles that broke held their slots until the server restarted, and every further cycle failed."""
+    acting, *forgotten = (house.register(seed) for seed in (1, 2, 3))
+    await house.swap.promote(acting)
+    for candidate in forgotten:
         await house.swap.bring_up(candidate)
-    with pytest.raises(SwapError, match="all 3 slots"):
-        await house.swap.bring_up(house.register(4))
-    assert house.loaded() == [acting, *candidates]
+    late = house.register(4)
+    await house.swap.bring_up(late)
+    assert house.loaded() == [acting, forgotten[1], late]
+    await house.swap.promote(forgotten[0])
+    assert await house.step("ep_new") == forgotten[0]
+
+
+async def test_a_promotion_is_for_what_the_adapter_was_compared_with(house: House):
+    """A cycle that began before a rollback put the child of what had been rolled back into its place."""
+    first, second, child = (house.register(seed) for seed in (1, 2, 3))
+    await house.swap.promote(first, acting=BASE_ADAPTER)
+    await house.swap.promote(second, acting=first)
+    await house.swap.rollback("worse")
+    for change in (house.swap.promote(child, acting=second), house.swap.start_canary(child, 0.5, acting=second)):
+        with pytest.raises(SwapError, match=f"{second} does not act any more: {first} does"):
+            await change
+    assert await house.step("ep_new") == first
+
+
+async def test_an_adapter_whose_unloading_could_not_be_written_can_be_brought_up_again(house: House):
+    first, second = house.register(1), house.register(2)
+    await house.swap.promote(first)
+    await house.swap.promote(second)
+    await house.engine.unload_adapter(house.registry.adapter(first))  # and then the disk was full
+    house.swap._served.pop(first)
+    await house.swap.promote(first)
+    assert await house.step("ep_new") == first
+
+
+async def test_draining_goes_on_after_an_error(house: House, monkeypatch: pytest.MonkeyPatch):
+    third_look, looks = asyncio.Event(), count(1)
+
+    async def look() -> None:
+        if next(looks) == 3:
+            third_look.set()
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(house.swap, "drain", look)
+    draining = asyncio.create_task(house.swap.keep_draining(0.001))
+    await asyncio.wait_for(third_look.wait(), 10)
+    draining.cancel()
 
 
 async def test_two_swaps_at_once_happen_one_after_the_other(house: House):
