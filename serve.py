@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -54,6 +55,8 @@ async def _serve(settings: Settings) -> None:
     config = uvicorn.Config(create_app(parts), log_level=settings.log_level, timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
 
+    beside: list[asyncio.Task[None]] = []
+
     async def start() -> None:
         telling = asyncio.create_task(tell_progress(parts.engine))
         try:
@@ -64,6 +67,8 @@ async def _serve(settings: Settings) -> None:
         finally:
             telling.cancel()
         print(welcome(parts, settings, sock), flush=True)
+        if settings.demonstrations:
+            beside.append(asyncio.create_task(import_demonstrations(settings, url_of(sock))))
 
     starting = asyncio.create_task(start())
     try:
@@ -75,10 +80,23 @@ async def _serve(settings: Settings) -> None:
     except (EngineError, ValueError) as error:
         raise SystemExit(f"cannot start: {error}") from error
     finally:
-        starting.cancel()
+        for task in (starting, *beside):
+            task.cancel()
+        await asyncio.gather(*beside, return_exceptions=True)
         await parts.engine.close()
         parts.log.close()
         parts.registry.close()
+
+
+async def import_demonstrations(settings: Settings, url: str) -> None:
+    """Have the learner import them; it says what it refuses. Serving goes on meanwhile."""
+    command = [sys.executable, "-m", "learner", "import", *map(str, settings.demonstrations), "--url", f"{url}/v1"]
+    importing = await asyncio.create_subprocess_exec(*command, env={**os.environ, **key_of(settings)})
+    try:
+        await importing.wait()
+    finally:
+        if importing.returncode is None:
+            importing.terminate()
 
 
 async def tell_progress(engine: Engine, every_s: float = 10.0) -> None:
@@ -157,9 +175,13 @@ def learner_arguments(settings: Settings, folder: Path) -> list[str]:
 
 
 def learner_environment(settings: Settings, folder: Path) -> dict[str, str]:
-    """The server's key, which is no argument because others can read those; beside vLLM, the GPU it is left."""
-    key = {"STEPAGENT_API_KEY": settings.api_key.get_secret_value()} if settings.api_key else {}
-    return key | dict(gpu_share(settings, folder).learner_environment if settings.engine == "vllm" else {})
+    """The server's key, and beside vLLM the GPU it is left."""
+    return key_of(settings) | dict(gpu_share(settings, folder).learner_environment if settings.engine == "vllm" else {})
+
+
+def key_of(settings: Settings) -> dict[str, str]:
+    """The API key as a variable of the environment: others can read the arguments of a process."""
+    return {"STEPAGENT_API_KEY": settings.api_key.get_secret_value()} if settings.api_key else {}
 
 
 def load_engine(settings: Settings, folder: Path, protocol: ChatProtocol) -> Engine:
@@ -192,16 +214,24 @@ def supervised_vllm(settings: Settings, folder: Path) -> Engine:
         max_context_tokens=settings.max_context,
         num_threads=settings.threads,
         gpu_memory_fraction=share.engine_fraction,
-        engine_args={name: str(value) for name, value in settings.engine_arg.items()},
+        engine_args={name: spelled(value) for name, value in settings.engine_arg.items()},
     )
     return SupervisedEngine(start)
 
 
+def spelled(value: object) -> str:
+    """A value of a TOML table as a command line spells it."""
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def gpu_share(settings: Settings, folder: Path) -> GpuShare:
     """Which GPU, or which part of it, is vLLM's, and which the learner's."""
-    from runtime.gpu_share import num_gpus_of_engine, share_gpus, visible_gpus, weight_bytes_of
+    from runtime.gpu_share import fraction_of_user, num_gpus_of_engine, share_gpus, visible_gpus, weight_bytes_of
 
-    return share_gpus(visible_gpus(), weight_bytes_of(folder), num_gpus_of_engine(settings.engine_arg))
+    num_for_engine, users_fraction = num_gpus_of_engine(settings.engine_arg), fraction_of_user(settings.engine_arg)
+    return share_gpus(visible_gpus(), weight_bytes_of(folder), num_for_engine, users_fraction)
 
 
 async def start_engine(parts: Parts) -> None:

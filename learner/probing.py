@@ -11,20 +11,18 @@ from typing import Any
 import torch
 
 from learner.batch import reference
-from policies.probe import MAX_LIKELIEST, LikelyToken, Probe, ProbePrompt
+from policies.probe import MAX_LIKELIEST, LikelyToken, Probe, ProbePrompt, tolerance_in
 from policies.types import TokenIds
 
 NUM_PROMPTS = 4
 NUM_TOKENS = 8
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
-"""Nats. Other kernels round otherwise: within 1e-5 in float32, up to 9e-2 in bfloat16, as measured with vLLM."""
 
 
 def make_probe(network: Any, base_fingerprint: str, prompts: Sequence[TokenIds]) -> Probe:
     """The probe of a PeftModel as it is now, on those of the prompts where it is furthest from its base."""
     candidates = [_probe_prompt(network, prompt) for prompt in prompts]
     furthest = sorted(candidates, key=_distance_from_base, reverse=True)[:NUM_PROMPTS]
-    return Probe(base_fingerprint, TOLERANCE.get(network.dtype, 0.15), tuple(furthest))
+    return Probe(base_fingerprint, tolerance_in(network.dtype), tuple(furthest))
 
 
 @torch.no_grad()

@@ -21,8 +21,18 @@ PROBE_FILE = "probe.json"
 MAX_TOLERANCE = 0.5
 """Nats. A probe that forgives more would pass nearly anything."""
 
+HALF_TOLERANCE = 0.15
+TOLERANCES = {"float32": 1e-3}
+"""Nats, by the type of the numbers that are computed with; HALF_TOLERANCE for those of 16 bits. Other kernels round
+otherwise: within 1e-5 in float32, up to 9e-2 in bfloat16, as measured with vLLM."""
+
 MAX_LIKELIEST = 20
 """Most tokens a position may list: an engine reports no more."""
+
+
+def tolerance_in(dtype: object) -> float:
+    """Nats by which two faithful computations may differ in this type (torch.bfloat16, or its name)."""
+    return TOLERANCES.get(str(dtype).removeprefix("torch."), HALF_TOLERANCE)
 
 
 @dataclass(frozen=True, slots=True)

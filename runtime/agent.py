@@ -296,7 +296,7 @@ async def take_step(
     first_token_ms = 0.0
     whole = not (turn.is_read_along or turn.stop or deadline)  # the latter two may end it before its last token
     stream = policy.engine.generate(prompt, sampling, policy.adapter, whole=whole)
-    async with aclosing(in_bursts(stream, BURST_S)) as bursts:
+    async with aclosing(in_bursts(stream, BURST_S, deadline)) as bursts:
         async for burst in bursts:
             first_token_ms = first_token_ms or (time.perf_counter() - began) * 1000
             progress = _read(burst, reader, ending)
@@ -304,6 +304,8 @@ async def take_step(
             yield progress
             if ending.is_reached or (deadline is not None and time.monotonic() >= deadline):
                 break
+    if not tokens and deadline is not None and time.monotonic() >= deadline:
+        raise EngineError("no token came before the run's deadline; the engine is busy: try again, or raise --deadline")
     if not tokens:
         raise EngineError("the engine's stream ended without a token")
     latency_ms = (time.perf_counter() - began) * 1000

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterable
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -47,7 +47,7 @@ class Settings(BaseSettings):
     """Folder of the step log (agent.db) and the adapters; made if missing."""
     engine: Literal["embedded", "vllm"] = "embedded"
     """What runs the model: embedded (transformers + PEFT, CPU or GPU) or vllm."""
-    engine_arg: dict[str, str | int | float | bool] = {}
+    engine_arg: dict[str, str | int | float | bool | list[Any] | dict[str, Any]] = {}
     """Passed on to vLLM, by the names of its command line: tensor_parallel_size=2. Repeat for more."""
     model: str = "policies/novice_model"
     """Folder (or hub name) of the base model; the default is the novice that comes with this repository."""
@@ -82,6 +82,8 @@ class Settings(BaseSettings):
     """Start a learning cycle by itself after so many new episodes; 0: only when asked."""
     learner_arg: dict[str, str | int | float | bool] = {}
     """Passed on to python -m learner, by the names of its command line: objectives=sft,implicit. Repeat for more."""
+    demonstrations: Annotated[list[Path], NoDecode] = []
+    """Files of expert demonstrations to import once the server is up. Repeat or separate by commas."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """How much the server prints while it serves."""
 
@@ -96,12 +98,19 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, _config_file())
 
-    @model_validator(mode="before")
+    @field_validator("tools", "demonstrations", mode="before")
     @classmethod
-    def _split_commas(cls, values: dict[str, object]) -> dict[str, object]:
-        tools = values.get("tools")
-        names = tools.split(",") if isinstance(tools, str) else tools if isinstance(tools, list) else []
-        return {**values, "tools": [part.strip() for name in names for part in str(name).split(",") if part.strip()]}
+    def _split_commas(cls, given: object) -> list[str]:
+        parts = given if isinstance(given, list) else [given]
+        return [part.strip() for each in parts for part in str(each).split(",") if part.strip()]
+
+    @field_validator("demonstrations")
+    @classmethod
+    def _must_exist(cls, files: list[Path]) -> list[Path]:
+        for file in files:
+            if not file.is_file():
+                raise ValueError(f"{file} is not a file")
+        return files
 
     @model_validator(mode="after")
     def _guard_public_bind(self) -> Settings:

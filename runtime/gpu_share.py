@@ -48,20 +48,24 @@ class GpuShare:
     """A sentence for the terminal; empty where there is no GPU."""
 
 
-def share_gpus(gpus: Sequence[Gpu], weight_bytes: int, num_for_engine: int = 1, has_learner: bool = True) -> GpuShare:
+def share_gpus(
+    gpus: Sequence[Gpu], weight_bytes: int, num_for_engine: int = 1, users_fraction: float | None = None
+) -> GpuShare:
     """Give the engine the first GPUs, and the learner the next one, or a part of the engine's last.
 
-    `weight_bytes` are those of the base network as it is stored.
+    `weight_bytes` are those of the base network as it is stored. `users_fraction` is what the user gives vLLM of each
+    of its GPUs; what that leaves is the learner's, enough or not.
     """
     if not gpus:
         return GpuShare()
     ours = gpus[:num_for_engine]
-    if not has_learner:
-        return GpuShare(told=f"vLLM on {_named(ours)}")
     if len(gpus) > num_for_engine:
         learners = gpus[num_for_engine]
         told = f"vLLM on {_named(ours)}, the learner on {_named([learners])}"
         return GpuShare(None, {"CUDA_VISIBLE_DEVICES": learners.id}, told)
+    if users_fraction is not None:
+        told = f"vLLM takes {users_fraction:.2f} of {_named(ours)}, as you set it, the learner the rest"
+        return GpuShare(None, {"CUDA_VISIBLE_DEVICES": ours[-1].id}, told)
     return _share_one(ours, weight_bytes)
 
 
@@ -71,7 +75,10 @@ def _share_one(ours: Sequence[Gpu], weight_bytes: int) -> GpuShare:
     learner = LEARNER_PER_WEIGHT * weight_bytes + LEARNER_ALLOWANCE * total + LEARNER_CONTEXT_BYTES
     fraction = min(MOST_FOR_ENGINE, 1.0 - learner / total)
     if fraction * total < (1.0 + CACHE_PER_WEIGHT) * weight_bytes / len(ours):
-        told = f"vLLM on {_named(ours)}: a learner does not fit beside it and trains on the CPU, or on another machine"
+        told = (
+            f"vLLM on {_named(ours)}: a learner does not fit beside it and trains on the CPU; "
+            "--engine-arg gpu_memory_utilization=... leaves it what you like"
+        )
         return GpuShare(None, {"CUDA_VISIBLE_DEVICES": ""}, told)
     fraction = round(fraction, 2)
     told = (
@@ -94,6 +101,15 @@ def num_gpus_of_engine(engine_args: Mapping[str, object]) -> int:
         value = str(given.get(size, 1))
         number *= int(value) if value.isdigit() else 1  # vLLM itself refuses what is no number
     return number
+
+
+def fraction_of_user(engine_args: Mapping[str, object]) -> float | None:
+    """The share of a GPU's memory that is passed on to vLLM; None where none is, or what is no number."""
+    given = {name.replace("-", "_"): value for name, value in engine_args.items()}
+    try:
+        return float(str(given["gpu_memory_utilization"]))
+    except (KeyError, ValueError):  # vLLM itself refuses what is no number
+        return None
 
 
 def weight_bytes_of(model_folder: Path) -> int:

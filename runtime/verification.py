@@ -18,16 +18,21 @@ from policies.types import Adapter, Engine, SampledToken, SamplingParams
 
 
 async def verify_adapter(engine: Engine, adapter: Adapter, probe: Probe) -> None:
-    """Compare a loaded adapter with its probe. Raises AdapterRefused where they differ; EngineError passes through."""
-    if probe.distance_from_base <= 2 * probe.tolerance:
+    """Compare a loaded adapter with its probe. Raises AdapterRefused where they differ; EngineError passes through.
+
+    The less precise of the two, trainer and engine, decides what may differ: an adapter that was trained on a CPU is
+    served on a GPU in half its bits.
+    """
+    tolerance = max(probe.tolerance, engine.limits.logprob_tolerance)
+    if probe.distance_from_base <= 2 * tolerance:
         raise AdapterRefused(
             f"the probe cannot tell the adapter from the base network: they differ by {probe.distance_from_base:.2g} "
-            f"nats at most, with a tolerance of {probe.tolerance:.2g}; the adapter has learned nothing, or its probe "
+            f"nats at most, with a tolerance of {tolerance:.2g}; the adapter has learned nothing, or its probe "
             "has the wrong prompts"
         )
     # One after the other: verification shares the engine with users, and is in no hurry.
     for prompt in probe.prompts:
-        _compare(prompt, await _go_on(engine, adapter, prompt), probe.tolerance)
+        _compare(prompt, await _go_on(engine, adapter, prompt), tolerance)
 
 
 async def _go_on(engine: Engine, adapter: Adapter, prompt: ProbePrompt) -> list[SampledToken]:

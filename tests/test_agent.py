@@ -236,6 +236,17 @@ async def test_the_deadline_ends_a_run_in_the_middle_of_a_step(stage: StageMaker
     assert it.logged == [step]
 
 
+async def test_the_deadline_ends_a_run_that_still_waits_for_its_first_token(stage: StageMaker) -> None:
+    """Behind a full batch it once waited for as long as the others took."""
+    it = stage([65] * 4, pause_s=5.0)
+    began = time.monotonic()
+    with pytest.raises(EngineError, match="no token came before the run's deadline"):
+        await it.run(RunLimits(deadline_s=0.2))
+    assert time.monotonic() - began < 2.0
+    assert it.logged == []
+    assert it.engine.health().num_running == 0
+
+
 async def test_the_deadline_ends_a_run_between_two_steps(stage: StageMaker) -> None:
     it = stage(*[call("dawdle")] * 9)
     steps = await it.run(RunLimits(deadline_s=0.3))

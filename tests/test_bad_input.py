@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -349,8 +350,9 @@ def test_an_episode_header_that_is_no_id_is_refused(server: Served, episode_id: 
 
 @pytest.mark.parametrize("body", [chat(stream=True), chat(), chat(n=3), chat(n=3, stream=True)])
 async def test_a_client_that_hangs_up_cancels_the_engines_work_and_leaves_no_trace(
-    protocol: ChatProtocol, serve_scripted: ServeScripted, body: dict[str, Any]
+    protocol: ChatProtocol, serve_scripted: ServeScripted, body: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
+    logging.getLogger("uvicorn.error").addHandler(caplog.handler)
     num_choices = body.get("n", 1)
     engine = SayingEngine(protocol, *[[65] * 1500] * num_choices, pause_s=0.01)
     running = serve_scripted(engine=engine)
@@ -370,6 +372,27 @@ async def test_a_client_that_hangs_up_cancels_the_engines_work_and_leaves_no_tra
     assert running.parts.log.counts()["episodes"] == running.parts.log.counts()["steps"] == 0
     response = post(running, chat())
     assert response.status_code == 200
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "responses"])
+@pytest.mark.parametrize("is_streamed", [True, False])
+async def test_a_client_that_hangs_up_before_the_first_token_gives_its_place_back(
+    protocol: ChatProtocol, serve_scripted: ServeScripted, is_streamed: bool, path: str
+) -> None:
+    """A streamed request once kept its place in the queue: only what had begun to stream was watched."""
+    engine = SayingEngine(protocol, [65] * 9, pause_s=30.0)
+    running = serve_scripted(engine=engine)
+    body = chat(stream=is_streamed)
+    if path == "responses":
+        body = {"model": MODEL, "input": "Hello", "stream": is_streamed}
+    async with httpx.AsyncClient(timeout=30) as client:
+        asking = asyncio.create_task(client.post(f"{running.url}/v1/{path}", json=body))
+        await asyncio.to_thread(wait_until, lambda: engine.health().num_running == 1)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+    await asyncio.to_thread(wait_until, lambda: engine.health().num_running == 0)
+    assert running.parts.log.counts()["episodes"] == 0
 
 
 def test_an_engine_that_has_died_is_a_503(protocol: ChatProtocol, serve_scripted: ServeScripted) -> None:

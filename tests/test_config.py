@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from runtime.config import Settings, parse_settings
+from serve import spelled
 
 ROOT = Path(__file__).parent.parent
 
@@ -74,8 +75,9 @@ def test_every_option_can_come_from_every_source(monkeypatch: pytest.MonkeyPatch
         "host": "localhost", "port": "1", "state": "s", "engine": "vllm", "model": "m", "served_name": "n",
         "api_key": "k", "world": "w", "tools": "t", "search_corpus": "c", "max_steps": "2", "max_run_tokens": "3",
         "deadline": "4.5", "tool_timeout": "5.5", "max_context": "16", "max_batch_size": "6", "threads": "7",
-        "log_level": "info", "response_template": "r", "learn_every": "8",
+        "log_level": "info", "response_template": "r", "learn_every": "8", "demonstrations": "demos.jsonl",
     }  # fmt: skip
+    (tmp_path / "demos.jsonl").touch()
     missing = set(Settings.model_fields) - set(values) - {"engine_arg", "learner_arg"}
     assert not missing, f"give this test a value for {missing}"
     by_command_line = parse_settings([f"--{name.replace('_', '-')}={value}" for name, value in values.items()])
@@ -218,3 +220,26 @@ def test_engine_arguments_come_one_by_one_or_as_a_table(tmp_path: Path) -> None:
             "tensor_parallel_size": "2",
             "gpu_memory_utilization": "0.5",
         }
+
+
+def test_engine_arguments_in_a_table_may_be_lists_and_tables(tmp_path: Path) -> None:
+    (tmp_path / "stepagent.toml").write_text(
+        '[engine_arg]\nlora_target_modules = ["o_proj", "down_proj"]\n[engine_arg.compilation_config]\nlevel = 0\n'
+    )
+    assert {name: spelled(value) for name, value in parse_settings([]).engine_arg.items()} == {
+        "lora_target_modules": "o_proj down_proj",
+        "compilation_config": '{"level": 0}',
+    }
+
+
+def test_demonstration_files_are_named_one_by_one_or_by_commas_and_must_be_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
+    for file in files:
+        file.touch()
+    first, second, third = map(str, files)
+    assert parse_settings(["--demonstrations", f"{first},{second}", "--demonstrations", third]).demonstrations == files
+    with pytest.raises(SystemExit):
+        parse_settings(["--demonstrations", str(tmp_path / "nowhere.jsonl")])
+    assert "nowhere.jsonl is not a file" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.gpu_share import GIB, Gpu, num_gpus_of_engine, share_gpus, visible_gpus, weight_bytes_of
+from runtime.gpu_share import GIB, Gpu, fraction_of_user, num_gpus_of_engine, share_gpus, visible_gpus, weight_bytes_of
 
 BIG, SECOND = Gpu("0", 80 * GIB), Gpu("1", 80 * GIB)
 
@@ -53,10 +53,13 @@ def test_an_engine_on_two_gpus_leaves_the_learner_the_third_or_a_part_of_the_sec
     assert shared.engine_fraction is not None
 
 
-def test_without_a_learner_the_engine_takes_what_it_takes_by_itself() -> None:
-    share = share_gpus([BIG], 8 * GIB, has_learner=False)
-    assert share.engine_fraction is None
-    assert dict(share.learner_environment) == {}
+def test_what_the_user_gives_vllm_is_kept_and_the_learner_gets_the_rest() -> None:
+    users = fraction_of_user({"gpu-memory-utilization": "0.5"})
+    share = share_gpus([BIG], 60 * GIB, users_fraction=users)
+    assert share.engine_fraction is None, "it is passed on as it was given"
+    assert dict(share.learner_environment) == {"CUDA_VISIBLE_DEVICES": "0"}
+    assert share.told == "vLLM takes 0.50 of GPU 0, as you set it, the learner the rest"
+    assert fraction_of_user({}) is fraction_of_user({"gpu_memory_utilization": "half"}) is None
 
 
 @pytest.mark.parametrize(

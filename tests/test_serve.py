@@ -21,6 +21,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
+from benchmarks.demo import write_demonstrations
 from runtime.config import parse_settings
 from runtime.step_log import StepLog
 from serve import build_parts
@@ -102,6 +103,28 @@ def test_it_says_where_it_listens_serves_and_ends_cleanly(tmp_path: Path) -> Non
     assert log.counts()["episodes"] == 2
     assert log.verify() == []
     log.close()
+
+
+def test_with_a_key_the_ready_made_requests_work_and_demonstrations_are_imported(tmp_path: Path) -> None:
+    write_demonstrations(tmp_path / "demos.jsonl", 3)
+    with (tmp_path / "demos.jsonl").open("a") as file:
+        file.write("no record\n")
+    options = ["--state", str(tmp_path), "--api-key", "s3cret", "--demonstrations", str(tmp_path / "demos.jsonl")]
+    with started("--port", "0", *options) as server:
+        url = server.wait_for(r"listening +(\S+)")
+        cycle, example = server.wait_for(r"learner .*(curl .*) starts one now"), server.wait_for(r"try +(curl .*)")
+        for request in (cycle, example):
+            shown = subprocess.run(
+                ["bash", "-c", f"printf '%s\\n' {request}"],
+                env={"STEPAGENT_API_KEY": "s3cret", "PATH": os.environ["PATH"]}, text=True, capture_output=True,
+            )  # fmt: skip
+            assert "authorization: Bearer s3cret" in shown.stdout.splitlines()
+        assert "s3cret" not in server.said
+        assert server.wait_for(r"demos.jsonl: (\d imported, 0 known already, \d refused)") == (
+            "3 imported, 0 known already, 1 refused"
+        )
+        assert httpx.get(f"{url}/models").status_code == 401
+        server.end(signal.SIGTERM)
 
 
 def test_streams_in_mid_sentence_do_not_hold_up_the_end(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ import safetensors
 from transformers import AutoConfig
 
 from policies.adapter_files import TENSOR_NAME, WEIGHTS_FILE
+from policies.probe import tolerance_in
 from policies.types import (
     Adapter,
     EngineError,
@@ -153,6 +154,7 @@ class VllmEngine:
             max_rank=config.lora_config.max_lora_rank,
             vocab_size=config.model_config.get_vocab_size(),
             supports_grammar=llm.tokenizer is not None,
+            logprob_tolerance=tolerance_in(config.model_config.dtype),
         )
         engine = cls(llm, limits, config.lora_config.target_modules or TARGET_MODULES)
         try:
