@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from learner.batch import reference
-from policies.probe import MAX_LIKELIEST, LikelyToken, Probe, ProbePrompt, tolerance_in
+from policies.probe import HALF_TOLERANCE, MAX_LIKELIEST, LikelyToken, Probe, ProbePrompt, tolerance_in
 from policies.types import TokenIds
 
 NUM_PROMPTS = 4
@@ -21,8 +21,9 @@ NUM_TOKENS = 8
 def make_probe(network: Any, base_fingerprint: str, prompts: Sequence[TokenIds]) -> Probe:
     """The probe of a PeftModel as it is now, on those of the prompts where it is furthest from its base."""
     candidates = [_probe_prompt(network, prompt) for prompt in prompts]
-    furthest = sorted(candidates, key=_distance_from_base, reverse=True)[:NUM_PROMPTS]
-    return Probe(base_fingerprint, tolerance_in(network.dtype), tuple(furthest))
+    # As the least precise of engines would see it: the trainer does not know where the adapter will be served.
+    furthest = sorted(candidates, key=lambda prompt: prompt.distance_from_base(HALF_TOLERANCE), reverse=True)
+    return Probe(base_fingerprint, tolerance_in(network.dtype), tuple(furthest[:NUM_PROMPTS]))
 
 
 @torch.no_grad()
@@ -42,8 +43,3 @@ def _next_logprobs(network: Any, token_ids: Sequence[int]) -> torch.Tensor:
     # Without a cache: a probe is a few dozen tokens, and a plain forward pass is beyond doubt.
     logits = network(torch.tensor([token_ids], device=network.device), logits_to_keep=1).logits[0, -1]
     return logits.float().log_softmax(-1).cpu()
-
-
-def _distance_from_base(prompt: ProbePrompt) -> float:
-    tokens = (token for likeliest in prompt.continuation for token in likeliest)
-    return max(abs(token.adapter_logprob - token.base_logprob) for token in tokens)

@@ -1,9 +1,10 @@
 """Proves that what the engine serves under an adapter's name is that adapter, by its trainer's probe.
 
-The engine goes on greedily from each of the probe's prompts and reports its 20 likeliest tokens at each place. As
-long as it walks the trainer's path, every token the trainer listed must have the trainer's log probability, within
-tolerance. Together with a probe on which adapter and base lie more than twice the tolerance apart, this excludes the
-silent failure that users of other systems complain of most: the adapter loads with success and the base is served.
+The engine goes on greedily from each of the probe's prompts and reports its 20 likeliest tokens at each place. As long
+as it walks the trainer's path, every token the trainer listed must have the trainer's log probability, within
+tolerance; in 16 bits, where unlikely tokens tell nothing, only likely ones count. Together with a probe on which
+adapter and base lie more than twice the tolerance apart, this excludes the silent failure that users of other systems
+complain of most: the adapter loads with success and the base is served.
 
 Not covered: two adapters that lie within tolerance of each other on all prompts of the probe.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from policies.adapter_files import AdapterRefused
-from policies.probe import MAX_LIKELIEST, LikelyToken, Probe, ProbePrompt
+from policies.probe import MAX_LIKELIEST, LikelyToken, Probe, ProbePrompt, difference
 from policies.types import Adapter, Engine, SampledToken, SamplingParams
 
 
@@ -24,9 +25,10 @@ async def verify_adapter(engine: Engine, adapter: Adapter, probe: Probe) -> None
     served on a GPU in half its bits.
     """
     tolerance = max(probe.tolerance, engine.limits.logprob_tolerance)
-    if probe.distance_from_base <= 2 * tolerance:
+    distance = probe.distance_from_base(tolerance)
+    if distance <= 2 * tolerance:
         raise AdapterRefused(
-            f"the probe cannot tell the adapter from the base network: they differ by {probe.distance_from_base:.2g} "
+            f"the probe cannot tell the adapter from the base network: they differ by {distance:.2g} "
             f"nats at most, with a tolerance of {tolerance:.2g}; the adapter has learned nothing, or its probe "
             "has the wrong prompts"
         )
@@ -56,12 +58,12 @@ def _compare(prompt: ProbePrompt, served: Sequence[SampledToken], tolerance: flo
 def _agrees(expected: LikelyToken, reported: Mapping[int, float], tolerance: float) -> bool:
     logprob = reported.get(expected.token_id)
     if logprob is None:  # then it is at most as likely as the last token that the engine did list
-        return expected.adapter_logprob <= min(reported.values()) + tolerance
-    return abs(logprob - expected.adapter_logprob) <= tolerance
+        logprob = min(expected.adapter_logprob, min(reported.values()))
+    return difference(logprob, expected.adapter_logprob, tolerance) <= tolerance
 
 
 def _mismatch(expected: LikelyToken, logprob: float | None, tolerance: float, place: int) -> str:
-    is_base = logprob is not None and abs(logprob - expected.base_logprob) <= tolerance
+    is_base = logprob is not None and difference(logprob, expected.base_logprob, tolerance) <= tolerance
     return (
         f"the engine does not serve what was trained: token {expected.token_id} at place {place} after a probe's "
         f"prompt has log probability {'below its likeliest 20' if logprob is None else f'{logprob:.4f}'}, the trainer "

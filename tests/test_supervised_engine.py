@@ -36,7 +36,8 @@ class House:
         self.engine = SupervisedEngine(self.start_engine, first_pause_s=PAUSE_S)
         self.swap = Swap(self.engine, self.registry, tiny.network)
 
-    async def start_engine(self) -> ScriptedEngine:
+    async def start_engine(self, tell_stage: Callable[[str], None]) -> ScriptedEngine:
+        tell_stage("it warms up")
         await self.may_start.wait()
         if self.failures:
             raise self.failures.pop(0)
@@ -130,7 +131,7 @@ async def test_health_and_metrics_tell_the_truth_through_start_death_and_replace
         await asyncio.sleep(0.05)
         status, health, gauges = await asyncio.to_thread(told_by, server)
         assert (status, health["status"], gauges["alive"], gauges["restarts"]) == (503, "starting", 0, 0)
-        assert "the engine is starting (0 s so far)" in health["engine"]["problem"]
+        assert "the engine is starting: it warms up (0 s so far)" in health["engine"]["problem"]
         refused = await ask_over_http(server)
         assert (refused.status_code, "the engine is starting" in refused.text) == (503, True)
         house.may_start.set()

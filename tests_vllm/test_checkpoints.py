@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
+from benchmarks.desk_rollouts import WORLD, Desk
+from benchmarks.methods import METHODS, Run, Scene
+from learner.probing import make_probe
+from policies.adapter_files import AdapterRefused
 from policies.answer_grammar import tool_call_grammar
 from policies.base_network import read_base_network
 from policies.chat_protocol import ChatProtocol
+from policies.novice import NOVICE_PATH
+from policies.probe import HALF_TOLERANCE, write_probe
 from policies.registry import AdapterRegistry, AdapterState
 from policies.types import FinishReason, MalformedAction, SamplingParams, ToolCalls
 from runtime.swap import Swap
 from tests.tiny_checkpoints import CHECKPOINTS
-from tests_vllm.novice_adapters import NoviceAdapters, complete, engine_on, ids_of
+from tests_vllm.novice_adapters import NoviceAdapters, complete, engine_on, ids_of, rewrite
 
 QUESTION = [{"role": "user", "content": "What is it?"}]
 LOOK = {
@@ -31,7 +41,7 @@ LOOK = {
 }
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama", "mistral", "gemma3"])  # the novice is a Qwen2
+@pytest.mark.parametrize("family", sorted(CHECKPOINTS))
 async def test_a_familys_checkpoint_is_served_with_adapters_and_required_calls(family: str, tmp_path: Path):
     folder = CHECKPOINTS[family].build(tmp_path / "model")
     protocol, networks = ChatProtocol.load(folder), NoviceAdapters(folder, tmp_path / "adapters")
@@ -61,3 +71,31 @@ async def test_a_familys_checkpoint_is_served_with_adapters_and_required_calls(f
                 assert action.calls[0].arguments["times"] in (1, 2, 3)
             else:
                 assert not isinstance(action, MalformedAction)
+
+
+def trained_in_32_bits(folder: Path) -> Path:
+    """An adapter of the novice that has learned something: noise on random weights is chaos in 16 bits."""
+    torch.set_num_threads(1)
+    desk = Desk(ChatProtocol.load(NOVICE_PATH))
+    Run(desk, METHODS["sft"], Scene(1, 8, "validation", 1, 2), folder).cycle(0)
+    network = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(NOVICE_PATH), str(folder / "cycle-0"))
+    (demonstration,) = desk.demonstrations([WORLD.task("train", 0)])
+    prompts = [state.prompt for state in demonstration.states]
+    write_probe(folder / "cycle-0", make_probe(network.eval(), read_base_network(NOVICE_PATH).fingerprint, prompts))
+    return folder / "cycle-0"
+
+
+async def test_what_was_trained_in_32_bits_is_verified_when_served_in_16_and_the_base_is_not(tmp_path: Path):
+    """A learner on the CPU once made adapters that an engine in bfloat16 refused, one and all."""
+    path, unchanged = trained_in_32_bits(tmp_path), tmp_path / "unchanged"
+    async with engine_on(NOVICE_PATH, max_batch_size=4, engine_args={"dtype": "bfloat16"}) as engine:
+        assert engine.limits.logprob_tolerance == HALF_TOLERANCE
+        registry = AdapterRegistry(tmp_path / "agent.db")
+        swap = Swap(engine, registry, read_base_network(NOVICE_PATH))
+        trained = registry.register(path).name
+        await swap.promote(trained)
+        assert registry.state(trained) is AdapterState.ACTING
+        shutil.copytree(path, unchanged)
+        rewrite(unchanged, lambda tensor: tensor * 0.0)
+        with pytest.raises(AdapterRefused, match="it is what the base network says"):
+            await swap.promote(registry.register(unchanged).name)

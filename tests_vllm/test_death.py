@@ -19,7 +19,7 @@ from runtime.engines.supervised import SupervisedEngine
 from runtime.engines.vllm import VllmEngine
 from runtime.swap import Swap
 from tests_vllm.novice_adapters import NoviceAdapters, complete, ids_of, until
-from tests_vllm.server_process import is_running, serving, wait_until
+from tests_vllm.server_process import engine_processes_of, is_running, serving, wait_until
 
 on_one_loop = pytest.mark.asyncio(loop_scope="module")
 
@@ -86,6 +86,15 @@ async def test_a_closed_engine_ends_its_requests_and_refuses_more(engine: Superv
     with pytest.raises(EngineError, match="closed"):
         await complete(vllm_engine, [5], LONG)
     assert not is_running(pid)
+
+
+@on_one_loop
+async def test_an_engine_that_cannot_answer_once_leaves_no_process_behind(novice: NoviceAdapters):
+    """It once held the GPU, so that the next try found no memory."""
+    before = set(engine_processes_of(os.getpid()))
+    with pytest.raises(EngineError, match="logprobs"):
+        await VllmEngine.start(novice.model_folder, num_threads=1, engine_args={"max_logprobs": "5"})
+    assert set(engine_processes_of(os.getpid())) <= before
 
 
 @on_one_loop

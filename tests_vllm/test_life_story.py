@@ -35,7 +35,7 @@ def life(state: Path) -> Iterator[ServerProcess]:
 def test_while_the_engine_starts_health_says_so_and_requests_are_refused(life: ServerProcess) -> None:
     wait_until(life.is_answering, 60)
     assert life.health()["status"] == "starting"
-    assert "the engine is starting" in life.health()["engine"]["problem"]
+    assert "the engine is starting: vLLM's process starts" in life.health()["engine"]["problem"]
     assert life.get("/health").status_code == 503
     assert life.gauge("alive") == 0
     with pytest.raises(Exception, match="the engine is starting"):

@@ -42,10 +42,14 @@ STEADY_AFTER_S = 60.0
 """An engine that lived this long died of something new: the pauses begin with the shortest again."""
 
 
+StartEngine = Callable[[Callable[[str], None]], Awaitable[Engine]]
+"""Starts an engine, and tells what it is at."""
+
+
 class SupervisedEngine:
     """The `Engine` protocol of policies/types.py on an engine that may be replaced. Serves after `start`."""
 
-    def __init__(self, start_engine: Callable[[], Awaitable[Engine]], first_pause_s: float = FIRST_PAUSE_S) -> None:
+    def __init__(self, start_engine: StartEngine, first_pause_s: float = FIRST_PAUSE_S) -> None:
         self._start_engine = start_engine
         self._first_pause_s = first_pause_s
         self._engine: Engine | None = None
@@ -159,7 +163,7 @@ class SupervisedEngine:
 
     async def _bring_up(self, restore: Callable[[], Awaitable[Any]]) -> None:
         self._set_problem("the engine is starting", is_starting=True)
-        self._engine = await self._start_engine()
+        self._engine = await self._start_engine(self._tell_stage)
         self._limits = self._engine.limits
         self._set_problem("the acting adapter is being loaded into the engine", is_starting=True)
         try:
@@ -169,6 +173,9 @@ class SupervisedEngine:
             await self._take_down("the acting adapter could not be loaded")
             raise
         self._is_ready = True
+
+    def _tell_stage(self, stage: str) -> None:
+        self._set_problem(f"the engine is starting: {stage}", is_starting=True)
 
     async def _take_down(self, problem: str, is_starting: bool = False) -> None:
         engine, self._engine = self._engine, None

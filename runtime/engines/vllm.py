@@ -22,7 +22,7 @@ import os
 import signal
 import threading
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -119,6 +119,7 @@ class VllmEngine:
     async def start(
         cls,
         model: str | Path,
+        tell_stage: Callable[[str], object] = lambda _: None,
         *,
         tokenizer: str | Path | None = None,
         max_batch_size: int = 32,
@@ -134,8 +135,8 @@ class VllmEngine:
         `model` is a folder or hub name; `tokenizer` one more, where the model's own folder has none. `max_adapters`
         lie in the engine at a time. `num_threads` count on a CPU only, `gpu_memory_fraction` on GPUs only.
         `engine_args` are passed on to vLLM (`tensor_parallel_size`: `2`), by the names and in the spelling of its
-        command line, and go before all these. Takes 20 s and more, in which the event loop is free. Raises
-        EngineError where vLLM cannot start, ValueError for a wrong argument.
+        command line, and go before all these. `tell_stage` is told what is being done. Takes 20 s and more, in which
+        the event loop is free. Raises EngineError where vLLM cannot start, ValueError for a wrong argument.
         """
         settings = own_engine_args(
             str(model), tokenizer, max_batch_size, max_adapters, max_rank, max_context_tokens, num_threads
@@ -143,6 +144,7 @@ class VllmEngine:
         if gpu_memory_fraction is not None:
             settings["gpu_memory_utilization"] = gpu_memory_fraction
         args = parse_engine_args(settings, engine_args or {})
+        tell_stage("vLLM's process starts and loads the network")
         try:
             llm = await asyncio.to_thread(start_llm, args)
         except Exception as error:
@@ -157,6 +159,7 @@ class VllmEngine:
             logprob_tolerance=tolerance_in(config.model_config.dtype),
         )
         engine = cls(llm, limits, config.lora_config.target_modules or TARGET_MODULES)
+        tell_stage("it answers once, so that no user waits for a first compile")
         try:
             await engine._warm_up()
         except BaseException:
