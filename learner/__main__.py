@@ -78,7 +78,7 @@ def _yes_or_no(text: str) -> bool:
 
 
 _TRAINING = (
-    ("lr", float, "peak learning rate"),
+    ("lr", float, "peak learning rate; default: by the network's width"),
     ("epochs", int, "passes over the material"),
     ("rank", int, "of a fresh adapter"),
     ("token-budget", int, "most tokens of one packed forward pass: what bounds the memory"),

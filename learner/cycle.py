@@ -44,8 +44,9 @@ NUM_PROBE_PROMPTS = 8
 class CycleOptions:
     """What a cycle does."""
 
-    objectives: tuple[str, ...] = ("sft",)
-    """Of `learner.lessons.OBJECTIVES`: each trains a candidate, and the gate chooses."""
+    objectives: tuple[str, ...] = ("sft", "rft")
+    """Of `learner.lessons.OBJECTIVES`: each that can be trains a candidate, and the gate chooses. With few
+    demonstrations own successes teach more, with many the experts do, as measured (benchmarks/methods.py)."""
     num_samples: int = 2
     """Actions of the acting policy at each state of a demonstration."""
     gate_tasks: int = 100

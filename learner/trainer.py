@@ -48,15 +48,16 @@ class TrainingFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TrainingOptions:
-    """How a candidate is trained. The defaults suit a small network; a full-size one wants a smaller lr."""
+    """How a candidate is trained."""
 
-    lr: float = 2e-3
-    """Peak learning rate of AdamW; warmed up over a tenth of the gradient steps, then cosine to a tenth."""
-    epochs: int = 4
+    lr: float | None = None
+    """Peak learning rate of AdamW; warmed up over a tenth of the gradient steps, then cosine to a tenth. None: as the
+    network's width wants it, see `lr_for`."""
+    epochs: int = 2
     """How often every trajectory is gone through."""
-    min_gradient_steps: int = 0
+    min_gradient_steps: int = 24
     """Where the epochs make fewer, the trajectories are gone through again until there are so many."""
-    trajectories_per_step: int = 8
+    trajectories_per_step: int = 4
     """Trajectories whose rows make one gradient step."""
     rank: int = 16
     """Of a fresh adapter; one that goes on keeps its own."""
@@ -65,6 +66,15 @@ class TrainingOptions:
     max_grad_norm: float = 1.0
     seed: int = 0
     """Decides the adapter to the byte, on a CPU; a GPU adds up in another order each time."""
+
+
+def lr_for(hidden_size: int) -> float:
+    """The peak learning rate of a LoRA on a network of this width: 5e-4 (2000 / width)^0.781.
+
+    The fit of "LoRA Without Regret" (Schulman et al., Thinking Machines, 2025) for Llama: 4e-4 at a width of 2560. At
+    the novice's 128 it gives 4.3e-3; tuning on validation tasks found 4e-3 (benchmarks/methods.py).
+    """
+    return 5e-4 * (2000 / hidden_size) ** 0.781
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +167,8 @@ class Trainer:
         ref = self.logprobs(rows)
         batches = self._batches(rows)
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.0)
+        lr = lr_for(self.network.config.get_text_config().hidden_size) if options.lr is None else options.lr
+        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_share(step, len(batches)))
         health: list[dict[str, float]] = []
         num_tokens = 0

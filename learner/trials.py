@@ -16,6 +16,7 @@ from learner.collection import Collected, LoggedEpisode
 from learner.comparison import ComparedState, Verdict
 from learner.gate import Trial
 from learner.inspection import Inspector, inspect_demonstrations
+from policies.types import ToolCalls
 from tools.worlds.world import Task, World
 
 
@@ -74,12 +75,18 @@ class Trials:
 
 
 def fitting_world(world: World | None, demonstrations: Sequence[LoggedEpisode]) -> World | None:
-    """The world, unless none of the demonstrations has its tools."""
+    """The world, unless every demonstration has tools that are not the world's."""
     if world is None or not demonstrations:
         return world
     names = {tool.name for tool in world.open(world.task("validation", 0)).tools}
-    offered = ({tool["function"]["name"] for tool in step.tools} for each in demonstrations for step in each.path)
-    return world if any(names <= tools for tools in offered) else None
+    return world if any(_tools_of(each) <= names for each in demonstrations) else None
+
+
+def _tools_of(demonstration: LoggedEpisode) -> set[str]:
+    """Names of the tools that it offers or calls."""
+    offered = {tool["function"]["name"] for step in demonstration.path for tool in step.tools}
+    actions = [step.action for step in demonstration.path]
+    return offered | {call.name for action in actions if isinstance(action, ToolCalls) for call in action.calls}
 
 
 def _agreement(states: Sequence[ComparedState]) -> Trial | None:

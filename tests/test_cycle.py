@@ -28,7 +28,11 @@ from tools.worlds.order_desk import OrderDesk
 from tools.worlds.practice import PracticeOptions, practise
 
 WORLD = OrderDesk()
-QUICK = CycleOptions(gate_tasks=8, collection=CollectionOptions(held_out_share=0.0), training=TrainingOptions(epochs=1))
+QUICK = CycleOptions(
+    gate_tasks=8,
+    collection=CollectionOptions(held_out_share=0.0),
+    training=TrainingOptions(epochs=1, min_gradient_steps=0),
+)
 
 
 def cycle_parts(

@@ -19,7 +19,7 @@ from tests.serving import NOVICE_FOLDER
 from tests.test_trainer import expert_rows
 
 LESSONS = LessonOptions(anchor_weight=0.0)
-TRAINING = TrainingOptions(epochs=12, trajectories_per_step=4, rank=8)
+TRAINING = TrainingOptions(lr=2e-3, epochs=12, trajectories_per_step=4, rank=8)
 OPTIONS = DiscriminatorOptions(training=TRAINING)
 BLUNDERS = ("I am sorry, this order has gone wrong.<|im_end|>", "Sadly the silver clock is sold out.<|im_end|>")
 

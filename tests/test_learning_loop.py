@@ -33,7 +33,7 @@ def expert_conversation(index: int) -> dict[str, object]:
 
 
 def cycle_parts(server: Served, folder: Path, **options: object) -> CycleParts:
-    training = TrainingOptions(epochs=6)
+    training = TrainingOptions(lr=2e-3, epochs=6, trajectories_per_step=8)
     return CycleParts(
         endpoint=Endpoint(server.async_client()),
         log=StepLog(folder / "agent.db", read_only=True),

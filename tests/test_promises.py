@@ -210,7 +210,7 @@ def test_10_a_candidate_that_is_worse_is_not_promoted(server: Served, tmp_path: 
     demonstrations = [{"messages": [*task.messages, giving_up]} for task in tasks]
     reply = httpx.post(f"{server.url}/v1/demonstrations", json={"demonstrations": demonstrations}, timeout=60)
     assert reply.json()["imported"] == len(tasks)
-    options = replace(QUICK, gate_tasks=24, training=TrainingOptions(epochs=30))
+    options = replace(QUICK, gate_tasks=24, training=TrainingOptions(lr=2e-3, epochs=30, trajectories_per_step=8))
     status = run(server, tmp_path / "state", experts=(), options=options)
     assert status.stage is CycleStage.REFUSED, status.message
     (decision,) = status.report["gate"].values()

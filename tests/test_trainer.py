@@ -41,7 +41,7 @@ from runtime.engines.embedded import EmbeddedEngine
 from tests.serving import NOVICE_FOLDER, ROOT, parts_of
 from tools.worlds.order_desk import OrderDesk
 
-QUICK = TrainingOptions(epochs=2, trajectories_per_step=2, rank=4)
+QUICK = TrainingOptions(lr=2e-3, epochs=2, min_gradient_steps=0, trajectories_per_step=2, rank=4)
 
 
 def expert_rows(protocol: ChatProtocol, split: str, num_tasks: int) -> list[Row]:
