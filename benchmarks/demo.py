@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from langchain_core.utils.function_calling import convert_to_openai_tool
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, OpenAIError
 from tqdm import tqdm
 
 from learner.endpoint import Endpoint
@@ -139,9 +139,14 @@ class Traffic:
         for index in tqdm(range(NUM_AGREEMENT_TASKS), desc="step agreement", unit=" tasks", leave=False):
             for messages, episode in expert_states(WORLD.task("heldout", index)):
                 options: dict[str, Any] = {"messages": messages, "metadata": {"purpose": "evaluation"}}
-                answer = await self.client.chat.completions.create(
-                    model=adapter, tools=tools, temperature=0.0, **options
-                )
+                try:
+                    answer = await self.client.chat.completions.create(
+                        model=adapter, tools=tools, temperature=0.0, **options
+                    )
+                except OpenAIError:
+                    self.num_failed += 1
+                    judged.append(False)
+                    continue
                 said = answer.choices[0].message.model_dump(exclude_none=True)
                 judged.append(episode.same_effect(said, episode.expert_action()))
         return sum(judged) / len(judged)

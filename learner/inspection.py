@@ -1,7 +1,8 @@
 """Inspection: holds the policy's actions against an expert's, where experts have acted and where the policy has.
 
-At the states of demonstrations the acting policy is sampled through the endpoint; at its own logged states the action
-is there already, and an expert is asked. Both become material in tokens.
+At the states of demonstrations the acting policy is sampled through the endpoint. At its own logged states the action
+is there already, and an expert is asked; sampling more there was refused: an expert's answer teaches without them, and
+own states are many. Both become material in tokens.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,6 +135,48 @@ def test_a_broken_adapter_is_refused_on_record_and_the_acting_one_goes_on(
     assert record["state"] == "refused"
     assert record["events"][-1]["reason"] in reason
     assert adapter_of_new_episode(server) == "agent-v0001"
+
+
+def test_a_disk_that_is_full_when_an_adapter_is_copied_in_is_told_and_nothing_is_left(
+    server: Served, tiny: TinyNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copyfile
+
+    def until_full(source: Path, target: Path) -> None:
+        if source.name == "probe.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        copy(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", until_full)
+    reason = refusal(post(server, "", {"path": str(tiny.adapter(1))}))
+    assert reason == "the adapter could not be copied in: No space left on device"
+    assert listed(server) == []
+    assert list((tmp_path / "adapters").iterdir()) == []
+    monkeypatch.undo()
+    assert register(server, tiny.adapter(1))["name"] == "agent-v0001"
+
+
+def test_a_database_that_cannot_be_written_is_told_and_the_server_goes_on(
+    server: Served, tiny: TinyNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(*_: Any) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    register(server, tiny.adapter(1))
+    with monkeypatch.context() as full:
+        full.setattr(server.parts.registry, "promote", cannot)
+        reason = refusal(post(server, "/agent-v0001/promote"), 503)
+    assert "database or disk is full; is the disk full" in reason
+    assert post(server, "/agent-v0001/promote").status_code == 200
+    assert adapter_of_new_episode(server) == "agent-v0001"
+
+
+def test_a_promotion_for_another_parent_than_what_acts_changes_nothing(server: Served, tiny: TinyNetwork) -> None:
+    register(server, tiny.adapter(1))
+    reason = refusal(post(server, "/agent-v0001/promote", {"acting": "agent-v0007"}))
+    assert "agent-v0007 does not act any more: base does" in reason
+    assert adapter_of_new_episode(server) == "base"
+    assert post(server, "/agent-v0001/promote", {"acting": "base"}).status_code == 200
 
 
 def test_an_unknown_adapter_is_not_found(server: Served, tiny: TinyNetwork) -> None:
