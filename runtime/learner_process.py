@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from runtime.background import keep_doing
-from runtime.cycle_log import CycleLog
+from runtime.cycle_log import ENDINGS, CycleLog
 from runtime.step_log import StepLog
 from runtime.types import new_id
 
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 LOG_FILE = "learner.log"
 """In the state folder: what the learner prints."""
 GRACE_S = 5.0
-"""How long a learner may take to end when the server ends."""
+"""How long a learner may take to end when the server ends, or when its cycle has."""
 
 
 class LearnerBusy(Exception):
@@ -65,6 +65,7 @@ class LearnerProcess:
             return await self._start(options, reason)
 
     async def _start(self, options: Sequence[str], reason: str) -> str:
+        await self._see_off()
         if self.running is not None:
             raise LearnerBusy(f"cycle {self.running} runs already; wait for its end")
         if self._cycles.is_learner_alive():
@@ -82,6 +83,15 @@ class LearnerProcess:
                 env={**os.environ, **self._environment},
             )
         return cycle
+
+    async def _see_off(self) -> None:
+        """Where our cycle has ended, wait for the end of its process, which takes a moment more."""
+        if self._process is None or self._running is None or self.running is None:
+            return
+        told = await asyncio.to_thread(self._cycles.cycle, self._running)
+        if told is not None and told["stage"] in ENDINGS:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), GRACE_S)
 
     def status(self, cycle: str) -> dict[str, object] | None:
         """What is known of one of our cycles that has not written a line yet."""
