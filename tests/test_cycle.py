@@ -217,7 +217,7 @@ class MeddledWith(Endpoint):
 def learned_well(server: Served) -> CycleOptions:
     """Options under which twelve demonstrations bring a better adapter; they are imported."""
     post(server, *(expert_demonstration(number) for number in range(12))).raise_for_status()
-    return replace(QUICK, gate_tasks=40, training=TrainingOptions(lr=4e-3, epochs=8))
+    return replace(QUICK, gate_tasks=30, training=TrainingOptions(lr=4e-3, epochs=8))
 
 
 def test_a_candidate_for_another_parent_than_what_acts_is_refused_and_leaves_its_slot(

@@ -12,8 +12,8 @@ from benchmarks.demo import main
 
 @pytest.mark.timeout(600)
 def test_a_short_demo_leaves_its_table_and_its_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    short = ["--cycles", "1", "--demonstrations", "12", "--practice", "8", "--tasks", "10"]
-    assert main(["--state", str(tmp_path), *short, "--learner-arg", "gate-tasks=20"]) == 0
+    short = ["--cycles", "1", "--demonstrations", "6", "--practice", "2", "--tasks", "4"]
+    assert main(["--state", str(tmp_path), *short, "--learner-arg", "gate-tasks=8"]) == 0
     novice, learned = json.loads((tmp_path / "demo" / "results.json").read_text())
     rates = {f"success_{side}{end}" for side in ("greedy", "t1") for end in ("", "_low", "_high")}
     told = {"num_tasks", "cycle_seconds", "swap_seconds", "requests_failed", "verdict", "reason"}

@@ -50,7 +50,9 @@ def random_rows(num_rows: int, num_tokens: int) -> tuple[Row, ...]:
 
 def train(rows: tuple[Row, ...], spare_mib: int | None) -> dict[str, Any]:
     """One gradient step with so much more memory than is in use before it; None: as much as there is."""
-    options = TrainingOptions(epochs=1, trajectories_per_step=50, rank=4, token_budget=100_000)
+    options = TrainingOptions(
+        lr=2e-3, epochs=1, min_gradient_steps=0, trajectories_per_step=50, rank=4, token_budget=100_000
+    )
     trainer = Trainer(NOVICE_FOLDER, None, options)
     before = torch.cat(trainer.logprobs(rows[:1])).mean().item()
     limit = resource.RLIM_INFINITY if spare_mib is None else memory_in_use() + spare_mib * MIB
