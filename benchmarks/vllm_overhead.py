@@ -8,6 +8,9 @@ request logs off. Each cell (concurrency, streamed or not) is asked of one and t
 every repeat; the other is idle meanwhile. Requests are greedy and end at 64 tokens, so both make the same number of
 tokens, which is checked. The network is random, of the novice's shape: the novice's own answers are too short.
 
+vLLM's server is asked twice, once without logprobs and once with those of the sampled tokens: ours always makes them,
+for the log, and what they cost in the engine is no cost of the endpoint. The goals are held against the first.
+
 Ratios are ours / theirs within a repeat. Servers, engines and the client share the machine's cores. `server` is the CPU
 time of the HTTP process alone, a request: what the endpoint costs, whatever else runs on the machine.
 """
@@ -45,7 +48,7 @@ MAX_BATCH_SIZE, MAX_CONTEXT = 32, 1024
 RATIO_GOAL, MORE_MS_GOAL = 0.97, 3.0
 START_TIMEOUT_S = 300.0
 PATH, NAME = "/v1/chat/completions", "served"
-OURS, THEIRS = "ours", "vLLM's"
+OURS, THEIRS, WITH_LOGPROBS = "ours", "vLLM's", "vLLM's, with logprobs"
 
 
 A_TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
@@ -164,13 +167,14 @@ def cpu_seconds(pid: int) -> float:
 # ------------------------------------------------------------------------------------------------ requests
 
 
-def _body(number: int, is_streamed: bool) -> dict[str, Any]:
+def _body(number: int, is_streamed: bool, with_logprobs: bool = False) -> dict[str, Any]:
     messages = [
         {"role": "system", "content": "Look after the orders. Say what you are about to do before you do it."},
         {"role": "user", "content": f"Order {number} has come in: the miniature barometer for Bruno Wilde. See to it."},
     ]
     body = {"model": NAME, "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
     body |= {"tools": [A_TOOL], "tool_choice": "none"}  # the client runs its own: one completion, and no more
+    body |= {"logprobs": True, "top_logprobs": 0} if with_logprobs else {}
     return body | {"stream": is_streamed} | ({"stream_options": {"include_usage": True}} if is_streamed else {})
 
 
@@ -182,9 +186,9 @@ class Timed:
     """Tokens of the prompt and of the completion, as the server counts them."""
 
 
-async def ask(client: PlainClient, number: int, is_streamed: bool) -> Timed:
+async def ask(client: PlainClient, number: int, is_streamed: bool, with_logprobs: bool) -> Timed:
     began = time.perf_counter()
-    pieces = (await client.stream(PATH, _body(number, is_streamed))).pieces
+    pieces = (await client.stream(PATH, _body(number, is_streamed, with_logprobs))).pieces
     content = b"".join(piece for _, piece in pieces)
     if is_streamed:
         events = [json.loads(event) for event in content.decode().split("data: ")[1:-1]]
@@ -197,16 +201,19 @@ async def ask(client: PlainClient, number: int, is_streamed: bool) -> Timed:
     return Timed((pieces[-1][0] - began) * 1000, (first - began) * 1000, tokens)
 
 
-async def measure_cell(server: Server, concurrency: int, is_streamed: bool, repeat: int) -> tuple[Cell, list[Any]]:
+async def measure_cell(
+    server: Server, name: str, concurrency: int, is_streamed: bool, repeat: int
+) -> tuple[Cell, list[Any]]:
     """The cell, and the tokens of each request."""
     clients = [PlainClient(server.port) for _ in range(concurrency)]
-    await asyncio.gather(*(ask(client, 0, is_streamed) for client in clients))  # connect
+    with_logprobs = name == WITH_LOGPROBS
+    await asyncio.gather(*(ask(client, 0, is_streamed, with_logprobs) for client in clients))  # connect
     numbers = iter(range(repeat * 1000 + 1, repeat * 1000 + 1 + NUM_REQUESTS[concurrency]))
     answers: dict[int, Timed] = {}
 
     async def keep_asking(client: PlainClient) -> None:
         for number in numbers:
-            answers[number] = await ask(client, number, is_streamed)
+            answers[number] = await ask(client, number, is_streamed, with_logprobs)
 
     cpu, began = cpu_seconds(server.pid), time.perf_counter()
     await asyncio.gather(*map(keep_asking, clients))
@@ -215,7 +222,7 @@ async def measure_cell(server: Server, concurrency: int, is_streamed: bool, repe
         await client.close()
     timed = list(answers.values())
     cell = Cell(
-        server.name,
+        name,
         concurrency,
         is_streamed,
         repeat,
@@ -229,7 +236,7 @@ async def measure_cell(server: Server, concurrency: int, is_streamed: bool, repe
 
 def measure(repeats: int) -> list[Cell]:
     cells: list[Cell] = []
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=repeats * len(CONCURRENCY) * 4) as bar:
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=repeats * len(CONCURRENCY) * 6) as bar:
         network = make_network(Path(folder) / "network")
         homes = [Path(folder) / name for name in ("ours", "theirs")]
         for home in homes:
@@ -238,14 +245,14 @@ def measure(repeats: int) -> list[Cell]:
             for repeat in range(repeats):
                 for concurrency in CONCURRENCY:
                     for is_streamed in (False, True):
-                        servers = [ours, theirs] if repeat % 2 == 0 else [theirs, ours]
+                        asked = [(ours, OURS), (theirs, THEIRS), (theirs, WITH_LOGPROBS)]
                         tokens = []
-                        for server in servers:
-                            cell, usages = asyncio.run(measure_cell(server, concurrency, is_streamed, repeat))
+                        for server, name in asked[repeat % 3 :] + asked[: repeat % 3]:
+                            cell, usages = asyncio.run(measure_cell(server, name, concurrency, is_streamed, repeat))
                             cells.append(cell)
                             tokens.append(usages)
                             bar.update()
-                        assert tokens[0] == tokens[1], "both servers make the same tokens"
+                        assert tokens[0] == tokens[1] == tokens[2], "both servers make the same tokens"
     return cells
 
 
@@ -257,7 +264,7 @@ def report(cells: Sequence[Cell]) -> None:
     print("|---|---|---|---|---|---|---|")
     for is_streamed in (False, True):
         for concurrency in CONCURRENCY:
-            for name in (OURS, THEIRS):
+            for name in (OURS, THEIRS, WITH_LOGPROBS):
                 found = select(cells, name, concurrency, is_streamed)
                 row = [spread([getattr(cell, field) for cell in found], digits) for field, digits in COLUMNS]
                 kind = "streamed" if is_streamed else "plain"
@@ -267,12 +274,16 @@ def report(cells: Sequence[Cell]) -> None:
         more = paired(cells, 1, is_streamed, lambda ours, theirs: ours.latency_ms - theirs.latency_ms)
         verdict = "met" if statistics.median(more) < MORE_MS_GOAL else "not met"
         print(f"{kind}, 1 at once: {spread(more, 2)} ms more than vLLM's (goal: under {MORE_MS_GOAL:g}: {verdict})")
+        more = paired(cells, 1, is_streamed, lambda ours, theirs: ours.latency_ms - theirs.latency_ms, WITH_LOGPROBS)
+        print(f"{kind}, 1 at once: {spread(more, 2)} ms more than vLLM's with logprobs")
         for concurrency in CONCURRENCY[1:]:
-            ratios = paired(cells, concurrency, is_streamed, lambda ours, theirs: ours.per_second / theirs.per_second)
+            ratios = paired(cells, concurrency, is_streamed, _requests_ratio)
             verdict = "met" if statistics.median(ratios) >= RATIO_GOAL else "not met"
             print(
                 f"{kind}, {concurrency} at once: {spread(ratios, 3)} of its requests/s (goal {RATIO_GOAL}: {verdict})"
             )
+            ratios = paired(cells, concurrency, is_streamed, _requests_ratio, WITH_LOGPROBS)
+            print(f"{kind}, {concurrency} at once: {spread(ratios, 3)} of its requests/s with logprobs")
 
 
 COLUMNS = (("per_second", 1), ("latency_ms", 1), ("first_token_ms", 1), ("server_cpu_ms", 1))
@@ -284,11 +295,19 @@ def select(cells: Sequence[Cell], name: str, concurrency: int, is_streamed: bool
     return [cell for cell in cells if (cell.server, cell.concurrency, cell.is_streamed) == wanted]
 
 
+def _requests_ratio(ours: Cell, theirs: Cell) -> float:
+    return ours.per_second / theirs.per_second
+
+
 def paired(
-    cells: Sequence[Cell], concurrency: int, is_streamed: bool, compare: Callable[[Cell, Cell], float]
+    cells: Sequence[Cell],
+    concurrency: int,
+    is_streamed: bool,
+    compare: Callable[[Cell, Cell], float],
+    against: str = THEIRS,
 ) -> list[float]:
     """Ours against theirs, repeat by repeat."""
-    ours, theirs = (select(cells, name, concurrency, is_streamed) for name in (OURS, THEIRS))
+    ours, theirs = (select(cells, name, concurrency, is_streamed) for name in (OURS, against))
     return [compare(one, other) for one, other in zip(ours, theirs, strict=True)]
 
 
