@@ -103,13 +103,13 @@ class Endpoint:
         await self.client.post(f"/adapters/{name}/refuse", cast_to=object, body={"reason": reason})
 
     async def refuse_left_over(self, cycles: Sequence[str]) -> list[str]:
-        """Refuse what cycles that were cut off have registered and nobody has judged; returns the names."""
+        """Refuse what these cycles have registered and nobody has judged; returns the names."""
         listed: Any = await self.client.get("/adapters", cast_to=object)
         names = []
         for adapter in listed["data"]:
-            cycle = next((cycle for cycle in cycles if cycle in adapter["events"][0]["reason"]), None)
+            cycle = next((cycle for cycle in cycles if adapter["events"][0]["reason"].endswith(f", {cycle}")), None)
             if cycle is not None and adapter["state"] in UNJUDGED:
-                await self.refuse(adapter["name"], f"the learner ended before it was judged ({cycle})")
+                await self.refuse(adapter["name"], f"its cycle ended before it was judged ({cycle})")
                 names.append(adapter["name"])
         return names
 
