@@ -8,7 +8,8 @@ from policies.chat_protocol import TextDelta
 
 
 class StopTexts:
-    """Ends an answer where one of the client's stop texts begins; holds back what may be the beginning of one."""
+    """Ends an answer where the stop text begins that is complete first, the longest of several; holds back what may be
+    the beginning of one. So it ends alike, in whatever pieces it comes."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self.text = ""
@@ -27,9 +28,9 @@ class StopTexts:
         return (*kept, TextDelta("text", passed)) if passed else tuple(kept)
 
     def _pass(self, is_last: bool) -> str:
-        found = [at for stop in self.stops if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self.stops if (at := self._held.find(stop)) >= 0]
         self.is_reached = bool(found)
-        end = min(found) if found else len(self._held) if is_last else self._first_doubtful()
+        end = min(found)[1] if found else len(self._held) if is_last else self._first_doubtful()
         passed, self._held = self._held[:end], self._held[end:]
         return passed
 
