@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.worlds.order_desk import OrderDesk
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -41,6 +43,12 @@ def test_the_picture_of_the_house_names_every_floor() -> None:
     }
     drawn = set(re.findall(r"^(?:floor \d|ground) +(\w+)/", README, re.MULTILINE))
     assert drawn == floors
+
+
+def test_what_is_asked_in_the_example_is_a_task_that_the_server_has_tools_for() -> None:
+    """It was once a request of no task, for which there are no tools: a newcomer's first answer was empty."""
+    asked = OrderDesk().task("heldout", 0).messages[-1]["content"]
+    assert f'"content": "{asked}"' in README
 
 
 def test_every_figure_of_the_table_stands_in_the_results() -> None:
