@@ -46,6 +46,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.figures import percentile
 from benchmarks.plain_http import PlainClient
 from learner.probing import make_probe
 from policies.base_network import read_base_network
@@ -349,7 +350,10 @@ def figures_of(load: Load, phases: Sequence[Phase], times: Sequence[SwapTimes], 
         side: [gaps_ms(load, phase) for phase in phases if phase.has_swaps == (side == "with swaps")]
         for side in ("without", "with swaps")
     }
-    ratios = [_p99(busy) / _p99(quiet) for quiet, busy in zip(sides["without"], sides["with swaps"], strict=True)]
+    ratios = [
+        percentile(busy, 99) / percentile(quiet, 99)
+        for quiet, busy in zip(sides["without"], sides["with swaps"], strict=True)
+    ]
     gaps = {side: _gap_figures(of_phases) for side, of_phases in sides.items()}
     return {
         "swaps": len(times),
@@ -366,15 +370,11 @@ def figures_of(load: Load, phases: Sequence[Phase], times: Sequence[SwapTimes], 
 
 def _gap_figures(of_phases: Sequence[list[float]]) -> dict[str, float]:
     gaps = [gap for phase in of_phases for gap in phase]
-    return {"tokens": len(gaps), "median": statistics.median(gaps), "p99": _p99(gaps), "longest": max(gaps)}
-
-
-def _p99(gaps: Sequence[float]) -> float:
-    return sorted(gaps)[int(0.99 * len(gaps))]
+    return {"tokens": len(gaps), "median": statistics.median(gaps), "p99": percentile(gaps, 99), "longest": max(gaps)}
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "p99": _p99(values), "longest": max(values)}
+    return {"median": statistics.median(values), "p99": percentile(values, 99), "longest": max(values)}
 
 
 def print_figures(figures: dict[str, Any], engine: str) -> None:

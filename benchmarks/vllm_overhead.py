@@ -38,6 +38,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from tqdm import tqdm
 
+from benchmarks.figures import spread
 from benchmarks.plain_http import PlainClient
 from benchmarks.swap import ROOT, make_network
 
@@ -309,11 +310,6 @@ def paired(
     """Ours against theirs, repeat by repeat."""
     ours, theirs = (select(cells, name, concurrency, is_streamed) for name in (OURS, against))
     return [compare(one, other) for one, other in zip(ours, theirs, strict=True)]
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 if __name__ == "__main__":

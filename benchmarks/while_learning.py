@@ -33,6 +33,7 @@ from openai import AsyncOpenAI
 from tqdm import tqdm
 
 from benchmarks.demo import ENDINGS, WORLD, expert_states, write_demonstrations
+from benchmarks.figures import percentile, spread
 from benchmarks.plain_http import PlainClient
 from benchmarks.swap import NOVICE_FOLDER, Answered, served, streamed
 from learner.__main__ import main as learner_command
@@ -175,16 +176,12 @@ def stretch(way: str, users: Users, began: float, ended: float, training_seconds
         training_seconds,
         verdict,
         len(done) / (ended - began),
-        (statistics.median(latencies), p95(latencies)),
+        (statistics.median(latencies), percentile(latencies, 95)),
         max(latencies),
-        (statistics.median(gaps), p95(gaps)),
+        (statistics.median(gaps), percentile(gaps, 95)),
         len(served_in) / num_seconds,
         len(users.failures),
     )
-
-
-def p95(values: Sequence[float]) -> float:
-    return sorted(values)[int(0.95 * len(values))]
 
 
 # -------------------------------------------------------------------------------------------------- report
@@ -217,13 +214,6 @@ def _cycle(one: Stretch) -> float:
 
 def _training(one: Stretch) -> float:
     return one.training_seconds
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    if not values:
-        return "-"
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 def run(engine: str, repeats: int, folder: Path) -> list[Stretch]:

@@ -51,7 +51,7 @@ class Endpoint:
     ) -> list[list[str]]:
         """Sample actions of an adapter at each state; returns the ids of the logged steps, by state.
 
-        None at a state that the endpoint cannot answer at, for example because it is too long for the model.
+        A state that the endpoint cannot answer at, for example because it is too long for the model, has no ids.
         """
         places = asyncio.Semaphore(self.concurrency)
 

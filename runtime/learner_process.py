@@ -47,7 +47,8 @@ class LearnerProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._running: str | None = None
         self._starting = asyncio.Lock()
-        self._reasons: dict[str, str] = {}
+        self._started: set[str] = set()
+        """Every cycle we have started."""
 
     @property
     def running(self) -> str | None:
@@ -59,19 +60,19 @@ class LearnerProcess:
         """Of the process that runs a cycle now."""
         return self._process.pid if self._process is not None and self.running else None
 
-    async def start(self, options: Sequence[str] = (), reason: str = "asked for") -> str:
+    async def start(self, options: Sequence[str] = ()) -> str:
         """Start a cycle; returns its name. Raises LearnerBusy beside another one, ours or not."""
         async with self._starting:  # two who ask at once: the second finds the first one's process
-            return await self._start(options, reason)
+            return await self._start(options)
 
-    async def _start(self, options: Sequence[str], reason: str) -> str:
+    async def _start(self, options: Sequence[str]) -> str:
         await self._see_off()
         if self.running is not None:
             raise LearnerBusy(f"cycle {self.running} runs already; wait for its end")
         if self._cycles.is_learner_alive():
             raise LearnerBusy("a learner that was started by hand runs a cycle already; wait for its end")
-        cycle = new_id("cycle")
-        self._running, self._reasons[cycle] = cycle, reason
+        cycle = self._running = new_id("cycle")
+        self._started.add(cycle)
         where = ("--url", f"{self.url}/v1", "--state", str(self._state), "--parent", str(os.getpid()))
         command = (sys.executable, "-m", "learner", "once", "--cycle", cycle, *where, *self._arguments, *options)
         with (self._state / LOG_FILE).open("ab") as output:
@@ -86,16 +87,16 @@ class LearnerProcess:
 
     async def _see_off(self) -> None:
         """Where our cycle has ended, wait for the end of its process, which takes a moment more."""
-        if self._process is None or self._running is None or self.running is None:
+        if self._process is None or (cycle := self.running) is None:
             return
-        told = await asyncio.to_thread(self._cycles.cycle, self._running)
+        told = await asyncio.to_thread(self._cycles.cycle, cycle)
         if told is not None and told["stage"] in ENDINGS:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), GRACE_S)
 
     def status(self, cycle: str) -> dict[str, object] | None:
         """What is known of one of our cycles that has not written a line yet."""
-        if cycle not in self._reasons:
+        if cycle not in self._started:
             return None
         is_running = cycle == self.running
         code = self._process.returncode if self._process is not None and cycle == self._running else None
@@ -143,7 +144,7 @@ class CycleTrigger:
         """Start a cycle if one is due."""
         if self._learner.running is None and await asyncio.to_thread(self._is_due):
             with contextlib.suppress(LearnerBusy):
-                self._started = await self._learner.start(reason=f"{self.every_episodes} new episodes")
+                self._started = await self._learner.start()
 
     def _is_due(self) -> bool:
         newest = self._cycles.cycles(limit=1)

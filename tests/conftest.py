@@ -25,10 +25,22 @@ def protocol() -> ChatProtocol:
     return ChatProtocol.load(NOVICE_FOLDER)
 
 
+def novice_engine_of(protocol: ChatProtocol) -> EmbeddedEngine:
+    return EmbeddedEngine(NOVICE_FOLDER, tokenizer=protocol.tokenizer, device="cpu", num_threads=1)
+
+
 @pytest.fixture(scope="session")
 def novice_engine(protocol: ChatProtocol) -> Iterator[EmbeddedEngine]:
     """The embedded engine with the novice; about five seconds to load."""
-    engine = EmbeddedEngine(NOVICE_FOLDER, tokenizer=protocol.tokenizer, device="cpu", num_threads=1)
+    engine = novice_engine_of(protocol)
+    yield engine
+    asyncio.run(engine.close())
+
+
+@pytest.fixture
+def engine(protocol: ChatProtocol) -> Iterator[EmbeddedEngine]:
+    """The same, but a test's own: it is swapped."""
+    engine = novice_engine_of(protocol)
     yield engine
     asyncio.run(engine.close())
 

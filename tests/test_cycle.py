@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 from openai import APIConnectionError
 
 from learner.collection import CollectionOptions
@@ -64,14 +63,6 @@ def run(server: Served, folder: Path, cycle: str = "cycle_1", **changes: Any) ->
 def practised(server: Served, first: int, number: int) -> None:
     tasks = [WORLD.task("train", first + index) for index in range(number)]
     asyncio.run(practise(server.async_client(), WORLD, tasks, PracticeOptions(MODEL, seed=3)))
-
-
-@pytest.fixture
-def engine(protocol: ChatProtocol):
-    """An engine of its own: this one is swapped."""
-    engine = EmbeddedEngine(NOVICE_FOLDER, tokenizer=protocol.tokenizer, device="cpu", num_threads=1)
-    yield engine
-    asyncio.run(engine.close())
 
 
 def test_a_log_with_nothing_in_it_ends_with_a_reason(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import subprocess
@@ -21,7 +20,7 @@ from policies.chat_protocol import ChatProtocol
 from runtime.cycle_log import CycleLog
 from runtime.engines.embedded import EmbeddedEngine
 from runtime.types import Actor, Episode, Purpose
-from tests.serving import MODEL, NOVICE_FOLDER, Served, parts_of, served, wait_until
+from tests.serving import MODEL, Served, parts_of, served, wait_until
 from tests.test_demonstration_routes import expert_demonstration
 
 ENDINGS = {"promoted", "refused", "no_lesson", "failed"}
@@ -31,14 +30,6 @@ ENDINGS = {"promoted", "refused", "no_lesson", "failed"}
 def server(novice_engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path) -> Iterator[Served]:
     with served(parts_of(novice_engine, protocol, tmp_path)) as running:
         yield running
-
-
-@pytest.fixture
-def engine(protocol: ChatProtocol) -> Iterator[EmbeddedEngine]:
-    """An engine of its own: this one is swapped."""
-    engine = EmbeddedEngine(NOVICE_FOLDER, tokenizer=protocol.tokenizer, device="cpu", num_threads=1)
-    yield engine
-    asyncio.run(engine.close())
 
 
 def start(server: Served, **body: Any) -> httpx.Response:
@@ -75,13 +66,15 @@ def test_a_cycle_runs_beside_the_server_and_says_why_it_learned_nothing(server: 
     assert (busy.status_code, name in busy.json()["error"]["message"]) == (409, True)
     assert cycle(server, name)["stage"] not in ENDINGS
     wait_until(lambda: cycle(server, name)["stage"] in ENDINGS, 240)
-    assert start(server).status_code == 202, "the process of a cycle that has ended is waited for"
-    told = ended(server, name)
+    second = start(server)
+    assert second.status_code == 202, "the process of a cycle that has ended is waited for"
+    assert ended(server, second.json()["id"])["stage"] == "no_lesson"
+    told = cycle(server, name)
     assert told["stage"] == "no_lesson"
     assert "import some first" in told["message"]
     listed = httpx.get(f"{server.url}/v1/learner/cycles", timeout=30).json()["data"]
-    assert [each["id"] for each in listed][-1] == name
-    assert 'stepagent_learner_cycles_total{ending="no_lesson"}' in httpx.get(f"{server.url}/metrics").text
+    assert [each["id"] for each in listed] == [second.json()["id"], name]
+    assert 'stepagent_learner_cycles_total{ending="no_lesson"} 2.0' in httpx.get(f"{server.url}/metrics").text
 
 
 def test_of_two_who_ask_at_once_one_gets_a_cycle(server: Served) -> None:

@@ -23,7 +23,7 @@ def learner_routes(parts: Parts) -> APIRouter:
     async def start_cycle(body: Annotated[CycleRequest, Body()] = _AS_STARTED) -> dict[str, Any]:
         """Start a cycle beside the serving, and answer at once. 409 while another one runs."""
         learning = _learning(parts)
-        cycle = await learning.process.start(body.as_options(), reason="asked for over HTTP")
+        cycle = await learning.process.start(body.as_options())
         return _shown({"cycle": cycle, "stage": "starting", "message": "", "report": {}})
 
     @router.get("")
