@@ -51,7 +51,6 @@ class CycleOptions:
     """Actions of the acting policy at each state of a demonstration."""
     gate_tasks: int = 100
     """Validation tasks of the world on which candidates and the acting adapter are compared."""
-    gate_temperature: float = 1.0
     canary_share: float = 0.0
     """Of the new episodes that a candidate which passed the gate serves at first; 0: it acts at once."""
     collection: CollectionOptions = field(default_factory=CollectionOptions)
@@ -285,7 +284,7 @@ async def _gate(
     At most two are in the engine at a time, the best one so far and the next: slots are few.
     """
     options, judged, best = parts.options, list[Judged](), None
-    trials = Trials.of_cycle(notes.cycle, collected, inspector, options.gate_tasks, options.gate_temperature)
+    trials = Trials.of_cycle(notes.cycle, collected, inspector, options.gate_tasks)
     with notes.counted(CycleStage.GATE, inspector.acting, trials.num) as count:
         baseline = await trials.results(inspector.acting, count)
     problems = list[APIStatusError]()

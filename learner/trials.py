@@ -19,6 +19,9 @@ from learner.inspection import Inspector, inspect_demonstrations
 from policies.types import ToolCalls
 from tools.worlds.world import Task, World
 
+TEMPERATURE = 1.0
+"""The policy itself is judged, as users sample from it by default."""
+
 
 @dataclass(frozen=True, slots=True)
 class Trials:
@@ -29,25 +32,16 @@ class Trials:
     """None: held-out demonstrations are tried."""
     tasks: Sequence[Task]
     held_out: Sequence[LoggedEpisode]
-    temperature: float
-    """At which tasks are tried; demonstrations are at 1."""
 
     @classmethod
-    def of_cycle(
-        cls,
-        cycle: str,
-        collected: Collected,
-        inspector: Inspector,
-        num_tasks: int,
-        temperature: float,
-    ) -> Trials:
+    def of_cycle(cls, cycle: str, collected: Collected, inspector: Inspector, num_tasks: int) -> Trials:
         """`cycle` draws the validation tasks: always the same ones would in time be learned by selection."""
         world = fitting_world(inspector.world, [*collected.demonstrations, *collected.held_out])
         if world is None:
-            return cls(inspector, None, (), collected.held_out, temperature)
+            return cls(inspector, None, (), collected.held_out)
         size = world.splits["validation"]
         places = random.Random(cycle).sample(range(size), min(num_tasks, size))
-        return cls(inspector, world, [world.task("validation", place) for place in places], (), temperature)
+        return cls(inspector, world, [world.task("validation", place) for place in places], ())
 
     @property
     def unit(self) -> str:
@@ -63,7 +57,7 @@ class Trials:
         if self.world is None:
             return await self._demonstrations(adapter, on_done)
         endpoint = self.inspector.endpoint
-        attempts = await endpoint.evaluate(self.world, self.tasks, adapter, self.temperature, on_done)
+        attempts = await endpoint.evaluate(self.world, self.tasks, adapter, TEMPERATURE, on_done)
         return [None if attempt.error else Trial(attempt.outcome, attempt.num_malformed) for attempt in attempts]
 
     async def _demonstrations(self, adapter: str, on_done: Callable[[], object]) -> list[Trial | None]:

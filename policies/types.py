@@ -181,7 +181,7 @@ class EngineLimits:
     max_rank: int
     vocab_size: int
     supports_grammar: bool
-    logprob_tolerance: float = 1e-3
+    logprob_tolerance: float
     """Nats by which its logprobs may differ from another engine's, for want of precision: see `policies/probe.py`."""
 
 

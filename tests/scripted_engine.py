@@ -25,7 +25,9 @@ Script = Mapping[tuple[TokenIds, str], Tokens] | Callable[[TokenIds, str], Token
 
 SCRIPTED_LOGPROB = -0.5
 
-LIMITS = EngineLimits(max_context_tokens=512, max_adapters=3, max_rank=16, vocab_size=512, supports_grammar=False)
+LIMITS = EngineLimits(
+    max_context_tokens=512, max_adapters=3, max_rank=16, vocab_size=512, supports_grammar=False, logprob_tolerance=1e-3
+)
 
 
 class ScriptedEngine:

@@ -37,7 +37,9 @@ NOVICE_FOLDER = ROOT / "policies" / "novice_model"
 MODEL = "novice"
 
 VOCAB_SIZE = json.loads((NOVICE_FOLDER / "config.json").read_text())["vocab_size"]
-LIMITS = EngineLimits(2048, max_adapters=3, max_rank=16, vocab_size=VOCAB_SIZE, supports_grammar=True)
+LIMITS = EngineLimits(
+    2048, max_adapters=3, max_rank=16, vocab_size=VOCAB_SIZE, supports_grammar=True, logprob_tolerance=1e-3
+)
 """Those of the novice. The scripted engine keeps to no grammar: it says what it is told to."""
 
 

@@ -278,7 +278,9 @@ class FamilyEngine(SayingEngine):
 
     def __init__(self, loaded: Loaded, *actions: Action) -> None:
         vocab_size = len(loaded.protocol.tokenizer)
-        limits = EngineLimits(2048, max_adapters=3, max_rank=16, vocab_size=vocab_size, supports_grammar=True)
+        limits = EngineLimits(
+            2048, max_adapters=3, max_rank=16, vocab_size=vocab_size, supports_grammar=True, logprob_tolerance=1e-3
+        )
         super().__init__(loaded.protocol, *(loaded.written(action) for action in actions), limits=limits)
 
 

@@ -27,7 +27,9 @@ CONTEXT = 1500
 @pytest.fixture(scope="module")
 def server(protocol: ChatProtocol, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """One server for all tests: each imports its own demonstrations."""
-    limits = EngineLimits(CONTEXT, max_adapters=3, max_rank=16, vocab_size=VOCAB_SIZE, supports_grammar=True)
+    limits = EngineLimits(
+        CONTEXT, max_adapters=3, max_rank=16, vocab_size=VOCAB_SIZE, supports_grammar=True, logprob_tolerance=1e-3
+    )
     engine = SayingEngine(protocol, limits=limits)
     with served(parts_of(engine, protocol, tmp_path_factory.mktemp("demonstrations"))) as running:
         yield running

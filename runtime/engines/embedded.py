@@ -29,6 +29,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from policies.probe import tolerance_in
 from policies.types import Adapter, EngineError, EngineHealth, EngineLimits, SampledToken, SamplingParams
 from runtime.engines.attention import ATTENTION
 from runtime.engines.embedded_batch import Batch, Outcome, Row
@@ -79,6 +80,7 @@ class EmbeddedEngine:
             max_rank=max_rank,
             vocab_size=config.vocab_size,
             supports_grammar=tokenizer is not None,
+            logprob_tolerance=tolerance_in(self._network.dtype),
         )
         self._grammars = Grammars(tokenizer, config.vocab_size) if tokenizer is not None else None
         self._lora_rows = LoraRows(self._network)
