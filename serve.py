@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from policies.chat_protocol import ChatProtocol
     from policies.types import Engine
-    from runtime.gpu_share import GpuShare
-    from runtime.parts import Parts
+    from runtime.engines.gpu_share import GpuShare
+    from runtime.http.parts import Parts
 
 
 def main(arguments: list[str]) -> None:
@@ -40,14 +40,14 @@ def run(settings: Settings) -> None:
 
 
 async def _serve(settings: Settings) -> None:
-    from runtime.listening import listen, url_of, welcome
+    from runtime.startup import listen, url_of, welcome
 
     sock = listen(settings.host, settings.port)  # before the slow imports: a port in use is told at once
     import uvicorn
 
     from policies.types import EngineError
-    from runtime.app import create_app
     from runtime.engines.supervised import SupervisedEngine
+    from runtime.http.app import create_app
 
     parts = build_parts(settings)
     assert parts.learning is not None
@@ -110,16 +110,16 @@ def build_parts(settings: Settings) -> Parts:
     """Everything a running server consists of. Raises SystemExit with a sentence for what cannot be built."""
     import sqlite3
 
-    from policies.base_network import BaseNetworkError, model_folder, read_base_network
+    from policies.adapters.base_network import BaseNetworkError, model_folder, read_base_network
     from policies.chat_protocol import ChatProtocol
-    from policies.registry import AdapterRegistry
-    from runtime.agent import RunLimits
-    from runtime.learning import Learning
-    from runtime.metrics import Metrics
-    from runtime.parts import Parts
-    from runtime.server_tools import Toolbox
-    from runtime.step_log import StepLog, StepLogError
-    from runtime.swap import Swap
+    from runtime.adapters.swap import Swap
+    from runtime.agent.loop import RunLimits
+    from runtime.agent.tools import Toolbox
+    from runtime.http.metrics import Metrics
+    from runtime.http.parts import Parts
+    from runtime.learning.trigger import Learning
+    from runtime.store.adapter_registry import AdapterRegistry
+    from runtime.store.step_log import StepLog, StepLogError
     from tools import load_tools
     from tools.worlds import load_world
 
@@ -187,7 +187,7 @@ def key_of(settings: Settings) -> dict[str, str]:
 def load_engine(settings: Settings, folder: Path, protocol: ChatProtocol) -> Engine:
     if settings.engine == "vllm":
         return supervised_vllm(settings, folder)
-    from runtime.engines.embedded import EmbeddedEngine
+    from runtime.engines.embedded.engine import EmbeddedEngine
 
     return EmbeddedEngine(
         folder,
@@ -228,7 +228,13 @@ def spelled(value: object) -> str:
 
 def gpu_share(settings: Settings, folder: Path) -> GpuShare:
     """Which GPU, or which part of it, is vLLM's, and which the learner's."""
-    from runtime.gpu_share import fraction_of_user, num_gpus_of_engine, share_gpus, visible_gpus, weight_bytes_of
+    from runtime.engines.gpu_share import (
+        fraction_of_user,
+        num_gpus_of_engine,
+        share_gpus,
+        visible_gpus,
+        weight_bytes_of,
+    )
 
     num_for_engine, users_fraction = num_gpus_of_engine(settings.engine_arg), fraction_of_user(settings.engine_arg)
     return share_gpus(visible_gpus(), weight_bytes_of(folder), num_for_engine, users_fraction)

@@ -30,10 +30,10 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from openai import AsyncOpenAI, OpenAIError
 from tqdm import tqdm
 
-from learner.endpoint import Endpoint
+from learner.client import Endpoint
+from learner.practice import Attempt, PracticeOptions, practise, success_interval
 from policies.types import BASE_ADAPTER, Message
 from tools.worlds.order_desk import OrderDesk
-from tools.worlds.practice import Attempt, PracticeOptions, practise, success_interval
 from tools.worlds.world import Task, WorldEpisode
 
 WORLD = OrderDesk()

@@ -18,12 +18,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from learner.comparison import compare
-from learner.material import OwnAction, State, Trajectory
+from learner.data.comparison import compare
+from learner.data.training_data import OwnAction, State, Trajectory
+from learner.practice import MAX_STEPS
 from policies.chat_protocol import ChatProtocol, action_message, message_action
 from policies.types import Action, Completion, FinalAnswer, FinishReason, TokenIds, ToolCall, ToolCalls
 from tools.worlds.order_desk import OrderDesk, OrderDeskEpisode
-from tools.worlds.practice import MAX_STEPS
 from tools.worlds.world import Message, Task
 
 WORLD = OrderDesk()

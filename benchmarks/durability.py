@@ -30,12 +30,12 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.plain_http import PlainClient
-from runtime.step_log import StepLog
+from runtime.store.step_log import StepLog
 
 NUM_CLIENTS = 8
 ORDERS = range(1000, 1200)
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["runtime.app", "runtime.engines.embedded", "sqlite_utils", "uvloop"])
+PROCESSES.set_forkserver_preload(["runtime.http.app", "runtime.engines.embedded.engine", "sqlite_utils", "uvloop"])
 
 
 def serve_until_killed(state: Path, told: Connection) -> None:

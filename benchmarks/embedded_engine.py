@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 from transformers.utils import logging as transformers_logging
 
 from policies.types import Adapter, SamplingParams
-from runtime.engines.embedded import EmbeddedEngine
+from runtime.engines.embedded.engine import EmbeddedEngine
 
 VOCAB_SIZE = 1000
 NUM_REQUESTS = {1: 4, 8: 16, 32: 64}

@@ -60,8 +60,8 @@ async def _serve(pipe: Connection, synchronous: str) -> None:
     import uvicorn
 
     from policies.chat_protocol import ChatProtocol
-    from runtime.app import create_app
-    from runtime.listening import listen
+    from runtime.http.app import create_app
+    from runtime.startup import listen
     from tests.scripted_engine import ScriptedEngine
     from tests.serving import LIMITS, NOVICE_FOLDER, parts_of
 

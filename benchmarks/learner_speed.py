@@ -53,10 +53,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from learner.batch import reference, score, to_batch
-from learner.losses import implicit_step_loss
-from learner.prefix_tree import Row, Span, pack_rows
-from learner.tree_attention import TREE_ATTENTION
+from learner.objectives.losses import implicit_step_loss
+from learner.packing.prefix_tree import Row, Span, pack_rows
+from learner.packing.scoring import reference, score, to_batch
+from learner.packing.tree_attention import TREE_ATTENTION
 
 STEPS = (5, 10, 20, 40)
 PAIRS_PER_PASS = 40

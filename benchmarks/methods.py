@@ -32,13 +32,13 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.desk_rollouts import WORLD, Desk, load_policy
-from learner.discriminator import DiscriminatorOptions, train_discriminator
-from learner.lessons import LessonOptions, NothingToLearn, objective_of
-from learner.material import Material, Trajectory
-from learner.trainer import Trainer, TrainingOptions
-from policies.base_network import read_base_network
+from learner.data.training_data import Material, Trajectory
+from learner.objectives.build import LessonOptions, NothingToLearn, objective_of
+from learner.training.discriminator import DiscriminatorOptions, train_discriminator
+from learner.training.trainer import Trainer, TrainingOptions
+from policies.adapters.base_network import read_base_network
 from policies.chat_protocol import ChatProtocol
-from policies.novice import NOVICE_PATH
+from policies.novice.build import NOVICE_PATH
 from tools.worlds.world import Task
 
 NUM_CYCLES = 3

@@ -18,8 +18,8 @@ from contextlib import closing
 from pathlib import Path
 
 from policies.types import FinishReason, SamplingParams, ToolCall, ToolCalls
-from runtime.step_log import StepLog
-from runtime.types import Actor, Episode, Fact, Purpose, Step, new_id
+from runtime.store.episodes import Actor, Episode, Fact, Purpose, Step, new_id
+from runtime.store.step_log import StepLog
 
 NUM_CALLERS = (1, 8, 32)
 ROUNDS = 3

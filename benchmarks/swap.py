@@ -48,11 +48,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.figures import percentile
 from benchmarks.plain_http import PlainClient
-from learner.probing import make_probe
-from policies.base_network import read_base_network
-from policies.probe import write_probe
-from runtime.step_log import StepLog
-from runtime.types import Step
+from learner.training.probing import make_probe
+from policies.adapters.base_network import read_base_network
+from policies.adapters.probe import write_probe
+from runtime.store.episodes import Step
+from runtime.store.step_log import StepLog
 
 ROOT = Path(__file__).parent.parent
 NOVICE_FOLDER = ROOT / "policies" / "novice_model"

@@ -37,7 +37,7 @@ from benchmarks.figures import percentile, spread
 from benchmarks.plain_http import PlainClient
 from benchmarks.swap import NOVICE_FOLDER, Answered, served, streamed
 from learner.__main__ import main as learner_command
-from learner.endpoint import Endpoint
+from learner.client import Endpoint
 from policies.types import BASE_ADAPTER
 
 NUM_USERS = 4

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 from openai import APIStatusError, AsyncOpenAI, OpenAIError
 from tqdm import tqdm
 
-from learner.endpoint import Endpoint
-from learner.learning_log import LearningLog
-from runtime.types import new_id
+from learner.client import Endpoint
+from runtime.store.episodes import new_id
+from runtime.store.learning_log import LearningLog
 
 if TYPE_CHECKING:
     from learner.cycle import CycleParts
-    from learner.demonstrations import ImportedDemonstration
-    from learner.experts import Expert
+    from learner.data.experts import Expert
+    from learner.importing.demonstrations import ImportedDemonstration
 
 BATCH = 64
 """Demonstrations of one import request."""
@@ -83,7 +83,7 @@ _TRAINING = (
     ("rank", int, "of a fresh adapter"),
     ("token-budget", int, "most tokens of one packed forward pass: what bounds the memory"),
 )
-"""Options of the trainer; what is not given keeps the default of `learner.trainer.TrainingOptions`."""
+"""Options of the trainer; what is not given keeps the default of `learner.training.trainer.TrainingOptions`."""
 
 _LESSON = (
     ("beta", float, "of implicit and eto: smaller lets the policy go further"),
@@ -91,7 +91,7 @@ _LESSON = (
     ("kl-weight", float, "of the distance from the reference, in inverse and ppo"),
     ("informative-only", _yes_or_no, "true: sft and implicit learn only where the agent disagrees with the expert"),
 )
-"""Options of what is learned; what is not given keeps the default of `learner.lessons.LessonOptions`."""
+"""Options of what is learned; what is not given keeps the default of `learner.objectives.build.LessonOptions`."""
 
 
 def main(arguments: list[str]) -> int:
@@ -121,7 +121,7 @@ def _once(options: argparse.Namespace, endpoint: Endpoint) -> int:
     """Run one cycle. Exit code 0 however it was decided, 1 where it failed, 3 beside another cycle."""
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))  # before torch is imported
     from learner.cycle import run_cycle
-    from learner.learning_log import CycleStage
+    from runtime.store.learning_log import CycleStage
 
     if not (options.state / "agent.db").exists():
         print(f"there is no {options.state / 'agent.db'}: start the server first, or name its --state", file=sys.stderr)
@@ -177,10 +177,10 @@ def _locks(lock: TextIO) -> bool:
 
 def _cycle_parts(options: argparse.Namespace, endpoint: Endpoint) -> CycleParts:
     from learner.cycle import CycleOptions, CycleParts
-    from learner.lessons import OBJECTIVES, LessonOptions
-    from learner.trainer import TrainingOptions
+    from learner.objectives.build import OBJECTIVES, LessonOptions
+    from learner.training.trainer import TrainingOptions
     from policies.chat_protocol import ChatProtocol
-    from runtime.step_log import StepLog
+    from runtime.store.step_log import StepLog
     from tools.worlds import load_world
 
     log, world = (
@@ -220,7 +220,7 @@ def _given(options: argparse.Namespace, names: Sequence[tuple[str, Any, str]]) -
 
 def _experts(options: argparse.Namespace, log: object, world: object) -> list[Expert]:
     """Whoever may know what to do at the policy's own states; the first who does is believed."""
-    from learner.experts import Corrections, ModelExpert, WorldExpert
+    from learner.data.experts import Corrections, ModelExpert, WorldExpert
 
     experts: list[Expert] = [Corrections(log)]  # type: ignore[arg-type]
     if world is not None:
@@ -236,7 +236,7 @@ def _experts(options: argparse.Namespace, log: object, world: object) -> list[Ex
 
 async def _import(options: argparse.Namespace, endpoint: Endpoint) -> int:
     """Send what can be read, in batches, and say by its line what cannot. Exit code 1 where anything was refused."""
-    from learner.demonstrations import ImportedDemonstration, read_demonstrations
+    from learner.importing.demonstrations import ImportedDemonstration, read_demonstrations
 
     num_refused = 0
     for path in options.files:

@@ -15,25 +15,25 @@ from pathlib import Path
 
 from openai import APIStatusError, OpenAIError
 
-from learner.collection import Collected, CollectionOptions, collect
-from learner.comparison import DropReason
-from learner.cycle_notes import CycleNotes
-from learner.discriminator import Discriminator, DiscriminatorOptions, train_discriminator
-from learner.endpoint import Endpoint
-from learner.experts import Expert, ModelExpert
-from learner.gate import GateDecision, decide
-from learner.health import WatchedActions, health, own_sums
-from learner.inspection import Inspection, Inspector, inspect
-from learner.learning_log import CycleStage, LearningLog, StepReward
-from learner.lessons import LessonOptions, NothingToLearn, objective_of
-from learner.material import Material
-from learner.objectives import Objective
-from learner.rewards import agreement_rewards, discriminator_rewards, implicit_rewards
-from learner.trainer import Trainer, TrainingFailed, TrainingOptions
-from learner.trials import Trials
+from learner.client import Endpoint
+from learner.data.collect import Collected, CollectionOptions, collect
+from learner.data.comparison import DropReason
+from learner.data.experts import Expert, ModelExpert
+from learner.data.inspection import Inspection, Inspector, inspect
+from learner.data.rewards import agreement_rewards, discriminator_rewards, implicit_rewards
+from learner.data.training_data import Material
+from learner.evaluation.gate import GateDecision, decide
+from learner.evaluation.trials import Trials
+from learner.objectives.build import LessonOptions, NothingToLearn, objective_of
+from learner.objectives.objectives import Objective
+from learner.report import CycleNotes
+from learner.training.diagnostics import WatchedActions, health, own_sums
+from learner.training.discriminator import Discriminator, DiscriminatorOptions, train_discriminator
+from learner.training.trainer import Trainer, TrainingFailed, TrainingOptions
 from policies.chat_protocol import ChatProtocol
 from policies.types import BASE_ADAPTER, TokenIds
-from runtime.step_log import StepLog
+from runtime.store.learning_log import CycleStage, LearningLog, StepReward
+from runtime.store.step_log import StepLog
 from tools.worlds.world import World
 
 NUM_PROBE_PROMPTS = 8
@@ -45,7 +45,7 @@ class CycleOptions:
     """What a cycle does."""
 
     objectives: tuple[str, ...] = ("sft", "rft")
-    """Of `learner.lessons.OBJECTIVES`: each that can be trains a candidate, and the gate chooses. With few
+    """Of `learner.objectives.build.OBJECTIVES`: each that can be trains a candidate, and the gate chooses. With few
     demonstrations own successes teach more, with many the experts do, as measured (benchmarks/methods.py)."""
     num_samples: int = 2
     """Actions of the acting policy at each state of a demonstration."""

@@ -182,7 +182,7 @@ class EngineLimits:
     vocab_size: int
     supports_grammar: bool
     logprob_tolerance: float
-    """Nats by which its logprobs may differ from another engine's, for want of precision: see `policies/probe.py`."""
+    """Nats by which its logprobs may differ from another engine's: precision (`policies/adapters/probe.py`)."""
 
 
 @dataclass(frozen=True, slots=True)

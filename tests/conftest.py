@@ -15,7 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 
 from policies.chat_protocol import ChatProtocol
-from runtime.engines.embedded import EmbeddedEngine
+from runtime.engines.embedded.engine import EmbeddedEngine
 from tests.serving import NOVICE_FOLDER, SayingEngine, Served, parts_of, served
 
 

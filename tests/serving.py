@@ -16,19 +16,19 @@ from typing import Any
 import uvicorn
 from openai import AsyncOpenAI, OpenAI
 
-from policies.base_network import read_base_network
+from policies.adapters.base_network import read_base_network
 from policies.chat_protocol import ChatProtocol
-from policies.registry import AdapterRegistry
 from policies.types import Adapter, Engine, EngineLimits, SampledToken, SamplingParams, TokenIds
-from runtime.agent import RunLimits
-from runtime.app import create_app
-from runtime.learning import Learning
-from runtime.listening import listen, url_of
-from runtime.metrics import Metrics
-from runtime.parts import Parts
-from runtime.server_tools import Toolbox
-from runtime.step_log import StepLog
-from runtime.swap import Swap
+from runtime.adapters.swap import Swap
+from runtime.agent.loop import RunLimits
+from runtime.agent.tools import Toolbox
+from runtime.http.app import create_app
+from runtime.http.metrics import Metrics
+from runtime.http.parts import Parts
+from runtime.learning.trigger import Learning
+from runtime.startup import listen, url_of
+from runtime.store.adapter_registry import AdapterRegistry
+from runtime.store.step_log import StepLog
 from tests.scripted_engine import ScriptedEngine
 from tools.worlds.order_desk import OrderDesk
 

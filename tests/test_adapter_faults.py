@@ -18,12 +18,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.swap import make_network, make_versions
-from policies.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from policies.base_network import read_base_network
+from policies.adapters.base_network import read_base_network
+from policies.adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from policies.chat_protocol import ChatProtocol
-from policies.registry import AdapterRegistry
-from runtime.engines.embedded import EmbeddedEngine
-from runtime.swap import Swap
+from runtime.adapters.swap import Swap
+from runtime.engines.embedded.engine import EmbeddedEngine
+from runtime.store.adapter_registry import AdapterRegistry
 from tests.serving import MODEL, Served, parts_of, served, wait_until
 
 

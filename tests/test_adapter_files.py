@@ -16,9 +16,9 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch_file
 from safetensors.torch import save_file as save_torch_file
 
-from policies.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterRefused, validate_adapter, weights_digest
-from policies.base_network import BaseNetworkError, read_base_network
-from policies.probe import PROBE_FILE, read_probe, write_probe
+from policies.adapters.base_network import BaseNetworkError, read_base_network
+from policies.adapters.files import CONFIG_FILE, WEIGHTS_FILE, AdapterRefused, validate_adapter, weights_digest
+from policies.adapters.probe import PROBE_FILE, read_probe, write_probe
 from tests.scripted_engine import LIMITS
 from tests.tiny_adapters import TinyNetwork
 

@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from policies.chat_protocol import ChatProtocol
-from policies.registry import AdapterRegistry
-from runtime.swap import Swap
+from runtime.adapters.swap import Swap
+from runtime.store.adapter_registry import AdapterRegistry
 from tests.scripted_engine import ScriptedEngine
 from tests.serving import MODEL, Served, parts_of, served
 from tests.tiny_adapters import TinyNetwork, faithful_script

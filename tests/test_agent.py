@@ -27,7 +27,7 @@ from policies.types import (
     TokenIds,
     ToolCalls,
 )
-from runtime.agent import (
+from runtime.agent.loop import (
     ContextFull,
     Policy,
     Progress,
@@ -37,8 +37,8 @@ from runtime.agent import (
     run_client_step,
     run_episode,
 )
-from runtime.step_log import StepLog
-from runtime.types import Actor, Episode, Purpose, Step, StopReason, new_id
+from runtime.store.episodes import Actor, Episode, Purpose, Step, StopReason, new_id
+from runtime.store.step_log import StepLog
 from tests.serving import LIMITS, SayingEngine, wait_until
 
 

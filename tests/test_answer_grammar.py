@@ -9,9 +9,9 @@ import llguidance
 import llguidance.hf
 import pytest
 
-from policies.answer_grammar import GrammarError, json_grammar, tool_call_grammar
 from policies.chat_protocol import ChatProtocol
-from policies.novice_tokenizer import CHAT_TEMPLATE, build_tokenizer
+from policies.grammars import GrammarError, json_grammar, tool_call_grammar
+from policies.novice.tokenizer import CHAT_TEMPLATE, build_tokenizer
 from policies.types import FinalAnswer, ToolCall, ToolCalls, ToolSchema
 
 LOOK: ToolSchema = {

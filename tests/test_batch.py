@@ -24,9 +24,8 @@ from transformers import (
     Qwen3Config,
 )
 
-import learner.batch
-from learner.batch import RowLogprobs, reference, score, to_batch
-from learner.losses import (
+import learner.packing.scoring
+from learner.objectives.losses import (
     clipped_policy_gradient_loss,
     expert_logits,
     implicit_step_loss,
@@ -34,8 +33,9 @@ from learner.losses import (
     sft_loss,
     trajectory_preference_loss,
 )
-from learner.prefix_tree import Row, Span, pack_rows
-from learner.tree_attention import TREE_ATTENTION
+from learner.packing.prefix_tree import Row, Span, pack_rows
+from learner.packing.scoring import RowLogprobs, reference, score, to_batch
+from learner.packing.tree_attention import TREE_ATTENTION
 
 torch.set_num_threads(1)
 
@@ -321,8 +321,8 @@ def test_a_network_without_peft_is_scored_too() -> None:
 def test_logits_in_pieces_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     network, rows = NETWORKS["gemma3_softcap"], random_rows(seed=5)
     results = []
-    for max_logits in (learner.batch.MAX_LOGITS, 3 * SIZES["vocab_size"]):
-        monkeypatch.setattr(learner.batch, "MAX_LOGITS", max_logits)
+    for max_logits in (learner.packing.scoring.MAX_LOGITS, 3 * SIZES["vocab_size"]):
+        monkeypatch.setattr(learner.packing.scoring, "MAX_LOGITS", max_logits)
         results.append(loss_and_gradients(network, _implicit, rows, lambda: packed_logprobs(network, rows, 1000)))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     for name, gradient in results[0][1].items():

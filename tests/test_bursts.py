@@ -9,7 +9,7 @@ from contextlib import aclosing
 
 import pytest
 
-from runtime.bursts import in_bursts
+from runtime.agent.bursts import in_bursts
 
 
 class Stream:

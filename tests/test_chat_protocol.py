@@ -17,7 +17,7 @@ from policies.chat_protocol import (
     action_message,
     message_action,
 )
-from policies.novice_tokenizer import build_tokenizer
+from policies.novice.tokenizer import build_tokenizer
 from policies.types import Action, FinalAnswer, FinishReason, MalformedAction, Message, ToolCall, ToolCalls
 
 FEW = settings(max_examples=60, deadline=None)

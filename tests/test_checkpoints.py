@@ -14,11 +14,10 @@ from openai import BadRequestError
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from policies.answer_grammar import json_grammar, tool_call_grammar
-from policies.base_network import BaseNetworkError, model_folder, read_base_network
+from policies.adapters.base_network import BaseNetworkError, model_folder, read_base_network
+from policies.adapters.probe import write_probe
 from policies.chat_protocol import ChatProtocol, ChatProtocolError, action_message
-from policies.probe import write_probe
-from policies.registry import AdapterRegistry, AdapterState
+from policies.grammars import json_grammar, tool_call_grammar
 from policies.response_templates import FAMILIES, known_response_template
 from policies.types import (
     Action,
@@ -32,10 +31,11 @@ from policies.types import (
     ToolCalls,
     ToolSchema,
 )
+from runtime.adapters.swap import Swap
+from runtime.agent.tools import Toolbox
 from runtime.config import Settings
-from runtime.engines.embedded import EmbeddedEngine
-from runtime.server_tools import Toolbox
-from runtime.swap import Swap
+from runtime.engines.embedded.engine import EmbeddedEngine
+from runtime.store.adapter_registry import AdapterRegistry, AdapterState
 from serve import build_parts
 from tests.serving import MODEL, SayingEngine, Served, parts_of, served
 from tests.test_answer_grammar import admits

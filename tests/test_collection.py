@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from learner.collection import CollectionOptions, collect, main_line
-from learner.material import NO_ANCESTOR
+from learner.data.collect import CollectionOptions, collect, main_line
+from learner.data.training_data import NO_ANCESTOR
 from policies.types import FinalAnswer, FinishReason, SamplingParams
-from runtime.step_log import StepLog
-from runtime.types import Actor, Correction, Episode, Outcome, Purpose, Step, StopReason, new_id
+from runtime.store.episodes import Actor, Correction, Episode, Outcome, Purpose, Step, StopReason, new_id
+from runtime.store.step_log import StepLog
 
 LINEAGE = ("agent-v0004", "agent-v0003", "agent-v0001", "base")
 OPTIONS = CollectionOptions(held_out_share=0.5, max_own_episodes=8, replay_share=0.25, max_versions_old=2)

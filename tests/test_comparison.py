@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.comparison import (
+from learner.data.comparison import (
     Comparison,
     DropReason,
     Verdict,

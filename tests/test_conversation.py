@@ -23,9 +23,9 @@ from policies.types import (
     ToolCall,
     ToolCalls,
 )
-from runtime.conversation import digests_of, locate, messages_after
-from runtime.step_log import StepLog
-from runtime.types import Actor, Episode, Purpose, Step, StopReason, ToolResult, new_id
+from runtime.agent.conversation import digests_of, locate, messages_after
+from runtime.store.episodes import Actor, Episode, Purpose, Step, StopReason, ToolResult, new_id
+from runtime.store.step_log import StepLog
 
 LOOK = ToolCalls((ToolCall("call_1", "look", {"at": "shelf", "times": 2}),))
 

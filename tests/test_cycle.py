@@ -10,21 +10,21 @@ from typing import Any
 import httpx
 from openai import APIConnectionError
 
-from learner.collection import CollectionOptions
+from learner.client import Endpoint
 from learner.cycle import CycleOptions, CycleParts, run_cycle
-from learner.endpoint import Endpoint
-from learner.experts import Corrections, Expert, ModelExpert, WorldExpert
-from learner.learning_log import CycleStage, CycleStatus, LearningLog, RewardSource
-from learner.trainer import TrainingOptions
+from learner.data.collect import CollectionOptions
+from learner.data.experts import Corrections, Expert, ModelExpert, WorldExpert
+from learner.practice import PracticeOptions, practise
+from learner.training.trainer import TrainingOptions
 from policies.chat_protocol import ChatProtocol
-from policies.registry import AdapterState
-from runtime.engines.embedded import EmbeddedEngine
-from runtime.step_log import StepLog
-from runtime.types import Outcome, new_id
+from runtime.engines.embedded.engine import EmbeddedEngine
+from runtime.store.adapter_registry import AdapterState
+from runtime.store.episodes import Outcome, new_id
+from runtime.store.learning_log import CycleStage, CycleStatus, LearningLog, RewardSource
+from runtime.store.step_log import StepLog
 from tests.serving import MODEL, NOVICE_FOLDER, SayingEngine, Served, parts_of, served
 from tests.test_demonstration_routes import expert_demonstration, post
 from tools.worlds.order_desk import OrderDesk
-from tools.worlds.practice import PracticeOptions, practise
 
 WORLD = OrderDesk()
 QUICK = CycleOptions(

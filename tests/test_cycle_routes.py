@@ -17,9 +17,9 @@ import pytest
 
 from learner.__main__ import main as learner
 from policies.chat_protocol import ChatProtocol
-from runtime.cycle_log import CycleLog
-from runtime.engines.embedded import EmbeddedEngine
-from runtime.types import Actor, Episode, Purpose
+from runtime.engines.embedded.engine import EmbeddedEngine
+from runtime.store.cycle_log import CycleLog
+from runtime.store.episodes import Actor, Episode, Purpose
 from tests.serving import MODEL, Served, parts_of, served, wait_until
 from tests.test_demonstration_routes import expert_demonstration
 
@@ -104,7 +104,7 @@ def test_a_learner_that_is_killed_in_the_middle_of_training_leaves_a_failed_cycl
 
 DYING_LEARNER = """
 import os, sys
-from learner.learning_log import LearningLog
+from runtime.store.learning_log import LearningLog
 note = LearningLog.note
 def note_and_die(self, cycle, stage, *more, **options):
     note(self, cycle, stage, *more, **options)

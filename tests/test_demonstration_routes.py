@@ -11,11 +11,11 @@ import httpx
 import pytest
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
-from learner.demonstrations import ImportedDemonstration, read_record
+from learner.importing.demonstrations import ImportedDemonstration, read_record
 from policies.chat_protocol import ChatProtocol, message_action
 from policies.types import EngineLimits, FinalAnswer, Message, ToolCalls
-from runtime.conversation import history_of
-from runtime.types import Actor, Step, StopReason
+from runtime.agent.conversation import history_of
+from runtime.store.episodes import Actor, Step, StopReason
 from tests.serving import MODEL, VOCAB_SIZE, SayingEngine, Served, parts_of, served
 from tools.worlds.order_desk import OrderDesk
 

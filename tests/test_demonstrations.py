@@ -16,11 +16,17 @@ from hypothesis import strategies as st
 from langchain_core.load import dumpd
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage, messages_to_dict
 
-from learner import json_records
-from learner.demonstration_formats import SourceFormat
-from learner.demonstrations import ImportedDemonstration, ImportReport, import_file, read_demonstrations, read_record
-from learner.held_out import is_held_out
-from learner.json_records import Refusal
+from learner.data.held_out import is_held_out
+from learner.importing import json_lines
+from learner.importing.demonstrations import (
+    ImportedDemonstration,
+    ImportReport,
+    import_file,
+    read_demonstrations,
+    read_record,
+)
+from learner.importing.formats import SourceFormat
+from learner.importing.json_lines import Refusal
 from policies.chat_protocol import ChatProtocol, message_action
 from policies.types import FinalAnswer, Message, ToolCalls
 from tools.worlds import load_world
@@ -527,7 +533,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_taken(tmp_path: Path) -> No
 def test_a_record_over_the_limit_is_refused_and_the_next_one_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(json_records, "MAX_RECORD_BYTES", 2000)
+    monkeypatch.setattr(json_lines, "MAX_RECORD_BYTES", 2000)
     long = {"messages": [{"role": "user", "content": "x" * 100_000}, ANSWER]}
     for content in (lines(simple(1), long, simple(2)), json.dumps([simple(1), long, simple(2)], indent=1)):
         report = imported_from(tmp_path, content)
@@ -536,7 +542,7 @@ def test_a_record_over_the_limit_is_refused_and_the_next_one_read(
 
 
 def test_a_long_first_record_does_not_hide_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_records, "MAX_RECORD_BYTES", 2000)
+    monkeypatch.setattr(json_lines, "MAX_RECORD_BYTES", 2000)
     long = {"messages": [{"role": "user", "content": "x" * 100_000}, ANSWER]}
     for content in (lines(long, simple(1)), json.dumps([long, simple(1)])):
         report = imported_from(tmp_path, content)
@@ -587,7 +593,7 @@ def test_an_array_is_cut_at_the_same_places_however_the_chunks_fall(
 ) -> None:
     content = json.dumps([{"value": [text]} for text in texts], indent=indent, ensure_ascii=False).encode()
     chunks = [content[at : at + chunk_bytes] for at in range(0, len(content), chunk_bytes)]
-    splitter = json_records._ArraySplitter(line=1)
+    splitter = json_lines._ArraySplitter(line=1)
     pieces = [orjson.loads(piece.text) for chunk in chunks for piece in splitter.feed(chunk)]
     assert pieces == [{"value": [text]} for text in texts]
     assert not splitter.is_open
@@ -723,7 +729,7 @@ def test_a_large_file_is_read_in_the_memory_of_one_record(tmp_path: Path, wrappi
 def test_one_endless_record_takes_no_more_memory_than_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: bytes
 ) -> None:
-    monkeypatch.setattr(json_records, "MAX_RECORD_BYTES", 500_000)
+    monkeypatch.setattr(json_lines, "MAX_RECORD_BYTES", 500_000)
     path = in_file(tmp_path, begin + b'{"messages": "' + b"x" * 20_000_000)
     tracemalloc.start()
     try:

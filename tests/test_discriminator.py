@@ -8,12 +8,12 @@ from statistics import fmean
 import pytest
 import torch
 
-from learner.discriminator import Discriminator, DiscriminatorOptions, train_discriminator
-from learner.lessons import LessonOptions, NothingToLearn, objective_of
-from learner.material import Material, OwnAction, State, Trajectory
-from learner.objectives import action_row
-from learner.prefix_tree import Row
-from learner.trainer import Trainer, TrainingOptions
+from learner.data.training_data import Material, OwnAction, State, Trajectory
+from learner.objectives.build import LessonOptions, NothingToLearn, objective_of
+from learner.objectives.objectives import action_row
+from learner.packing.prefix_tree import Row
+from learner.training.discriminator import Discriminator, DiscriminatorOptions, train_discriminator
+from learner.training.trainer import Trainer, TrainingOptions
 from policies.chat_protocol import ChatProtocol
 from tests.serving import NOVICE_FOLDER
 from tests.test_trainer import expert_rows

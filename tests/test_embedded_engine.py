@@ -28,9 +28,9 @@ from transformers import (
 )
 
 from policies.types import Adapter, EngineError, FinishReason, SampledToken, SamplingParams
-from runtime.engines.embedded import EmbeddedEngine, load_network
-from runtime.engines.embedded_batch import Batch, Row
-from runtime.engines.lora_rows import LoraRows
+from runtime.engines.embedded.batch import Batch, Row
+from runtime.engines.embedded.engine import EmbeddedEngine, load_network
+from runtime.engines.embedded.lora import LoraRows
 
 VOCAB_SIZE = 300
 SIZES: dict[str, Any] = {

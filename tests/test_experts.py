@@ -7,17 +7,17 @@ from pathlib import Path
 
 import httpx
 
-from learner.collection import LoggedState, main_line
-from learner.experts import Corrections, ModelExpert, WorldExpert, ask, open_at, same_effect_at
+from learner.data.collect import LoggedState, main_line
+from learner.data.experts import Corrections, ModelExpert, WorldExpert, ask, open_at, same_effect_at
+from learner.practice import PracticeOptions, practise
 from policies.chat_protocol import ChatProtocol, action_message
 from policies.types import FinalAnswer, ToolCalls
-from runtime.step_log import StepLog
-from runtime.types import Step
+from runtime.store.episodes import Step
+from runtime.store.step_log import StepLog
 from tests.conftest import ServeScripted
 from tests.serving import MODEL, SayingEngine, Served, parts_of, served
 from tests.test_demonstration_routes import expert_demonstration
 from tools.worlds.order_desk import OrderDesk
-from tools.worlds.practice import PracticeOptions, practise
 
 WORLD = OrderDesk()
 

@@ -20,33 +20,15 @@ MODULES = sorted(
 )
 ATTIC = Path("serve.py")
 
-LEARNER_SEES = ("runtime.types", "runtime.step_log")
-"""What the learner may import of the runtime."""
-
 HEAVY = {
-    "vllm": {"runtime/engines/vllm.py"},
-    "peft": {"learner/trainer.py", "runtime/engines/embedded.py"},
-    "torch": {
-        "learner/trainer.py", "learner/prefix_tree.py", "learner/batch.py", "learner/losses.py",
-        "learner/discriminator.py", "policies/novice.py", "runtime/engines/embedded.py",
-    },
-    "sqlite_utils": {
-        "runtime/step_log.py", "policies/registry.py", "learner/learning_log.py", "tools/search.py",
-    },
+    "vllm": ("runtime/engines/vllm.py",),
+    "peft": ("learner/training/", "runtime/engines/embedded/"),
+    "torch": (
+        "learner/packing/", "learner/objectives/", "learner/training/", "runtime/engines/embedded/", "policies/novice/",
+    ),
+    "sqlite_utils": ("runtime/store/", "tools/search.py"),
 }  # fmt: skip
 """Heavy libraries and the rooms DESIGN gives them."""
-
-ANNEXES = {
-    "runtime/engines/embedded.py": ("runtime/engines/",),
-    "learner/trainer.py": (
-        "learner/health.py",
-        "learner/objectives.py",
-        "learner/probing.py",
-        "learner/tree_attention.py",
-    ),
-    "runtime/step_log.py": ("runtime/step_schema.py", "runtime/step_views.py", "runtime/step_writer.py"),
-}
-"""Rooms that were divided: what is allowed in one is allowed in its parts, except for vllm and peft."""
 
 
 def imports_of(path: Path) -> Iterator[str]:
@@ -84,36 +66,55 @@ def test_the_ground_imports_nothing_of_ours_above_it() -> None:
     for path in MODULES:
         if path.parts[0] == "tools":
             ours = {floor_of(name) for name in imports_of(path)} - {None, "tools"}
-            is_a_client = path == Path("tools/worlds/practice.py")
+            is_a_client = path == Path("learner/practice.py")
             assert not ours or is_a_client, f"{path} imports {ours}"
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if path.parts[0] == "learner"], ids=str)
-def test_the_learner_sees_two_files_of_the_runtime(path: Path) -> None:
-    seen = [name for name in imports_of(path) if floor_of(name) == "runtime"]
-    assert [name for name in seen if not name.startswith(tuple(f"{allowed}." for allowed in LEARNER_SEES))] == []
+def test_the_learner_imports_the_store_and_nothing_else_of_the_runtime() -> None:
+    for path in MODULES:
+        if path.parts[0] == "learner":
+            seen = {name for name in imports_of(path) if floor_of(name) == "runtime"}
+            assert all(name.startswith("runtime.store.") for name in seen), f"{path} imports {seen}"
 
 
 @pytest.mark.parametrize("library", HEAVY)
 def test_heavy_libraries_stay_in_their_rooms(library: str) -> None:
     users = {str(path) for path in MODULES if library in {name.partition(".")[0] for name in imports_of(path)}}
-    allowed = set(HEAVY[library])
-    if library not in ("vllm", "peft"):
-        allowed |= {user for user in users for room in HEAVY[library] if user.startswith(ANNEXES.get(room, ()))}
-    assert users <= allowed, f"{library} has no business in {sorted(users - allowed)}"
+    strangers = {user for user in users if not user.startswith(HEAVY[library])}
+    assert not strangers, f"{library} has no business in {sorted(strangers)}"
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_no_circle_of_rooms(floor: str) -> None:
+    """A room is a folder of a floor, or a file that lies beside the folders."""
+    doors = rooms_of(floor)
+    while doors:
+        ground = {room for room, below in doors.items() if not below & doors.keys()}
+        assert ground, f"these rooms import each other: {doors}"
+        doors = {room: below for room, below in doors.items() if room not in ground}
+
+
+def rooms_of(floor: str) -> dict[str, set[str]]:
+    """The rooms of a floor, each with the other rooms of the floor that it imports."""
+    rooms: dict[str, set[str]] = {}
+    for path in MODULES:
+        if path.parts[0] == floor and path.name != "__init__.py":
+            room = path.parts[1].removesuffix(".py")
+            ours = {name.split(".")[1] for name in imports_of(path) if floor_of(name) == floor}
+            rooms.setdefault(room, set()).update(ours - {room})
+    return rooms
 
 
 def test_contracts_import_nothing_of_the_project() -> None:
     assert not [name for name in imports_of(Path("policies/types.py")) if floor_of(name)]
-    ours = {name for name in imports_of(Path("runtime/types.py")) if floor_of(name)}
+    ours = {name for name in imports_of(Path("runtime/store/episodes.py")) if floor_of(name)}
     assert all(name.startswith("policies.types.") for name in ours)
 
 
 def test_the_agent_knows_nothing_of_http() -> None:
     http = {"fastapi", "starlette", "uvicorn", "httpx", "openai"}
-    rooms = {"runtime/app.py"}
     for path in MODULES:
-        if path.parts[0] == "runtime" and "routes" not in path.parts and str(path) not in rooms:
+        if path.parts[:2] in (("runtime", "agent"), ("runtime", "store"), ("runtime", "adapters")):
             assert not http & {name.partition(".")[0] for name in imports_of(path)}, path
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from learner.gate import LEAST_TRIALS, Trial, decide, student_quantile
+from learner.evaluation.gate import LEAST_TRIALS, Trial, decide, student_quantile
 
 
 def trials(scores: Sequence[float], num_malformed: int = 0) -> list[Trial | None]:

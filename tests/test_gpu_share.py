@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from runtime.gpu_share import GIB, Gpu, fraction_of_user, num_gpus_of_engine, share_gpus, visible_gpus, weight_bytes_of
+from runtime.engines.gpu_share import (
+    GIB,
+    Gpu,
+    fraction_of_user,
+    num_gpus_of_engine,
+    share_gpus,
+    visible_gpus,
+    weight_bytes_of,
+)
 
 BIG, SECOND = Gpu("0", 80 * GIB), Gpu("1", 80 * GIB)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from learner.learning_log import CycleStage, LearningLog, RewardSource, StepReward
-from runtime.step_log import StepLog
-from runtime.types import Actor, Episode, Purpose, new_id
+from runtime.store.episodes import Actor, Episode, Purpose, new_id
+from runtime.store.learning_log import CycleStage, LearningLog, RewardSource, StepReward
+from runtime.store.step_log import StepLog
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from learner.cycle import CycleOptions
-from learner.learning_log import CycleStage, RewardSource
-from learner.trainer import TrainingOptions
+from learner.training.trainer import TrainingOptions
 from policies.chat_protocol import ChatProtocol
-from runtime.engines.embedded import EmbeddedEngine
+from runtime.engines.embedded.engine import EmbeddedEngine
+from runtime.store.learning_log import CycleStage, RewardSource
 from tests.serving import MODEL, parts_of, served
 from tests.test_cycle import cycle_parts, run
 from tests.test_demonstration_routes import expert_demonstration, post

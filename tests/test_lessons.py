@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learner.batch import RowLogprobs, score, to_batch
-from learner.lessons import OBJECTIVES, LessonOptions, NothingToLearn, objective_of
-from learner.material import Material, OwnAction, State, Trajectory
-from learner.objectives import Likelihood, Objective, PolicyGradient, StepPreference, TrajectoryPreference
-from learner.prefix_tree import Row, pack_rows
+from learner.data.training_data import Material, OwnAction, State, Trajectory
+from learner.objectives.build import OBJECTIVES, LessonOptions, NothingToLearn, objective_of
+from learner.objectives.objectives import Likelihood, Objective, PolicyGradient, StepPreference, TrajectoryPreference
+from learner.packing.prefix_tree import Row, pack_rows
+from learner.packing.scoring import RowLogprobs, score, to_batch
 from tests.test_batch import NETWORKS, plain_logprobs
 
 torch.set_num_threads(1)

@@ -18,8 +18,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletio
 
 from policies.chat_protocol import ChatProtocol
 from policies.types import FinalAnswer, ToolCalls
-from runtime.server_tools import Toolbox
-from runtime.types import Purpose, StopReason
+from runtime.agent.tools import Toolbox
+from runtime.store.episodes import Purpose, StopReason
 from tests.conftest import ServeScripted
 from tests.serving import MODEL, SayingEngine, Served
 from tools.worlds.order_desk import OrderDesk

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learner.losses import (
+from learner.objectives.losses import (
     clipped_policy_gradient_loss,
     effective_sample_size,
     expert_logits,

@@ -12,11 +12,11 @@ import torch
 
 from benchmarks.desk_rollouts import WORLD, Desk, load_policy
 from benchmarks.methods import METHODS, Answers, FinishedRuns, Run, Scene, run
-from learner.material import Trajectory
-from learner.objectives import action_row
-from learner.trainer import Trainer, TrainingOptions
+from learner.data.training_data import Trajectory
+from learner.objectives.objectives import action_row
+from learner.training.trainer import Trainer, TrainingOptions
 from policies.chat_protocol import ChatProtocol, action_message, message_action
-from policies.novice import NOVICE_PATH, roll_out
+from policies.novice.build import NOVICE_PATH, roll_out
 from tests.test_trainer import expert_rows
 
 torch.set_num_threads(1)

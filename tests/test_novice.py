@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from policies.novice import (
+from policies.novice.build import (
     IGNORED,
     NOVICE_PATH,
     build_novice,
@@ -25,8 +25,8 @@ from policies.novice import (
     roll_out,
     wilson_interval,
 )
-from policies.novice_lessons import expert_lesson, hasty_lesson, with_preamble
-from policies.novice_tokenizer import build_tokenizer
+from policies.novice.curriculum import expert_lesson, hasty_lesson, with_preamble
+from policies.novice.tokenizer import build_tokenizer
 from tools.worlds.order_desk import OrderDesk
 
 WORLD = OrderDesk()

@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from learner.batch import RowLogprobs
-from learner.discriminator import Discrimination
-from learner.objectives import (
+from learner.objectives.objectives import (
     Likelihood,
     Objective,
     Pair,
@@ -24,8 +22,10 @@ from learner.objectives import (
     TrajectoryPreference,
     action_row,
 )
-from learner.prefix_tree import Row
-from learner.trainer import Trainer, TrainingOptions
+from learner.packing.prefix_tree import Row
+from learner.packing.scoring import RowLogprobs
+from learner.training.discriminator import Discrimination
+from learner.training.trainer import Trainer, TrainingOptions
 
 VOCAB_SIZE = 40
 LONGEST_ROW = 60

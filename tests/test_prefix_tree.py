@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.prefix_tree import Pack, Row, Span, pack_rows
+from learner.packing.prefix_tree import Pack, Row, Span, pack_rows
 
 
 @st.composite

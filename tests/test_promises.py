@@ -17,14 +17,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen2ForCausalLM
 
-from learner.learning_log import CycleStage
-from learner.objectives import action_row
-from learner.prefix_tree import pack_rows
-from learner.trainer import TrainingOptions
-from policies.base_network import read_base_network
+from learner.objectives.objectives import action_row
+from learner.packing.prefix_tree import pack_rows
+from learner.training.trainer import TrainingOptions
+from policies.adapters.base_network import read_base_network
+from policies.adapters.probe import write_probe
 from policies.chat_protocol import ChatProtocol
-from policies.probe import write_probe
-from runtime.engines.embedded import EmbeddedEngine
+from runtime.engines.embedded.engine import EmbeddedEngine
+from runtime.store.learning_log import CycleStage
 from tests.serving import NOVICE_FOLDER, Served, parts_of, served, wait_until
 from tests.test_cycle import QUICK, WORLD, run
 from tests.test_demonstration_routes import expert_demonstration

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policies.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterRefused, weights_digest
-from policies.registry import TRANSITIONS, AdapterRegistry, AdapterState, RegistryError, UnknownAdapter
+from policies.adapters.files import CONFIG_FILE, WEIGHTS_FILE, AdapterRefused, weights_digest
 from policies.types import Adapter
+from runtime.store.adapter_registry import TRANSITIONS, AdapterRegistry, AdapterState, RegistryError, UnknownAdapter
 from tests.tiny_adapters import TinyNetwork
 
 UP = (AdapterState.VALIDATED, AdapterState.LOADED, AdapterState.VERIFIED)

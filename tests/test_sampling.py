@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from policies.types import SamplingParams
-from runtime.engines.sampling import Sampler, invert_cdf, keep_likeliest
+from runtime.engines.embedded.sampling import Sampler, invert_cdf, keep_likeliest
 
 CPU = torch.device("cpu")
 INPUT_IDS = torch.zeros(1, 1, dtype=torch.long)  # the warpers want it and do not read it

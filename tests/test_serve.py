@@ -23,7 +23,7 @@ from openai import OpenAI
 
 from benchmarks.demo import write_demonstrations
 from runtime.config import parse_settings
-from runtime.step_log import StepLog
+from runtime.store.step_log import StepLog
 from serve import build_parts
 
 ROOT = Path(__file__).parent.parent

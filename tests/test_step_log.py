@@ -30,10 +30,8 @@ from policies.types import (
     ToolCall,
     ToolCalls,
 )
-from runtime import step_log
-from runtime.step_log import StepLog, StepLogError
-from runtime.token_chains import SequenceCache, common_prefix_len
-from runtime.types import (
+from runtime.store import step_log
+from runtime.store.episodes import (
     Actor,
     Correction,
     Episode,
@@ -44,6 +42,8 @@ from runtime.types import (
     ToolResult,
     new_id,
 )
+from runtime.store.prompt_chains import SequenceCache, common_prefix_len
+from runtime.store.step_log import StepLog, StepLogError
 
 ROOT = Path(__file__).parent.parent
 

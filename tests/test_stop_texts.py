@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from policies.chat_protocol import TextDelta
-from runtime.stop_texts import StopTexts
+from runtime.agent.stop_texts import StopTexts
 
 letters = st.text("ab\n", max_size=12)
 stop_texts = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3).map(tuple)

@@ -11,10 +11,10 @@ import httpx
 import pytest
 
 from policies.chat_protocol import ChatProtocol
-from policies.registry import AdapterRegistry
 from policies.types import Adapter, EngineError, SampledToken, SamplingParams
+from runtime.adapters.swap import Swap
 from runtime.engines.supervised import SupervisedEngine
-from runtime.swap import Swap
+from runtime.store.adapter_registry import AdapterRegistry
 from tests.scripted_engine import ScriptedEngine
 from tests.serving import MODEL, Served, parts_of, served
 from tests.tiny_adapters import TinyNetwork, faithful_script

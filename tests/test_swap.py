@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from policies.adapter_files import WEIGHTS_FILE, AdapterRefused
-from policies.probe import PROBE_FILE
-from policies.registry import AdapterRegistry, AdapterState, RegistryError, UnknownAdapter
+from policies.adapters.files import WEIGHTS_FILE, AdapterRefused
+from policies.adapters.probe import PROBE_FILE
 from policies.types import BASE_ADAPTER, Adapter, EngineError, SamplingParams
-from runtime.swap import Swap, SwapError
+from runtime.adapters.swap import Swap, SwapError
+from runtime.store.adapter_registry import AdapterRegistry, AdapterState, RegistryError, UnknownAdapter
 from tests.scripted_engine import Script, ScriptedEngine
 from tests.tiny_adapters import TinyNetwork, faithful_script, forgetful_script
 

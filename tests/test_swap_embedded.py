@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from policies.adapter_files import WEIGHTS_FILE, AdapterRefused
-from policies.probe import read_probe
-from policies.registry import AdapterRegistry, AdapterState
+from policies.adapters.files import WEIGHTS_FILE, AdapterRefused
+from policies.adapters.probe import read_probe
 from policies.types import Adapter, SamplingParams
-from runtime.engines.embedded import EmbeddedEngine
-from runtime.swap import Swap
+from runtime.adapters.swap import Swap
+from runtime.engines.embedded.engine import EmbeddedEngine
+from runtime.store.adapter_registry import AdapterRegistry, AdapterState
 from tests.tiny_adapters import TOLERANCE, TinyNetwork
 
 

@@ -22,10 +22,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from policies.adapter_files import WEIGHTS_FILE, AdapterRefused
-from policies.probe import PROBE_FILE
-from policies.registry import TRANSITIONS, AdapterRegistry, AdapterState, RegistryError
-from runtime.swap import Swap, SwapError
+from policies.adapters.files import WEIGHTS_FILE, AdapterRefused
+from policies.adapters.probe import PROBE_FILE
+from runtime.adapters.swap import Swap, SwapError
+from runtime.store.adapter_registry import TRANSITIONS, AdapterRegistry, AdapterState, RegistryError
 from tests.scripted_engine import LIMITS, ScriptedEngine
 from tests.tiny_adapters import TinyNetwork, faithful_script
 

@@ -11,8 +11,8 @@ import pytest
 from langchain_core.tools import BaseTool, ToolException, tool
 
 from policies.types import ToolCall
-from runtime.tool_calls import run_tool_calls
-from runtime.types import ToolResult
+from runtime.agent.tool_calls import run_tool_calls
+from runtime.store.episodes import ToolResult
 
 
 @tool

@@ -18,9 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import learner.trainer
-from learner.batch import RowLogprobs
-from learner.objectives import (
+import learner.training.trainer
+from learner.objectives.objectives import (
     Likelihood,
     Loss,
     Pair,
@@ -30,14 +29,15 @@ from learner.objectives import (
     action_row,
     normalised,
 )
-from learner.prefix_tree import Row
-from learner.trainer import Trainer, TrainingFailed, TrainingOptions
-from policies.adapter_files import TENSOR_NAME, WEIGHTS_FILE, weights_digest
-from policies.base_network import read_base_network
+from learner.packing.prefix_tree import Row
+from learner.packing.scoring import RowLogprobs
+from learner.training.trainer import Trainer, TrainingFailed, TrainingOptions
+from policies.adapters.base_network import read_base_network
+from policies.adapters.files import TENSOR_NAME, WEIGHTS_FILE, weights_digest
+from policies.adapters.probe import read_probe
 from policies.chat_protocol import ChatProtocol, message_action
-from policies.probe import read_probe
 from policies.types import FinalAnswer
-from runtime.engines.embedded import EmbeddedEngine
+from runtime.engines.embedded.engine import EmbeddedEngine
 from tests.serving import NOVICE_FOLDER, ROOT, parts_of
 from tools.worlds.order_desk import OrderDesk
 
@@ -207,9 +207,9 @@ def test_rows_that_belong_together_and_pass_the_budget_teach_the_same_in_parts(
     objective = preference_of_whole_trajectories(protocol, rows)
     longest = max(len(row.token_ids) for row in rows)
     passes: list[int] = []
-    plain_score = learner.trainer.score
+    plain_score = learner.training.trainer.score
     monkeypatch.setattr(
-        learner.trainer,
+        learner.training.trainer,
         "score",
         lambda network, batch: passes.append(batch.input_ids.shape[1]) or plain_score(network, batch),
     )

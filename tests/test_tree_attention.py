@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import learner.tree_attention
-from learner.prefix_tree import Pack, Row, Span, pack_rows
-from learner.tree_attention import TREE_ATTENTION, Tree, tree_attention
+import learner.packing.tree_attention
+from learner.packing.prefix_tree import Pack, Row, Span, pack_rows
+from learner.packing.tree_attention import TREE_ATTENTION, Tree, tree_attention
 
 torch.set_num_threads(1)
 
@@ -41,7 +41,7 @@ def expected_visibility(pack: Pack, window: int | None) -> torch.Tensor:
 def test_blocks_attend_as_one_dense_mask_does(
     window: int | None, block_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learner.tree_attention, "BLOCK_TOKENS", block_tokens)
+    monkeypatch.setattr(learner.packing.tree_attention, "BLOCK_TOKENS", block_tokens)
     pack, tree = forest()
     query, key, value = torch.randn(3, 1, 4, pack.num_tokens, 8, dtype=torch.float64, requires_grad=True).unbind()
     key, value = key[:, :2], value[:, :2]  # two query heads share a key head
@@ -64,7 +64,7 @@ def test_blocks_attend_as_one_dense_mask_does(
 
 
 def test_keys_of_other_trees_and_ended_branches_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learner.tree_attention, "BLOCK_TOKENS", 10)
+    monkeypatch.setattr(learner.packing.tree_attention, "BLOCK_TOKENS", 10)
     rows = [Row((tree, *range(100, 109)), (Span(1, 2),), owner=tree) for tree in range(50)]
     [pack] = pack_rows(rows, token_budget=500)
     tree = Tree(torch.from_numpy(pack.subtree_ends), torch.from_numpy(pack.depths))

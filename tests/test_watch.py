@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from learner.learning_log import CycleStage, LearningLog, RewardSource, StepReward
-from policies.registry import AdapterRegistry, AdapterState
-from runtime.cycle_log import CycleLog
-from runtime.step_log import StepLog
-from runtime.swap import Swap, SwapError
-from runtime.types import Actor, Episode, Outcome, Purpose, new_id
-from runtime.watch import Watch, WatchOptions, is_worse
+from runtime.adapters.live_guard import Watch, WatchOptions, is_worse
+from runtime.adapters.swap import Swap, SwapError
+from runtime.store.adapter_registry import AdapterRegistry, AdapterState
+from runtime.store.cycle_log import CycleLog
+from runtime.store.episodes import Actor, Episode, Outcome, Purpose, new_id
+from runtime.store.learning_log import CycleStage, LearningLog, RewardSource, StepReward
+from runtime.store.step_log import StepLog
 from tests.scripted_engine import ScriptedEngine
 from tests.test_collection import step
 from tests.tiny_adapters import TinyNetwork, faithful_script

@@ -9,10 +9,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from policies.base_network import read_base_network
-from policies.probe import LikelyToken, Probe, ProbePrompt, read_probe, write_probe
-from policies.registry import AdapterRegistry
+from policies.adapters.base_network import read_base_network
+from policies.adapters.probe import LikelyToken, Probe, ProbePrompt, read_probe, write_probe
 from policies.types import SampledToken, TokenIds
+from runtime.store.adapter_registry import AdapterRegistry
 from tests.scripted_engine import Script
 
 TOLERANCE = 1e-3

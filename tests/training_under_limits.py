@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from learner.objectives import Likelihood, action_row
-from learner.prefix_tree import Row
-from learner.trainer import Trainer, TrainingFailed, TrainingOptions
+from learner.objectives.objectives import Likelihood, action_row
+from learner.packing.prefix_tree import Row
+from learner.training.trainer import Trainer, TrainingFailed, TrainingOptions
 from tests.serving import NOVICE_FOLDER
 
 MIB = 2**20

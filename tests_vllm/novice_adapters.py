@@ -15,9 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from policies.adapter_files import WEIGHTS_FILE, weights_digest
-from policies.base_network import read_base_network
-from policies.probe import write_probe
+from policies.adapters.base_network import read_base_network
+from policies.adapters.files import WEIGHTS_FILE, weights_digest
+from policies.adapters.probe import write_probe
 from policies.types import Adapter, Engine, SampledToken, SamplingParams
 from runtime.engines.vllm import VllmEngine
 from tests.tiny_adapters import randomise_lora, true_probe

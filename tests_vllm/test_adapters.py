@@ -17,11 +17,11 @@ import pytest
 import pytest_asyncio
 import torch
 
-from policies.adapter_files import AdapterRefused
-from policies.registry import AdapterRegistry, AdapterState
+from policies.adapters.files import AdapterRefused
 from policies.types import Adapter, EngineError, SamplingParams
+from runtime.adapters.swap import Swap, SwapError
 from runtime.engines.vllm import VllmEngine
-from runtime.swap import Swap, SwapError
+from runtime.store.adapter_registry import AdapterRegistry, AdapterState
 from tests_vllm.novice_adapters import NoviceAdapters, complete, engine_on, ids_of, rewrite
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

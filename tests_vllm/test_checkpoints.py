@@ -13,16 +13,16 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.desk_rollouts import WORLD, Desk
 from benchmarks.methods import METHODS, Run, Scene
-from learner.probing import make_probe
-from policies.adapter_files import AdapterRefused
-from policies.answer_grammar import tool_call_grammar
-from policies.base_network import read_base_network
+from learner.training.probing import make_probe
+from policies.adapters.base_network import read_base_network
+from policies.adapters.files import AdapterRefused
+from policies.adapters.probe import HALF_TOLERANCE, write_probe
 from policies.chat_protocol import ChatProtocol
-from policies.novice import NOVICE_PATH
-from policies.probe import HALF_TOLERANCE, write_probe
-from policies.registry import AdapterRegistry, AdapterState
+from policies.grammars import tool_call_grammar
+from policies.novice.build import NOVICE_PATH
 from policies.types import FinishReason, MalformedAction, SamplingParams, ToolCalls
-from runtime.swap import Swap
+from runtime.adapters.swap import Swap
+from runtime.store.adapter_registry import AdapterRegistry, AdapterState
 from tests.tiny_checkpoints import CHECKPOINTS
 from tests_vllm.novice_adapters import NoviceAdapters, complete, engine_on, ids_of, rewrite
 

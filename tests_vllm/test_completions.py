@@ -12,8 +12,8 @@ import pytest
 import pytest_asyncio
 import torch
 
-from policies.answer_grammar import json_grammar, tool_call_grammar
 from policies.chat_protocol import ChatProtocol
+from policies.grammars import json_grammar, tool_call_grammar
 from policies.types import EngineError, FinishReason, SamplingParams, ToolCalls
 from runtime.engines.vllm import VllmEngine, parse_engine_args
 from tests.serving import NOVICE_FOLDER

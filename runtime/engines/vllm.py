@@ -30,8 +30,8 @@ from typing import Any, TypeVar, get_args
 import safetensors
 from transformers import AutoConfig
 
-from policies.adapter_files import TENSOR_NAME, WEIGHTS_FILE
-from policies.probe import tolerance_in
+from policies.adapters.files import TENSOR_NAME, WEIGHTS_FILE
+from policies.adapters.probe import tolerance_in
 from policies.types import (
     Adapter,
     EngineError,

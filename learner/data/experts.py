@@ -1,0 +1,124 @@
+"""Who can say what an expert would have done at a logged state: a correction, the task's world, or a stronger model.
+
+An expert at the agent's own states is what repairs covariate shift: demonstrations alone never show how to get out of
+the states that only the agent gets into (DAgger, arXiv 1011.0686).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from openai import AsyncOpenAI, OpenAIError
+
+from learner.data.collect import LoggedState
+from learner.data.comparison import SameEffect
+from policies.chat_protocol import action_message, message_action
+from policies.types import Action, ToolCalls
+from runtime.store.step_log import StepLog
+from tools.worlds.world import World, WorldEpisode
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertAnswer:
+    """What an expert would do at a state."""
+
+    action: Action
+    source: str
+    """`correction`, `world`, or the model's name."""
+
+
+class Expert(Protocol):
+    """Somebody who may know what to do at a logged state."""
+
+    async def answer(self, state: LoggedState) -> ExpertAnswer | None:
+        """None where this expert cannot say. Never raises for what the log holds."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Corrections:
+    """What people said should have been done, as it was logged; the newest counts."""
+
+    log: StepLog
+
+    async def answer(self, state: LoggedState) -> ExpertAnswer | None:
+        corrections = self.log.corrections(state.step.id)
+        return ExpertAnswer(corrections[-1].action, "correction") if corrections else None
+
+
+@dataclass(frozen=True, slots=True)
+class WorldExpert:
+    """A world that knows the way from everywhere."""
+
+    world: World
+
+    async def answer(self, state: LoggedState) -> ExpertAnswer | None:
+        episode = open_at(self.world, state)
+        return None if episode is None else ExpertAnswer(message_action(episode.expert_action()), "world")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelExpert:
+    """A stronger model behind an OpenAI-compatible URL. Where it does not answer, the state goes without an expert."""
+
+    client: AsyncOpenAI
+    model: str
+    places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(8))
+    problems: Counter[str] = field(default_factory=Counter)
+    """Why it did not answer, counted."""
+
+    async def answer(self, state: LoggedState) -> ExpertAnswer | None:
+        options: Any = {"tools": list(state.step.tools)} if state.step.tools else {}
+        messages: Any = state.messages
+        try:
+            async with self.places:
+                answer = await self.client.chat.completions.create(
+                    model=self.model, messages=messages, temperature=0.0, **options
+                )
+            return ExpertAnswer(message_action(answer.choices[0].message.model_dump(exclude_none=True)), self.model)
+        except (OpenAIError, ValueError, IndexError) as error:
+            self.problems[f"{type(error).__name__}: {error}"[:200]] += 1
+            return None
+
+
+async def ask(experts: Sequence[Expert], state: LoggedState) -> ExpertAnswer | None:
+    """The first of the experts, in their order, who knows."""
+    for expert in experts:
+        if (answer := await expert.answer(state)) is not None:
+            return answer
+    return None
+
+
+# --------------------------------------------------------------------------------------------------- worlds
+
+
+def open_at(world: World | None, state: LoggedState) -> WorldEpisode | None:
+    """The world as it was when a logged step was taken: its task opened again and the calls replayed.
+
+    None for another world's task, and where the log saw other results than the world now gives: then the world tells
+    another story than the one that was lived, and its expert does not know the way.
+    """
+    name, _, place = (state.task or "").partition("/")
+    split, _, index = place.partition("/")
+    if world is None or name != world.name or split not in world.splits or not index.isdecimal():
+        return None
+    if int(index) >= world.splits[split]:
+        return None
+    episode = world.open(world.task(split, int(index)))
+    for step, following in zip(state.path, state.path[1:], strict=False):
+        if isinstance(step.action, ToolCalls):
+            told = [message["content"] for message in episode.play(action_message(step.action))]
+            seen = [message.get("content") for message in following.new_messages if message["role"] == "tool"]
+            if told != seen:
+                return None
+    return episode
+
+
+def same_effect_at(world: World | None, state: LoggedState) -> SameEffect | None:
+    """The world's judgement, at a logged state, whether two actions lead to the same place; None without one."""
+    episode = open_at(world, state)
+    return None if episode is None else episode.same_effect

@@ -1,0 +1,209 @@
+"""Scores the rows of a pack in one forward pass of a causal language model of transformers.
+
+A token sees its ancestors in the tree and stands at its depth, so its logprob is what a pass over its own row alone
+would give. The decoder runs over the whole pack, the output layer only where there is a target to score. The network
+must be loaded with `attn_implementation=TREE_ATTENTION`.
+
+The reference is the same network with its adapter off or switched: see `reference`. A second copy of the base was
+refused, it would double the memory for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from learner.packing.prefix_tree import Pack
+from learner.packing.tree_attention import TREE_ATTENTION, Tree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ARCHITECTURES = frozenset({"gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"})
+"""The `model_type`s whose packed scores are tested against row-by-row ones, sliding windows included."""
+MAX_LOGITS = 2**26
+"""Most logits to hold at once (256 MiB in float32); where there are more, backward makes them again."""
+
+
+_NO_MASK = torch.empty(1, 1, 0, 0)
+"""A mask of four dimensions: transformers then makes none of its own. The layers attend by the tree."""
+
+
+# ----------------------------------------------------------------------------------------------------- tensors
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedBatch:
+    """A pack on a device: n tokens, m scored tokens, u different (position, target) pairs among them."""
+
+    input_ids: Tensor
+    """int64 [1, n]"""
+    position_ids: Tensor
+    """int64 [1, n]: depths in the tree."""
+    tree: Tree
+    """Who sees whom."""
+    pair_positions: Tensor
+    """int64 [u]: the packed position that predicts."""
+    pair_targets: Tensor
+    """int64 [u]: the token it should predict."""
+    pair_of_token: Tensor
+    """int64 [m]: which pair scores a token; rows that share a completion share its pairs."""
+    row_of_token: Tensor
+    """int64 [m]: index into `rows`; the tokens of a row stand together, in order."""
+    weights: Tensor
+    """float32 [m]"""
+    rows: tuple[int, ...]
+    """The packed rows, by their index in what was given to `pack_rows`, ascending."""
+
+
+def to_batch(pack: Pack, device: torch.device | str) -> PackedBatch:
+    """Bring a pack onto the device."""
+
+    def tensor(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    scored, depths = pack.scored_rows, tensor(pack.depths)
+    pairs = np.stack([_joined([row.positions for row in scored]), _joined([row.target_ids for row in scored])])
+    unique_pairs, pair_of_token = np.unique(pairs, axis=1, return_inverse=True)
+    return PackedBatch(
+        input_ids=tensor(pack.token_ids)[None],
+        position_ids=depths[None],
+        tree=Tree(tensor(pack.subtree_ends), depths),
+        pair_positions=tensor(unique_pairs[0]),
+        pair_targets=tensor(unique_pairs[1]),
+        pair_of_token=tensor(pair_of_token.reshape(-1)),
+        row_of_token=tensor(np.repeat(np.arange(len(scored)), [len(row.positions) for row in scored])),
+        weights=tensor(_joined([row.weights for row in scored]).astype(np.float32)),
+        rows=tuple(row.row for row in scored),
+    )
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays)
+
+
+# ----------------------------------------------------------------------------------------------------- scoring
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowLogprobs:
+    """Natural log probabilities of the scored tokens of a batch."""
+
+    rows: tuple[int, ...]
+    """The rows, by their index in what was given to `pack_rows`, ascending."""
+    tokens: Tensor
+    """[m]: of each scored token given its row up to it. Float32 (float64 for a float64 network)."""
+    row_of_token: Tensor
+    """int64 [m]: index into `rows`; the tokens of a row stand together, in order."""
+    weights: Tensor
+    """float32 [m]: each token's weight in its span."""
+
+    def sums(self) -> Tensor:
+        """[len(rows)]: the logprob of each row's scored tokens together."""
+        return self.tokens.new_zeros(len(self.rows)).index_add(0, self.row_of_token, self.tokens)
+
+
+def score(network: nn.Module, batch: PackedBatch) -> RowLogprobs:
+    """One forward pass over the batch: the logprob of every scored token.
+
+    `network` is a causal language model of transformers, or a PeftModel around one, as it stands: with the adapter that
+    is active. Raises ValueError for an architecture whose packed scores are not known to be right.
+    """
+    causal_lm = _causal_lm(network)
+    check_architecture(causal_lm)
+    hidden = causal_lm.get_decoder()(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=_NO_MASK,
+        tree=batch.tree,
+        use_cache=False,
+    ).last_hidden_state[0]
+    pairs = _pair_logprobs(causal_lm, hidden[batch.pair_positions], batch.pair_targets)
+    return RowLogprobs(batch.rows, pairs[batch.pair_of_token], batch.row_of_token, batch.weights)
+
+
+@contextmanager
+def reference(network: Any, adapter: str | None = None) -> Iterator[None]:
+    """Within it, a PeftModel is the reference: another of its adapters, or (None) its base alone. Keeps no gradients.
+
+    The active adapter is back afterwards.
+    """
+    with torch.no_grad():
+        if adapter is None:
+            with network.disable_adapter():
+                yield
+            return
+        active = network.active_adapter
+        network.set_adapter(adapter)
+        try:
+            yield
+        finally:
+            network.set_adapter(active)
+
+
+def _causal_lm(network: Any) -> PreTrainedModel:
+    """The transformers model itself: PEFT works inside its layers, so its adapters stay in effect."""
+    return network.get_base_model() if hasattr(network, "get_base_model") else network
+
+
+def _pair_logprobs(causal_lm: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    """hidden [u, d], targets [u] -> logprobs [u], in pieces of at most MAX_LOGITS logits."""
+    piece = max(MAX_LOGITS // causal_lm.config.vocab_size, 1)
+    if len(targets) <= piece:
+        return _target_logprobs(causal_lm, hidden, targets)
+    pieces: list[Any] = [
+        checkpoint(_target_logprobs, causal_lm, *part, use_reentrant=False)
+        for part in zip(hidden.split(piece), targets.split(piece), strict=True)
+    ]
+    return torch.cat(pieces)
+
+
+def _target_logprobs(causal_lm: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    output_layer: Any = causal_lm.get_output_embeddings()
+    logits = output_layer(hidden)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    cap = getattr(causal_lm.config, "final_logit_softcapping", None)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return -nn.functional.cross_entropy(logits, targets, reduction="none")
+
+
+# ------------------------------------------------------------------------------------------------ architectures
+
+
+def check_architecture(network: nn.Module) -> None:
+    """Raises ValueError, with the reason, for a network whose packed scores are not known to be right."""
+    config: Any = _causal_lm(network).config
+    problem = _problem(config)
+    if problem:
+        raise ValueError(f"cannot score packed trees with {config.model_type}: {problem}")
+
+
+def _problem(config: Any) -> str | None:
+    """Why packed scores would differ from row-by-row ones. None: they are equal."""
+    if config.model_type not in ARCHITECTURES:
+        return f"only {', '.join(sorted(ARCHITECTURES))} are tested"
+    if config._attn_implementation != TREE_ATTENTION:
+        return f"load it with attn_implementation={TREE_ATTENTION!r}, not {config._attn_implementation!r}"
+    rope_types = _rope_types(config) & {"dynamic", "longrope"}
+    if rope_types:
+        return f"rope type {rope_types.pop()!r} depends on the length of the sequence, which packing changes"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "its tokens see later ones"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "the attention kernels leave out the softcap of its attention logits"
+    return None
+
+
+def _rope_types(config: Any) -> set[str]:
+    """The kinds of rotary embedding in use: one, or one for each kind of layer."""
+    parameters = config.rope_parameters or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return {entry.get("rope_type", "default") for entry in nested or [parameters]}

@@ -1,0 +1,82 @@
+"""What is worth watching about a candidate, measured alike for every objective: before and after its training.
+
+A falling likelihood of the experts' actions, a distance from the reference that runs away, or ratios that leave few
+effective samples are how training goes wrong without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learner.data.rewards import own_actions
+from learner.data.training_data import NO_ANCESTOR, Material, OwnAction, State
+from learner.objectives.losses import effective_sample_size, k3
+from learner.objectives.objectives import action_row
+from learner.packing.prefix_tree import Row
+
+
+@dataclass(frozen=True, slots=True)
+class WatchedActions:
+    """The actions of a material that are scored before and after training: the experts', then the policy's own."""
+
+    experts: list[tuple[State, tuple[int, ...]]]
+    own: list[tuple[State, OwnAction]]
+
+    @classmethod
+    def of(cls, material: Material) -> WatchedActions:
+        states = [state for trajectory in material.trajectories for state in trajectory.states]
+        return cls([(s, s.expert) for s in states if s.expert is not None], own_actions(material))
+
+    def rows(self) -> list[Row]:
+        """One a watched action, experts first."""
+        experts = [action_row(state.prompt, action, (state.id,)) for state, action in self.experts]
+        return experts + [action_row(state.prompt, action.token_ids, (state.id,)) for state, action in self.own]
+
+
+def health(watched: WatchedActions, before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, float]:
+    """`before` and `after` hold the token logprobs of `watched.rows()`, under the reference and the candidate.
+
+    chosen_logprob and its change: mean log pi of an expert's action, in nats; it must not fall. kl_to_reference: mean a
+    token of the own actions. effective_sample_share: of the own actions' importance ratios reference / behavior, how
+    many as good as fresh samples they are worth. versions_old: mean over these actions.
+    """
+    num_experts = len(watched.experts)
+    measured: dict[str, float] = {}
+    if num_experts:
+        was, now = (_sums(logprobs[:num_experts]).mean().item() for logprobs in (before, after))
+        measured |= {"chosen_logprob": now, "chosen_logprob_change": now - was}
+    if watched.own:
+        ref, policy = torch.cat(list(before[num_experts:])), torch.cat(list(after[num_experts:]))
+        # The samples are the reference's, so the estimate is of KL(reference || policy): never negative.
+        measured["kl_to_reference"] = k3(ref, policy).mean().item()
+        measured |= _staleness([action for _, action in watched.own], _sums(before[num_experts:]))
+    return measured
+
+
+def _staleness(own: Sequence[OwnAction], ref_logprobs: Tensor) -> dict[str, float]:
+    """Of the actions that a policy gradient could take."""
+    ratios = [
+        (ref - sum(action.behavior_logprobs), action.num_versions_old)
+        for action, ref in zip(own, ref_logprobs.tolist(), strict=True)
+        if action.behavior_logprobs and action.num_versions_old < NO_ANCESTOR
+    ]
+    if not ratios:
+        return {}
+    log_ratios = torch.tensor([log_ratio for log_ratio, _ in ratios])
+    return {
+        "effective_sample_share": effective_sample_size((log_ratios - log_ratios.max()).exp()) / len(ratios),
+        "versions_old": sum(num_versions_old for _, num_versions_old in ratios) / len(ratios),
+    }
+
+
+def own_sums(watched: WatchedActions, logprobs: Sequence[Tensor]) -> list[float]:
+    """The logprob of each own action as a whole."""
+    return _sums(logprobs[len(watched.experts) :]).tolist() if watched.own else []
+
+
+def _sums(logprobs: Sequence[Tensor]) -> Tensor:
+    return torch.stack([tokens.sum() for tokens in logprobs])

@@ -1,0 +1,147 @@
+"""Tells experts' actions from the policy's, and rewards the policy for what looks like an expert's.
+
+The discriminator is itself a language model: a fresh LoRA q on the base network, trained pairwise on the expert's
+action and a disagreeing own one at the same state. Its logit of an action is 0.5 (log q - log base): AIRL's form
+(arXiv 1710.11248). A classification head on the network was tried and refused, it did not learn to tell them apart.
+
+It is made anew for each cycle, of that cycle's samples: a discriminator that outlives the policy it was trained
+against gets hacked (GAD, arXiv 2511.10643).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from learner.data.held_out import is_held_out
+from learner.data.training_data import Material
+from learner.objectives.build import LessonOptions, NothingToLearn, TaughtState, taught_states, without_stale_actions
+from learner.objectives.losses import expert_logits, length_controlled, pairwise_discriminator_loss
+from learner.objectives.objectives import Loss, Pair
+from learner.packing.prefix_tree import Row
+from learner.packing.scoring import RowLogprobs
+from learner.training.trainer import Trainer, TrainingOptions
+
+
+@dataclass(frozen=True, slots=True)
+class DiscriminatorOptions:
+    """How a discriminator is trained."""
+
+    anchor_weight: float = 0.1
+    """Of the likelihood of experts' actions: without it q may push the policy's actions down by forgetting all."""
+    held_out_share: float = 0.2
+    """Of the informative states, whose pairs are kept for the accuracy."""
+    min_states: int = 4
+    """Informative states to train on: with fewer, it would know them by heart."""
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+
+
+@dataclass(frozen=True, slots=True)
+class Discrimination:
+    """The objective: at each informative state the expert's action has a larger logit than each own one."""
+
+    rows: tuple[Row, ...]
+    pairs: tuple[Pair, ...]
+    """Those of one state weigh 1 together."""
+    anchor_weight: float
+    name: str = "discriminator"
+
+    def loss(self, scored: RowLogprobs, reference: Sequence[Tensor]) -> Loss:
+        place = {row: at for at, row in enumerate(scored.rows)}
+        sums = scored.sums()
+        base_sums = torch.stack([reference[row].sum() for row in scored.rows]).to(sums)
+        pairs = [pair for pair in self.pairs if pair.chosen[0] in place]
+        experts, own = ([place[side[0]] for side in sides] for sides in zip(*map(_sides, pairs), strict=True))
+        logits = expert_logits(sums, base_sums, 0.0)
+        weights = torch.tensor([pair.weight for pair in pairs]).to(sums)
+        told = pairwise_discriminator_loss(logits[experts], logits[own], weights)
+        anchor = -self.anchor_weight * (weights * sums[experts]).sum()
+        health = {"discriminator_accuracy": told.accuracy, "discriminator_margin": told.margin}
+        return Loss(told.loss + anchor, told.weight, health)
+
+
+def _sides(pair: Pair) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return pair.chosen, pair.rejected
+
+
+class Discriminator:
+    """Trained, and ready to judge any action at any state."""
+
+    def __init__(self, trainer: Trainer, training_pairs: Discrimination, held_out: Discrimination | None) -> None:
+        """`trainer` holds q, trained on `training_pairs`. None: no pair was held out."""
+        self._trainer = trainer
+        self.num_pairs = len(training_pairs.pairs)
+        self._bias = _balancing_bias(*map(torch.tensor, zip(*self._pair_logits(training_pairs), strict=True)))
+        told = [expert > own for expert, own in self._pair_logits(held_out)] if held_out else []
+        self.accuracy = fmean(told) if told else None
+        """Share of held-out pairs whose expert side has the larger logit; None where no pair was held out."""
+
+    def expert_logits(self, rows: Sequence[Row]) -> list[float]:
+        """Of each row's action: above zero where it is nearer to the experts' actions than to the policy's."""
+        return self._logits(rows, self._bias).tolist()
+
+    def rewards(self, rows: Sequence[Row]) -> list[float]:
+        """The logits without what the actions' lengths explain of them."""
+        num_tokens = torch.tensor([sum(span.stop - span.start for span in row.spans) for row in rows])
+        return length_controlled(self._logits(rows, self._bias), num_tokens).tolist()
+
+    def _logits(self, rows: Sequence[Row], bias: float) -> Tensor:
+        q, base = (
+            torch.stack([tokens.sum() for tokens in self._trainer.logprobs(rows, is_base)]) for is_base in (False, True)
+        )
+        return expert_logits(q, base, bias)
+
+    def _pair_logits(self, pairs: Discrimination) -> list[tuple[float, float]]:
+        logits = self._logits(pairs.rows, 0.0).tolist()
+        return [(logits[pair.chosen[0]], logits[pair.rejected[0]]) for pair in pairs.pairs]
+
+
+def train_discriminator(
+    material: Material, base: Path, lessons: LessonOptions, options: DiscriminatorOptions, device: str = "auto"
+) -> Discriminator:
+    """A discriminator of the material's experts from its own actions. Raises NothingToLearn with too few pairs, and as
+    `Trainer.train` does."""
+    taught = taught_states(without_stale_actions(material, lessons), lessons)
+    kept, held_out = list[TaughtState](), list[TaughtState]()
+    for each in taught:
+        if each.state.is_informative:
+            (held_out if is_held_out(each.state.id, options.held_out_share) else kept).append(each)
+    if len(kept) < options.min_states:
+        raise NothingToLearn(
+            f"a discriminator needs {options.min_states} states where the policy disagrees with an expert, "
+            f"there are {len(kept)} (and {len(held_out)} held out)"
+        )
+    pairs = _pairs(kept, options)
+    trainer = Trainer(base, None, options.training, device)
+    trainer.train(pairs)
+    return Discriminator(trainer, pairs, _pairs(held_out, options) if held_out else None)
+
+
+def _balancing_bias(expert_logits: Tensor, own_logits: Tensor) -> float:
+    """The bias at which both sides are mistaken for the other equally often, by the logits' own probabilities.
+
+    It is that of a logistic regression with slope 1; the pairwise loss leaves the bias open. Both [p].
+    """
+    low, high = -own_logits.max().item() - 20.0, -expert_logits.min().item() + 20.0
+    for _ in range(50):
+        bias = (low + high) / 2
+        is_too_small = torch.sigmoid(-expert_logits - bias).mean() > torch.sigmoid(own_logits + bias).mean()
+        low, high = (bias, high) if is_too_small else (low, bias)
+    return low
+
+
+def _pairs(states: Sequence[TaughtState], options: DiscriminatorOptions) -> Discrimination:
+    """At each state the expert's action with each own one that disagrees. Those that agree are no counterexamples."""
+    rows, pairs = list[Row](), list[Pair]()
+    for taught in states:
+        expert, rejected = len(rows), taught.state.disagreeing
+        rows.append(taught.expert_row)
+        for action in rejected:
+            pairs.append(Pair((expert,), (len(rows),), 1.0 / len(rejected)))
+            rows.append(taught.row_of(action.token_ids))
+    return Discrimination(tuple(rows), tuple(pairs), options.anchor_weight)

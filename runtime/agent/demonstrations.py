@@ -1,0 +1,211 @@
+"""Turns an expert's conversation into the episode and the steps that serving it would have logged.
+
+Each assistant message that is to be learned from becomes one step, which stands on the tokens of the step before it as
+a served one does. What is written in tokens is read back: a step that the chat protocol would read as another action
+teaches what the expert did not do, and is refused. Mending such conversations was refused: a guess would be learned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import orjson
+
+from policies.chat_protocol import ChatProtocol, action_message, message_action
+from policies.types import (
+    Action,
+    FinalAnswer,
+    FinishReason,
+    MalformedAction,
+    Message,
+    SamplingParams,
+    TokenIds,
+    ToolCalls,
+    ToolSchema,
+)
+from runtime.store.episodes import Actor, Episode, Purpose, Step, StopReason, new_id
+
+
+class DemonstrationRefused(ValueError):
+    """A conversation that cannot become steps of this model, and why."""
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """An expert's conversation, and which of its messages are to be learned from."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[ToolSchema, ...] = ()
+    asked_indices: tuple[int, ...] | None = None
+    """Indices of the assistant messages to learn from; None: all."""
+    asked_digest: str | None = None
+    """What its source calls it by; None: computed."""
+    expert: str = "expert"
+    task: str | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def learn_from(self) -> tuple[int, ...]:
+        """Indices of the messages to learn from, ascending. Raises DemonstrationRefused."""
+        said = [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
+        if not said:
+            raise DemonstrationRefused("it has no assistant message: there is nothing to learn from")
+        asked = said if self.asked_indices is None else sorted(set(self.asked_indices))
+        if not asked:
+            raise DemonstrationRefused("learn_from is empty: leave it out to learn from every assistant message")
+        for index in asked:
+            if index not in said:
+                raise DemonstrationRefused(f"learn_from names message {index}, which is no assistant message")
+        if asked[0] == 0:
+            raise DemonstrationRefused("message 0 is to be learned from, but nothing was seen before it")
+        return tuple(asked)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 in hex of messages, tools and what is learned: equal for whatever teaches the same."""
+        content = [self.messages, self.tools, self.learn_from]
+        return self.asked_digest or hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+    @property
+    def episode_id(self) -> str:
+        """Equal for equal digests, so that importing twice adds nothing."""
+        return f"demo_{self.digest[:32]}"
+
+
+def demonstrated_episode(demonstration: Demonstration) -> Episode:
+    return Episode(
+        id=demonstration.episode_id,
+        actor=Actor.EXPERT,
+        purpose=Purpose.SERVE,
+        adapter=demonstration.expert,
+        task=demonstration.task,
+        metadata={**demonstration.provenance, "digest": demonstration.digest},
+    )
+
+
+def demonstrated_steps(
+    demonstration: Demonstration, protocol: ChatProtocol, max_context_tokens: int
+) -> tuple[Step, ...]:
+    """One step for each message that is learned from; what lies between is the later step's observation.
+
+    Raises DemonstrationRefused, ChatProtocolError, or ValueError for a tool call that cannot be read.
+    """
+    steps: list[Step] = []
+    seen = 0  # messages that the steps so far cover
+    for index in demonstration.learn_from:
+        parent = steps[-1] if steps else None
+        action = message_action(demonstration.messages[index])
+        prompt, completion = _in_tokens(demonstration, protocol, parent, seen, index, action)
+        _require_learnable(protocol, completion, action, demonstration.tools, index)
+        if len(prompt) + len(completion) > max_context_tokens:
+            raise DemonstrationRefused(
+                f"message {index} ends at token {len(prompt) + len(completion)}, "
+                f"but the model's context holds {max_context_tokens}"
+            )
+        new_messages = demonstration.messages[seen:index]
+        steps.append(_step(demonstration, parent, new_messages, prompt, completion, action))
+        seen = index + 1
+    return tuple(steps)
+
+
+def _in_tokens(
+    demonstration: Demonstration, protocol: ChatProtocol, parent: Step | None, seen: int, index: int, action: Action
+) -> tuple[TokenIds, TokenIds]:
+    """(prompt, completion) token ids of one step, the prompt continued from its parent's tokens as in serving."""
+    messages, tools = demonstration.messages, demonstration.tools
+    prompt, completion = protocol.completion_of(messages[:index], action, tools)
+    if parent is not None:
+        told = parent.prompt_token_ids + parent.completion_token_ids
+        prompt = protocol.extend(told, messages[:seen], messages[seen:index], tools)
+    return prompt, completion
+
+
+def promoted_episode(episode: Episode, path: Sequence[Step], expert: str) -> Demonstration:
+    """A logged episode, from its first step to the last of `path`, as a demonstration that `expert` vouches for.
+
+    Actions that could not be read are kept as they were said, and are not learned. Raises DemonstrationRefused where
+    nothing else is there.
+    """
+    messages: list[Message] = []
+    learned = []
+    for step in path:
+        messages.extend(step.new_messages)
+        if not isinstance(step.action, MalformedAction):
+            learned.append(len(messages))
+        messages.append(action_message(step.action))
+    if not learned:
+        raise DemonstrationRefused(f"episode {episode.id} has no action that could be read: there is nothing to learn")
+    return Demonstration(
+        messages=tuple(messages),
+        tools=path[-1].tools,
+        asked_indices=tuple(learned),
+        expert=expert,
+        task=episode.task,
+        provenance={"promoted_from": episode.id},
+    )
+
+
+def correction_in_tokens(protocol: ChatProtocol, path: Sequence[Step], action: Action) -> TokenIds:
+    """What should have been said at the last step of a path, as the policy would have to write it.
+
+    Raises DemonstrationRefused where it would be read back as something else, and ChatProtocolError.
+    """
+    said = [message for step in path[:-1] for message in (*step.new_messages, action_message(step.action))]
+    messages = [*said, *path[-1].new_messages]
+    _, completion = protocol.completion_of(messages, action, path[-1].tools)
+    _require_learnable(protocol, completion, action, path[-1].tools, len(messages))
+    return completion
+
+
+def _require_learnable(
+    protocol: ChatProtocol, completion: TokenIds, action: Action, tools: Sequence[ToolSchema], index: int
+) -> None:
+    """Raises DemonstrationRefused where the model, saying just this, would have been understood otherwise."""
+    if any(token_id in protocol.stop_token_ids for token_id in completion[:-1]):
+        raise DemonstrationRefused(f"message {index} holds the mark that ends a turn in the midst of its text")
+    read = protocol.parse(completion, tools=tools)
+    if type(read) is not type(action) or _calls_of(read) != _calls_of(action):
+        raise DemonstrationRefused(
+            f"message {index}, written in the model's own form, is read back as another action; "
+            "its text may hold marks of that form"
+        )
+
+
+def _calls_of(action: Action) -> list[tuple[str, dict[str, Any]]]:
+    return [(call.name, call.arguments) for call in action.calls] if isinstance(action, ToolCalls) else []
+
+
+def _step(
+    demonstration: Demonstration,
+    parent: Step | None,
+    new_messages: tuple[Message, ...],
+    prompt: TokenIds,
+    completion: TokenIds,
+    action: ToolCalls | FinalAnswer,
+) -> Step:
+    return Step(
+        id=new_id("step"),
+        episode_id=demonstration.episode_id,
+        parent_id=parent.id if parent else None,
+        index=parent.index + 1 if parent else 0,
+        new_messages=new_messages,
+        tools=demonstration.tools,
+        prompt_token_ids=prompt,
+        completion_token_ids=completion,
+        behavior_logprobs=None,
+        sampling=SamplingParams(),
+        adapter=demonstration.expert,
+        action=action,
+        finish_reason=FinishReason.STOP,
+        stop_reason=StopReason.CLIENT_TOOLS if isinstance(action, ToolCalls) else StopReason.FINAL_ANSWER,
+        tool_results=(),
+        conversation_digest="",  # no client continues an expert's conversation
+        created_at=time.time(),
+        first_token_ms=0.0,
+        latency_ms=0.0,
+    )

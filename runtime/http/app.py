@@ -1,0 +1,127 @@
+"""create_app: the HTTP side of the server, from its parts."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import hmac
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from runtime.http.adapters import adapter_routes
+from runtime.http.chat import chat_routes
+from runtime.http.cycles import learner_routes
+from runtime.http.demonstrations import demonstration_routes
+from runtime.http.episodes import episode_routes
+from runtime.http.errors import ERROR_RESPONSES, ApiError, install_error_handlers
+from runtime.http.metrics import Metrics
+from runtime.http.parts import Parts
+from runtime.http.responses import response_routes
+from runtime.http.server import server_routes
+
+MAX_BODY_BYTES = 4 * 1024 * 1024
+_OPEN_PATHS = ("/health", "/")
+_UNAUTHORIZED = ApiError(
+    401,
+    "send the server's API key: Authorization: Bearer KEY",
+    "invalid_api_key",
+    headers={"WWW-Authenticate": "Bearer"},
+)
+
+
+def create_app(parts: Parts) -> FastAPI:
+    """The whole HTTP interface. The parts outlive the app: whoever made them closes them."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        # What was loaded until now stays for good: without this, each collection walks through a million objects of it.
+        gc.collect()
+        gc.freeze()
+        beside = [asyncio.create_task(parts.swap.keep_draining())]
+        if parts.learning is not None:
+            beside.append(asyncio.create_task(parts.learning.keep_watching()))
+        yield
+        for task in beside:
+            task.cancel()
+        if parts.learning is not None:
+            await parts.learning.process.close()
+
+    if parts.learning is not None:
+        parts.metrics.show_cycles(parts.learning.cycles)
+    app = FastAPI(title="StepAgent", version="0.1.0", lifespan=lifespan, responses=ERROR_RESPONSES)
+    install_error_handlers(app)
+    of_agent = (chat_routes, response_routes, episode_routes, demonstration_routes)
+    for routes in (*of_agent, adapter_routes, learner_routes, server_routes):
+        app.include_router(routes(parts))
+    app.add_middleware(_BodyLimit)
+    app.add_middleware(_RequestCount, metrics=parts.metrics)
+    if parts.api_key:
+        app.add_middleware(_BearerToken, api_key=parts.api_key)
+    return app
+
+
+class _BearerToken:
+    """Refuses requests without the API key."""
+
+    def __init__(self, app: ASGIApp, api_key: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._expected):
+                return await _UNAUTHORIZED.response()(scope, receive, send)
+        await self._app(scope, receive, send)
+
+
+class _BodyLimit:
+    """Refuses bodies beyond the limit, announced or not, before they are read whole."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if announced.isdigit() and int(announced) > MAX_BODY_BYTES:
+            return await _too_large().response()(scope, receive, send)
+        num_bytes = 0
+
+        async def receive_some() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > MAX_BODY_BYTES:
+                raise _too_large()
+            return message
+
+        await self._app(scope, receive_some, send)
+
+
+def _too_large() -> ApiError:
+    return ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes; send less", "body_too_large")
+
+
+class _RequestCount:
+    """Counts answers by route and status."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+
+        async def send_counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = getattr(scope.get("route"), "path", "other")
+                self._metrics.requests.labels(route, message["status"]).inc()
+            await send(message)
+
+        await self._app(scope, receive, send_counted)

@@ -1,0 +1,118 @@
+"""/v1/episodes: list and read what was logged, and say how an episode ended."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Query
+
+from policies.chat_protocol import message_action
+from policies.types import Message
+from runtime.agent.demonstrations import correction_in_tokens, promoted_episode
+from runtime.http.chat_answer import step_summary
+from runtime.http.demonstrations import import_demonstration
+from runtime.http.errors import ApiError
+from runtime.http.pages import episode_page, shown_episode
+from runtime.http.parts import Parts
+from runtime.http.schemas import CorrectionRequest, OutcomeRequest, PromotionRequest
+from runtime.http.strict_json import StrictJsonRoute
+from runtime.store.episodes import Actor, Correction, Episode, Outcome, Purpose, Step, new_id
+
+_BY_A_USER = PromotionRequest()
+
+
+def episode_routes(parts: Parts) -> APIRouter:
+    router = APIRouter(prefix="/v1/episodes", route_class=StrictJsonRoute)
+    log = parts.log
+
+    @router.get("")
+    async def list_episodes(
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+        purpose: Purpose | None = None,
+        actor: Actor | None = None,
+        adapter: str | None = None,
+        task_prefix: str | None = None,
+    ) -> dict[str, Any]:
+        """Newest first. `after` is the `last_id` of the page before."""
+        found = log.episodes(after, limit + 1, purpose, actor, adapter, task_prefix)
+        return episode_page(found, limit)
+
+    @router.get("/{episode_id}")
+    async def read_episode(episode_id: str, with_tokens: bool = False) -> dict[str, Any]:
+        """One episode with its steps and outcomes; `with_tokens` adds token ids and logprobs."""
+        episode = _known(parts, episode_id)
+        steps = [_step(step, with_tokens) for step in log.steps(episode.id)]
+        return {**shown_episode(episode), "steps": steps, "outcomes": [asdict(o) for o in log.outcomes(episode.id)]}
+
+    @router.post("/{episode_id}/outcome", status_code=201)
+    async def report_outcome(episode_id: str, body: OutcomeRequest) -> dict[str, Any]:
+        """Say how an episode ended. May be said again; the newest counts."""
+        episode = _known(parts, episode_id)
+        outcome = Outcome(new_id("out"), episode.id, body.value, body.source, body.note)
+        await log.commit(outcome)
+        parts.swap.finish(episode.id)
+        return asdict(outcome)
+
+    @router.post("/{episode_id}/promote", status_code=201)
+    async def promote_episode(
+        episode_id: str, body: Annotated[PromotionRequest, Body()] = _BY_A_USER
+    ) -> dict[str, Any]:
+        """Make a demonstration of an episode: whoever asks vouches for every step of it. Twice adds nothing."""
+        episode = _known(parts, episode_id)
+        steps = log.steps(episode.id)
+        if not steps:
+            raise ApiError(409, f"episode {episode.id!r} has no steps yet", "episode_empty")
+        demonstration = promoted_episode(episode, log.path_to(steps[-1].id), body.expert)
+        is_new = await import_demonstration(parts, demonstration)
+        return {"object": "demonstration", "id": demonstration.episode_id, "is_new": is_new}
+
+    @router.post("/{episode_id}/corrections", status_code=201)
+    async def correct_step(episode_id: str, body: CorrectionRequest) -> dict[str, Any]:
+        """Say what should have been done at a step. May be said again; the newest counts."""
+        episode = _known(parts, episode_id)
+        path = log.path_to(body.step_id)
+        if not path or path[-1].episode_id != episode.id:
+            raise ApiError(404, f"episode {episode.id!r} has no step {body.step_id!r}", "step_not_found", "step_id")
+        if body.message.role != "assistant":
+            raise ApiError(400, "a correction is an assistant's message", None, "message.role")
+        action = message_action(body.message.as_message())
+        token_ids = await asyncio.to_thread(correction_in_tokens, parts.protocol, path, action)
+        correction = Correction(new_id("corr"), body.step_id, action, token_ids, body.source)
+        await log.commit(correction)
+        return {"object": "correction", "id": correction.id, "step_id": body.step_id, "source": body.source}
+
+    return router
+
+
+def _known(parts: Parts, episode_id: str) -> Episode:
+    episode = parts.log.episode(episode_id)
+    if episode is None:
+        raise ApiError(404, f"there is no episode {episode_id!r}; GET /v1/episodes lists them", "episode_not_found")
+    return episode
+
+
+def _step(step: Step, with_tokens: bool) -> dict[str, Any]:
+    new_messages: list[Message] = list(step.new_messages)
+    shown = {
+        **step_summary(step),
+        "parent_id": step.parent_id,
+        "new_messages": new_messages,
+        "finish_reason": step.finish_reason,
+        "num_prompt_tokens": len(step.prompt_token_ids),
+        "num_completion_tokens": len(step.completion_token_ids),
+        "created_at": step.created_at,
+        "first_token_ms": step.first_token_ms,
+        "latency_ms": step.latency_ms,
+    }
+    if with_tokens:
+        shown |= {
+            "prompt_token_ids": step.prompt_token_ids,
+            "completion_token_ids": step.completion_token_ids,
+            "behavior_logprobs": step.behavior_logprobs,
+            "sampling": asdict(step.sampling),
+            "tools": step.tools,
+        }
+    return shown

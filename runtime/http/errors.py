@@ -1,0 +1,144 @@
+"""Errors in OpenAI's form: what was wrong and what to change. One place that turns exceptions into them."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+
+from policies.adapters.files import AdapterRefused
+from policies.chat_protocol import ChatProtocolError
+from policies.types import EngineError
+from runtime.adapters.swap import SwapError
+from runtime.agent.loop import ContextFull
+from runtime.http.admission import UnknownModel
+from runtime.http.sse import ClientGone
+from runtime.learning.process import LearnerBusy
+from runtime.store.adapter_registry import RegistryError, UnknownAdapter
+from runtime.store.step_log import StepLogError
+
+logger = logging.getLogger(__name__)
+
+
+class ErrorDetail(BaseModel):
+    """What was wrong, in OpenAI's form."""
+
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: ErrorDetail
+
+
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request cannot be answered; the message says what to change."},
+    "5XX": {"model": ErrorBody, "description": "The server could not answer; the same request may succeed later."},
+}
+"""For the OpenAPI document; FastAPI's own 422 is never sent."""
+
+
+class ApiError(HTTPException):
+    """An answer that is an error: HTTP status, message, and OpenAI's machine-readable code and parameter.
+
+    An HTTPException, because FastAPI lets nothing else through that is raised while it reads a body.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.code = code
+        self.param = param
+
+    @property
+    def error(self) -> dict[str, Any]:
+        kind = "invalid_request_error" if self.status_code < 500 else "server_error"
+        return {"message": self.detail, "type": kind, "param": self.param, "code": self.code}
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {"error": self.error}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status_code, self.headers)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told of an exception."""
+    match error:
+        case ApiError():
+            return error
+        case RequestValidationError() | ValidationError():
+            return _validation_error(error)
+        case UnknownModel():
+            return ApiError(404, str(error), "model_not_found", "model")
+        case ContextFull():
+            return ApiError(400, str(error), "context_length_exceeded", "messages")
+        case ChatProtocolError():
+            return ApiError(400, str(error), None, "messages")
+        case EngineError():
+            return ApiError(503, f"the engine could not answer: {error}", "engine_error")
+        case LearnerBusy():
+            return ApiError(409, str(error), "learner_busy")
+        case SwapError():
+            return ApiError(409, str(error), "adapter_not_served")
+        case AdapterRefused():
+            return ApiError(409, f"the adapter is refused: {error}", "adapter_refused")
+        case UnknownAdapter():
+            return ApiError(404, f"{error}; GET /v1/adapters lists them", "adapter_not_found")
+        case RegistryError():
+            return ApiError(409, str(error), "adapter_conflict")
+        case ClientGone():
+            return ApiError(499, str(error), "client_gone")
+        case sqlite3.Error():
+            problem = f"the server's database, agent.db, could not be used: {error}"
+            return ApiError(503, f"{problem}; is the disk full, or does another program hold a lock?", "database_error")
+        case StepLogError():
+            return ApiError(503, f"the answer could not be logged, so it was not given: {error}", "log_error")
+        case HTTPException(status_code=404):
+            return ApiError(404, "nothing is served at this path; GET /openapi.json tells what is")
+        case HTTPException():
+            return ApiError(error.status_code, error.detail, headers=error.headers)
+        case ValueError():
+            return ApiError(400, str(error))
+    logger.error("unexpected error", exc_info=error)
+    return ApiError(500, f"unexpected {type(error).__name__}; the server's log has the details")
+
+
+def _validation_error(error: RequestValidationError | ValidationError) -> ApiError:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"] if part != "body")
+    if problem["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {problem.get('ctx', {})['error']} at character {where}")
+    if problem["loc"] == ("body",) and problem["type"] in ("missing", "model_attributes_type"):
+        return ApiError(400, "the body must be a JSON object, sent with content-type: application/json")
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return ApiError(400, f"{where}: {message}" if where else message, None, where or None)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    async def answer(_: Request, error: Exception) -> JSONResponse:
+        return as_api_error(error).response()
+
+    refused = (ApiError, RequestValidationError, HTTPException, ValueError, ContextFull)
+    of_adapters = (SwapError, AdapterRefused, RegistryError, LearnerBusy)
+    failed = (EngineError, StepLogError, sqlite3.Error, ClientGone, Exception)
+    for kind in (*refused, *of_adapters, *failed):
+        app.add_exception_handler(kind, answer)

@@ -1,0 +1,92 @@
+"""What `/metrics` tells Prometheus. One registry a server, so that tests can run many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from policies.types import Engine, MalformedAction
+from runtime.store.cycle_log import CycleLog
+from runtime.store.episodes import Step
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    """Counters of a running server."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "stepagent_requests", "Answers by route and status.", ["route", "status"], registry=self._registry
+        )
+        self._steps = Counter("stepagent_steps", "Logged steps.", ["adapter", "action"], registry=self._registry)
+        self._tokens = Counter("stepagent_tokens", "Tokens of logged steps.", ["kind"], registry=self._registry)
+        self._malformed = Counter(
+            "stepagent_malformed_actions", "Actions that could not be read.", registry=self._registry
+        )
+        self._latency = Histogram(
+            "stepagent_step_seconds", "Seconds from prompt to last token.", buckets=_SECONDS, registry=self._registry
+        )
+        self._first = Histogram(
+            "stepagent_first_token_seconds",
+            "Seconds from prompt to first token.",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._tool = Histogram(
+            "stepagent_tool_seconds", "Seconds of a server-run tool call.", buckets=_SECONDS, registry=self._registry
+        )
+        for name, text, field in _GAUGES:
+            Gauge(name, text, registry=self._registry).set_function(
+                lambda field=field: float(getattr(engine.health(), field))
+            )
+
+    def count_step(self, step: Step) -> None:
+        self._steps.labels(step.adapter, type(step.action).__name__).inc()
+        self._tokens.labels("prompt").inc(len(step.prompt_token_ids))
+        self._tokens.labels("completion").inc(len(step.completion_token_ids))
+        self._malformed.inc(isinstance(step.action, MalformedAction))
+        self._latency.observe(step.latency_ms / 1000)
+        self._first.observe(step.first_token_ms / 1000)
+        for result in step.tool_results:
+            self._tool.observe(result.latency_ms / 1000)
+
+    def show_cycles(self, cycles: CycleLog) -> None:
+        """Also tell of the learner, from now on."""
+        self._registry.register(_LearnerCollector(cycles))
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+class _LearnerCollector(Collector):
+    """The learner's cycles as they stand in the log: nothing of them is kept in memory."""
+
+    def __init__(self, cycles: CycleLog) -> None:
+        self._cycles = cycles
+
+    def collect(self) -> Iterator[Metric]:
+        endings = CounterMetricFamily("stepagent_learner_cycles", "Cycles by how they ended.", labels=["ending"])
+        for ending, number in self._cycles.num_endings().items():
+            endings.add_metric([ending], number)
+        health = GaugeMetricFamily(
+            "stepagent_learner_health", "What the newest cycle measured.", labels=["of", "measure"]
+        )
+        for of, measures in self._cycles.health().items():
+            for measure, value in measures.items():
+                health.add_metric([of, measure], value)
+        alive = GaugeMetricFamily("stepagent_learner_running", "1 while a cycle runs.")
+        alive.add_metric([], self._cycles.is_learner_alive())
+        yield from (endings, health, alive)
+
+
+_GAUGES = (
+    ("stepagent_engine_alive", "1 while the engine can answer.", "is_alive"),
+    ("stepagent_engine_restarts", "How often a dead engine was replaced.", "num_restarts"),
+    ("stepagent_engine_running", "Completions in the batch.", "num_running"),
+    ("stepagent_engine_waiting", "Completions that wait for a place in the batch.", "num_waiting"),
+)

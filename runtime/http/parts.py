@@ -1,0 +1,34 @@
+"""The parts of a running server, wired once by serve.py and handed to the routes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from policies.chat_protocol import ChatProtocol
+from policies.types import Engine
+from runtime.adapters.swap import Swap
+from runtime.agent.loop import RunLimits
+from runtime.agent.tools import Toolbox
+from runtime.http.metrics import Metrics
+from runtime.learning.trigger import Learning
+from runtime.store.adapter_registry import AdapterRegistry
+from runtime.store.step_log import StepLog
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything a request needs; holds no state of its own."""
+
+    served_name: str
+    """The model name that clients see."""
+    engine: Engine
+    protocol: ChatProtocol
+    log: StepLog
+    registry: AdapterRegistry
+    swap: Swap
+    toolbox: Toolbox
+    limits: RunLimits
+    metrics: Metrics
+    api_key: str | None = None
+    learning: Learning | None = None
+    """None: a server that only serves, as in benchmarks and tests."""

@@ -1,0 +1,57 @@
+"""/v1/models, /health and /metrics: what is served, and how it fares."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, PlainTextResponse
+
+from policies.types import BASE_ADAPTER
+from runtime.http.errors import ApiError
+from runtime.http.parts import Parts
+
+
+def server_routes(parts: Parts) -> APIRouter:
+    router = APIRouter()
+    started = int(time.time())
+
+    def models() -> list[dict[str, Any]]:
+        names = [parts.served_name, BASE_ADAPTER, *(adapter.name for adapter in parts.engine.loaded_adapters())]
+        owner = {"object": "model", "created": started, "owned_by": "stepagent"}
+        limit = parts.engine.limits.max_context_tokens  # EngineError while the first engine is starting
+        return [{"id": name, **owner, "max_model_len": limit} for name in dict.fromkeys(names)]
+
+    @router.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        """The served name (whichever adapter is acting), and each loaded adapter by its own name."""
+        return {"object": "list", "data": models()}
+
+    @router.get("/v1/models/{model}")
+    async def read_model(model: str) -> dict[str, Any]:
+        for entry in models():
+            if entry["id"] == model:
+                return entry
+        raise ApiError(404, f"the model {model!r} is not served here", "model_not_found", "model")
+
+    @router.get("/health", responses={503: {"description": "The engine cannot answer; the body is as with 200."}})
+    async def health() -> JSONResponse:
+        """200 while the engine can answer, 503 while it cannot: `status` is `starting` where that will pass."""
+        engine = parts.engine.health()
+        acting = parts.registry.acting()
+        body = {
+            "status": "ok" if engine.is_alive else "starting" if engine.is_starting else "down",
+            "engine": asdict(engine),
+            "acting": acting.name if acting else BASE_ADAPTER,
+            "log": parts.log.counts(),
+        }
+        return JSONResponse(body, 200 if engine.is_alive else 503)
+
+    @router.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> PlainTextResponse:
+        """Prometheus text."""
+        return PlainTextResponse(parts.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return router

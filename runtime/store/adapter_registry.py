@@ -1,0 +1,327 @@
+"""The adapters that were ever registered, what became of each, and the pointer to the one that acts.
+
+Three tables in the state folder's `agent.db`, appended to and never edited. One writer: the runtime. The registry
+keeps its own copy of each adapter's folder, so that what is served cannot be changed by whoever made it; adopting
+the maker's folder was refused for that reason. The acting pointer's history is a chain: each change names the change
+it would roll back to, so rolling back twice goes two adapters down and never to and fro.
+
+Not covered: two processes that write one registry at the same time.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import secrets
+import shutil
+import sqlite3
+import threading
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from sqlite_utils import Database, Migrations
+
+from policies.adapters.files import ADAPTER_FILES, CONFIG_FILE, AdapterRefused, adapter_rank, weights_digest
+from policies.adapters.probe import PROBE_FILE
+from policies.types import Adapter
+from runtime.store.transaction import write_transaction
+
+
+class AdapterState(StrEnum):
+    """What has become of an adapter."""
+
+    REGISTERED = "registered"  # it has a version and a folder; nobody has judged it
+    VALIDATED = "validated"  # its files are sound and fit the base network and the engine
+    LOADED = "loaded"  # it lies in the engine; nothing is served by it
+    VERIFIED = "verified"  # the engine says what the trainer said; it can be pinned and promoted
+    CANARY = "canary"  # it serves a share of the new episodes
+    ACTING = "acting"  # it serves the new episodes
+    DRAINING = "draining"  # it serves only the episodes that began with it
+    UNLOADED = "unloaded"  # it lies in no engine; it can be brought up again
+    REFUSED = "refused"  # it was judged unfit, for ever; its event says why
+
+
+_S = AdapterState
+TRANSITIONS: dict[AdapterState, frozenset[AdapterState]] = {
+    _S.REGISTERED: frozenset({_S.VALIDATED, _S.REFUSED}),
+    _S.VALIDATED: frozenset({_S.VALIDATED, _S.LOADED, _S.REFUSED}),  # again: it was not loaded after the first time
+    _S.LOADED: frozenset({_S.VERIFIED, _S.UNLOADED, _S.REFUSED}),
+    _S.VERIFIED: frozenset({_S.CANARY, _S.ACTING, _S.DRAINING, _S.UNLOADED, _S.REFUSED}),
+    _S.CANARY: frozenset({_S.ACTING, _S.DRAINING, _S.UNLOADED, _S.REFUSED}),
+    _S.ACTING: frozenset({_S.DRAINING, _S.UNLOADED}),  # unloaded: its engine has ended
+    _S.DRAINING: frozenset({_S.ACTING, _S.UNLOADED}),
+    _S.UNLOADED: frozenset({_S.VALIDATED, _S.REFUSED}),  # refused: its files have gone bad since
+    _S.REFUSED: frozenset(),
+}
+
+
+class RegistryError(Exception):
+    """The registry was asked for something that does not exist or is not allowed, and why."""
+
+
+class UnknownAdapter(RegistryError):
+    """No adapter has this name."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterEvent:
+    """One change of an adapter's state."""
+
+    adapter: str
+    state: AdapterState
+    reason: str
+    created_at: float
+    """Unix seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class ActingChange:
+    """One move of the acting pointer."""
+
+    adapter: str | None
+    """None: to the base network."""
+    reason: str
+    created_at: float
+    """Unix seconds."""
+
+
+MODEL_CARD = "README.md"
+
+INCOMING = ".incoming-"
+"""Begins the name of a folder that is being copied in and is no adapter yet."""
+
+migrations = Migrations("adapter_registry")
+
+
+@migrations()
+def create_tables(db: Database) -> None:
+    db.execute(
+        "CREATE TABLE adapters (version INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, rank INTEGER NOT NULL, "
+        "parent TEXT REFERENCES adapters(name), digest TEXT NOT NULL, created_at REAL NOT NULL)"
+    )
+    db.execute(
+        "CREATE TABLE adapter_events (id INTEGER PRIMARY KEY, adapter TEXT NOT NULL REFERENCES adapters(name), "
+        "state TEXT NOT NULL, reason TEXT NOT NULL, created_at REAL NOT NULL)"
+    )
+    db.execute("CREATE INDEX adapter_events_by_adapter ON adapter_events(adapter, id)")
+    db.execute(
+        "CREATE TABLE acting (id INTEGER PRIMARY KEY, adapter TEXT REFERENCES adapters(name), "
+        "behind INTEGER REFERENCES acting(id), reason TEXT NOT NULL, created_at REAL NOT NULL)"
+    )
+    for table in ("adapters", "adapter_events", "acting"):
+        for verb in ("UPDATE", "DELETE"):
+            db.execute(
+                f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
+                f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
+            )
+
+
+class AdapterRegistry:
+    """The store. Its folders lie beside the database file: `adapters/agent-v0007`. May be used from any thread.
+
+    A write takes as long as the disk does, and waits for other processes that write to the file; a read waits for
+    neither.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._folder = path.parent / "adapters"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for left_by_a_crash in self._folder.glob(f"{INCOMING}*"):
+            shutil.rmtree(left_by_a_crash, ignore_errors=True)
+        self._lock = threading.RLock()
+        self.db = Database(sqlite3.connect(path, check_same_thread=False, timeout=30.0))
+        self.db.enable_wal()
+        self.db.execute("PRAGMA synchronous=FULL")
+        migrations.apply(self.db)
+        self._reading = threading.Lock()
+        self._reader = Database(sqlite3.connect(path, check_same_thread=False))
+
+    def close(self) -> None:
+        self._reader.close()
+        self.db.close()
+
+    # ---------------------------------------------------------------------------------------------- write
+
+    def register(self, path: Path, parent: str | None = None, reason: str = "") -> Adapter:
+        """Copy a PEFT folder in under the next version's name. The folder itself may go afterwards.
+
+        Registering the very same files again gives the adapter they already are, so that a maker who did not hear
+        the answer can ask again; files that were refused get a new version and a new judgement. Raises
+        AdapterRefused, and records nothing, for a folder without readable weights and rank; all else is judged
+        by validation and stays on record. Raises UnknownAdapter for an unknown parent.
+        """
+        if parent is not None:
+            self.adapter(parent)
+        incoming = self._folder / f"{INCOMING}{secrets.token_hex(4)}"
+        try:
+            self._copy(path, incoming)
+            rank, digest = adapter_rank(incoming), weights_digest(incoming)
+            with self._lock:
+                return self._known(incoming, digest) or self._adopt(incoming, rank, digest, parent, reason)
+        finally:
+            shutil.rmtree(incoming, ignore_errors=True)
+
+    def record(self, adapter: Adapter | str, state: AdapterState, reason: str = "") -> None:
+        """Append a change of state. Raises RegistryError where the transition table does not allow it.
+
+        An adapter becomes acting here only if the pointer is on it already (its engine has started anew); else
+        `promote` and `rollback` move the pointer and the state together.
+        """
+        name = adapter if isinstance(adapter, str) else adapter.name
+        with self._lock:
+            if state is AdapterState.ACTING and self.acting() != self.adapter(name):
+                raise RegistryError(f"{name} cannot become acting without being promoted")
+            self._require_transition(name, state)
+            with write_transaction(self.db):
+                self._insert_event(name, state, reason)
+
+    def promote(self, name: str, reason: str = "") -> None:
+        """Let an adapter that is verified, or a canary, act from now on; the one before it drains."""
+        with self._lock:
+            current = self._acting_row()
+            self._flip(name, current["id"] if current else None, reason)
+
+    def rollback(self, reason: str, num_back: int = 1) -> Adapter | None:
+        """Let act again what acted `num_back` promotions before; None is the base network.
+
+        Raises RegistryError where nothing is behind, or where what is behind does not lie verified in the engine.
+        """
+        with self._lock:
+            chain = self._chain()
+            if not 1 <= num_back < len(chain):
+                raise RegistryError(f"nothing to roll back to: {self._line_in_words()}")
+            target = chain[num_back]
+            self._flip(target["adapter"], target["behind"], reason)
+            return self.acting()
+
+    # ----------------------------------------------------------------------------------------------- read
+
+    def adapter(self, name: str) -> Adapter:
+        """Raises UnknownAdapter."""
+        rows = self._rows("SELECT * FROM adapters WHERE name = ?", name)
+        if not rows:
+            raise UnknownAdapter(f"there is no adapter {name!r}")
+        return self._adapter_from(rows[0])
+
+    def adapters(self) -> tuple[Adapter, ...]:
+        """All that were ever registered, oldest first."""
+        return tuple(self._adapter_from(row) for row in self._rows("SELECT * FROM adapters ORDER BY version"))
+
+    def state(self, name: str) -> AdapterState:
+        """Raises UnknownAdapter."""
+        return self.last_event(name).state
+
+    def last_event(self, name: str) -> AdapterEvent:
+        """What brought the adapter into its present state, and why. Raises UnknownAdapter."""
+        return self._events(name, "ORDER BY id DESC LIMIT 1")[0]
+
+    def events(self, name: str) -> tuple[AdapterEvent, ...]:
+        """An adapter's changes of state, oldest first. Raises UnknownAdapter."""
+        return self._events(name, "ORDER BY id")
+
+    def acting(self) -> Adapter | None:
+        """The adapter that serves new episodes; None is the base network."""
+        row = self._acting_row()
+        return None if row is None or row["adapter"] is None else self.adapter(row["adapter"])
+
+    def line(self) -> tuple[Adapter | None, ...]:
+        """The acting one, then what rollbacks would reach, one by one; the last is always the base network, None."""
+        names = [row["adapter"] for row in self._chain()]
+        return tuple(None if name is None else self.adapter(name) for name in names)
+
+    def acting_history(self) -> tuple[ActingChange, ...]:
+        """Every move of the acting pointer, oldest first."""
+        rows = self._rows("SELECT * FROM acting ORDER BY id")
+        return tuple(ActingChange(row["adapter"], row["reason"], row["created_at"]) for row in rows)
+
+    # ----------------------------------------------------------------------------------------- inner rooms
+
+    def _copy(self, path: Path, incoming: Path) -> None:
+        """The adapter's own files and nothing else that may lie in its folder."""
+        if not path.is_dir():
+            raise AdapterRefused(f"the adapter folder {path} does not exist")
+        incoming.mkdir()
+        for name in (*ADAPTER_FILES, MODEL_CARD):
+            if (path / name).is_file():
+                shutil.copyfile(path / name, incoming / name)
+
+    def _known(self, incoming: Path, digest: str) -> Adapter | None:
+        for row in self._rows("SELECT * FROM adapters WHERE digest = ? ORDER BY version DESC", digest):
+            adapter = self._adapter_from(row)
+            _, different, missing = filecmp.cmpfiles(incoming, adapter.path, (CONFIG_FILE, PROBE_FILE), shallow=False)
+            if not different and not missing and self.state(adapter.name) is not AdapterState.REFUSED:
+                return adapter
+        return None
+
+    def _adopt(self, incoming: Path, rank: int, digest: str, parent: str | None, reason: str) -> Adapter:
+        version = 1 + len(self.adapters())
+        name = f"agent-v{version:04d}"
+        adapter = Adapter(name, version, self._folder / name, rank, parent, digest)
+        shutil.rmtree(adapter.path, ignore_errors=True)  # left by a registration that died before its row
+        with write_transaction(self.db):
+            self.db.execute(
+                "INSERT INTO adapters VALUES (?, ?, ?, ?, ?, ?)", [version, name, rank, parent, digest, time.time()]
+            )
+            self._insert_event(name, AdapterState.REGISTERED, reason)
+            incoming.rename(adapter.path)
+        return adapter
+
+    def _flip(self, name: str | None, behind: int | None, reason: str) -> None:
+        """Move the acting pointer, with both changes of state, in one transaction."""
+        before = self.acting()
+        if name is not None:
+            self._require_transition(name, AdapterState.ACTING)
+        with write_transaction(self.db):
+            self.db.execute(
+                "INSERT INTO acting (adapter, behind, reason, created_at) VALUES (?, ?, ?, ?)",
+                [name, behind, reason, time.time()],
+            )
+            if before is not None and self.state(before.name) is AdapterState.ACTING:
+                self._insert_event(before.name, AdapterState.DRAINING, reason)
+            if name is not None:
+                self._insert_event(name, AdapterState.ACTING, reason)
+
+    def _require_transition(self, name: str, state: AdapterState) -> None:
+        now = self.state(name)
+        if state not in TRANSITIONS[now]:
+            raise RegistryError(f"{name} is {now} and cannot become {state}")
+
+    def _insert_event(self, name: str, state: AdapterState, reason: str) -> None:
+        self.db.execute(
+            "INSERT INTO adapter_events (adapter, state, reason, created_at) VALUES (?, ?, ?, ?)",
+            [name, state.value, reason, time.time()],
+        )
+
+    def _events(self, name: str, order: str) -> tuple[AdapterEvent, ...]:
+        rows = self._rows(f"SELECT * FROM adapter_events WHERE adapter = ? {order}", name)
+        if not rows:
+            raise UnknownAdapter(f"there is no adapter {name!r}")
+        return tuple(AdapterEvent(name, AdapterState(r["state"]), r["reason"], r["created_at"]) for r in rows)
+
+    def _acting_row(self) -> dict[str, Any] | None:
+        rows = self._rows("SELECT * FROM acting ORDER BY id DESC LIMIT 1")
+        return rows[0] if rows else None
+
+    def _chain(self) -> list[dict[str, Any]]:
+        """The acting pointer's row and those behind it; ends with a row of the base network."""
+        base = {"adapter": None, "behind": None}
+        rows = {row["id"]: row for row in self._rows("SELECT * FROM acting")}
+        chain, row = [], self._acting_row()
+        while row is not None and row["adapter"] is not None:
+            chain.append(row)
+            row = rows.get(row["behind"])
+        return [*chain, base]
+
+    def _line_in_words(self) -> str:
+        return ", before it ".join("the base network" if one is None else one.name for one in self.line())
+
+    def _adapter_from(self, row: dict[str, Any]) -> Adapter:
+        name = row["name"]
+        return Adapter(name, row["version"], self._folder / name, row["rank"], row["parent"], row["digest"])
+
+    def _rows(self, sql: str, *params: Any) -> list[dict[str, Any]]:
+        """What is committed; within a write, too, for no write reads what it has written itself."""
+        with self._reading:
+            return list(self._reader.query(sql, params))

@@ -1,0 +1,347 @@
+"""The log of every episode and step: what was seen, sampled and answered, token-exact, and what was said of it later.
+
+Facts are appended through one writer thread and never edited. Readers have connections of their own: in WAL mode they
+neither wait for the writer nor hold it up, also from another process. An append that was reported done is on disk
+(`synchronous=FULL`). Refused: a log in JSON lines, which has neither transactions nor an index.
+
+Not covered: two servers that write one file (each would be correct, but slow), and network file systems without shared
+memory, on which SQLite has no WAL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import struct
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from sqlite_utils import Database
+
+from runtime.store.episodes import Actor, Correction, Episode, Fact, Outcome, Purpose, Step
+from runtime.store.prompt_chains import SequenceCache, sequence_of
+from runtime.store.step_rows import (
+    TOKEN_BYTES,
+    correction_from_row,
+    episode_from_row,
+    outcome_from_row,
+    step_from_row,
+)
+from runtime.store.step_schema import FACT_TABLES, STEP_LOG_MIGRATIONS
+from runtime.store.step_writer import StepLogError, StepWriter
+
+__all__ = ["StepLog", "StepLogError"]
+
+LOCK_TIMEOUT_S = 30.0
+"""How long a write waits for another process that writes to the same file (the learner's tables live there too)."""
+
+_STEPS = "SELECT steps.*, tool_sets.tools FROM steps JOIN tool_sets ON tool_sets.digest = steps.tools_digest"
+
+_LEARNABLE = "actor = 'policy' AND purpose <> 'evaluation'"
+
+_ANCESTRY = """
+WITH RECURSIVE ancestry (id, parent_id) AS (
+    SELECT id, parent_id FROM steps WHERE id = ?
+    UNION ALL SELECT steps.id, steps.parent_id FROM steps JOIN ancestry ON steps.id = ancestry.parent_id)"""
+
+_MISCOUNTED = """
+SELECT steps.id, steps.step_index FROM steps LEFT JOIN steps AS parents ON parents.id = steps.parent_id
+WHERE steps.step_index <> coalesce(parents.step_index + 1, 0)"""
+
+
+class StepLog:
+    """Constructing opens the file and migrates it; `read_only=True` opens what a running server writes.
+
+    Raises StepLogError where the file cannot be opened, or was written by a newer release, or (read-only) is missing or
+    not yet migrated.
+    """
+
+    def __init__(self, path: str | Path, read_only: bool = False) -> None:
+        self._path = Path(path)
+        self._cache = SequenceCache()
+        self._idle_readers: deque[sqlite3.Connection] = deque()
+        self._is_closed = False
+        self._writer: StepWriter | None = None
+        if read_only:
+            self._check_readable()
+        else:
+            self._writer = StepWriter(_open_to_write(self._path), self._cache)
+
+    # ------------------------------------------------------------------------------------------ write
+
+    def append(self, *facts: Fact) -> Future[None]:
+        """Log facts, in order, together or not at all. The future resolves when they are on disk.
+
+        It raises StepLogError where a fact names an unknown episode, step or parent, repeats an id, or holds what
+        cannot be stored, and where the file cannot be written. Cancelling it does not take the facts back. Do not edit
+        messages or arguments of a record that was handed over: they are written a moment later.
+        """
+        if self._writer is None:
+            raise StepLogError(f"{self._path} was opened to read only: nothing can be appended")
+        return self._writer.append(facts)
+
+    async def commit(self, *facts: Fact) -> None:
+        """`append`, and wait on the event loop."""
+        await asyncio.wrap_future(self.append(*facts))
+
+    def append_now(self, *facts: Fact) -> None:
+        """`append`, and wait: not for the event loop."""
+        self.append(*facts).result()
+
+    def close(self) -> None:
+        """Write what waits, then close the file. May be called twice."""
+        self._is_closed = True
+        if self._writer is not None:
+            self._writer.close()
+        while self._idle_readers:
+            self._idle_readers.pop().close()
+
+    # ------------------------------------------------------------------------------------------- read
+
+    def episode(self, episode_id: str) -> Episode | None:
+        rows = self._rows("SELECT * FROM episodes WHERE id = ?", episode_id)
+        return episode_from_row(rows[0]) if rows else None
+
+    def step(self, step_id: str) -> Step | None:
+        return _first(self._steps(f"{_STEPS} WHERE steps.id = ?", step_id))
+
+    def steps(self, episode_id: str) -> list[Step]:
+        """An episode's steps by time of creation; its branches stand beside each other."""
+        return self._steps(f"{_STEPS} WHERE episode_id = ? ORDER BY created_at, steps.id", episode_id)
+
+    def path_to(self, step_id: str) -> list[Step]:
+        """From the first step to this one, along the parents."""
+        return self._steps(f"{_ANCESTRY} {_STEPS} JOIN ancestry ON ancestry.id = steps.id ORDER BY step_index", step_id)
+
+    def find_step(self, conversation_digest: str) -> Step | None:
+        """The newest step that ended in this conversation."""
+        query = f"{_STEPS} WHERE conversation_digest = ? ORDER BY created_at DESC, steps.id DESC LIMIT 1"
+        return _first(self._steps(query, conversation_digest))
+
+    def episodes(
+        self,
+        after: str | None = None,
+        limit: int = 50,
+        purpose: Purpose | None = None,
+        actor: Actor | None = None,
+        adapter: str | None = None,
+        task_prefix: str | None = None,
+    ) -> list[Episode]:
+        """One page, newest first. `after` is the last id of the page before, so that new arrivals shift nothing."""
+        conditions = {"id < ?": after, "purpose = ?": purpose, "actor = ?": actor, "adapter = ?": adapter}
+        if task_prefix is not None:  # a range, which an index serves; LIKE would trip over the prefix's own % and _
+            conditions |= {"task >= ?": task_prefix, "task < ?": task_prefix + "\U0010ffff"}
+        wanted = {condition: value for condition, value in conditions.items() if value is not None}
+        where = " AND ".join(wanted) or "TRUE"
+        page = f"SELECT id FROM episodes WHERE {where} ORDER BY id DESC LIMIT ?"  # sorts ids in an index, no whole rows
+        rows = self._rows(f"SELECT * FROM episodes WHERE id IN ({page}) ORDER BY id DESC", *wanted.values(), limit)
+        return [episode_from_row(row) for row in rows]
+
+    def outcomes(self, episode_id: str) -> list[Outcome]:
+        """Oldest first: the last one counts."""
+        rows = self._rows("SELECT * FROM outcomes WHERE episode_id = ? ORDER BY created_at, id", episode_id)
+        return [outcome_from_row(row) for row in rows]
+
+    def num_learnable_since(self, created_at: float) -> int:
+        """How many of the policy's own episodes, evaluations not counted, began after that moment."""
+        return self._rows(f"SELECT count(*) FROM episodes WHERE {_LEARNABLE} AND created_at > ?", created_at)[0][0]
+
+    def outcome_values(self, adapter: str, limit: int) -> list[float]:
+        """How the newest of an adapter's own episodes went, evaluations not counted: the last outcome of each."""
+        newest = f"SELECT id FROM episodes WHERE {_LEARNABLE} AND adapter = ? ORDER BY id DESC"
+        query = (
+            "SELECT value FROM outcomes WHERE outcomes.rowid IN "
+            f"(SELECT max(rowid) FROM outcomes WHERE episode_id IN ({newest}) GROUP BY episode_id) "
+            "ORDER BY outcomes.rowid DESC LIMIT ?"
+        )
+        return [row[0] for row in self._rows(query, adapter, limit)]
+
+    def corrections(self, step_id: str) -> list[Correction]:
+        """Oldest first."""
+        rows = self._rows("SELECT * FROM corrections WHERE step_id = ? ORDER BY created_at, id", step_id)
+        return [correction_from_row(row) for row in rows]
+
+    def corrected_steps(self) -> list[str]:
+        """Ids of the steps that have a correction, newest correction first."""
+        rows = self._rows(
+            "SELECT step_id, max(created_at) AS newest FROM corrections GROUP BY step_id ORDER BY newest DESC"
+        )
+        return [row["step_id"] for row in rows]
+
+    def steps_since(self, step_id: str | None, limit: int) -> list[Step]:
+        """The next steps in the order of their logging; None begins at the first. Pass on the last returned step's id.
+
+        Not by id: an id is made when a step begins, and a slow step is logged after quicker ones that began later.
+        """
+        cursor = "coalesce((SELECT rowid FROM steps WHERE id = ?), 0)"
+        return self._steps(f"{_STEPS} WHERE steps.rowid > {cursor} ORDER BY steps.rowid LIMIT ?", step_id, limit)
+
+    def counts(self) -> dict[str, int]:
+        """Rows of each table, without counting them: rowids of a table that nothing is deleted from have no gaps."""
+        columns = ", ".join(f"(SELECT coalesce(max(rowid), 0) FROM {table}) AS {table}" for table in FACT_TABLES)
+        return dict(self._rows(f"SELECT {columns}")[0])
+
+    def verify(self) -> list[str]:
+        """Read everything and return what is wrong with it, in sentences; empty when all is well.
+
+        SQLite's integrity check and foreign keys; every record can be read; every step's tokens rebuild to the checksum
+        taken when they were served; its index counts its ancestors.
+        """
+        try:
+            with self._reading() as connection:
+                return [*_file_problems(connection), *_record_problems(connection), *_step_problems(connection)]
+        except StepLogError as error:
+            return [str(error)]
+
+    # ---------------------------------------------------------------------------------------- reading
+
+    def _rows(self, query: str, *values: object) -> list[sqlite3.Row]:
+        with self._reading() as connection:
+            return connection.execute(query, values).fetchall()
+
+    def _steps(self, query: str, *values: object) -> list[Step]:
+        with self._reading() as connection:
+            return [_rebuild(connection, self._cache, row) for row in connection.execute(query, values).fetchall()]
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """A connection that no other thread uses meanwhile."""
+        if self._is_closed:
+            raise StepLogError("the step log is closed: nothing more can be read")
+        connection = None
+        try:
+            connection = self._take_reader()
+            yield connection
+        except sqlite3.Error as error:
+            raise StepLogError(f"{self._path} could not be read: {error}") from error
+        finally:
+            if connection is not None:
+                self._idle_readers.append(connection)
+
+    def _take_reader(self) -> sqlite3.Connection:
+        try:
+            return self._idle_readers.pop()
+        except IndexError:
+            return _open_to_read(self._path)
+
+    def _check_readable(self) -> None:
+        if not self._path.is_file():
+            raise StepLogError(f"there is no step log at {self._path}: start the server once, or check the path")
+        with self._reading() as connection:
+            database = _database(connection)
+            _refuse_newer_schema(database, self._path)
+            if STEP_LOG_MIGRATIONS.pending(database):
+                raise StepLogError(f"{self._path} is of an older release, or no step log: start the server once")
+
+
+# --------------------------------------------------------------------------------------------- connections
+
+
+def _open_to_write(path: Path) -> sqlite3.Connection:
+    connection = None
+    try:
+        connection = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+        connection.row_factory = sqlite3.Row
+        if connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+            raise StepLogError(f"{path} lies on a file system on which SQLite has no WAL: use a local disk")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        database = _database(connection)
+        _refuse_newer_schema(database, path)
+        STEP_LOG_MIGRATIONS.apply(database)
+        return connection
+    except (sqlite3.Error, StepLogError) as error:
+        if connection is not None:
+            connection.close()
+        if isinstance(error, StepLogError):
+            raise
+        raise StepLogError(f"{path} could not be opened as a step log: {error}") from error
+
+
+def _open_to_read(path: Path) -> sqlite3.Connection:
+    uri = path.absolute().as_uri() + "?mode=ro"
+    connection = sqlite3.connect(uri, uri=True, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    connection.row_factory = sqlite3.Row
+    return connection
+
+
+def _database(connection: sqlite3.Connection) -> Database:
+    return Database(connection, execute_plugins=False)
+
+
+def _refuse_newer_schema(database: Database, path: Path) -> None:
+    with closing(sqlite3.connect(":memory:")) as empty:
+        known = {migration.name for migration in STEP_LOG_MIGRATIONS.pending(_database(empty))}
+    newer = [migration.name for migration in STEP_LOG_MIGRATIONS.applied(database) if migration.name not in known]
+    if newer:
+        raise StepLogError(f"{path} was written by a newer release (it has {', '.join(newer)}): upgrade this one")
+
+
+# ----------------------------------------------------------------------------------------------- rebuilding
+
+
+def _rebuild(connection: sqlite3.Connection, cache: SequenceCache, row: sqlite3.Row) -> Step:
+    """The step of a row. Raises StepLogError where what is stored no longer makes a step."""
+    prompt = _prompt_of(connection, cache, row)
+    if len(prompt) != row["num_prompt_tokens"] * TOKEN_BYTES:
+        raise StepLogError(f"step {row['id']} is damaged: its prompt rebuilds to another length; run verify()")
+    cache.put(row["id"], prompt + row["completion_token_ids"])
+    return step_from_row(row, prompt)
+
+
+def _prompt_of(connection: sqlite3.Connection, cache: SequenceCache, row: sqlite3.Row) -> bytes:
+    parent_id = row["parent_id"]
+    parent_sequence = b"" if parent_id is None else sequence_of(connection, cache, parent_id) or b""
+    return parent_sequence[: row["prefix_len"] * TOKEN_BYTES] + row["prompt_suffix"]
+
+
+def _first(steps: list[Step]) -> Step | None:
+    return steps[0] if steps else None
+
+
+# ------------------------------------------------------------------------------------------------ verifying
+
+_UNREADABLE = (StepLogError, ValueError, TypeError, KeyError, RecursionError, struct.error)
+
+
+def _file_problems(connection: sqlite3.Connection) -> Iterator[str]:
+    for (verdict,) in connection.execute("PRAGMA integrity_check"):
+        if verdict != "ok":
+            yield f"integrity: {verdict}"
+    for row in connection.execute("PRAGMA foreign_key_check"):
+        yield f"{row['table']} row {row['rowid']} refers to a row that is not in {row['parent']}"
+
+
+def _record_problems(connection: sqlite3.Connection) -> Iterator[str]:
+    readers = {"episodes": episode_from_row, "outcomes": outcome_from_row, "corrections": correction_from_row}
+    for table, from_row in readers.items():
+        for row in _in_pages(connection, f"SELECT * FROM {table} WHERE id > ? ORDER BY id"):
+            try:
+                from_row(row)
+            except _UNREADABLE as error:
+                yield f"{table} {row['id']} cannot be read: {error}"
+
+
+def _step_problems(connection: sqlite3.Connection) -> Iterator[str]:
+    cache = SequenceCache()  # not the log's own: what is on disk is to be checked
+    for row in _in_pages(connection, f"{_STEPS} WHERE steps.id > ? ORDER BY steps.id"):
+        try:
+            _rebuild(connection, cache, row)
+            if zlib.crc32(cache.get(row["id"]) or b"") != row["tokens_crc32"]:
+                yield f"step {row['id']}: its tokens are not those that were served"
+        except _UNREADABLE as error:
+            yield f"step {row['id']} cannot be read: {error}"
+    for row in connection.execute(_MISCOUNTED):
+        yield f"step {row['id']}: its index {row['step_index']} is not the number of its ancestors"
+
+
+def _in_pages(connection: sqlite3.Connection, query: str) -> Iterator[sqlite3.Row]:
+    """All rows by id. One long read would keep the writer's WAL from being folded back into the file."""
+    last_id = ""
+    while page := connection.execute(f"{query} LIMIT 200", (last_id,)).fetchall():
+        yield from page
+        last_id = page[-1]["id"]

@@ -1,0 +1,144 @@
+"""The step log's tables and triggers, as migrations; its views are in `step_views`.
+
+Everything that needs no other row to be read is a plain column; lists are JSON, token ids and logprobs are blobs. The
+tables are strict, and triggers refuse to edit a fact, so that the promise also holds for whoever opens the file with
+another program. Refused: one JSON document per step, which neither an index nor a view can look into cheaply.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlite_utils import Database, Migrations
+
+from runtime.store.step_views import EPISODE_TEXT, STEP_SUMMARY
+
+STEP_LOG_MIGRATIONS = Migrations("step_log")
+
+FACT_TABLES = ("episodes", "steps", "outcomes", "corrections", "tool_sets")
+
+
+@STEP_LOG_MIGRATIONS()
+def create_facts(database: Database) -> None:
+    """Tables, indexes, triggers and views of the first release."""
+    _create(database, "episodes", EPISODE_COLUMNS, may_be_null={"task"})
+    _create(database, "tool_sets", TOOL_SET_COLUMNS, pk="digest")
+    _create(
+        database,
+        "steps",
+        STEP_COLUMNS,
+        may_be_null={"parent_id", "behavior_logprobs", "mean_logprob", "stop_reason"},
+        foreign_keys=[
+            ("episode_id", "episodes", "id"),
+            ("parent_id", "steps", "id"),
+            ("tools_digest", "tool_sets", "digest"),
+        ],
+    )
+    _create(database, "outcomes", OUTCOME_COLUMNS, foreign_keys=[("episode_id", "episodes", "id")])
+    _create(database, "corrections", CORRECTION_COLUMNS, foreign_keys=[("step_id", "steps", "id")])
+    for table, columns in INDEXES:
+        database.table(table).create_index(columns)
+    for table in FACT_TABLES:
+        _refuse_edits(database, table, database.table(table).pks[0])
+    database.create_view("episode_text", EPISODE_TEXT)
+    database.create_view("step_summary", STEP_SUMMARY)
+
+
+EPISODE_COLUMNS = {
+    "id": str,
+    "actor": str,
+    "purpose": str,
+    "adapter": str,
+    "task": str,
+    "metadata": str,  # JSON object
+    "created_at": float,
+}
+
+TOOL_SET_COLUMNS = {
+    "digest": str,  # SHA-256 of `tools`, in hex: the same tools are on offer at most steps
+    "tools": str,  # JSON list
+}
+
+STEP_COLUMNS = {
+    "id": str,
+    "episode_id": str,
+    "parent_id": str,
+    "step_index": int,
+    "new_messages": str,  # JSON list
+    "tools_digest": str,
+    "prefix_len": int,  # how many ids of the parent's prompt + completion the prompt begins with
+    "prompt_suffix": bytes,  # the prompt's other ids, int32 little endian
+    "num_prompt_tokens": int,
+    "completion_token_ids": bytes,  # int32 little endian
+    "num_completion_tokens": int,
+    "tokens_crc32": int,  # of prompt + completion as int32 little endian: shows that a rebuilt prompt is the served one
+    "behavior_logprobs": bytes,  # float32 little endian
+    "mean_logprob": float,
+    "sampling": str,  # JSON object
+    "adapter": str,
+    "action": str,  # JSON object with a `type`
+    "finish_reason": str,
+    "stop_reason": str,
+    "tool_results": str,  # JSON list
+    "conversation_digest": str,
+    "created_at": float,
+    "first_token_ms": float,
+    "latency_ms": float,
+}
+
+OUTCOME_COLUMNS = {
+    "id": str,
+    "episode_id": str,
+    "value": float,
+    "source": str,
+    "note": str,
+    "created_at": float,
+}
+
+CORRECTION_COLUMNS = {
+    "id": str,
+    "step_id": str,
+    "action": str,
+    "completion_token_ids": bytes,
+    "source": str,
+    "created_at": float,
+}
+
+INDEXES = (
+    ("episodes", ["purpose", "id"]),
+    ("episodes", ["actor", "id"]),
+    ("episodes", ["adapter", "id"]),
+    ("episodes", ["task", "id"]),
+    ("steps", ["episode_id", "created_at"]),
+    ("steps", ["conversation_digest", "created_at"]),
+    ("steps", ["parent_id"]),
+    ("outcomes", ["episode_id", "created_at"]),
+    ("corrections", ["step_id"]),
+)
+
+
+def _create(
+    database: Database,
+    table: str,
+    columns: dict[str, Any],
+    pk: str = "id",
+    may_be_null: set[str] | None = None,
+    foreign_keys: list[Any] | None = None,
+) -> None:
+    not_null = set(columns) - (may_be_null or set())
+    database.table(table).create(columns, pk=pk, not_null=not_null, foreign_keys=foreign_keys or [], strict=True)
+
+
+def _refuse_edits(database: Database, table: str, pk: str) -> None:
+    for edit in ("UPDATE", "DELETE"):
+        sentence = f"{table} are facts: they are appended, never edited. {edit} refused."
+        database.execute(
+            f"CREATE TRIGGER {table}_refuse_{edit.lower()} BEFORE {edit} ON {table} "
+            f"BEGIN SELECT RAISE(ABORT, '{sentence}'); END"
+        )
+    # INSERT OR REPLACE deletes the old row without waking the DELETE trigger, unless recursive_triggers is on.
+    sentence = f"{table} are facts: what is logged once is never replaced. A second {pk} of the same name refused."
+    database.execute(
+        f"CREATE TRIGGER {table}_refuse_replace BEFORE INSERT ON {table} "
+        f"WHEN EXISTS (SELECT 1 FROM {table} WHERE {pk} = NEW.{pk}) BEGIN SELECT RAISE(ABORT, '{sentence}'); END"
+    )
