@@ -136,7 +136,8 @@ def files_of_a_cycle() -> set[str]:
 
 def report(root: Path) -> None:
     print(
-        "| floor | files | arrows | levels | rooms | arrows between rooms | levels of rooms |\n|---|---|---|---|---|---|---|"
+        "| floor | files | arrows | levels | rooms | arrows between rooms | levels of rooms |\n"
+        "|---|---|---|---|---|---|---|"
     )
     for floor in FLOORS:
         arrows = arrows_of(modules_of(root, floor))
