@@ -1,4 +1,4 @@
-"""python -m learner: run a cycle against a served agent, import demonstrations, show cycles, roll back."""
+"""python -m learner: run a cycle against a served agent, show cycles, roll back; import and export files."""
 
 from __future__ import annotations
 
@@ -11,40 +11,29 @@ import os
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from openai import APIStatusError, AsyncOpenAI, OpenAIError
-from tqdm import tqdm
-
-from learner.client import Endpoint
-from runtime.store.episodes import new_id
-from runtime.store.learning_log import LearningLog
-
 if TYPE_CHECKING:
+    from learner.client import Endpoint
     from learner.cycle import CycleParts
     from learner.data.experts import Expert
-    from learner.importing.demonstrations import ImportedDemonstration
+    from runtime.store.learning_log import LearningLog
 
-BATCH = 64
-"""Demonstrations of one import request."""
+FILE_COMMANDS = {"import": "learner.importing.command", "export": "learner.exporting.command"}
+"""Commands with options of their own. Their modules have `add_arguments(parser)` and `run(options)`."""
 NICENESS = 10
 """Of a learner beside a server: on shared cores it gets what serving leaves."""
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m learner", description=(__doc__ or "").strip())
-    parser.add_argument("command", nargs="?", choices=("once", "status", "rollback", "import"), default="status")
-    parser.add_argument("files", nargs="*", type=Path, help="demonstration files to import")
+    parser.add_argument("command", nargs="?", choices=("once", "status", "rollback", *FILE_COMMANDS), default="status")
     parser.add_argument("--once", action="store_true", help="run one cycle; the same as the command once")
-    parser.add_argument(
-        "--url", default=os.environ.get("STEPAGENT_URL", "http://127.0.0.1:8000/v1"), help="the endpoint"
-    )
-    parser.add_argument("--api-key", default=os.environ.get("STEPAGENT_API_KEY", "none"), help="the server's API key")
-    parser.add_argument("--state", type=Path, default=Path("state"), help="the server's state folder")
+    _add_server_arguments(parser)
     cycle = parser.add_argument_group("a cycle")
     cycle.add_argument("--cycle", default="", help="the cycle's name; default: a new one")
     cycle.add_argument("--model", type=Path, default=Path("policies/novice_model"), help="the base model's folder")
@@ -66,9 +55,23 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.command = "once" if options.once else options.command
     if bool(options.expert_url) != bool(options.expert_model):
         parser.error("--expert-url and --expert-model go together")
-    if options.command == "import" and not options.files:
-        parser.error("name the demonstration files to import")
     return options
+
+
+def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--url", default=os.environ.get("STEPAGENT_URL", "http://127.0.0.1:8000/v1"), help="the endpoint"
+    )
+    parser.add_argument("--api-key", default=os.environ.get("STEPAGENT_API_KEY", "none"), help="the server's API key")
+    parser.add_argument("--state", type=Path, default=Path("state"), help="the server's state folder")
+
+
+def _run_file_command(name: str, arguments: list[str]) -> int:
+    command = import_module(FILE_COMMANDS[name])
+    parser = argparse.ArgumentParser(prog=f"python -m learner {name}", description=(command.__doc__ or "").strip())
+    _add_server_arguments(parser)
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(arguments))
 
 
 def _yes_or_no(text: str) -> bool:
@@ -95,16 +98,20 @@ _LESSON = (
 
 
 def main(arguments: list[str]) -> int:
+    if arguments and arguments[0] in FILE_COMMANDS:
+        return _run_file_command(arguments[0], arguments[1:])
     options = parse(arguments)
     if options.parent is not None:
         _live_beside(options.parent)  # before the slow imports: they too give way to the server, and end with it
+    from openai import AsyncOpenAI, OpenAIError
+
+    from learner.client import Endpoint
+
     endpoint = Endpoint(AsyncOpenAI(base_url=options.url, api_key=options.api_key))
     try:
         match options.command:
             case "once":
                 return _once(options, endpoint)
-            case "import":
-                return asyncio.run(_import(options, endpoint))
             case "rollback":
                 print(json.dumps(asyncio.run(endpoint.rollback("asked by python -m learner rollback"))))
                 return 0
@@ -121,6 +128,7 @@ def _once(options: argparse.Namespace, endpoint: Endpoint) -> int:
     """Run one cycle. Exit code 0 however it was decided, 1 where it failed, 3 beside another cycle."""
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))  # before torch is imported
     from learner.cycle import run_cycle
+    from runtime.store.episodes import new_id
     from runtime.store.learning_log import CycleStage
 
     if not (options.state / "agent.db").exists():
@@ -180,6 +188,7 @@ def _cycle_parts(options: argparse.Namespace, endpoint: Endpoint) -> CycleParts:
     from learner.objectives.build import OBJECTIVES, LessonOptions
     from learner.training.trainer import TrainingOptions
     from policies.chat_protocol import ChatProtocol
+    from runtime.store.learning_log import LearningLog
     from runtime.store.step_log import StepLog
     from tools.worlds import load_world
 
@@ -220,6 +229,8 @@ def _given(options: argparse.Namespace, names: Sequence[tuple[str, Any, str]]) -
 
 def _experts(options: argparse.Namespace, log: object, world: object) -> list[Expert]:
     """Whoever may know what to do at the policy's own states; the first who does is believed."""
+    from openai import AsyncOpenAI
+
     from learner.data.experts import Corrections, ModelExpert, WorldExpert
 
     experts: list[Expert] = [Corrections(log)]  # type: ignore[arg-type]
@@ -231,58 +242,12 @@ def _experts(options: argparse.Namespace, log: object, world: object) -> list[Ex
     return experts
 
 
-# -------------------------------------------------------------------------------------------- demonstrations
-
-
-async def _import(options: argparse.Namespace, endpoint: Endpoint) -> int:
-    """Send what can be read, in batches, and say by its line what cannot. Exit code 1 where anything was refused."""
-    from learner.importing.demonstrations import ImportedDemonstration, read_demonstrations
-
-    num_refused = 0
-    for path in options.files:
-        sums: Counter[str] = Counter()
-        batch: list[ImportedDemonstration] = []
-        for read in tqdm(read_demonstrations(path), desc=str(path), unit=" records"):
-            if isinstance(read, ImportedDemonstration):
-                batch.append(read)
-            else:
-                _refused(path, read.line, read.reason, sums)
-            if len(batch) == BATCH:
-                await _send(path, batch, endpoint, sums)
-                batch = []
-        await _send(path, batch, endpoint, sums)
-        print(f"{path}: {sums['imported']} imported, {sums['known']} known already, {sums['refused']} refused")
-        num_refused += sums["refused"]
-    return 1 if num_refused else 0
-
-
-async def _send(path: Path, batch: Sequence[ImportedDemonstration], endpoint: Endpoint, sums: Counter[str]) -> None:
-    """Send a batch, in halves where the server finds it too large."""
-    if not batch:
-        return
-    try:
-        answer = await endpoint.demonstrate([demonstration.to_wire() for demonstration in batch])
-    except APIStatusError as error:
-        if error.status_code != 413:
-            raise
-        if len(batch) == 1:
-            return _refused(path, batch[0].provenance.line, "it is too large for the server", sums)
-        await _send(path, batch[: len(batch) // 2], endpoint, sums)
-        return await _send(path, batch[len(batch) // 2 :], endpoint, sums)
-    sums.update(imported=answer["imported"], known=answer["already_known"])
-    for refusal in answer["refused"]:
-        _refused(path, batch[refusal["index"]].provenance.line, refusal["reason"], sums)
-
-
-def _refused(path: Path, line: int, reason: str, sums: Counter[str]) -> None:
-    tqdm.write(f"{path}{f' line {line}' if line else ''}: {reason}")  # line 0: the file as a whole
-    sums["refused"] += 1
-
-
 # ---------------------------------------------------------------------------------------------------- status
 
 
 def _status(options: argparse.Namespace) -> int:
+    from runtime.store.learning_log import LearningLog
+
     database = options.state / "agent.db"
     if not database.exists():
         print(f"there is no {database}: start the server first, or name its --state", file=sys.stderr)

@@ -13,9 +13,7 @@ from policies.chat_protocol import ChatProtocol
 from policies.types import Action, MalformedAction, TokenIds, ToolCalls, ToolSchema
 
 
-def misreading(
-    protocol: ChatProtocol, completion: TokenIds, action: Action, tools: Sequence[ToolSchema]
-) -> str | None:
+def misreading(protocol: ChatProtocol, completion: TokenIds, action: Action, tools: Sequence[ToolSchema]) -> str | None:
     """What is wrong with an action's tokens, as the end of a sentence about its message; None where they say it.
 
     Type, calls, text and thinking are compared; of text and thinking not the white space at their ends, which no chat
@@ -25,7 +23,9 @@ def misreading(
         return "holds the mark that ends a turn in the midst of its text"
     read = protocol.parse(completion, tools=tools)
     if type(read) is not type(action) or _calls_of(read) != _calls_of(action) or not _says_the_same(read, action):
-        return "is read back as another action when it is written in the model's own form; its text may hold marks of it"
+        return (
+            "is read back as another action when it is written in the model's own form; its text may hold marks of it"
+        )
     return None
 
 

@@ -33,7 +33,11 @@ def read_atif(record: dict[str, Any]) -> Draft:
     close_record(fields, frozenset({"notes", "final_metrics", "schema_version"}))
     turns = [turn for number, step in enumerate(steps, 1) for turn in _atif_step(step, number)]
     return Draft(
-        SourceFormat.ATIF, with_system(system, turns), read_tools(tools, *more_tools), str(item_id) if item_id else None, task
+        SourceFormat.ATIF,
+        with_system(system, turns),
+        read_tools(tools, *more_tools),
+        str(item_id) if item_id else None,
+        task,
     )
 
 
@@ -52,7 +56,8 @@ def _atif_step(step: Any, number: int) -> list[Turn]:
     observation = fields.take("observation")
     is_copied = fields.take("is_copied_context") is True
     extra = fields.take("extra")
-    fields.take("metrics", "llm_call_count", "step_id")
+    for unread in ("metrics", "llm_call_count", "step_id"):
+        fields.take(unread)
     is_learned = close_message(fields, role == "assistant", frozenset({"extra"})) and not is_copied
     if isinstance(extra, dict):
         is_learned = close_message(Fields({"metadata": extra}, f"step {number}"), role == "assistant") and is_learned
@@ -116,7 +121,9 @@ def read_inspect_sample(record: dict[str, Any]) -> Draft:
     if attachments:
         messages = _with_attachments(messages, attachments)
     turns, _ = read_turns(messages, "messages")
-    offered = [event.get("tools") for event in events or [] if isinstance(event, dict) and event.get("event") == "model"]
+    offered = [
+        event.get("tools") for event in events or [] if isinstance(event, dict) and event.get("event") == "model"
+    ]
     name = None if item_id is None else str(item_id)
     return Draft(SourceFormat.INSPECT, with_system(system, turns), read_tools(*tools, *offered), name)
 
@@ -141,9 +148,13 @@ _OF_STEPS = frozenset(
 
 
 def is_smolagents_step(value: Any) -> bool:
-    if not isinstance(value, dict) or "role" in value:
+    if not isinstance(value, dict) or not value or "role" in value:
         return False
-    return "model_output" in value or "model_output_message" in value or set(value) <= {"system_prompt", "task", "task_images"}
+    return (
+        "model_output" in value
+        or "model_output_message" in value
+        or set(value) <= {"system_prompt", "task", "task_images"}
+    )
 
 
 def read_smolagents(steps: list[Any]) -> Draft:
@@ -160,7 +171,9 @@ def read_smolagents(steps: list[Any]) -> Draft:
                 raise RefusedRecord("its task has images; only text is read")
             fields.close(_OF_STEPS)
         elif "plan" in fields:
-            raise RefusedRecord(f"step {number} is a plan, which the agent asks for in words that the file does not hold")
+            raise RefusedRecord(
+                f"step {number} is a plan, which the agent asks for in words that the file does not hold"
+            )
         elif "output" in fields and "model_output" not in fields:  # the final answer again
             fields.take("output")
             fields.close(_OF_STEPS)

@@ -225,7 +225,13 @@ def _is_part(part: Any) -> bool:
 
 
 def _is_other_part(part: dict[str, Any]) -> bool:
-    return isinstance(part.get("type"), str) and part["type"].split("_")[-1] in ("image", "url", "audio", "file", "document")
+    return isinstance(part.get("type"), str) and part["type"].split("_")[-1] in (
+        "image",
+        "url",
+        "audio",
+        "file",
+        "document",
+    )
 
 
 def _joined(parts: list[dict[str, Any]], where: str) -> str:

@@ -65,8 +65,8 @@ class Fields:
 
     def close(self, harmless: Collection[str] = ()) -> None:
         """Raises RefusedRecord where a key is left that is not known to be harmless."""
-        for name, _ in self.left():
-            if name not in harmless and not is_harmless(name):
+        for name, value in self.left():
+            if name not in harmless and not is_harmless(name, value):
                 raise unknown(self.where, name)
 
 
@@ -80,6 +80,11 @@ def unknown(where: str, name: str) -> RefusedRecord:
 def is_empty(value: Any) -> bool:
     """Whether a value holds nothing. Zero and false do hold something."""
     return value is None or value in ("", [], {})
+
+
+def is_padding(value: Any) -> bool:
+    """Whether a value is null, or an object of nulls alone: what files in columns have where a row has nothing."""
+    return value is None or (isinstance(value, dict) and bool(value) and all(map(is_padding, value.values())))
 
 
 def kind(value: Any) -> str:
@@ -116,9 +121,18 @@ _OF_JUDGEMENT = re.compile(
 )
 
 
-def is_harmless(name: str) -> bool:
+_HARMLESS_OBJECTS = frozenset(
+    "usage model user source sources cost environment stream_options logit_bias author authors tool_choice tags "
+    "logprobs generator stop license".split()
+)
+"""Those of them that may be objects, or lists of objects; under another name that might be a conversation."""
+
+
+def is_harmless(name: str, value: Any) -> bool:
     """Whether a key of this name says nothing of messages, tools or what is learned, in whatever format it stands."""
     snake = snake_case(name)
+    if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(each, dict | list) for each in value)):
+        return snake in _HARMLESS_OBJECTS or snake.endswith(("_usage", "_tokens", "_counts", "_cost"))
     if snake in _HARMLESS:
         return True
     has_form = snake.endswith(_HARMLESS_ENDINGS) or snake.startswith(_HARMLESS_BEGINNINGS)

@@ -66,7 +66,9 @@ def _read_object(record: dict[str, Any]) -> Draft:
     if "messages" in record and "epoch" in record and "scores" in record:
         return read_inspect_sample(record)
     if isinstance(record.get("values"), dict) and "messages" in record["values"]:
-        return read_conversation({**{k: v for k, v in record.items() if k not in _OF_STATES}, **record["values"]}, "messages")
+        return read_conversation(
+            {**{k: v for k, v in record.items() if k not in _OF_STATES}, **record["values"]}, "messages"
+        )
     for name in ("messages", "conversations", "conversation", "dialogue", "trajectory"):
         if name in record:
             return read_conversation(record, name)
@@ -149,7 +151,10 @@ def _contained(value: Any) -> Iterator[Any]:
             yield from _contained(each)
     elif isinstance(value, dict) and isinstance(value.get("samples"), list) and "eval" in value:  # Inspect's log
         if value.get("status") not in (None, "success"):
-            value = {**value, "samples": [{**s, "status": value["status"]} for s in value["samples"] if isinstance(s, dict)]}
+            value = {
+                **value,
+                "samples": [{**s, "status": value["status"]} for s in value["samples"] if isinstance(s, dict)],
+            }
         yield from value["samples"]
     elif isinstance(value, dict) and isinstance(value.get("resourceSpans"), list):  # OTLP
         spans = [

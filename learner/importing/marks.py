@@ -46,7 +46,20 @@ _BAD = frozenset(
     "blocked".split()
 )
 """Anything but nothing: not an expert's."""
-_PREFIXES = ("is_", "was_", "has_", "had_", "task_", "final_", "overall_", "episode_", "total_", "mean_", "avg_", "the_")
+_PREFIXES = (
+    "is_",
+    "was_",
+    "has_",
+    "had_",
+    "task_",
+    "final_",
+    "overall_",
+    "episode_",
+    "total_",
+    "mean_",
+    "avg_",
+    "the_",
+)
 _REASONS = frozenset(
     "finish_reason stop_reason terminate_reason termination_reason terminated_reason exit_status exit_reason end_reason "
     "done_reason finish status state stopped_reason termination".split()
@@ -102,7 +115,7 @@ def judge(where: str, name: str, value: Any) -> None:
             f"{name} is {_shown(value)}, and nothing tells whether that is good: choose the records that are, "
             f"and say --ignore {name}"
         )
-    if mark is Mark.NONE and not is_harmless(name):
+    if mark is Mark.NONE and not is_harmless(name, value):
         raise unknown(where, name)
 
 
@@ -123,7 +136,9 @@ def _judge_inside(value: Any, where: str) -> None:
             elif mark_of(name, held) is Mark.BAD or (_is_learning_mark(name) and held in (0, "false")):
                 raise RefusedRecord(f"{where}.{name} is {_shown(held)}: it is marked as no expert's")
             if snake_case(name) in _ELSEWHERE and not is_empty(held):
-                raise RefusedRecord(f"{where} holds {name!r}, which is read from beside the messages only: move it there")
+                raise RefusedRecord(
+                    f"{where} holds {name!r}, which is read from beside the messages only: move it there"
+                )
 
 
 def _shown(value: Any) -> str:
@@ -185,7 +200,11 @@ def _number(text: str) -> float | None:
 
 
 def _mark_of_failure(value: Any) -> Mark:
-    if value is False or value == 0 or (isinstance(value, str) and value.strip().lower() in ("false", "no", "none", "0")):
+    if (
+        value is False
+        or value == 0
+        or (isinstance(value, str) and value.strip().lower() in ("false", "no", "none", "0"))
+    ):
         return Mark.GOOD
     return Mark.BAD
 
@@ -231,7 +250,7 @@ def close_message(fields: Fields, is_assistant: bool, harmless: frozenset[str] =
     """
     is_learned = True
     for name, value in fields.left():
-        if name in harmless or (is_harmless(name) and not _is_learning_mark(name)):
+        if name in harmless or (is_harmless(name, value) and not _is_learning_mark(name)):
             continue
         if _is_learning_mark(name):
             is_learned &= not is_assistant or _learning(fields.where, name, value)

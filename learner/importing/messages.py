@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from learner.importing.contents import plain_text, read_content, result_text, thought_text
-from learner.importing.fields import Fields, RefusedRecord, is_empty, kind
+from learner.importing.fields import Fields, RefusedRecord, is_empty, is_padding, kind
 from learner.importing.marks import Mark, close_message, mark_of
 from learner.importing.turns import Call, Turn
 from learner.importing.written_calls import (
@@ -178,7 +178,8 @@ def _read_assistant(fields: Fields, is_calls_text: bool) -> list[Turn]:
         raise RefusedRecord(f"{where} has a refusal, sound or images; only text is read")
     is_learned = close_message(fields, is_assistant=True, harmless=_HARMLESS) and not is_cut_off
     if is_calls_text and isinstance(content, str):
-        turns = [Turn("assistant", calls=read_calls_text(content, where))]
+        thought, content = split_thought(content, where)
+        turns = [Turn("assistant", thinking=thought, calls=read_calls_text(content, where))]
     elif invocations:
         turns = _read_invocations(content, invocations, where)
     else:
@@ -225,7 +226,9 @@ def _calls(fields: Fields) -> tuple[Call, ...]:
         given = list(read_calls_text(given, fields.where)) if given.strip() else []
     if not isinstance(given, list | None):
         raise RefusedRecord(f"{fields.where}: tool_calls is not a list")
-    calls = tuple(call if isinstance(call, Call) else read_call(call, fields.where) for call in given or ())
+    calls = tuple(
+        call if isinstance(call, Call) else read_call(call, fields.where) for call in given or () if not is_padding(call)
+    )
     return calls or ((read_call(old, fields.where),) if old else ())
 
 
@@ -334,7 +337,9 @@ def _read_item(item: dict[str, Any], where: str) -> list[Turn]:
     if name in ("function_call_output", "custom_tool_call_output"):
         call_id, output = fields.take("call_id"), fields.take("output")
         fields.close(frozenset({"id", "status", "name"}))
-        return [Turn("tool", result_text(_unwrapped(output), where), result_of=None if call_id is None else str(call_id))]
+        return [
+            Turn("tool", result_text(_unwrapped(output), where), result_of=None if call_id is None else str(call_id))
+        ]
     raise RefusedRecord(f"{where} is of type {name!r}, which no server of ours runs")
 
 

@@ -28,9 +28,10 @@ SYSTEM_NAMES = (
 )  # fmt: skip
 TOOL_NAMES = ("tools", "functions", "tool_definitions", "available_tools", "tool_schemas", "tools_schema", "_tools")
 _ID_NAMES = ("item_id", "id", "prompt_id", "instance_id", "task_id", "uuid", "session_id", "trace_id", "custom_id")
-_UNSEEN = ("images", "videos", "audios", "image", "audio", "video", "documents", "chat_template_kwargs", "_images")
+_UNSEEN = ("images", "videos", "audios", "image", "audio", "video", "documents", "chat_template_kwargs", "_images",
+           "previous_response_id", "builtin_tools")
 """What the model saw and no message of ours can show."""
-_OF_REQUESTS = frozenset({"function_call", "metadata_format", "user_info"})
+_OF_REQUESTS = frozenset({"function_call", "task"})
 
 
 def take_beside(fields: Fields) -> tuple[list[Turn], list[Any], str | None]:
@@ -38,6 +39,7 @@ def take_beside(fields: Fields) -> tuple[list[Turn], list[Any], str | None]:
     given = [fields.take(name) for name in SYSTEM_NAMES]
     texts = list(dict.fromkeys(text for value in given if (text := plain_text(value, "the system text")).strip()))
     tools = [fields.take(name) for name in TOOL_NAMES]
+    _take_setting(fields)
     for name in _UNSEEN:
         if not is_empty(fields.take(name)):
             raise RefusedRecord(f"it has {name}, which changes what the model saw and cannot be kept")
@@ -105,6 +107,14 @@ def take_task(fields: Fields) -> str | None:
     """`world/split/index` of a world's task, as our own export has it; any other text under that name is not read."""
     held = dict(fields.left()).get("task")
     return fields.take("task") if isinstance(held, str) and _WORLD_TASK.fullmatch(held) else None
+
+
+def _take_setting(fields: Fields) -> None:
+    """How much a model was to think, in requests to it: no text."""
+    left = dict(fields.left())
+    for name in ("reasoning", "thinking"):
+        if isinstance(left.get(name), dict):
+            fields.take(name)
 
 
 def _has_loss(messages: Any) -> bool:
@@ -181,7 +191,15 @@ def _take_scores(fields: Fields) -> None:
     is_contrary = isinstance(chosen, int | float) and isinstance(rejected, int | float) and chosen < rejected
     if is_contrary:
         raise RefusedRecord("its chosen side has the lower score: nothing tells which side is the better one")
-    for name in ("margin", "chosen_model", "rejected_model", "chosen_rating", "rejected_rating", "chosen_id", "rejected_id"):
+    for name in (
+        "margin",
+        "chosen_model",
+        "rejected_model",
+        "chosen_rating",
+        "rejected_rating",
+        "chosen_id",
+        "rejected_id",
+    ):
         fields.take(name)
 
 

@@ -64,7 +64,9 @@ _OF_LINES = frozenset(
     "isVisibleInTranscriptOnly isCompactSummary parent_tool_use_id agentId entrypoint promptId imagePasteIds level "
     "mcpMeta origin apiError teamName message isApiErrorMessage planContent summarizeMetadata".split()
 )
-_OF_MESSAGES = frozenset({"type", "stop_sequence", "model", "id", "usage", "container", "stop_details", "context_management"})
+_OF_MESSAGES = frozenset(
+    {"type", "stop_sequence", "model", "id", "usage", "container", "stop_details", "context_management"}
+)
 
 
 def _read_claude_code(lines: Sequence[Line]) -> Draft:
@@ -109,6 +111,8 @@ def _rewound(
     said: list[tuple[str | None, str | None, list[Turn]]], parent: Any
 ) -> list[tuple[str | None, str | None, list[Turn]]]:
     """What is left of a conversation where the user went back and asked otherwise."""
+    if parent is None:
+        return []
     place = next((n for n, (uuid, _, _) in enumerate(said) if uuid is not None and uuid == parent), None)
     if place is None:
         return said
@@ -133,7 +137,9 @@ def _read_codex(lines: Sequence[Line]) -> Draft:
             system += _codex_instructions(meta)
             tools.append(meta.get("dynamic_tools"))
         elif kind == "compacted":
-            raise RefusedRecord(f"line {number}: the session was compacted, and what was seen after is another conversation")
+            raise RefusedRecord(
+                f"line {number}: the session was compacted, and what was seen after is another conversation"
+            )
         elif kind == "event_msg":
             _require_no_rollback(payload, number)
         elif kind == "message" or is_item(line):
@@ -144,7 +150,12 @@ def _read_codex(lines: Sequence[Line]) -> Draft:
         raise RefusedRecord("the session holds no response items")
     turns, _ = read_turns(items, "the session")
     turns = [turn for turn in merge_items(turns)]
-    return Draft(SourceFormat.CODEX, with_system(system, turns), read_tools(*tools), session if isinstance(session, str) else None)
+    return Draft(
+        SourceFormat.CODEX,
+        with_system(system, turns),
+        read_tools(*tools),
+        session if isinstance(session, str) else None,
+    )
 
 
 def _codex_instructions(meta: Line) -> list[Turn]:
@@ -171,7 +182,9 @@ def _read_simple(lines: Sequence[Line]) -> Draft:
     system, more_tools, _ = take_beside(header)
     task = take_task(header)
     learn_from = header.take("learn_from")
-    close_record(header, frozenset("type harness name cwd provider modelId thinkingLevel parentSession metadata".split()))
+    close_record(
+        header, frozenset("type harness name cwd provider modelId thinkingLevel parentSession metadata".split())
+    )
     turns: list[Turn] = []
     inner: list[Any] = []
     last = None

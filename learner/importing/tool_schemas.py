@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from learner.importing.exact_json import holds_rounded, loads
-from learner.importing.fields import Fields, RefusedRecord, is_empty, kind
+from learner.importing.fields import Fields, RefusedRecord, is_empty, is_padding, kind
 from policies.types import ToolSchema
 
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -71,7 +71,9 @@ def _unwrapped(tools: list[Any]) -> Iterable[Any]:
     for tool in tools:
         if isinstance(tool, str) and tool.lstrip().startswith(("{", "[")):
             yield from _listed(tool)
-        elif isinstance(tool, dict) and (found := tool.get("functionDeclarations") or tool.get("function_declarations")):
+        elif isinstance(tool, dict) and (
+            found := tool.get("functionDeclarations") or tool.get("function_declarations")
+        ):
             yield from found if isinstance(found, list) else [found]
         else:
             yield tool
@@ -175,9 +177,13 @@ def _is_json_schema(given: dict[str, Any]) -> bool:
     written_type = given.get("type")
     if isinstance(written_type, str) and _type_of(written_type)[0] == "object":
         return True
-    return bool(given) and set(given) <= _SCHEMA_KEYS and not any(
-        isinstance(value, dict) and key not in ("$defs", "definitions", "patternProperties", "additionalProperties")
-        for key, value in given.items()
+    return (
+        bool(given)
+        and set(given) <= _SCHEMA_KEYS
+        and not any(
+            isinstance(value, dict) and key not in ("$defs", "definitions", "patternProperties", "additionalProperties")
+            for key, value in given.items()
+        )
     )
 
 
@@ -239,7 +245,7 @@ def clean_schema(schema: Any) -> Any:
         if value is None and not (key in ("default", "const") and _takes_null(schema)):
             continue
         if key in _OF_SCHEMAS and isinstance(value, dict):
-            clean[key] = {name: clean_schema(each) for name, each in value.items() if each is not None}
+            clean[key] = {name: clean_schema(each) for name, each in value.items() if not is_padding(each)}
         elif key in _SCHEMA_LISTS and isinstance(value, list):
             clean[key] = [clean_schema(each) for each in value if each is not None]
         elif key in _ONE_SCHEMA:
@@ -316,7 +322,7 @@ def without_padding(value: Any, schema: Any, where: str, root: Any = None) -> An
     kept = {}
     for key, held in value.items():
         inner = _schema_at(schema, key)
-        if held is None and not _takes_null(inner, root):
+        if is_padding(held) and not _takes_null(inner, root):
             if isinstance(schema, dict) and key in (schema.get("required") or ()):
                 raise RefusedRecord(f"{where} is null at {key!r}, which its tool requires")
             continue
@@ -327,7 +333,7 @@ def without_padding(value: Any, schema: Any, where: str, root: Any = None) -> An
 def _schema_at(schema: Any, key: str) -> Any:
     """The schema of one key of an object: False where it is not among those that the schema names."""
     if not isinstance(schema, dict):
-        return True if schema in (None, True) else False
+        return schema in (None, True)
     for name in ("anyOf", "oneOf", "allOf"):
         if isinstance(schema.get(name), list) and "properties" not in schema:
             found = [_schema_at(each, key) for each in schema[name] if isinstance(each, dict) and "properties" in each]

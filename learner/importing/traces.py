@@ -14,10 +14,10 @@ from learner.importing.turns import Draft, SourceFormat, Turn
 from learner.importing.written_calls import tools_in_text
 
 _INPUT_NAMES = ("messages", "input", "contents", "prompt", "chat_history", "question", "query", "text")
-_OUTPUT_NAMES = ("messages", "output", "message", "answer", "text", "content", "response", "completion", "result")
+_OUTPUT_NAMES = ("message", "messages", "output", "answer", "text", "content", "response", "completion", "result")
 _OF_TRACES = frozenset(
     "run_type runtime inputs_preview outputs_preview extra events tags child_runs parent_run dotted_order serialized "
-    "manifest trace feedback_stats app_path status reference_example share_token in_dataset first_token type name level "
+    "manifest trace app_path status reference_example share_token in_dataset first_token type name level "
     "statusMessage modelParameters model_parameters observations projectId environment bookmarked public release "
     "promptName promptVersion usageDetails costDetails calculatedTotalCost completionStartTime metadata "
     "expectedOutput sourceTraceId sourceObservationId datasetId datasetName attributes kind flags links resource "
@@ -122,8 +122,9 @@ def _read_answer(answer: Any, tools: list[Any]) -> list[Turn]:
             return _read_answer(_only_choice(fields.take(name), name), tools)
     if "tool_calls" in fields or ("content" in fields and "role" not in fields):
         return read_message(_as_assistant(answer), "the output", tools)
-    inner = fields.take(*_OUTPUT_NAMES)
-    fields.take("type", "generation_info", "llm_output", "usage", "index", "logprobs", "run", "delta", "native_finish_reason")
+    inner = next((held for name in _OUTPUT_NAMES if not is_empty(held := fields.take(name))), None)
+    for unread in ("type", "generation_info", "llm_output", "usage", "index", "logprobs", "run", "native_finish_reason"):
+        fields.take(unread)
     if inner is None:
         raise RefusedRecord("it has an input, and no output")
     close_record(fields)
@@ -167,7 +168,10 @@ def read_span(record: dict[str, Any]) -> Draft:
     turns, more = _read_answer_after(asked, said, inner)
     name = record.get("span_id") or record.get("spanId")
     return Draft(
-        SourceFormat.OTEL, with_system(system_turns, turns), read_tools(tools, *more), name if isinstance(name, str) else None
+        SourceFormat.OTEL,
+        with_system(system_turns, turns),
+        read_tools(tools, *more),
+        name if isinstance(name, str) else None,
     )
 
 
@@ -192,7 +196,7 @@ def _flat_attributes(attributes: Any) -> dict[str, Any]:
 def _typed_value(value: Any) -> Any:
     if not isinstance(value, dict) or len(value) != 1:
         return value
-    (name, held), = value.items()
+    ((name, held),) = value.items()
     if name == "arrayValue":
         return [_typed_value(each) for each in held.get("values", [])] if isinstance(held, dict) else held
     if name == "kvlistValue":

@@ -204,7 +204,10 @@ def named_result(text: str) -> tuple[str | None, str | None]:
 def tools_in_text(text: str) -> list[Any]:
     """The tools that a system message of Hermes, ToolBench or ToolACE writes out."""
     listed = [read_literal(found, "the list of tools in the system message") for found in _HERMES_TOOLS.findall(text)]
-    for opening in ("you have access to the following APIs:", "Here is a list of functions in JSON format that you can invoke:"):
+    for opening in (
+        "you have access to the following APIs:",
+        "Here is a list of functions in JSON format that you can invoke:",
+    ):
         _, found, rest = text.partition(opening)
         if found and rest.lstrip().startswith("["):
             listed.append(_leading_list(rest.lstrip()))

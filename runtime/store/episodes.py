@@ -22,9 +22,7 @@ def new_id(prefix: str) -> str:
     return f"{prefix}_{time.time_ns():016x}{secrets.token_hex(4)}"
 
 
-def demonstration_digest(
-    messages: Sequence[Message], tools: Sequence[ToolSchema], learn_from: Sequence[int]
-) -> str:
+def demonstration_digest(messages: Sequence[Message], tools: Sequence[ToolSchema], learn_from: Sequence[int]) -> str:
     """SHA-256 in hex of messages, tools and what is learned: equal for whatever teaches the same.
 
     Nobody chooses it: one who could would have another demonstration taken for known.
