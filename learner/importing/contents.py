@@ -10,7 +10,7 @@ from learner.importing.fields import Fields, RefusedRecord, is_empty, kind
 from learner.importing.turns import Call, Turn
 from learner.importing.written_calls import CALL_ID_NAMES, CALL_NAMES, read_call
 
-_TEXTS = frozenset("text input_text output_text plain_text markdown".split())
+_TEXTS = tuple("text input_text output_text plain_text markdown".split())
 _THOUGHTS = frozenset(
     "thinking reasoning think thought reasoning_text reasoning_content redacted_thinking reasoning.text "
     "reasoning.summary reasoning.encrypted summary_text".split()

@@ -156,14 +156,9 @@ def _contained(value: Any) -> Iterator[Any]:
                 "samples": [{**s, "status": value["status"]} for s in value["samples"] if isinstance(s, dict)],
             }
         yield from value["samples"]
-    elif isinstance(value, dict) and isinstance(value.get("resourceSpans"), list):  # OTLP
-        spans = [
-            span
-            for resource in value["resourceSpans"]
-            for scope in resource.get("scopeSpans", [])
-            for span in scope.get("spans", [])
-        ]
-        yield from (span for span in spans if isinstance(span, dict) and is_span(span))
+    elif isinstance(value, dict) and "resourceSpans" in value:  # OTLP
+        scopes = [each for resource in _objects(value, "resourceSpans") for each in _objects(resource, "scopeSpans")]
+        yield from (span for scope in scopes for span in _objects(scope, "spans") if is_span(span))
     elif isinstance(value, dict) and isinstance(value.get("observations"), list) and value["observations"]:  # Langfuse
         kinds = [each.get("type") for each in value["observations"] if isinstance(each, dict)]
         if "GENERATION" in kinds:
@@ -172,6 +167,11 @@ def _contained(value: Any) -> Iterator[Any]:
             yield {key: held for key, held in value.items() if key != "observations"}
     else:
         yield value
+
+
+def _objects(value: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    held = value.get(name)
+    return [each for each in held if isinstance(each, dict)] if isinstance(held, list) else []
 
 
 def _is_one_conversation(value: list[Any]) -> bool:

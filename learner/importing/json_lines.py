@@ -10,6 +10,7 @@ import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import chain
 from typing import Any, BinaryIO
 
@@ -58,7 +59,7 @@ def read_values(stream: BinaryIO) -> Iterator[Record | Refusal]:
     elif problem := _other_type(first[1]):
         yield Refusal(0, f"the file is {problem}")
     elif _is_written_out(first[1]) and isinstance(_read_line(*first), Refusal):
-        yield from _read_written_out(chain([first[1]], _chunks(stream)), first[0])
+        yield from _read_written_out(chain(_chunks(BytesIO(first[1])), _chunks(stream)), first[0])
     else:
         for line, text in chain([first], lines):
             yield _read_line(line, text)
@@ -90,6 +91,8 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
 def _is_written_out(first_line: bytes) -> bool:
     """Whether a file that begins with this line holds an array, or values written over many lines."""
     text = first_line.strip()
+    if len(first_line) > MAX_RECORD_BYTES:
+        return text.startswith(b"[")
     return text.startswith(b"[") or (text.startswith(b"{") and text.endswith((b"{", b"[", b",", b":")))
 
 

@@ -41,7 +41,7 @@ ROLES = {
 }  # fmt: skip
 """Who speaks, by all their names in small letters; `calls` is the assistant whose text is its calls."""
 _LANGCHAIN_TYPES = frozenset("human ai system tool function aimessagechunk humanmessagechunk".split())
-_ITEM_TYPES = frozenset(
+_ITEM_TYPES = tuple(
     "function_call function_call_output reasoning custom_tool_call custom_tool_call_output local_shell_call "
     "local_shell_call_output computer_call computer_call_output web_search_call file_search_call code_interpreter_call "
     "image_generation_call mcp_call mcp_list_tools mcp_approval_request item_reference compaction handoff_call "
@@ -53,7 +53,7 @@ _THINKING_NAMES = (
 )  # fmt: skip
 _HARMLESS = frozenset(
     "name type annotations citations cache_control providerOptions provider_options providerMetadata example "
-    "usage_metadata experimental_providerMetadata experimental_attachments metadata response_metadata artifact status "
+    "usage_metadata experimental_providerMetadata experimental_attachments metadata response_metadata artifact "
     "tool_call_chunks chunk_position revisionId createdAt source model phase provider_specific_fields stop_details "
     "is_error isError view perf context_management container internal working_start refusal_score".split()
 )

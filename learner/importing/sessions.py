@@ -53,7 +53,7 @@ def read_session(source: SourceFormat, lines: Sequence[Line]) -> Draft:
 
 # --------------------------------------------------------------------------------------------- Claude Code
 
-_UNSEEN_LINES = frozenset(
+_UNSEEN_LINES = tuple(
     "summary file-history-snapshot queue-operation progress custom-title ai-title agent-name last-prompt permission-mode "
     "tag pr-link mode saved_hook_context worktree-state".split()
 )
@@ -172,7 +172,7 @@ def _require_no_rollback(payload: Any, number: int) -> None:
 
 # ------------------------------------------------------------------------- Hugging Face's traces, and Pi's
 
-_UNSEEN_ENTRIES = frozenset("model_change thinking_level_change label session_info custom".split())
+_UNSEEN_ENTRIES = tuple("model_change thinking_level_change label session_info custom".split())
 
 
 def _read_simple(lines: Sequence[Line]) -> Draft:

@@ -322,7 +322,9 @@ def without_padding(value: Any, schema: Any, where: str, root: Any = None) -> An
     kept = {}
     for key, held in value.items():
         inner = _schema_at(schema, key)
-        if is_padding(held) and not _takes_null(inner, root):
+        if isinstance(held, dict) and is_padding(held):  # nulls that the schema allows stay
+            held = without_padding(held, inner, where, root) or None
+        if held is None and not _takes_null(inner, root):
             if isinstance(schema, dict) and key in (schema.get("required") or ()):
                 raise RefusedRecord(f"{where} is null at {key!r}, which its tool requires")
             continue

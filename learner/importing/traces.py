@@ -122,6 +122,8 @@ def _read_answer(answer: Any, tools: list[Any]) -> list[Turn]:
             return _read_answer(_only_choice(fields.take(name), name), tools)
     if "tool_calls" in fields or ("content" in fields and "role" not in fields):
         return read_message(_as_assistant(answer), "the output", tools)
+    if "message" in fields:
+        fields.take("text")  # of the message, again
     inner = next((held for name in _OUTPUT_NAMES if not is_empty(held := fields.take(name))), None)
     for unread in ("type", "generation_info", "llm_output", "usage", "index", "logprobs", "run", "native_finish_reason"):
         fields.take(unread)
