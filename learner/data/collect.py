@@ -97,7 +97,7 @@ class Collected:
     demonstrations: list[LoggedEpisode]
     held_out: list[LoggedEpisode]
     """Demonstrations that are never trained on; the gate's."""
-    own: list[LoggedEpisode]
+    policy_episodes: list[LoggedEpisode]
     last_step_id: str | None
     """The log was read up to this step."""
     counts: dict[str, int] = field(default_factory=dict)
@@ -105,12 +105,12 @@ class Collected:
 
 
 def collect(
-    log: StepLog, last_step_id: str | None, lineage: Sequence[str], options: CollectionOptions, seed: int
+    log: StepLog, last_step_id: str | None, parents: Sequence[str], options: CollectionOptions, seed: int
 ) -> Collected:
-    """Read the log. `lineage` names the acting adapter and its ancestors, newest first, `base` last."""
+    """Read the log. `parents` names the acting adapter and its ancestors, newest first, `base` last."""
     demonstrations, held_out, counts = _demonstrations(log, options, seed)
     fresh, last_step_id = _episodes_since(log, last_step_id)
-    behind = {name: number for number, name in enumerate(lineage)}
+    behind = {name: number for number, name in enumerate(parents)}
     own, own_counts = _own(log, fresh, behind, options, seed)
     own += _corrected(log, own)
     kept_apart = {expert.held_out_name for expert in held_out}
