@@ -11,7 +11,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -390,16 +389,25 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "message 1: its content has a part of type 'image_url'; only text is read",
     ),
     "content a number": ({"messages": [{"role": "user", "content": 5}, ANSWER]}, "message 1: its content is a number"),
-    "reasoning a list": ({"messages": [USER, {**ANSWER, "reasoning_content": [1]}]}, "the thinking of message 2 is a number"),
+    "reasoning a list": (
+        {"messages": [USER, {**ANSWER, "reasoning_content": [1]}]},
+        "the thinking of message 2 is a number",
+    ),
     "tools not a list": ({**simple(), "tools": {"a": 1}}, "its tools are an object, not a list"),
     "tools not JSON": ({**simple(), "tools": "[{"}, "its tools are not JSON"),
     "tool without name": ({**simple(), "tools": [{"type": "function", "function": {}}]}, "tool 1 is called None"),
     "tool with a space": ({**simple(), "tools": [{"name": "get weather"}]}, "tool 1 is called 'get weather'"),
     "tool as text": ({**simple(), "tools": ["f"]}, "tool 1 is text, not an object"),
     "tool twice": ({**simple(), "tools": [WEATHER_TOOL, WEATHER_TOOL]}, "two of its tools are called 'get_weather'"),
-    "parameters a list": ({**simple(), "tools": [{"name": "f", "parameters": [1]}]}, "the parameters of tool f are a list"),
+    "parameters a list": (
+        {**simple(), "tools": [{"name": "f", "parameters": [1]}]},
+        "the parameters of tool f are a list",
+    ),
     "unknown speaker": ({"conversations": [{"from": "bing", "value": "x"}]}, "message 1: the role 'bing' is not known"),
-    "value a list": ({"conversations": [{"from": "human", "value": [7]}, {"from": "gpt", "value": "A"}]}, "is a number, not an object"),
+    "value a list": (
+        {"conversations": [{"from": "human", "value": [7]}, {"from": "gpt", "value": "A"}]},
+        "is a number, not an object",
+    ),
     "call in JavaScript": (
         {"conversations": [{"from": "human", "value": "Q"}, {"from": "function_call", "value": "{name: 'f'}"}]},
         "message 2: the call is not JSON",
@@ -608,7 +616,9 @@ def test_an_arrays_records_know_their_lines(tmp_path: Path) -> None:
     indent=st.sampled_from([None, 1]),
     chunk_bytes=st.integers(1, 9),
 )
-def test_an_array_reads_the_same_however_the_chunks_fall(texts: list[str], indent: int | None, chunk_bytes: int) -> None:
+def test_an_array_reads_the_same_however_the_chunks_fall(
+    texts: list[str], indent: int | None, chunk_bytes: int
+) -> None:
     content = json.dumps([{"value": [text]} for text in texts], indent=indent, ensure_ascii=False).encode()
     chunks = (content[at : at + chunk_bytes] for at in range(0, len(content), chunk_bytes))
     reads = list(json_lines._read_written_out(chunks, 1))

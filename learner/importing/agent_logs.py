@@ -27,9 +27,7 @@ def read_atif(record: dict[str, Any]) -> Draft:
     item_id = fields.take("trajectory_id") or fields.take("session_id")
     if not is_empty(fields.take("subagent_trajectories", "continued_trajectory_ref")):
         raise RefusedRecord("it has trajectories of other agents within it, or goes on in another file")
-    extra = Fields(fields.take("extra") or {}, "extra")
-    task = take_task(extra)
-    close_record(extra)
+    task = _read_own(fields)
     close_record(fields, frozenset({"notes", "final_metrics", "schema_version"}))
     turns = [turn for number, step in enumerate(steps, 1) for turn in _atif_step(step, number)]
     return Draft(
@@ -39,6 +37,20 @@ def read_atif(record: dict[str, Any]) -> Draft:
         str(item_id) if item_id else None,
         task,
     )
+
+
+def _read_own(fields: Fields) -> str | None:
+    """The task, of what our own export says of an episode. Raises RefusedRecord where it failed."""
+    extra = Fields(fields.take("extra") or {}, "extra")
+    own = Fields(extra.take("stepagent") or {}, "extra.stepagent")
+    outcomes = own.take_list("outcomes")
+    newest = outcomes[-1].get("value") if outcomes and isinstance(outcomes[-1], dict) else None
+    if isinstance(newest, int | float) and newest <= 0:
+        raise RefusedRecord(f"its outcome is {newest}: the trajectory is marked as no expert's")
+    task = take_task(own)
+    own.close(frozenset({"actor", "purpose", "adapter", "task"}))
+    close_record(extra)
+    return task
 
 
 _ATIF_SOURCES = {"system": "system", "user": "user", "agent": "assistant"}
@@ -60,6 +72,9 @@ def _atif_step(step: Any, number: int) -> list[Turn]:
         fields.take(unread)
     is_learned = close_message(fields, role == "assistant", frozenset({"extra"})) and not is_copied
     if isinstance(extra, dict):
+        own = extra.get("stepagent")
+        is_learned &= not (isinstance(own, dict) and own.get("is_learned") is False)
+        extra = {name: value for name, value in extra.items() if name != "stepagent"}  # its rewards are no marks
         is_learned = close_message(Fields({"metadata": extra}, f"step {number}"), role == "assistant") and is_learned
     text = plain_text(message, f"step {number}")
     if role != "assistant":

@@ -159,7 +159,9 @@ def _contained(value: Any) -> Iterator[Any]:
     elif isinstance(value, dict) and "resourceSpans" in value:  # OTLP
         scopes = [each for resource in _objects(value, "resourceSpans") for each in _objects(resource, "scopeSpans")]
         yield from (span for scope in scopes for span in _objects(scope, "spans") if is_span(span))
-    elif isinstance(value, dict) and _objects(value, "observations"):  # Langfuse; what is said of a trace holds for each
+    elif isinstance(value, dict) and _objects(
+        value, "observations"
+    ):  # Langfuse; what is said of a trace holds for each
         beside = {name: value[name] for name in ("scores", "tags", "metadata") if name in value}
         generations = [each for each in _objects(value, "observations") if each.get("type") == "GENERATION"]
         whole = {key: held for key, held in value.items() if key != "observations"}

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from learner.importing.contents import plain_text, read_content, result_text, thought_text
+from learner.importing.contents import read_content, result_text, thought_text
 from learner.importing.fields import Fields, RefusedRecord, is_empty, is_padding, kind
 from learner.importing.marks import Mark, close_message, mark_of
 from learner.importing.turns import Call, Turn
@@ -227,7 +227,9 @@ def _calls(fields: Fields) -> tuple[Call, ...]:
     if not isinstance(given, list | None):
         raise RefusedRecord(f"{fields.where}: tool_calls is not a list")
     calls = tuple(
-        call if isinstance(call, Call) else read_call(call, fields.where) for call in given or () if not is_padding(call)
+        call if isinstance(call, Call) else read_call(call, fields.where)
+        for call in given or ()
+        if not is_padding(call)
     )
     return calls or ((read_call(old, fields.where),) if old else ())
 

@@ -10,7 +10,7 @@ from typing import Any
 from learner.importing.contents import plain_text
 from learner.importing.fields import Fields, RefusedRecord, is_empty, kind, unknown
 from learner.importing.marks import close_record
-from learner.importing.messages import is_langchain, is_item, read_message, read_turns
+from learner.importing.messages import is_item, is_langchain, read_message, read_turns
 from learner.importing.tool_schemas import read_tools
 from learner.importing.turns import Draft, SourceFormat, Turn
 from learner.importing.written_calls import (
@@ -28,8 +28,19 @@ SYSTEM_NAMES = (
 )  # fmt: skip
 TOOL_NAMES = ("tools", "functions", "tool_definitions", "available_tools", "tool_schemas", "tools_schema", "_tools")
 _ID_NAMES = ("item_id", "id", "prompt_id", "instance_id", "task_id", "uuid", "session_id", "trace_id", "custom_id")
-_UNSEEN = ("images", "videos", "audios", "image", "audio", "video", "documents", "chat_template_kwargs", "_images",
-           "previous_response_id", "builtin_tools")
+_UNSEEN = (
+    "images",
+    "videos",
+    "audios",
+    "image",
+    "audio",
+    "video",
+    "documents",
+    "chat_template_kwargs",
+    "_images",
+    "previous_response_id",
+    "builtin_tools",
+)
 """What the model saw and no message of ours can show."""
 _OF_REQUESTS = frozenset({"function_call", "task"})
 

@@ -125,7 +125,16 @@ def _read_answer(answer: Any, tools: list[Any]) -> list[Turn]:
     if "message" in fields:
         fields.take("text")  # of the message, again
     inner = next((held for name in _OUTPUT_NAMES if not is_empty(held := fields.take(name))), None)
-    for unread in ("type", "generation_info", "llm_output", "usage", "index", "logprobs", "run", "native_finish_reason"):
+    for unread in (
+        "type",
+        "generation_info",
+        "llm_output",
+        "usage",
+        "index",
+        "logprobs",
+        "run",
+        "native_finish_reason",
+    ):
         fields.take(unread)
     if inner is None:
         raise RefusedRecord("it has an input, and no output")

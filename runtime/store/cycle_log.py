@@ -72,6 +72,14 @@ class CycleLog:
         )
         return [row["value"] for row in rows]
 
+    def rewards_of(self, episode_id: str) -> list[dict[str, Any]]:
+        """The step rewards of an episode, of every cycle, oldest first: `step_id`, `cycle`, `source`, `value`."""
+        return self._rows(
+            "SELECT step_id, cycle, source, value FROM step_rewards JOIN steps ON steps.id = step_id "
+            "WHERE episode_id = ? ORDER BY step_rewards.created_at, source",
+            [episode_id],
+        )
+
     def is_learner_alive(self) -> bool:
         """Whether a learner works on this state folder now, whoever started it."""
         try:
