@@ -97,7 +97,9 @@ def test_a_user_can_call_a_key_harmless(name: str, tmp_path: Path, capfd: pytest
 def test_a_null_stays_where_the_schema_allows_it_and_goes_where_it_only_pads() -> None:
     nullable = {"anyOf": [{"type": "string"}, {"type": "null"}]}
     schema = {"type": "object", "properties": {"a": nullable, "b": {"type": "string"}, "c": {"$ref": "#/$defs/C"}}}
-    schema["$defs"] = {"C": {"type": "object", "properties": {"d": {"type": ["integer", "null"]}, "e": {"type": "string"}}}}
+    schema["$defs"] = {
+        "C": {"type": "object", "properties": {"d": {"type": ["integer", "null"]}, "e": {"type": "string"}}}
+    }
     given = {"a": None, "b": None, "c": {"d": None, "e": None}, "z": None}
     for arguments in (given, json.dumps(given)):
         assert json.loads(learned_arguments(arguments, schema)) == {"a": None, "c": {"d": None}}
@@ -183,7 +185,10 @@ def test_a_system_text_beside_the_messages_is_their_first_message(name: str) -> 
 def test_results_in_another_order_go_to_their_calls_by_id_or_name_or_not_at_all() -> None:
     calls = [{"id": i, "function": {"name": n, "arguments": {}}} for i, n in (("x", "f"), ("y", "g"))]
     said = {"role": "assistant", "tool_calls": calls}
-    results = [{"role": "tool", "tool_call_id": "y", "content": "G"}, {"role": "tool", "tool_call_id": "x", "content": "F"}]
+    results = [
+        {"role": "tool", "tool_call_id": "y", "content": "G"},
+        {"role": "tool", "tool_call_id": "x", "content": "F"},
+    ]
     named = [{"role": "tool", "name": "g", "content": "G"}, {"role": "tool", "name": "f", "content": "F"}]
     bare = [{"role": "tool", "content": "G"}, {"role": "tool", "content": "F"}]
     for told in (results, named):

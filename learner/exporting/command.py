@@ -83,7 +83,7 @@ def _write(options: argparse.Namespace, rows: Iterable[dict[str, Any]]) -> int:
 
 def _checked(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Each trajectory as the format's own package reads it."""
-    from atif import Trajectory
+    from atif import Trajectory  # pyright: ignore[reportMissingImports]
 
     for row in rows:
         Trajectory.model_validate(row)

@@ -117,8 +117,8 @@ def _atif_results(observation: Any, number: int) -> list[Turn]:
 # ------------------------------------------------------------------------------------------------- Inspect
 
 _OF_SAMPLES = frozenset(
-    "epoch input choices target output store events model_usage role_usage attachments files setup sandbox working_time "
-    "total_time invalidation timelines events_data started_at completed_at error_retries".split()
+    "epoch input choices target output store events model_usage role_usage attachments files setup sandbox "
+    "working_time total_time invalidation timelines events_data started_at completed_at error_retries".split()
 )
 
 
@@ -216,8 +216,8 @@ def _smolagents_step(fields: Fields) -> list[Turn]:
         said = replace(said, is_learned=False)
         told = error.get("message") if isinstance(error, dict) else error
         observations = f"{observations}\nError:\n{told}".strip()
-    if said.calls:
-        if len(said.calls) > 1:
-            raise RefusedRecord(f"{where} has {len(said.calls)} calls and one observation for all of them")
-        return [said, Turn("tool", observations, result_of=said.calls[0].id)]
+    if len(said.calls) > 1:
+        raise RefusedRecord(f"{where} has {len(said.calls)} calls and one observation for all of them")
+    for call in said.calls:
+        return [said, Turn("tool", observations, result_of=call.id)]
     return [said, Turn("user", f"Observation:\n{observations}")] if observations else [said]

@@ -206,9 +206,9 @@ def result_text(value: Any, where: str) -> str:
         return ""
     if isinstance(value, str):
         return value
-    if isinstance(value, dict) and value.get("type") in ("text", "json", "content", "error-text", "error-json"):
-        if "value" in value:
-            return result_text(value["value"], where)
+    is_typed = isinstance(value, dict) and value.get("type") in ("text", "json", "content", "error-text", "error-json")
+    if is_typed and "value" in value:  # Vercel's
+        return result_text(value["value"], where)
     parts = value.get("content") if isinstance(value, dict) and set(value) <= {"content", "isError", "_meta"} else value
     if isinstance(parts, list) and parts and all(_is_part(part) for part in parts):
         return _joined(parts, where)

@@ -61,8 +61,8 @@ _PREFIXES = (
     "the_",
 )
 _REASONS = frozenset(
-    "finish_reason stop_reason terminate_reason termination_reason terminated_reason exit_status exit_reason end_reason "
-    "done_reason finish status state stopped_reason termination".split()
+    "finish_reason stop_reason terminate_reason termination_reason terminated_reason exit_status exit_reason "
+    "end_reason done_reason finish status state stopped_reason termination".split()
 )
 
 _GOOD_WORDS = frozenset(

@@ -1,4 +1,4 @@
-"""Rows of data sets and of fine-tuning files: a conversation, or a question and its answer, with what stands beside it."""
+"""Rows of data sets and of fine-tuning files: a conversation, or a question and its answer, and what stands beside."""
 
 from __future__ import annotations
 

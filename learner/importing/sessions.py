@@ -1,7 +1,7 @@
 """Session files, of which each is one conversation: Claude Code, Codex, Pi, and Hugging Face's trace format.
 
-Their lines are events of a program; only some of them are what the model saw or said. A line of a kind that is not known
-refuses the session.
+Their lines are events of a program; only some of them are what the model saw or said. A line of a kind that is not
+known refuses the session.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def read_session(source: SourceFormat, lines: Sequence[Line]) -> Draft:
 # --------------------------------------------------------------------------------------------- Claude Code
 
 _UNSEEN_LINES = tuple(
-    "summary file-history-snapshot queue-operation progress custom-title ai-title agent-name last-prompt permission-mode "
-    "tag pr-link mode saved_hook_context worktree-state".split()
+    "summary file-history-snapshot queue-operation progress custom-title ai-title agent-name last-prompt "
+    "permission-mode tag pr-link mode saved_hook_context worktree-state".split()
 )
 """Lines that the model never saw."""
 _OF_LINES = frozenset(
@@ -149,7 +149,7 @@ def _read_codex(lines: Sequence[Line]) -> Draft:
     if not items:
         raise RefusedRecord("the session holds no response items")
     turns, _ = read_turns(items, "the session")
-    turns = [turn for turn in merge_items(turns)]
+    turns = merge_items(turns)
     return Draft(
         SourceFormat.CODEX,
         with_system(system, turns),

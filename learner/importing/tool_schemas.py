@@ -25,8 +25,8 @@ _PROPERTIES_NAMES = ("properties", "inputs", "args", "arguments", "input")
 """Where the properties stand on their own: LangChain's `args`, smolagents' `inputs`."""
 _UNRENDERED = frozenset(
     "type strict title annotations output_schema outputSchema output_type outputs response responses returns return "
-    "results cache_control input_examples examples example defer_loading allowed_callers eager_input_streaming category "
-    "api_name tool_name icons _meta execution behavior metadata return_direct tags viz parallel".split()
+    "results cache_control input_examples examples example defer_loading allowed_callers eager_input_streaming "
+    "category api_name tool_name icons _meta execution behavior metadata return_direct tags viz parallel".split()
 )
 """Of a tool, and in no prompt of ours."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
+from itertools import pairwise
 from typing import Any
 
 from learner.importing.exact_json import loads
@@ -130,7 +131,7 @@ def split_tagged_calls(text: str, where: str) -> tuple[str, tuple[Call, ...]]:
     if not found:
         return text, ()
     calls = [call for each in found for call in read_calls_text(each[1], where)]
-    between = [text[a.end() : b.start()] for a, b in zip(found, found[1:], strict=False)]
+    between = [text[a.end() : b.start()] for a, b in pairwise(found)]
     if "".join([*between, text[found[-1].end() :]]).strip():
         raise RefusedRecord(f"{where} has text behind its calls: a call ends what the assistant says")
     return text[: found[0].start()].rstrip(), tuple(calls)

@@ -27,8 +27,9 @@ def demonstration_digest(messages: Sequence[Message], tools: Sequence[ToolSchema
 
     Nobody chooses it: one who could would have another demonstration taken for known.
     """
-    content = json.dumps([list(messages), list(tools), list(learn_from)], sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(content.encode()).hexdigest()
+    content = [list(messages), list(tools), list(learn_from)]
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class Actor(StrEnum):

@@ -1,8 +1,9 @@
-"""Logged episodes in other people's formats: ATIF trajectories, OpenAI's fine-tuning, TRL's preferences, session traces.
+"""Logged episodes in other people's formats: ATIF trajectories, OpenAI's fine-tuning, TRL's preferences, traces.
 
-Pure conversions of what the log holds, for `python -m learner export` and for `GET /v1/export`. An episode with branches
-is one conversation for each of its ends; a step that stands in several of them is learned in the first one only. What
-could not be read as an action is kept as it was said, and marked as not to be learned.
+Pure conversions of what the log holds, for `python -m learner export` and for `GET /v1/export`; both floors may import
+the store. An episode with branches is one conversation for each of its ends; a step that stands in several of them is
+learned in the first one only. What could not be read as an action is kept as it was said, and marked as not to be
+learned.
 """
 
 from __future__ import annotations
