@@ -33,9 +33,10 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.desk_rollouts import WORLD, Desk, load_policy
 from learner.data.training_data import TrainingData, Trajectory
-from learner.objectives.build import NothingToLearn, ObjectiveOptions, objective_of
+from learner.objectives.build import NothingToLearn, objective_of
+from learner.options import ObjectiveOptions, TrainingOptions
 from learner.training.discriminator import DiscriminatorOptions, discriminate
-from learner.training.trainer import Trainer, TrainingOptions
+from learner.training.trainer import Trainer
 from policies.adapters.base_network import read_base_network
 from policies.chat_protocol import ChatProtocol
 from policies.novice.build import NOVICE_PATH

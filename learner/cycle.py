@@ -10,13 +10,13 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from openai import APIStatusError, OpenAIError
 
 from learner.data.collaborators import Collaborators
-from learner.data.collect import Collected, CollectionOptions, collect
+from learner.data.collect import Collected, collect
 from learner.data.comparison import DropReason
 from learner.data.experts import ModelExpert
 from learner.data.inspection import Inspection, inspect
@@ -24,31 +24,13 @@ from learner.data.rewards import agreement_rewards
 from learner.data.training_data import TrainingData
 from learner.evaluation.judging import Verdict, best_of, judge
 from learner.evaluation.trials import Trials
-from learner.objectives.build import NothingToLearn, ObjectiveOptions
+from learner.objectives.build import NothingToLearn
+from learner.options import CycleOptions
 from learner.report import CycleRecord
 from learner.training.candidates import Candidate, CandidateOptions, train_candidates
 from learner.training.discriminator import Discriminator, DiscriminatorOptions, discriminate
-from learner.training.trainer import TrainingFailed, TrainingOptions
+from learner.training.trainer import TrainingFailed
 from runtime.store.learning_log import CycleStage
-
-
-@dataclass(frozen=True, slots=True)
-class CycleOptions:
-    """What a cycle does."""
-
-    objectives: tuple[str, ...] = ("sft", "rft")
-    """Of `learner.objectives.build.OBJECTIVES`: each that can be trains a candidate, and the gate chooses. With few
-    demonstrations own successes teach more, with many the experts do, as measured (benchmarks/methods.py)."""
-    num_samples: int = 2
-    """Actions of the acting policy at each state of a demonstration."""
-    gate_tasks: int = 100
-    """Validation tasks of the world on which candidates and the acting adapter are compared."""
-    canary_share: float = 0.0
-    """Of the new episodes that a candidate which passed the gate serves at first; 0: it acts at once."""
-    collection: CollectionOptions = field(default_factory=CollectionOptions)
-    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
-    training: TrainingOptions = field(default_factory=TrainingOptions)
-    device: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

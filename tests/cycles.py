@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from learner.client import Endpoint
-from learner.cycle import CycleOptions, run_cycle
+from learner.cycle import run_cycle
 from learner.data.collaborators import Collaborators
-from learner.data.collect import CollectionOptions
 from learner.data.experts import Expert, WorldExpert
+from learner.options import CollectionOptions, CycleOptions, TrainingOptions
 from learner.practice import PracticeOptions, practise
-from learner.training.trainer import TrainingOptions
 from runtime.store.learning_log import CycleStatus, LearningLog
 from runtime.store.step_log import StepLog
 from tests.serving import MODEL, NOVICE_FOLDER, Served

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from learner.data.collect import CollectionOptions, collect, main_line
+from learner.data.collect import collect, main_line
 from learner.data.training_data import NO_ANCESTOR
+from learner.options import CollectionOptions
 from policies.types import FinalAnswer
 from runtime.store.episodes import Actor, Correction, Episode, Outcome, Purpose, new_id
 from runtime.store.step_log import StepLog

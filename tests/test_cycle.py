@@ -10,10 +10,8 @@ import httpx
 from openai import APIConnectionError
 
 from learner.client import Endpoint
-from learner.cycle import CycleOptions
-from learner.data.collect import CollectionOptions
 from learner.data.experts import Corrections, ModelExpert
-from learner.training.trainer import TrainingOptions
+from learner.options import CollectionOptions, CycleOptions, TrainingOptions
 from policies.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.adapter_registry import AdapterState

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
-from learner.objectives.build import NothingToLearn, ObjectiveOptions, objective_of
+from learner.objectives.build import NothingToLearn, objective_of
 from learner.objectives.objectives import action_sequence
+from learner.options import ObjectiveOptions, TrainingOptions
 from learner.packing.prefix_tree import ScoredSequence
 from learner.training.discriminator import Discriminator, DiscriminatorOptions, discriminate
-from learner.training.trainer import Trainer, TrainingOptions
+from learner.training.trainer import Trainer
 from policies.chat_protocol import ChatProtocol
 from tests.expert_sequences import expert_rows
 from tests.serving import NOVICE_FOLDER

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.cycle import CycleOptions
-from learner.training.trainer import TrainingOptions
+from learner.options import CycleOptions, TrainingOptions
 from policies.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.learning_log import CycleStage, RewardSource

@@ -18,8 +18,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen2ForCausalLM
 
 from learner.objectives.objectives import action_sequence
+from learner.options import TrainingOptions
 from learner.packing.prefix_tree import pack_sequences
-from learner.training.trainer import TrainingOptions
 from policies.adapters.base_network import read_base_network
 from policies.adapters.probe import write_probe
 from policies.chat_protocol import ChatProtocol

@@ -29,9 +29,10 @@ from learner.objectives.objectives import (
     action_sequence,
     normalised,
 )
+from learner.options import TrainingOptions
 from learner.packing.prefix_tree import ScoredSequence
 from learner.packing.scoring import SequenceLogprobs
-from learner.training.trainer import Trainer, TrainingFailed, TrainingOptions
+from learner.training.trainer import Trainer, TrainingFailed
 from policies.adapters.base_network import read_base_network
 from policies.adapters.files import TENSOR_NAME, WEIGHTS_FILE, weights_digest
 from policies.adapters.probe import read_probe

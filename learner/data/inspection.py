@@ -19,6 +19,7 @@ from learner.data.comparison import ComparedState, compare_state, report_on
 from learner.data.experts import ask, same_effect_at
 from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
 from policies.chat_protocol import ChatProtocol, ChatProtocolError
+from policies.read_back import misreading
 from policies.types import Action, MalformedAction, TokenIds
 from runtime.store.episodes import Step
 
@@ -149,5 +150,4 @@ def _in_tokens(protocol: ChatProtocol, place: LoggedState, action: Action) -> To
         _, completion = protocol.completion_of(place.messages, action, place.step.tools)
     except (ChatProtocolError, ValueError):
         return None
-    read = protocol.parse(completion, tools=place.step.tools)
-    return completion if type(read) is type(action) else None
+    return None if misreading(protocol, completion, action, place.step.tools) else completion

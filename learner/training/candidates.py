@@ -9,12 +9,13 @@ from pathlib import Path
 from learner.data.collaborators import Collaborators
 from learner.data.rewards import implicit_rewards
 from learner.data.training_data import TrainingData
-from learner.objectives.build import NothingToLearn, ObjectiveOptions, objective_of
+from learner.objectives.build import NothingToLearn, objective_of
 from learner.objectives.objectives import Objective
+from learner.options import ObjectiveOptions, TrainingOptions
 from learner.report import CycleRecord
 from learner.training.diagnostics import WatchedActions, diagnostics, policy_action_sums
 from learner.training.discriminator import Discriminator
-from learner.training.trainer import Trainer, TrainingFailed, TrainingOptions
+from learner.training.trainer import Trainer, TrainingFailed
 from policies.types import BASE_ADAPTER, TokenIds
 from runtime.store.learning_log import CycleStage, StepReward
 
