@@ -33,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Exit code 1 where there is nothing to read, or the format's package is missing."""
     # Imported late: the help needs none of it.
-    from runtime.store.cycle_log import CycleLog
     from runtime.store.episodes import Actor, Purpose
     from runtime.store.export import ExportFilter, export
+    from runtime.store.learning_log import LearningReader
     from runtime.store.step_log import StepLog, StepLogError
 
     try:
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
         since=options.since,
         min_outcome=options.min_outcome,
     )
-    rows = export(log, CycleLog(options.state), wanted, options.format)
+    rows = export(log, LearningReader(options.state), wanted, options.format)
     try:
         num_written = _write_sessions(options.out, rows) if options.format == "hf" else _write(options, rows)
     except ModuleNotFoundError as error:
