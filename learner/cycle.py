@@ -151,7 +151,7 @@ def _collect(notes: CycleNotes, parts: CycleParts, lineage: Sequence[str]) -> Co
     with notes.stage(CycleStage.COLLECT):
         seed = parts.options.training.seed
         since = parts.learning_log.last_step_seen()
-        collected = collect(parts.log, since, lineage, parts.options.collection, seed)
+        collected = collect(parts.log, since, lineage, parts.options.collection, seed, parts.world)
         notes.report.update(acting=lineage[0], collected=collected.counts, last_step_id=collected.last_step_id)
     if not collected.demonstrations and not collected.own:
         held = f", {len(collected.held_out)} held out" if collected.held_out else ""

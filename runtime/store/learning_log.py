@@ -198,7 +198,14 @@ class LearningLog:
         return [StepReward(r["step_id"], r["cycle"], RewardSource(r["source"]), r["value"]) for r in rows]
 
     def decisions(self, cycle: str) -> list[dict[str, Any]]:
-        rows = self.db.query("SELECT * FROM gate_decisions WHERE cycle = ? ORDER BY id", [cycle])
+        return self._decisions("WHERE cycle = ? ORDER BY id", cycle)
+
+    def decisions_against(self, acting: str) -> list[dict[str, Any]]:
+        """What was decided on candidates that were held against this adapter, newest first."""
+        return self._decisions("WHERE against = ? ORDER BY id DESC", acting)
+
+    def _decisions(self, rest: str, value: str) -> list[dict[str, Any]]:
+        rows = self.db.query(f"SELECT * FROM gate_decisions {rest}", [value])
         return [{**row, "promote": bool(row["promote"]), "evidence": json.loads(row["evidence"])} for row in rows]
 
     def _statuses(self, rest: str, values: list[Any]) -> list[CycleStatus]:
