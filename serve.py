@@ -113,7 +113,7 @@ def build_parts(settings: Settings) -> Parts:
     from policies.adapters.base_network import BaseNetworkError, model_folder, read_base_network
     from policies.chat_protocol import ChatProtocol
     from runtime.adapters.swap import Swap
-    from runtime.agent.loop import RunLimits
+    from runtime.agent.budget import RunLimits
     from runtime.agent.tools import Toolbox
     from runtime.http.metrics import Metrics
     from runtime.http.parts import Parts

@@ -59,8 +59,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     cycle.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     cycle.add_argument("--threads", type=int, default=1, help="of its arithmetic on a CPU")
     cycle.add_argument("--seed", type=int, default=0)
-    cycle.add_argument("--parent", type=int, default=None, help=argparse.SUPPRESS)  # the server that started us
-    for name, kind, text in (*_TRAINING, *_LESSON):
+    cycle.add_argument("--server-pid", type=int, default=None, help=argparse.SUPPRESS)  # the server that started us
+    for name, kind, text in (*_TRAINING, *_OBJECTIVE):
         cycle.add_argument(f"--{name}", type=kind, default=None, help=text)
     options = parser.parse_args(arguments)
     options.command = "once" if options.once else options.command
@@ -79,13 +79,13 @@ def _yes_or_no(text: str) -> bool:
 
 _TRAINING = (
     ("lr", float, "peak learning rate; default: by the network's width"),
-    ("epochs", int, "passes over the material"),
+    ("epochs", int, "passes over the training_data"),
     ("rank", int, "of a fresh adapter"),
     ("token-budget", int, "most tokens of one packed forward pass: what bounds the memory"),
 )
 """Options of the trainer; what is not given keeps the default of `learner.training.trainer.TrainingOptions`."""
 
-_LESSON = (
+_OBJECTIVE = (
     ("beta", float, "of implicit and eto: smaller lets the policy go further"),
     ("anchor-weight", float, "of experts' likelihood, in implicit, inverse and ppo"),
     ("kl-weight", float, "of the distance from the reference, in inverse and ppo"),
@@ -96,8 +96,8 @@ _LESSON = (
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    if options.parent is not None:
-        _live_beside(options.parent)  # before the slow imports: they too give way to the server, and end with it
+    if options.server_pid is not None:
+        _live_beside(options.server_pid)  # before the slow imports: they too give way to the server, and end with it
     endpoint = Endpoint(AsyncOpenAI(base_url=options.url, api_key=options.api_key))
     try:
         match options.command:
@@ -177,7 +177,7 @@ def _locks(lock: TextIO) -> bool:
 
 def _cycle_parts(options: argparse.Namespace, endpoint: Endpoint) -> CycleParts:
     from learner.cycle import CycleOptions, CycleParts
-    from learner.objectives.build import OBJECTIVES, LessonOptions
+    from learner.objectives.build import OBJECTIVES, ObjectiveOptions
     from learner.training.trainer import TrainingOptions
     from policies.chat_protocol import ChatProtocol
     from runtime.store.step_log import StepLog
@@ -206,7 +206,7 @@ def _cycle_parts(options: argparse.Namespace, endpoint: Endpoint) -> CycleParts:
             gate_tasks=options.gate_tasks,
             canary_share=options.canary_share,
             training=training,
-            lesson=LessonOptions(**_given(options, _LESSON)),
+            objective=ObjectiveOptions(**_given(options, _OBJECTIVE)),
             device=options.device,
         ),
     )

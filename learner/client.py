@@ -51,16 +51,16 @@ class Endpoint:
     client: AsyncOpenAI
     concurrency: int = 8
 
-    async def lineage(self) -> list[str]:
+    async def parents(self) -> list[str]:
         """The acting adapter, what it was trained from, and so on down to `base`."""
         listed: Any = await self.client.get("/adapters", cast_to=object)
         parents = {adapter["name"]: adapter["parent"] for adapter in listed["data"]}
         name = next((adapter["name"] for adapter in listed["data"] if adapter["is_acting"]), None)
-        line = []
+        chain = []
         while name is not None:
-            line.append(name)
+            chain.append(name)
             name = parents[name]
-        return [*line, BASE_ADAPTER]
+        return [*chain, BASE_ADAPTER]
 
     async def canary(self) -> str | None:
         """The adapter that serves a share of the new episodes, if one does."""
@@ -145,14 +145,14 @@ class Endpoint:
         adapter: Any = await self.client.post("/adapters", cast_to=object, body=body)
         return adapter["name"]
 
-    async def promote(self, name: str, reason: str, acting: str) -> None:
-        """Raises openai's ConflictError where another adapter than `acting` acts by now."""
-        body = {"reason": reason, "acting": acting}
+    async def promote(self, name: str, reason: str, expected_acting: str) -> None:
+        """Raises openai's ConflictError where another adapter than `expected_acting` acts by now."""
+        body = {"reason": reason, "expected_acting": expected_acting}
         await self.client.post(f"/adapters/{name}/promote", cast_to=object, body=body)
 
-    async def start_canary(self, name: str, share: float, reason: str, acting: str) -> None:
+    async def start_canary(self, name: str, share: float, reason: str, expected_acting: str) -> None:
         """Raises as `promote` does, and beside another canary."""
-        body = {"share": share, "reason": reason, "acting": acting}
+        body = {"share": share, "reason": reason, "expected_acting": expected_acting}
         await self.client.post(f"/adapters/{name}/canary", cast_to=object, body=body)
 
     async def refuse(self, name: str, reason: str) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,13 +21,13 @@ from learner.data.comparison import DropReason
 from learner.data.experts import Expert, ModelExpert
 from learner.data.inspection import Inspection, Inspector, inspect
 from learner.data.rewards import agreement_rewards, discriminator_rewards, implicit_rewards
-from learner.data.training_data import Material
-from learner.evaluation.gate import GateDecision, decide
-from learner.evaluation.trials import Trials
-from learner.objectives.build import LessonOptions, NothingToLearn, objective_of
+from learner.data.training_data import TrainingData
+from learner.evaluation.gate import Contest, Contestants, GateDecision, judge, level_for, num_earlier
+from learner.evaluation.trials import CycleTrials
+from learner.objectives.build import NothingToLearn, ObjectiveOptions, objective_of
 from learner.objectives.objectives import Objective
 from learner.report import CycleNotes
-from learner.training.diagnostics import WatchedActions, health, own_sums
+from learner.training.diagnostics import WatchedActions, diagnostics, policy_action_sums
 from learner.training.discriminator import Discriminator, DiscriminatorOptions, train_discriminator
 from learner.training.trainer import Trainer, TrainingFailed, TrainingOptions
 from policies.chat_protocol import ChatProtocol
@@ -54,7 +54,7 @@ class CycleOptions:
     canary_share: float = 0.0
     """Of the new episodes that a candidate which passed the gate serves at first; 0: it acts at once."""
     collection: CollectionOptions = field(default_factory=CollectionOptions)
-    lesson: LessonOptions = field(default_factory=LessonOptions)
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     device: str = "auto"
 
@@ -105,7 +105,7 @@ async def run_cycle(cycle: str, parts: CycleParts) -> CycleStage:
     try:
         stage, message = await _run(notes, parts)
     except NothingToLearn as reason:
-        stage, message = CycleStage.NO_LESSON, str(reason)
+        stage, message = CycleStage.NOTHING_TO_LEARN, str(reason)
     except TrainingFailed as error:
         stage, message = CycleStage.FAILED, str(error)
     except Exception as error:  # whatever broke belongs into the cycle's row; serving goes on without us
@@ -115,18 +115,19 @@ async def run_cycle(cycle: str, parts: CycleParts) -> CycleStage:
 
 
 async def _run(notes: CycleNotes, parts: CycleParts) -> tuple[CycleStage, str]:
-    lineage = await parts.endpoint.lineage()
+    parents = await parts.endpoint.parents()
     if parts.options.canary_share and (canary := await parts.endpoint.canary()):
         raise NothingToLearn(f"{canary} is a canary still: it is promoted or refused by how it does, or by you")
-    collected = _collect(notes, parts, lineage)
-    inspector = _inspector(parts, lineage[0])
+    collected = _collect(notes, parts, parents)
+    inspector = _inspector(parts, parents[0])
+    trials = _look_ahead(notes, parts, parents[0], collected)
     inspection = await _inspect(notes, inspector, collected)
-    lessons = _reward(notes, parts, inspection.material)
+    objectives = _reward(notes, parts, inspection.training_data)
     try:
         with _candidate_folders(parts.state) as folders:
-            candidates = _train(notes, parts, lineage[0], inspection.material, lessons, folders)
-            judged = await _gate(notes, parts, inspector, collected, candidates)
-        return await _promote(notes, parts, lineage[0], judged)
+            candidates = _train(notes, parts, parents[0], inspection.training_data, objectives, folders)
+            judged = await _gate(notes, parts, parents[0], trials, candidates)
+        return await _promote(notes, parts, parents[0], judged)
     finally:  # whatever happened: what is neither promoted nor refused would keep its slot in the engine
         with suppress(OpenAIError):
             await parts.endpoint.refuse_left_over([notes.cycle])
@@ -147,19 +148,26 @@ def _candidate_folders(state: Path) -> Iterator[Path]:
 # ------------------------------------------------------------------------------------------------- stages
 
 
-def _collect(notes: CycleNotes, parts: CycleParts, lineage: Sequence[str]) -> Collected:
+def _collect(notes: CycleNotes, parts: CycleParts, parents: Sequence[str]) -> Collected:
     with notes.stage(CycleStage.COLLECT):
         seed = parts.options.training.seed
         since = parts.learning_log.last_step_seen()
-        collected = collect(parts.log, since, lineage, parts.options.collection, seed, parts.world)
-        notes.report.update(acting=lineage[0], collected=collected.counts, last_step_id=collected.last_step_id)
-    if not collected.demonstrations and not collected.own:
+        collected = collect(parts.log, since, parents, parts.options.collection, seed, parts.world)
+        notes.report.update(acting=parents[0], collected=collected.counts, last_step_id=collected.last_step_id)
+    if not collected.demonstrations and not collected.policy_episodes:
         held = f", {len(collected.held_out)} held out" if collected.held_out else ""
         raise NothingToLearn(
             f"there are no demonstrations to train on{held}, and no own episodes: import some first "
             "(python -m learner import FILE)"
         )
     return collected
+
+
+def _look_ahead(notes: CycleNotes, parts: CycleParts, acting: str, collected: Collected) -> CycleTrials:
+    """The gate's trials, and in the report what they could show: said before anything is trained."""
+    trials = CycleTrials.of_cycle(acting, collected, parts.endpoint, parts.log, parts.world, parts.options.gate_tasks)
+    notes.report["outlook"] = trials.outlook(len(parts.options.objectives)).to_json()
+    return trials
 
 
 def _inspector(parts: CycleParts, acting: str) -> Inspector:
@@ -169,14 +177,14 @@ def _inspector(parts: CycleParts, acting: str) -> Inspector:
 
 
 async def _inspect(notes: CycleNotes, inspector: Inspector, collected: Collected) -> Inspection:
-    num_states = sum(len(each.path) for each in (*collected.demonstrations, *collected.own))
+    num_states = sum(len(each.path) for each in (*collected.demonstrations, *collected.policy_episodes))
     with notes.counted(CycleStage.INSPECT, "", num_states) as count:
-        inspection = await inspect(collected.demonstrations, collected.own, inspector, count)
+        inspection = await inspect(collected.demonstrations, collected.policy_episodes, inspector, count)
         notes.report["inspection"] = inspection.report()
-        notes.measure("material", inspection.measures())
+        notes.measure("training_data", inspection.measures())
         problems = [expert.problems for expert in inspector.experts if isinstance(expert, ModelExpert)]
         notes.report["expert_problems"] = dict(sum(problems, Counter[str]()))
-    compared = inspection.demonstrated + inspection.own
+    compared = inspection.at_expert_states + inspection.at_policy_states
     if compared and all(state.drop_reason is DropReason.MASTERED for state in compared):
         raise NothingToLearn(f"the policy does what the experts do at all {len(compared)} states where they answered")
     return inspection
@@ -186,30 +194,37 @@ Lessons = dict[str, Objective | NothingToLearn]
 """By its name, each objective that was asked for, or why there is none."""
 
 
-def _reward(notes: CycleNotes, parts: CycleParts, material: Material) -> Lessons:
+def _reward(notes: CycleNotes, parts: CycleParts, training_data: TrainingData) -> Lessons:
     """Agreement and discriminator rewards, and the objectives; the implicit rewards come with a trained policy.
 
     The discriminator, which is a network of its own, is gone when this ends.
     """
     with notes.stage(CycleStage.REWARD):
-        parts.learning_log.add_rewards(agreement_rewards(notes.cycle, material))
-        discriminator = _discriminator(notes, parts, material)
-        return {kind: _lesson(kind, parts.options.lesson, material, discriminator) for kind in parts.options.objectives}
+        parts.learning_log.add_rewards(agreement_rewards(notes.cycle, training_data))
+        discriminator = _discriminator(notes, parts, training_data)
+        return {
+            kind: _lesson(kind, parts.options.objective, training_data, discriminator)
+            for kind in parts.options.objectives
+        }
 
 
-def _discriminator(notes: CycleNotes, parts: CycleParts, material: Material) -> Discriminator | Exception:
+def _discriminator(notes: CycleNotes, parts: CycleParts, training_data: TrainingData) -> Discriminator | Exception:
     """With its rewards in the log; or why there is none."""
     options = parts.options
     try:
         discriminator = train_discriminator(
-            material, parts.base, options.lesson, DiscriminatorOptions(training=options.training), options.device
+            training_data,
+            parts.base,
+            options.objective,
+            DiscriminatorOptions(training=options.training),
+            options.device,
         )
     except (NothingToLearn, TrainingFailed) as reason:
         notes.report["discriminator"] = {"none": str(reason)}
         return reason
-    watched = WatchedActions.of(material)
-    logits = discriminator.rewards(watched.rows()[len(watched.experts) :])
-    actions = [action for _, action in watched.own]
+    watched = WatchedActions.of(training_data)
+    logits = discriminator.rewards(watched.sequences()[len(watched.experts) :])
+    actions = [action for _, action in watched.policy_actions]
     parts.learning_log.add_rewards(discriminator_rewards(notes.cycle, actions, logits))
     accuracy = {} if discriminator.accuracy is None else {"accuracy": discriminator.accuracy}
     notes.measure("discriminator", {"num_pairs": float(discriminator.num_pairs), **accuracy})
@@ -217,29 +232,29 @@ def _discriminator(notes: CycleNotes, parts: CycleParts, material: Material) -> 
 
 
 def _lesson(
-    kind: str, options: LessonOptions, material: Material, discriminator: Discriminator | Exception
+    kind: str, options: ObjectiveOptions, training_data: TrainingData, discriminator: Discriminator | Exception
 ) -> Objective | NothingToLearn:
     try:
         if not isinstance(discriminator, Exception):
-            return objective_of(kind, material, options, discriminator)
+            return objective_of(kind, training_data, options, discriminator)
         if kind == "inverse":
             return NothingToLearn(f"there is no discriminator: {discriminator}")
-        return objective_of(kind, material, options)
+        return objective_of(kind, training_data, options)
     except NothingToLearn as reason:
         return reason
 
 
 def _train(
-    notes: CycleNotes, parts: CycleParts, acting: str, material: Material, lessons: Lessons, folders: Path
+    notes: CycleNotes, parts: CycleParts, acting: str, training_data: TrainingData, objectives: Lessons, folders: Path
 ) -> list[Candidate]:
     """A candidate for each objective that can be trained. Raises why where none can."""
     candidates, problems = [], list[NothingToLearn | TrainingFailed]()
-    for kind, lesson in lessons.items():
+    for kind, objective in objectives.items():
         with notes.stage(CycleStage.TRAIN, kind):
             try:
-                if isinstance(lesson, NothingToLearn):
-                    raise lesson
-                candidates.append(_train_one(notes, parts, acting, material, kind, lesson, folders / kind))
+                if isinstance(objective, NothingToLearn):
+                    raise objective
+                candidates.append(_train_one(notes, parts, acting, training_data, kind, objective, folders / kind))
             except (NothingToLearn, TrainingFailed) as problem:
                 problems.append(problem)
                 notes.report.setdefault("not_trained", {})[kind] = str(problem)
@@ -252,54 +267,55 @@ def _train_one(
     notes: CycleNotes,
     parts: CycleParts,
     acting: str,
-    material: Material,
+    training_data: TrainingData,
     kind: str,
     objective: Objective,
     folder: Path,
 ) -> Candidate:
     begin = None if acting == BASE_ADAPTER else parts.state / "adapters" / acting
     trainer = Trainer(parts.base, begin, parts.options.training, parts.options.device)
-    watched = WatchedActions.of(material)
-    rows = watched.rows()
+    watched = WatchedActions.of(training_data)
+    rows = watched.sequences()
     before = trainer.logprobs(rows)
     training = trainer.train(objective, lambda done, total: notes.progress(CycleStage.TRAIN, kind, done, total))
     after = trainer.logprobs(rows)
-    notes.measure(kind, {**training.health, **health(watched, before, after)})
-    trainer.save(folder, _probe_prompts(material), _card(notes, kind, acting, material))
-    own = [action for _, action in watched.own]
-    beta = parts.options.lesson.beta
-    rewards = implicit_rewards(notes.cycle, own, own_sums(watched, after), own_sums(watched, before), beta)
+    notes.measure(kind, {**training.diagnostics, **diagnostics(watched, before, after)})
+    trainer.save(folder, _probe_prompts(training_data), _card(notes, kind, acting, training_data))
+    own = [action for _, action in watched.policy_actions]
+    beta = parts.options.objective.beta
+    rewards = implicit_rewards(
+        notes.cycle, own, policy_action_sums(watched, after), policy_action_sums(watched, before), beta
+    )
     return Candidate(kind, folder, rewards)
 
 
 async def _gate(
     notes: CycleNotes,
     parts: CycleParts,
-    inspector: Inspector,
-    collected: Collected,
+    acting: str,
+    trials: CycleTrials,
     candidates: Sequence[Candidate],
 ) -> list[Judged]:
     """Judge the candidates one after the other. Raises why where the runtime takes none of them in.
 
     At most two are in the engine at a time, the best one so far and the next: slots are few.
     """
-    options, judged, best = parts.options, list[Judged](), None
-    trials = Trials.of_cycle(notes.cycle, collected, inspector, options.gate_tasks)
-    with notes.counted(CycleStage.GATE, inspector.acting, trials.num) as count:
-        baseline = await trials.results(inspector.acting, count)
+    judged, best = list[Judged](), None
+    earlier = num_earlier(parts.learning_log.decisions_against(acting), len(trials.units))
+    level = level_for(len(candidates), earlier)
     problems = list[APIStatusError]()
     for candidate in candidates:
-        with notes.counted(CycleStage.GATE, candidate.objective, trials.num) as count:
+        with notes.counted(CycleStage.GATE, candidate.objective, len(trials.units)) as count:
             reason = f"{candidate.objective}, {notes.cycle}"
             try:
-                name = await parts.endpoint.register(candidate.folder.absolute(), inspector.acting, reason)
+                name = await parts.endpoint.register(candidate.folder.absolute(), acting, reason)
             except APIStatusError as problem:
                 problems.append(problem)
                 notes.report.setdefault("not_taken_in", {})[candidate.objective] = problem.message
                 continue
-            decision = decide(await trials.results(name, count), baseline, trials.unit, len(candidates))
+            decision = await judge(trials, _contest(name, acting), level, count)
             parts.learning_log.add_decision(
-                notes.cycle, name, inspector.acting, decision.promote, decision.reason, decision.evidence
+                notes.cycle, name, acting, decision.promote, decision.reason, decision.evidence
             )
         judged.append(Judged(candidate, name, decision))
         best = await _keep_the_better(parts.endpoint, best, judged[-1])
@@ -315,6 +331,15 @@ async def _gate(
         for each in judged
     }
     return judged
+
+
+def _contest(candidate: str, acting: str) -> Contest:
+    @asynccontextmanager
+    async def contestants(fold: int | None) -> AsyncIterator[Contestants]:
+        assert fold is None, "no adapters are trained without a fold yet"
+        yield Contestants(candidate, acting)
+
+    return contestants
 
 
 async def _keep_the_better(endpoint: Endpoint, best: Judged | None, newest: Judged) -> Judged | None:
@@ -350,15 +375,16 @@ async def _promote(
     return CycleStage.PROMOTED, f"{best.name}{f', canary of {share:.0%}' if share else ''}: {reason}"
 
 
-def _probe_prompts(material: Material) -> list[TokenIds]:
+def _probe_prompts(training_data: TrainingData) -> list[TokenIds]:
     """Prompts of states that the policy has to change at, where there are any: there a probe tells most."""
-    states = [state for trajectory in material.trajectories for state in trajectory.states]
+    states = [state for trajectory in training_data.trajectories for state in trajectory.states]
     states.sort(key=lambda state: not state.is_informative)
     return [state.prompt for state in states[:NUM_PROBE_PROMPTS]]
 
 
-def _card(notes: CycleNotes, kind: str, acting: str, material: Material) -> str:
+def _card(notes: CycleNotes, kind: str, acting: str, training_data: TrainingData) -> str:
     return (
-        f"# {kind}, {notes.cycle}\n\nA LoRA trained by StepAgent from {acting}, on {len(material.demonstrations)} "
-        f"demonstrations and {len(material.own)} own episodes. `probe.json` holds what it says after fixed prompts.\n"
+        f"# {kind}, {notes.cycle}\n\nA LoRA trained by StepAgent from {acting}, on {len(training_data.demonstrations)} "
+        f"demonstrations and {len(training_data.policy_episodes)} own episodes. `probe.json` holds what it says after "
+        "fixed prompts.\n"
     )

@@ -17,7 +17,7 @@ class CycleNotes:
 
     def __init__(self, cycle: str, log: LearningLog) -> None:
         self.cycle = cycle
-        self.report: dict[str, Any] = {"seconds": {}, "health": {}}
+        self.report: dict[str, Any] = {"seconds": {}, "diagnostics": {}}
         self._log = log
         self._noted_at = 0.0
 
@@ -52,5 +52,5 @@ class CycleNotes:
             self._log.note(self.cycle, stage, message, done, total, self.report)
 
     def measure(self, of: str, values: dict[str, float]) -> None:
-        """Learner health, for the report and the server's metrics."""
-        self.report["health"][of] = {name: round(value, 6) for name, value in values.items()}
+        """Learner diagnostics, for the report and the server's metrics."""
+        self.report["diagnostics"][of] = {name: round(value, 6) for name, value in values.items()}

@@ -70,7 +70,7 @@ def test_a_log_with_nothing_in_it_ends_with_a_reason(
 ) -> None:
     with served(parts_of(novice_engine, protocol, tmp_path)) as server:
         status = run(server, tmp_path)
-    assert status.stage is CycleStage.NO_LESSON
+    assert status.stage is CycleStage.NOTHING_TO_LEARN
     assert "no demonstrations to train on, and no own episodes" in status.message
 
 
@@ -81,7 +81,7 @@ def test_demonstrations_that_are_all_held_out_are_told(
         post(server, expert_demonstration(1)).raise_for_status()
         options = replace(QUICK, collection=CollectionOptions(held_out_share=1.0))
         status = run(server, tmp_path, options=options)
-    assert status.stage is CycleStage.NO_LESSON
+    assert status.stage is CycleStage.NOTHING_TO_LEARN
     assert "no demonstrations to train on, 1 held out" in status.message
 
 
@@ -92,7 +92,7 @@ def test_a_policy_that_has_mastered_every_demonstrated_state_learns_nothing(
         question = {"role": "user", "content": "Hi"}
         post(server, {"messages": [question, {"role": "assistant", "content": "All done."}]}).raise_for_status()
         status = run(server, tmp_path)
-    assert status.stage is CycleStage.NO_LESSON
+    assert status.stage is CycleStage.NOTHING_TO_LEARN
     assert "does what the experts do at all 1 states" in status.message
 
 
@@ -119,9 +119,9 @@ def test_one_cycle_rewards_every_own_action_from_every_source_and_answers_own_st
         report = status.report
         assert report["collected"]["own_new"] == 6
         assert report["inspection"]["expert_answers"]["world"] == len(taken)
-        assert set(report["health"]) >= {"sft", "implicit", "inverse", "discriminator"}
-        assert report["health"]["sft"]["chosen_logprob_change"] > 0
-        assert 0 < report["health"]["inverse"]["effective_sample_share"] <= 1
+        assert set(report["diagnostics"]) >= {"sft", "implicit", "inverse", "discriminator"}
+        assert report["diagnostics"]["sft"]["chosen_logprob_change"] > 0
+        assert 0 < report["diagnostics"]["inverse"]["effective_sample_share"] <= 1
         assert "no own episode failed on a demonstrated task" in report["not_trained"]["eto"]
         gate = report["gate"]
         assert {each["objective"] for each in gate.values()} >= {"sft", "implicit", "inverse"}
@@ -138,7 +138,7 @@ def test_without_a_world_held_out_demonstrations_are_the_gate(
         status = run(server, tmp_path, options=options, world=None, experts=())
     assert status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED), status.message
     (decision,) = status.report["gate"].values()
-    assert (decision["unit"], decision["num_trials"]) == (
+    assert (decision["unit"], decision["num_planned"]) == (
         "held-out demonstrations",
         status.report["collected"]["held_out"],
     )
@@ -201,8 +201,8 @@ def test_a_server_that_goes_away_fails_the_cycle(
 class MeddledWith(Endpoint):
     """Somebody else changes what acts, or the server refuses, between the gate and the promotion."""
 
-    async def promote(self, name: str, reason: str, acting: str) -> None:
-        await super().promote(name, reason, acting="agent-v9999")
+    async def promote(self, name: str, reason: str, expected_acting: str) -> None:
+        await super().promote(name, reason, expected_acting="agent-v9999")
 
 
 def learned_well(server: Served) -> CycleOptions:
@@ -235,7 +235,7 @@ def test_a_candidate_may_begin_as_a_canary_and_no_cycle_starts_another_beside_it
         assert server.parts.swap.canary == "agent-v0001"
         assert server.parts.registry.acting() is None
         second = run(server, tmp_path, "cycle_2", options=options)
-        assert second.stage is CycleStage.NO_LESSON
+        assert second.stage is CycleStage.NOTHING_TO_LEARN
         assert "agent-v0001 is a canary still" in second.message
 
 
@@ -260,7 +260,7 @@ def test_a_cycle_that_breaks_in_the_gate_gives_the_slot_back(
         assert engine.loaded_adapters() == ()
 
 
-# -------------------------------------------------------------------------------------------- odd material
+# -------------------------------------------------------------------------------------------- odd training data
 
 
 def test_one_demonstration_is_learned_from_and_judged(
@@ -270,7 +270,7 @@ def test_one_demonstration_is_learned_from_and_judged(
         post(server, expert_demonstration(3)).raise_for_status()
         status = run(server, tmp_path)
     assert status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED), status.message
-    assert status.report["health"]["material"]["num_informative"] > 0
+    assert status.report["diagnostics"]["training_data"]["num_informative"] > 0
     assert "a discriminator needs" in status.report["discriminator"]["none"]
 
 
@@ -280,9 +280,9 @@ def test_outcomes_that_are_all_equal_teach_no_policy_gradient_and_say_so(
     with served(parts_of(novice_engine, protocol, tmp_path)) as server:
         practised(server, first=300, number=4)
         for episode in server.parts.log.episodes(limit=100):
-            server.parts.log.append_now(Outcome(new_id("out"), episode.id, 1.0, "user"))
+            server.parts.log.append(Outcome(new_id("out"), episode.id, 1.0, "user")).result()
         status = run(server, tmp_path, options=replace(QUICK, objectives=("ppo",)))
-    assert status.stage is CycleStage.NO_LESSON
+    assert status.stage is CycleStage.NOTHING_TO_LEARN
     assert "the outcomes of all own episodes are equal: 4 own episodes, 4 succeeded" in status.message
 
 

@@ -207,7 +207,7 @@ async def test_a_learner_that_dies_before_its_first_word_is_not_started_again_at
     assert parts.learning is not None
     trigger, process = parts.learning.trigger, parts.learning.process
     trigger.every_episodes, process._arguments = 1, ("--objectives", "telepathy")
-    parts.log.append_now(Episode("ep_1", Actor.POLICY, Purpose.SERVE, "base"))
+    parts.log.append(Episode("ep_1", Actor.POLICY, Purpose.SERVE, "base")).result()
     for _ in range(2):
         await trigger.look()
         assert process._process is not None

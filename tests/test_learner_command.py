@@ -152,7 +152,7 @@ def test_a_learner_ends_with_the_server_that_started_it(serve_scripted: ServeScr
     server = serve_scripted()
     starts_a_learner = f"""
 import os, signal, subprocess, sys
-arguments = ["--url", "{server.url}/v1", "--state", "{tmp_path}", "--parent", str(os.getpid())]
+arguments = ["--url", "{server.url}/v1", "--state", "{tmp_path}", "--server-pid", str(os.getpid())]
 learner = subprocess.Popen([sys.executable, "-m", "learner", "once", *arguments], stdout=subprocess.DEVNULL)
 print(learner.pid, flush=True)
 input()

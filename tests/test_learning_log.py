@@ -77,7 +77,7 @@ def test_two_writers_of_one_file_wait_for_each_other(tmp_path: Path) -> None:
     step_log = StepLog(path)
     episodes = (Episode(new_id("ep"), Actor.POLICY, Purpose.SERVE, "base") for _ in range(400))
     with ThreadPoolExecutor(2) as pool:
-        appended = pool.submit(lambda: [step_log.append_now(episode) for episode in episodes])
+        appended = pool.submit(lambda: [step_log.append(episode).result() for episode in episodes])
         while not appended.done():
             log.note("c1", CycleStage.TRAIN)
             log.add_decision("c1", "agent-v0001", "base", False, "no", {})

@@ -100,15 +100,15 @@ class Collected:
     demonstrations: list[LoggedEpisode]
     held_out: list[LoggedEpisode]
     """Demonstrations that are never trained on; the gate's."""
-    own: list[LoggedEpisode]
+    policy_episodes: list[LoggedEpisode]
     anchors: list[LoggedEpisode]
     """What went well, or is to go well: never trained on either."""
     anchor_tasks: list[str]
     """Ids of the world's tasks."""
     last_step_id: str | None
     """The log was read up to this step."""
-    group_of: dict[str, str] = field(default_factory=dict)
-    """By a demonstration's episode, the name of its task: what a fold keeps together."""
+    groups_of: dict[str, frozenset[str]] = field(default_factory=dict)
+    """By an episode, the names of the demonstrated tasks that it is of: what a fold keeps together."""
     counts: dict[str, int] = field(default_factory=dict)
     """Of episodes: collected, replayed, and left out by reason."""
 
@@ -116,18 +116,18 @@ class Collected:
 def collect(
     log: StepLog,
     last_step_id: str | None,
-    lineage: Sequence[str],
+    parents: Sequence[str],
     options: CollectionOptions,
     seed: int,
     world: World | None = None,
 ) -> Collected:
-    """Read the log. `lineage` names the acting adapter and its ancestors, newest first, `base` last.
+    """Read the log. `parents` names the acting adapter and its ancestors, newest first, `base` last.
 
     `world`: whose tasks the gate may try; what is of them is held out, whatever names it.
     """
     experts = [_logged(log, episode) for episode in log.episodes(limit=1_000_000, actor=Actor.EXPERT)]
     anchors, anchor_tasks = _listed_anchors(log, options.anchors, world)
-    anchors += _contented(log, lineage, options)
+    anchors += _contented(log, parents, options)
     apart = HeldOut.among(
         [expert.conversation for expert in experts],
         world,
@@ -137,12 +137,13 @@ def collect(
     )
     demonstrations, held_out, counts = _dealt(experts, apart, options, seed)
     fresh, last_step_id = _episodes_since(log, last_step_id)
-    behind = {name: number for number, name in enumerate(lineage)}
+    behind = {name: number for number, name in enumerate(parents)}
     own, own_counts = _own(log, fresh, behind, options, seed)
     own += _corrected(log, own)
     trained = [each for each in own if not apart.covers(each.conversation)]
     counts |= own_counts | {"own_held_out": len(own) - len(trained), "anchors": len(anchors) + len(anchor_tasks)}
-    return Collected(demonstrations, held_out, trained, anchors, anchor_tasks, last_step_id, apart.group_of, counts)
+    groups_of = {each.episode.id: apart.groups(each.conversation) for each in (*demonstrations, *trained)}
+    return Collected(demonstrations, held_out, trained, anchors, anchor_tasks, last_step_id, groups_of, counts)
 
 
 def _listed_anchors(log: StepLog, listed: Sequence[str], world: World | None) -> tuple[list[LoggedEpisode], list[str]]:
@@ -158,11 +159,11 @@ def _listed_anchors(log: StepLog, listed: Sequence[str], world: World | None) ->
     return episodes, tasks
 
 
-def _contented(log: StepLog, lineage: Sequence[str], options: CollectionOptions) -> list[LoggedEpisode]:
+def _contented(log: StepLog, parents: Sequence[str], options: CollectionOptions) -> list[LoggedEpisode]:
     """The newest own episodes of the anchors' share that users were content with, and nobody corrected."""
     corrected = set(log.corrected_steps())
     found = list[LoggedEpisode]()
-    for adapter in lineage[: options.max_versions_old + 1]:
+    for adapter in parents[: options.max_versions_old + 1]:
         for episode in log.episodes(limit=_NEWEST, purpose=Purpose.SERVE, actor=Actor.POLICY, adapter=adapter):
             if len(found) >= options.max_anchors:
                 return found

@@ -134,12 +134,12 @@ class TaskNames:
 class HeldOut:
     """Which demonstrations are held out, and what else is of their tasks."""
 
-    group_of: dict[str, str]
-    """The name that decides for a demonstration's task, by its episode: the same for all of one task."""
     held_out_episodes: frozenset[str]
     """Of the demonstrations."""
     _task_names: TaskNames
     _held_out_names: frozenset[str]
+    _groups_named: dict[str, str]
+    """Groups of demonstrations by the names in them."""
 
     @classmethod
     def among(
@@ -161,13 +161,19 @@ class HeldOut:
         kept |= {group for episode, group in group_of.items() if not anchor_names.isdisjoint(names[episode])}
         episodes = frozenset(episode for episode, group in group_of.items() if group in kept)
         held_out_names = {name for episode in episodes for name in names[episode]}
-        return cls(group_of, episodes, task_names, frozenset(held_out_names | anchor_names))
+        groups_named = {name: group for episode, group in group_of.items() for name in names[episode]}
+        return cls(episodes, task_names, frozenset(held_out_names | anchor_names), groups_named)
 
     def covers(self, conversation: Conversation) -> bool:
         """Whether a conversation must not be trained on: it is of a held-out task, whatever names it."""
         if self._task_names.is_of_untrained_split(conversation):
             return True
         return not self._held_out_names.isdisjoint(self._task_names.names(conversation))
+
+    def groups(self, conversation: Conversation) -> frozenset[str]:
+        """The demonstrated tasks that a conversation is of, by the names that decide for them; one, mostly, or none."""
+        names = self._task_names.names(conversation)
+        return frozenset(self._groups_named[name] for name in names if name in self._groups_named)
 
 
 def _groups(oldest_first: Sequence[str], names: dict[str, list[str]]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 At the states of demonstrations the acting policy is sampled through the endpoint. At its own logged states the action
 is there already, and an expert is asked; sampling more there was refused: an expert's answer teaches without them, and
-own states are many. Both become material in tokens.
+own states are many. Both become training data in tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from learner.client import Endpoint
 from learner.data.collect import LoggedEpisode, LoggedState
 from learner.data.comparison import ComparedState, compare_state, report_on
 from learner.data.experts import Expert, ask, same_effect_at
-from learner.data.training_data import Material, OwnAction, State, Trajectory
+from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
 from policies.chat_protocol import ChatProtocol, ChatProtocolError
 from policies.types import Action, MalformedAction, TokenIds
 from runtime.store.episodes import Step
@@ -42,26 +42,26 @@ class Inspector:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What was seen: the material, and how the actions compare."""
+    """What was seen: the training data, and how the actions compare."""
 
-    material: Material
-    demonstrated: list[ComparedState]
-    own: list[ComparedState]
+    training_data: TrainingData
+    at_expert_states: list[ComparedState]
+    at_policy_states: list[ComparedState]
     """Only the states where an expert answered."""
     num_answers: Counter[str] = field(default_factory=Counter)
     """Experts' answers at own states by their source; `nobody`: no expert knew; `unwritable`: no tokens say it."""
 
     def measures(self) -> dict[str, float]:
         """How many states teach something new, and how many do not, by the reason."""
-        report = report_on([*self.demonstrated, *self.own])
+        report = report_on([*self.at_expert_states, *self.at_policy_states])
         dropped = {f"num_{reason}": float(number) for reason, number in report.num_dropped.items()}
         return {"num_states": float(report.num_states), "num_informative": float(report.num_kept), **dropped}
 
     def report(self) -> dict[str, Any]:
         """For the cycle's report."""
         return {
-            "demonstrated": report_on(self.demonstrated).to_json(),
-            "own": report_on(self.own).to_json(),
+            "demonstrated": report_on(self.at_expert_states).to_json(),
+            "own": report_on(self.at_policy_states).to_json(),
             "expert_answers": dict(self.num_answers),
         }
 
@@ -76,8 +76,8 @@ async def inspect(
     answer."""
     demonstrated, compared = await inspect_demonstrations(demonstrations, inspector, on_done)
     own_trajectories, own_compared, num_answers = await _inspect_own(own, inspector, on_done)
-    material = Material(tuple(demonstrated), tuple(own_trajectories))
-    return Inspection(material, compared, own_compared, num_answers)
+    training_data = TrainingData(tuple(demonstrated), tuple(own_trajectories))
+    return Inspection(training_data, compared, own_compared, num_answers)
 
 
 # ------------------------------------------------------------------------------------------- demonstrations
@@ -112,9 +112,9 @@ def _demonstrated_state(expert: Step, samples: Sequence[Step], compared: Compare
     return State(expert.id, prompt, expert.completion_token_ids, own)
 
 
-def _own_action(step: Step, agrees: bool | None, num_versions_old: int = 0) -> OwnAction:
+def _own_action(step: Step, agrees: bool | None, num_versions_old: int = 0) -> PolicyAction:
     behavior = step.behavior_logprobs if step.behavior_logprobs and step.sampling.is_policy else ()
-    return OwnAction(step.id, step.completion_token_ids, behavior, agrees, num_versions_old)
+    return PolicyAction(step.id, step.completion_token_ids, behavior, agrees, num_versions_old)
 
 
 # ---------------------------------------------------------------------------------------------- own states

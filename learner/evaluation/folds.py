@@ -11,8 +11,7 @@ twin goes on from a twin that has not seen the fold either. Folds of equal size 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping
 
 from learner.data.held_out import place_of
 
@@ -21,19 +20,20 @@ NUM_FOLDS = 3
 ENOUGH_HELD_OUT = 24
 """With so many held-out demonstrations no folds are needed: they show a gain of 15 points."""
 
-Item = TypeVar("Item")
+
+def fold_of(group: str) -> int:
+    """The fold of a task's demonstrations, from 0. Independent of what is held out."""
+    return int(place_of(f"fold {group}") * NUM_FOLDS)
 
 
-def fold_of(name: str, num_folds: int = NUM_FOLDS) -> int:
-    """From 0. Independent of what is held out."""
-    return min(int(place_of(f"fold {name}") * num_folds), num_folds - 1)
+def needs_folds(num_held_out: int) -> bool:
+    """Whether the demonstrations that are trained on must judge too."""
+    return num_held_out < ENOUGH_HELD_OUT
 
 
-def num_folds_for(num_held_out: int, num_others: int) -> int:
-    """How many folds a gate needs; 0: the held-out demonstrations will do, or there is nothing to train on."""
-    return 0 if num_held_out >= ENOUGH_HELD_OUT or num_others == 1 else NUM_FOLDS
+def left_out(fold: int, groups_of: Mapping[str, frozenset[str]]) -> set[str]:
+    """Ids of the episodes, demonstrations and the policy's own, that the adapters of a fold must not be trained on.
 
-
-def without(fold: int, items: Sequence[Item], names: Sequence[str], num_folds: int = NUM_FOLDS) -> list[Item]:
-    """What the adapters of a fold are trained on: everything but the fold. `names` is parallel to the items."""
-    return [item for item, name in zip(items, names, strict=True) if fold_of(name, num_folds) != fold]
+    `groups_of`: of `learner.data.collect.Collected`.
+    """
+    return {episode for episode, groups in groups_of.items() if any(fold_of(group) == fold for group in groups)}

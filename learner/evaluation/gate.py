@@ -94,9 +94,9 @@ class Trials(Protocol[UnitT]):
 
 
 async def judge(
-    trials: Trials[Any], contest: Contest, level: float = ERROR_RATE, on_done: Callable[[int], object] = lambda _: None
+    trials: Trials[Any], contest: Contest, level: float = ERROR_RATE, on_done: Callable[[], object] = lambda: None
 ) -> GateDecision:
-    """Try until the answer is known; `on_done` is called with the number of units tried so far.
+    """Try until the answer is known; `on_done` is called after each unit.
 
     `level`: the error rate, from `level_for`.
     """
@@ -107,7 +107,8 @@ async def judge(
             for block in _until_each(looks, num_tried, units):
                 pairs += await trials.pairs(block, contestants)
                 num_tried += len(block)
-                on_done(num_tried)
+                for _ in block:
+                    on_done()
                 if num_tried in looks and test.look(gains(pairs), num_tried == test.num_pairs) is not Answer.OPEN:
                     break
         if test.answer is not Answer.OPEN:

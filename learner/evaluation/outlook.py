@@ -11,7 +11,7 @@ from math import ceil, sqrt
 from statistics import NormalDist
 from typing import Any
 
-from learner.evaluation.folds import num_folds_for
+from learner.evaluation.folds import needs_folds
 from learner.evaluation.sign_flips import fewest_pairs
 
 ERROR_RATE = 0.05
@@ -78,7 +78,7 @@ def evidence_outlook(
 
 def import_outlook(num_held_out: int, num_others: int, num_states: int, held_out_share: float) -> Outlook:
     """What all demonstrations of a server can show, and how many more would help: said after an import."""
-    if num_folds_for(num_held_out, num_others):
+    if needs_folds(num_held_out):
         return evidence_outlook(num_held_out + num_others, num_states)
     states = round(num_states * num_held_out / max(1, num_held_out + num_others))
     return evidence_outlook(num_held_out, states, "held-out demonstrations", judging_share=held_out_share or 1.0)

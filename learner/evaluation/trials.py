@@ -16,7 +16,7 @@ from statistics import fmean
 from learner.client import Endpoint
 from learner.data.collect import Collected, LoggedEpisode
 from learner.evaluation.evidence import Pair, Trial, paired
-from learner.evaluation.folds import fold_of, num_folds_for
+from learner.evaluation.folds import fold_of, needs_folds
 from learner.evaluation.gate import Contestants
 from learner.evaluation.outlook import Outlook, evidence_outlook
 from learner.evaluation.past_trials import PastTrials
@@ -62,15 +62,22 @@ class CycleTrials:
 
     @classmethod
     def of_cycle(
-        cls, acting: str, collected: Collected, endpoint: Endpoint, log: StepLog, world: World | None, num_tasks: int
+        cls,
+        acting: str,
+        collected: Collected,
+        endpoint: Endpoint,
+        log: StepLog,
+        world: World | None,
+        num_tasks: int,
+        by_folds: bool = False,
     ) -> CycleTrials:
         """The acting adapter draws the world's tasks: its trials can be used again until another one acts, and no line
-        of adapters is selected on the same tasks."""
+        of adapters is selected on the same tasks. `by_folds`: adapters of folds can be had."""
         fitting = fitting_world(world, [*collected.demonstrations, *collected.held_out])
         anchors = [Unit(anchor) for anchor in collected.anchors]
         anchors += [Unit(task_named(name, world)) for name in collected.anchor_tasks if world]
         if fitting is None:
-            units = _demonstrations(collected)
+            units = _demonstrations(collected, by_folds)
         else:
             size = fitting.splits["validation"]
             places = random.Random(acting).sample(range(size), min(num_tasks, size))
@@ -137,14 +144,18 @@ def task_named(name: str, world: World) -> Task:
     return world.task(split, int(index))
 
 
-def _demonstrations(collected: Collected) -> list[Unit]:
+def _demonstrations(collected: Collected, by_folds: bool) -> list[Unit]:
     """Those held out; and by folds the others, where these are too few."""
-    held_out = sorted((Unit(each) for each in collected.held_out), key=_order)
-    if not num_folds_for(len(held_out), len(collected.demonstrations)):
-        return held_out
-    group_of = collected.group_of
-    folded = [Unit(each, fold_of(group_of.get(each.episode.id, each.episode.id))) for each in collected.demonstrations]
-    return [*held_out, *sorted(folded, key=lambda unit: (unit.fold, _order(unit)))]
+    units = sorted((Unit(each) for each in collected.held_out), key=_order)
+    if by_folds and needs_folds(len(units)):
+        folded = [Unit(each, _fold(each, collected)) for each in collected.demonstrations]
+        units += sorted(folded, key=lambda unit: (unit.fold, _order(unit)))
+    return units
+
+
+def _fold(demonstration: LoggedEpisode, collected: Collected) -> int:
+    (group,) = collected.groups_of[demonstration.episode.id]
+    return fold_of(group)
 
 
 def _order(unit: Unit) -> str:

@@ -70,7 +70,7 @@ class Watch:
         worse = await asyncio.to_thread(self._why_worse, acting.name, acting.parent or BASE_ADAPTER)
         if worse is None:
             return None
-        await self._swap.rollback(worse, acting=acting.name)
+        await self._swap.rollback(worse, expected_acting=acting.name)
         _log.error("%s was rolled back: %s", acting.name, worse)
         return worse
 

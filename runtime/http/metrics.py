@@ -76,7 +76,7 @@ class _LearnerCollector(Collector):
         health = GaugeMetricFamily(
             "stepagent_learner_health", "What the newest cycle measured.", labels=["of", "measure"]
         )
-        for of, measures in self._cycles.health().items():
+        for of, measures in self._cycles.diagnostics().items():
             for measure, value in measures.items():
                 health.add_metric([of, measure], value)
         alive = GaugeMetricFamily("stepagent_learner_running", "1 while a cycle runs.")

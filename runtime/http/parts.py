@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from policies.chat_protocol import ChatProtocol
 from policies.types import Engine
 from runtime.adapters.swap import Swap
-from runtime.agent.loop import RunLimits
+from runtime.agent.budget import RunLimits
 from runtime.agent.tools import Toolbox
 from runtime.http.metrics import Metrics
 from runtime.learning.trigger import Learning

@@ -365,7 +365,7 @@ class AdapterChange(WireModel):
 class AdapterPromotion(AdapterChange):
     """Body of POST /v1/adapters/{name}/promote; may be left out."""
 
-    acting: str | None = None
+    expected_acting: str | None = None
     """What it was found to be better than (`base`: the base network). Where another adapter acts by now, nothing is
     changed."""
 

@@ -73,7 +73,7 @@ class LearnerProcess:
             raise LearnerBusy("a learner that was started by hand runs a cycle already; wait for its end")
         cycle = self._running = new_id("cycle")
         self._started.add(cycle)
-        where = ("--url", f"{self.url}/v1", "--state", str(self._state), "--parent", str(os.getpid()))
+        where = ("--url", f"{self.url}/v1", "--state", str(self._state), "--server-pid", str(os.getpid()))
         command = (sys.executable, "-m", "learner", "once", "--cycle", cycle, *where, *self._arguments, *options)
         with (self._state / LOG_FILE).open("ab") as output:
             self._process = await asyncio.create_subprocess_exec(

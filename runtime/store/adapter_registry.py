@@ -76,17 +76,6 @@ class AdapterEvent:
     """Unix seconds."""
 
 
-@dataclass(frozen=True, slots=True)
-class ActingChange:
-    """One move of the acting pointer."""
-
-    adapter: str | None
-    """None: to the base network."""
-    reason: str
-    created_at: float
-    """Unix seconds."""
-
-
 MODEL_CARD = "README.md"
 
 INCOMING = ".incoming-"
@@ -191,7 +180,7 @@ class AdapterRegistry:
         with self._lock:
             chain = self._chain()
             if not 1 <= num_back < len(chain):
-                raise RegistryError(f"nothing to roll back to: {self._line_in_words()}")
+                raise RegistryError(f"nothing to roll back to: {self._chain_in_words()}")
             target = chain[num_back]
             self._flip(target["adapter"], target["behind"], reason)
             return self.acting()
@@ -226,15 +215,10 @@ class AdapterRegistry:
         row = self._acting_row()
         return None if row is None or row["adapter"] is None else self.adapter(row["adapter"])
 
-    def line(self) -> tuple[Adapter | None, ...]:
+    def rollback_chain(self) -> tuple[Adapter | None, ...]:
         """The acting one, then what rollbacks would reach, one by one; the last is always the base network, None."""
         names = [row["adapter"] for row in self._chain()]
         return tuple(None if name is None else self.adapter(name) for name in names)
-
-    def acting_history(self) -> tuple[ActingChange, ...]:
-        """Every move of the acting pointer, oldest first."""
-        rows = self._rows("SELECT * FROM acting ORDER BY id")
-        return tuple(ActingChange(row["adapter"], row["reason"], row["created_at"]) for row in rows)
 
     # ----------------------------------------------------------------------------------------- inner rooms
 
@@ -314,8 +298,8 @@ class AdapterRegistry:
             row = rows.get(row["behind"])
         return [*chain, base]
 
-    def _line_in_words(self) -> str:
-        return ", before it ".join("the base network" if one is None else one.name for one in self.line())
+    def _chain_in_words(self) -> str:
+        return ", before it ".join("the base network" if one is None else one.name for one in self.rollback_chain())
 
     def _adapter_from(self, row: dict[str, Any]) -> Adapter:
         name = row["name"]

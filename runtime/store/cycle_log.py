@@ -54,11 +54,11 @@ class CycleLog:
         rows = self._rows("SELECT stage, count(*) AS num FROM cycle_status GROUP BY stage", [])
         return {row["stage"]: row["num"] for row in rows if row["stage"] in ENDINGS}
 
-    def health(self) -> dict[str, dict[str, float]]:
+    def diagnostics(self) -> dict[str, dict[str, float]]:
         """What the newest cycle that measured anything did, by what it was of: an objective, the discriminator, the
-        material."""
-        reports = (cycle["report"].get("health") for cycle in self.cycles(limit=50))
-        return next((health for health in reports if health), {})
+        training_data."""
+        reports = (cycle["report"].get("diagnostics") for cycle in self.cycles(limit=50))
+        return next((diagnostics for diagnostics in reports if diagnostics), {})
 
     def agreement(self, adapter: str) -> list[float]:
         """Expert agreement of an adapter's own steps in the newest cycle that judged any: 1 or 0, newest step first."""

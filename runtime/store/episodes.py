@@ -43,7 +43,6 @@ class StopReason(StrEnum):
     TOKEN_LIMIT = "token_limit"  # the context or the run's token budget was used up
     DEADLINE = "deadline"  # the run's time was used up
     MALFORMED = "malformed"  # client-run tools: the action could not be read; or too many in a row
-    WORLD_DONE = "world_done"  # the world's task reached an end
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,11 +31,11 @@ class CycleStage(StrEnum):
     PROMOTE = "promote"  # hands the best one to the runtime
     PROMOTED = "promoted"  # ended: a better adapter acts
     REFUSED = "refused"  # ended: no candidate was better
-    NO_LESSON = "no_lesson"  # ended: nothing to learn from, and why
+    NOTHING_TO_LEARN = "no_lesson"  # ended: nothing to learn from, and why
     FAILED = "failed"  # ended: something broke, and what
 
 
-ENDINGS = frozenset({CycleStage.PROMOTED, CycleStage.REFUSED, CycleStage.NO_LESSON, CycleStage.FAILED})
+ENDINGS = frozenset({CycleStage.PROMOTED, CycleStage.REFUSED, CycleStage.NOTHING_TO_LEARN, CycleStage.FAILED})
 
 
 class RewardSource(StrEnum):

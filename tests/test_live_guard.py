@@ -49,7 +49,7 @@ class Desk:
         for outcome in outcomes:
             episode = Episode(new_id("ep"), Actor.POLICY, purpose, adapter)
             taken = replace(step(episode.id), adapter=adapter)
-            self.log.append_now(episode, taken, Outcome(new_id("out"), episode.id, outcome, "user"))
+            self.log.append(episode, taken, Outcome(new_id("out"), episode.id, outcome, "user")).result()
             steps.append(taken.id)
         return steps
 
@@ -121,7 +121,7 @@ async def test_a_canary_that_does_worse_is_refused_and_one_that_does_not_acts(de
 async def test_a_rollback_that_comes_too_late_changes_nothing(desk: Desk) -> None:
     first, second = await desk.promoted(1), await desk.promoted(2)
     with pytest.raises(SwapError, match="does not act any more"):
-        await desk.swap.rollback("too late", acting=first)
+        await desk.swap.rollback("too late", expected_acting=first)
     assert desk.acting() == second
 
 
