@@ -20,6 +20,8 @@ from learner.evaluation.outlook import ERROR_RATE
 from learner.evaluation.sequential import Answer, SequentialTest
 from learner.evaluation.sign_flips import chance, fewest_pairs
 
+GUARD_RATE = 0.05
+"""How often, at most, a guard refuses a candidate though nothing got worse."""
 AS_MUCH_EVIDENCE = 0.8
 """An earlier attempt counts where it had so large a share of the trials that there are now."""
 
@@ -157,10 +159,10 @@ def _guarded(
     words: str, evidence: dict[str, Any], pairs: Sequence[Pair], anchors: Sequence[Pair]
 ) -> tuple[Verdict, str]:
     """The verdict on a candidate that gains: whether the gain has a price, beyond the noise."""
-    if chance([pair.malformed_rise for pair in pairs]) <= ERROR_RATE:
+    if chance([pair.malformed_rise for pair in pairs]) <= GUARD_RATE:
         rise = f"malformed actions rose from {evidence['acting_malformed']} to {evidence['candidate_malformed']}"
         return Verdict.MALFORMED, f"{rise} ({words})"
-    if anchors and chance([-gain for gain in gains(anchors)]) <= ERROR_RATE:
+    if anchors and chance([-gain for gain in gains(anchors)]) <= GUARD_RATE:
         scores = evidence["anchors"]
         fell = f"from {scores['acting_score']:.1%} to {scores['candidate_score']:.1%} on {len(anchors)} anchors"
         return Verdict.FORGETS, f"it got worse at what went well before: {fell} ({words})"

@@ -6,8 +6,8 @@ Design of Experiments, 21; for differences of 0 and 1 it is McNemar's exact test
 keeps its error rate at six pairs as at six hundred. A t test was refused: with few pairs of few values its error rate
 is not what it says.
 
-What is not covered: an adapter that is a little better nearly everywhere and far worse in a rare case has a mean gain
-of zero and passes where the rare case was not tried. No test on few pairs can see it; the canary can.
+What is not covered: an adapter that is a little better nearly everywhere and far worse in a rare case may have a mean
+gain of zero, and passes where the rare case was not tried. No test on few pairs can see that; a canary can.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def sign_patterns(num_pairs: int) -> np.ndarray:
     """(patterns, pairs) of +1 and -1; the first row is the observed pattern: all +1."""
     if 2**num_pairs <= NUM_PATTERNS:
         bits = np.arange(2**num_pairs)[:, None] >> np.arange(num_pairs)
-        return 1.0 - 2.0 * (bits & 1)
+        return np.asfortranarray(1.0 - 2.0 * (bits & 1))
     patterns = np.random.default_rng(0).choice([1.0, -1.0], size=(NUM_PATTERNS, num_pairs))
     patterns[0] = 1.0
-    return patterns
+    return np.asfortranarray(patterns)  # columns are read: the pairs between two looks
 
 
 def chance(differences: Sequence[float]) -> float:
