@@ -142,7 +142,8 @@ def decide(test: SequentialTest, pairs: Sequence[Pair], anchors: Sequence[Pair],
         **summary(pairs), "anchors": summary(anchors),
     }  # fmt: skip
     if not pairs:
-        words = f"none of {test.num_pairs} {kind} was finished under the acting adapter"
+        none = f"none of {test.num_pairs} {kind} was finished under the acting adapter"
+        words = none if test.num_pairs else f"there are no {kind} to try it on"
         return GateDecision(Verdict.UNDECIDED, words, evidence)
     gain, low = fmean(gains(pairs)), test.lower_bound(gains(pairs))
     evidence |= {"gain_low": low, "answer": test.answer.value}

@@ -15,8 +15,8 @@ from learner.evaluation.folds import needs_folds
 from learner.evaluation.sign_flips import fewest_pairs
 
 ERROR_RATE = 0.03
-"""Of the gate's test. It promotes at most in 5 % of the cases where nothing got better: what training makes of a fold by
-luck, which no test of the trials can see, adds to it (benchmarks/gate.py)."""
+"""Of the gate's test. Of the candidates that are no better, 5 % at most are to pass: what training makes of a fold by
+luck, which no test of its trials can see, adds to this (benchmarks/gate.py)."""
 POWER = 0.8
 """How often a gain that `can be shown` is shown."""
 BETWEEN = 0.15
