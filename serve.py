@@ -117,7 +117,7 @@ def build_parts(settings: Settings) -> Parts:
     from runtime.agent.tools import Toolbox
     from runtime.http.metrics import Metrics
     from runtime.http.parts import Parts
-    from runtime.learning.trigger import Learning
+    from runtime.learning.learning import Learning
     from runtime.store.adapter_registry import AdapterRegistry
     from runtime.store.step_log import StepLog, StepLogError
     from tools import load_tools

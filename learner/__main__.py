@@ -5,27 +5,26 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ctypes
-import fcntl
 import json
 import os
 import signal
 import sys
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from openai import APIStatusError, AsyncOpenAI, OpenAIError
 from tqdm import tqdm
 
 from learner.client import Endpoint
 from runtime.store.episodes import new_id
-from runtime.store.learning_log import LearningLog
+from runtime.store.learner_lock import only_learner
+from runtime.store.learning_log import LearningLog, LearningReader
 
 if TYPE_CHECKING:
-    from learner.cycle import CycleParts
+    from learner.cycle import CycleOptions
+    from learner.data.collaborators import Collaborators
     from learner.data.experts import Expert
     from learner.importing.demonstrations import ImportedDemonstration
 
@@ -126,22 +125,22 @@ def _once(options: argparse.Namespace, endpoint: Endpoint) -> int:
     if not (options.state / "agent.db").exists():
         print(f"there is no {options.state / 'agent.db'}: start the server first, or name its --state", file=sys.stderr)
         return 1
-    with _only_learner(options.state) as is_alone:
+    with only_learner(options.state) as is_alone:
         if not is_alone:
             print(f"another cycle runs on {options.state}: wait for its end", file=sys.stderr)
             return 3
-        parts = _cycle_parts(options, endpoint)
-        cut_off = parts.learning_log.fail_unfinished()
+        who = _collaborators(options, endpoint)
+        cut_off = who.learning_log.fail_unfinished()
         for cycle in cut_off:
             print(f"cycle {cycle} was cut off and is marked as failed")
 
         async def clear_up_and_run() -> CycleStage:
             if cut_off:
                 await endpoint.refuse_left_over(cut_off)
-            return await run_cycle(options.cycle or new_id("cycle"), parts)
+            return await run_cycle(options.cycle or new_id("cycle"), who, _cycle_options(options))
 
         stage = asyncio.run(clear_up_and_run())
-        _show(parts.learning_log, 1)
+        _show(who.learning_log, 1)
     return 1 if stage is CycleStage.FAILED else 0
 
 
@@ -155,60 +154,42 @@ def _live_beside(server: int) -> None:
         raise SystemExit(f"the server (process {server}) has ended")
 
 
-@contextmanager
-def _only_learner(state: Path) -> Iterator[bool]:
-    """Whether no other learner works on this state folder, as long as this goes on. Its death frees the place."""
-    with (state / "learner.lock").open("w") as lock:
-        yield _locks(lock)
-
-
-def _locks(lock: TextIO) -> bool:
-    """Waits a second for it: the server holds it for a moment when it looks whether a learner is alive."""
-    give_up_at = time.monotonic() + 1.0
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > give_up_at:
-                return False
-            time.sleep(0.02)
-
-
-def _cycle_parts(options: argparse.Namespace, endpoint: Endpoint) -> CycleParts:
-    from learner.cycle import CycleOptions, CycleParts
-    from learner.objectives.build import OBJECTIVES, ObjectiveOptions
-    from learner.training.trainer import TrainingOptions
+def _collaborators(options: argparse.Namespace, endpoint: Endpoint) -> Collaborators:
+    from learner.data.collaborators import Collaborators
     from policies.chat_protocol import ChatProtocol
     from runtime.store.step_log import StepLog
     from tools.worlds import load_world
 
-    log, world = (
-        StepLog(options.state / "agent.db", read_only=True),
-        load_world(options.world) if options.world else None,
-    )
-    training = TrainingOptions(seed=options.seed, **_given(options, _TRAINING))
-    objectives = tuple(name for name in options.objectives.split(",") if name) or CycleOptions().objectives
-    if unknown := set(objectives) - OBJECTIVES.keys():
-        raise SystemExit(f"no objective is called {min(unknown)!r}; there are: {', '.join(OBJECTIVES)}")
-    return CycleParts(
+    log = StepLog(options.state / "agent.db", read_only=True)
+    world = load_world(options.world) if options.world else None
+    return Collaborators(
         endpoint=endpoint,
         log=log,
-        learning_log=LearningLog(options.state / "agent.db"),
+        learning_log=LearningLog(options.state),
         protocol=ChatProtocol.load(options.model, options.response_template),
         world=world,
         experts=_experts(options, log, world),
         base=options.model,
         state=options.state,
-        options=CycleOptions(
-            objectives=objectives,
-            num_samples=options.samples,
-            gate_tasks=options.gate_tasks,
-            canary_share=options.canary_share,
-            training=training,
-            objective=ObjectiveOptions(**_given(options, _OBJECTIVE)),
-            device=options.device,
-        ),
+    )
+
+
+def _cycle_options(options: argparse.Namespace) -> CycleOptions:
+    from learner.cycle import CycleOptions
+    from learner.objectives.build import OBJECTIVES, ObjectiveOptions
+    from learner.training.trainer import TrainingOptions
+
+    objectives = tuple(name for name in options.objectives.split(",") if name) or CycleOptions().objectives
+    if unknown := set(objectives) - OBJECTIVES.keys():
+        raise SystemExit(f"no objective is called {min(unknown)!r}; there are: {', '.join(OBJECTIVES)}")
+    return CycleOptions(
+        objectives=objectives,
+        num_samples=options.samples,
+        gate_tasks=options.gate_tasks,
+        canary_share=options.canary_share,
+        training=TrainingOptions(seed=options.seed, **_given(options, _TRAINING)),
+        objective=ObjectiveOptions(**_given(options, _OBJECTIVE)),
+        device=options.device,
     )
 
 
@@ -287,11 +268,11 @@ def _status(options: argparse.Namespace) -> int:
     if not database.exists():
         print(f"there is no {database}: start the server first, or name its --state", file=sys.stderr)
         return 1
-    _show(LearningLog(database), 20)
+    _show(LearningReader(options.state), 20)
     return 0
 
 
-def _show(learning_log: LearningLog, limit: int) -> None:
+def _show(learning_log: LearningReader, limit: int) -> None:
     cycles = learning_log.cycles(limit)
     print(f"{len(cycles)} cycles" + (", newest first" if len(cycles) > 1 else ""))
     for status in cycles:

@@ -17,7 +17,7 @@ from learner.objectives.build import OBJECTIVES, NothingToLearn, ObjectiveOption
 from learner.objectives.objectives import Likelihood, Objective, PolicyGradient, StepPreference, TrajectoryPreference
 from learner.packing.prefix_tree import ScoredSequence, pack_sequences
 from learner.packing.scoring import SequenceLogprobs, score, to_batch
-from tests.test_batch import NETWORKS, plain_logprobs
+from tests.networks import NETWORKS, plain_logprobs
 
 torch.set_num_threads(1)
 

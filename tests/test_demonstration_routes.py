@@ -9,13 +9,13 @@ from typing import Any
 
 import httpx
 import pytest
-from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from learner.importing.demonstrations import ImportedDemonstration, read_record
 from policies.chat_protocol import ChatProtocol, message_action
 from policies.types import EngineLimits, FinalAnswer, Message, ToolCalls
 from runtime.agent.conversation import history_of
 from runtime.store.episodes import Actor, Step, StopReason
+from tests.demonstrations import expert_demonstration, post
 from tests.serving import MODEL, VOCAB_SIZE, SayingEngine, Served, parts_of, served
 from tools.worlds.order_desk import OrderDesk
 
@@ -33,22 +33,6 @@ def server(protocol: ChatProtocol, tmp_path_factory: pytest.TempPathFactory) -> 
     engine = SayingEngine(protocol, limits=limits)
     with served(parts_of(engine, protocol, tmp_path_factory.mktemp("demonstrations"))) as running:
         yield running
-
-
-def expert_demonstration(index: int, **said: Any) -> dict[str, Any]:
-    """What the order desk's expert does with a task, from the first message to its answer."""
-    task = WORLD.task("train", index)
-    episode = WORLD.open(task)
-    messages = [*task.messages, episode.expert_action()]
-    while messages[-1].get("tool_calls"):
-        messages += episode.play(messages[-1])
-        messages.append(episode.expert_action())
-    tools = [convert_to_openai_tool(tool) for tool in episode.tools]
-    return {"messages": messages, "tools": tools, "task": task.id, **said}
-
-
-def post(server: Served, *demonstrations: dict[str, Any]) -> httpx.Response:
-    return httpx.post(f"{server.url}/v1/demonstrations", json={"demonstrations": demonstrations}, timeout=30)
 
 
 def imported(server: Served, demonstration: dict[str, Any]) -> list[Step]:

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.gate import Crowd, any_of, looking, rate
 from learner.evaluation.evidence import UNFINISHED, Pair, Trial, paired
-from learner.evaluation.gate import Contestants, GateDecision, Verdict, judge, level_for, num_earlier
+from learner.evaluation.gate import Contestants, Finding, GateDecision, judge, level_for, num_earlier
 from learner.evaluation.outlook import ERROR_RATE
 
 
@@ -76,11 +76,8 @@ def test_noise_is_rarely_taken_for_a_gain_however_many_candidates_are_tried() ->
 
 
 def test_a_cycle_that_is_repeated_on_the_same_evidence_is_held_to_more() -> None:
-    def decided(num_planned: int) -> dict[str, object]:
-        return {"evidence": {"num_planned": num_planned}}
-
-    assert num_earlier([decided(10), decided(10), decided(7), {"evidence": {}}], 10) == 2
-    assert num_earlier([decided(10)], 16) == 0
+    assert num_earlier([{"num_planned": 10}, {"num_planned": 10}, {"num_planned": 7}, {}], 10) == 2
+    assert num_earlier([{"num_planned": 10}], 16) == 0
     assert level_for(2, 2) == ERROR_RATE / 4
 
 
@@ -89,7 +86,7 @@ def test_a_cycle_that_is_repeated_on_the_same_evidence_is_held_to_more() -> None
 
 async def test_a_clear_gain_passes_with_its_evidence() -> None:
     decision = await judged(scores([1.0] * 16, [1.0] * 8 + [0.0] * 8))
-    assert (decision.verdict, decision.promote) == (Verdict.BETTER, True)
+    assert (decision.finding, decision.promote) == (Finding.BETTER, True)
     assert decision.evidence["gain"] == 0.5
     assert 0 < decision.evidence["gain_low"] < 0.5
     assert (decision.evidence["num_trials"], len(decision.evidence["pairs"])) == (16, 16)
@@ -98,14 +95,14 @@ async def test_a_clear_gain_passes_with_its_evidence() -> None:
 
 async def test_equal_and_worse_candidates_are_refused() -> None:
     same = [1.0, 0.0] * 50
-    assert (await judged(scores(same, same))).verdict is Verdict.NOT_BETTER
-    assert (await judged(scores([0.0] * 100, same))).verdict is Verdict.NOT_BETTER
+    assert (await judged(scores(same, same))).finding is Finding.NOT_BETTER
+    assert (await judged(scores([0.0] * 100, same))).finding is Finding.NOT_BETTER
 
 
 async def test_a_small_gain_on_few_tasks_is_left_to_more_evidence_or_a_person() -> None:
-    assert (await judged(scores([1.0] * 6 + [0.0] * 4, [1.0] * 5 + [0.0] * 5))).verdict is Verdict.UNDECIDED
+    assert (await judged(scores([1.0] * 6 + [0.0] * 4, [1.0] * 5 + [0.0] * 5))).finding is Finding.UNDECIDED
     decision = await judged(scores([1.0] * 4, [0.0] * 4))
-    assert decision.verdict is Verdict.UNDECIDED
+    assert decision.finding is Finding.UNDECIDED
     assert "no gain at all can be shown on fewer than 6" in decision.reason
 
 
@@ -118,7 +115,7 @@ async def test_no_trials_decide_nothing() -> None:
 
 async def test_more_malformed_actions_are_refused_whatever_the_gain() -> None:
     decision = await judged(scores([1.0] * 50, [0.0] * 50, num_malformed=1))
-    assert decision.verdict is Verdict.MALFORMED
+    assert decision.finding is Finding.MALFORMED
     assert "malformed actions rose from 0 to" in decision.reason
 
 
@@ -140,7 +137,7 @@ async def test_a_trial_that_only_the_candidate_could_not_finish_has_failed() -> 
 async def test_a_candidate_that_forgets_what_went_well_is_refused_whatever_it_gains() -> None:
     gained = scores([1.0] * 16, [0.0] * 16)
     forgetting = await judged(gained, anchors=scores([0.0] * 5 + [1.0] * 3, [1.0] * 8))
-    assert forgetting.verdict is Verdict.FORGETS
+    assert forgetting.finding is Finding.FORGETS
     assert "from 100.0% to 37.5% on 8 anchors" in forgetting.reason
     assert (await judged(gained, anchors=scores([0.0] + [1.0] * 7, [1.0] * 8))).promote  # within the noise
     assert (await judged(gained, anchors=scores([0.2] * 8, [0.2] * 8))).promote

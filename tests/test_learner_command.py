@@ -12,8 +12,8 @@ import pytest
 
 from learner.__main__ import main
 from tests.conftest import ServeScripted
+from tests.demonstrations import expert_demonstration
 from tests.serving import wait_until
-from tests.test_demonstration_routes import expert_demonstration
 
 
 def jsonl(path: Path, *records: object) -> Path:

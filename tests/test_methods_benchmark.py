@@ -17,7 +17,7 @@ from learner.objectives.objectives import action_sequence
 from learner.training.trainer import Trainer, TrainingOptions
 from policies.chat_protocol import ChatProtocol, action_message, message_action
 from policies.novice.build import NOVICE_PATH, roll_out
-from tests.test_trainer import expert_rows
+from tests.expert_sequences import expert_rows
 
 torch.set_num_threads(1)
 TASKS = [WORLD.task("train", index) for index in range(12)]

@@ -25,9 +25,9 @@ from policies.adapters.probe import write_probe
 from policies.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.learning_log import CycleStage
+from tests.cycles import QUICK, WORLD, run
+from tests.demonstrations import expert_demonstration
 from tests.serving import NOVICE_FOLDER, Served, parts_of, served, wait_until
-from tests.test_cycle import QUICK, WORLD, run
-from tests.test_demonstration_routes import expert_demonstration
 from tests.tiny_adapters import randomise_lora, true_probe
 
 QUESTION = {"role": "user", "content": "Order 1000 has come in. Please see to it."}

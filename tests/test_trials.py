@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from learner.client import Endpoint, StateTrial
+from learner.client import StateTrial
 from learner.data.collect import Collected, CollectionOptions, collect
 from learner.evaluation.folds import NUM_FOLDS, fold_of, left_out
 from learner.evaluation.gate import Contestants
@@ -19,8 +19,9 @@ from policies.chat_protocol import ChatProtocol
 from policies.types import SampledToken
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.episodes import Actor, Outcome, Purpose, new_id
+from tests.cycles import collaborators
+from tests.demonstrations import expert_demonstration, post
 from tests.serving import MODEL, SayingEngine, Served, parts_of, served
-from tests.test_demonstration_routes import expert_demonstration, post
 from tools.worlds.order_desk import OrderDesk
 from tools.worlds.world import World
 
@@ -34,11 +35,16 @@ def collected(server: Served, share: float, world: World | None = None, **option
 
 
 def trials_of(
-    server: Served, share: float = 1.0, world: World | None = None, num_tasks: int = 4, by_folds: bool = False
+    server: Served,
+    folder: Path,
+    share: float = 1.0,
+    world: World | None = None,
+    num_tasks: int = 4,
+    by_folds: bool = False,
 ) -> CycleTrials:
-    endpoint = Endpoint(server.async_client())
-    found = collected(server, share, world)
-    return CycleTrials.of_cycle("base", found, endpoint, server.parts.log, world, num_tasks, by_folds)
+    return CycleTrials.of_cycle(
+        "base", collected(server, share, world), collaborators(server, folder, world=world), num_tasks, by_folds
+    )
 
 
 def num_evaluations(server: Served) -> int:
@@ -59,7 +65,7 @@ def saying(protocol: ChatProtocol, folder: Path, *says: Any) -> Iterator[Served]
 
 def test_a_demonstrations_score_is_the_mean_agreement_over_its_states(protocol: ChatProtocol, tmp_path: Path) -> None:
     with saying(protocol, tmp_path, *["Hello."] * 100) as server:
-        trials = trials_of(server)
+        trials = trials_of(server, tmp_path)
         (pair,) = asyncio.run(trials.pairs(trials.units, BOTH_BASE))
     assert (pair.candidate.score, pair.acting.score) == (0.5, 0.5)
     assert trials.kind == "held-out demonstrations"
@@ -72,7 +78,7 @@ def test_where_both_are_sure_of_the_same_one_draw_is_made(
 ) -> None:
     tokens = [SampledToken(token, logprob) for token in protocol.encode("Hello.<|im_end|>")]
     with saying(protocol, tmp_path, *[tokens] * 8) as server:
-        trials = trials_of(server)
+        trials = trials_of(server, tmp_path)
         asyncio.run(trials.pairs(trials.units, BOTH_BASE))
         assert num_evaluations(server) == 2 * 2 * num_draws  # states, adapters
 
@@ -82,7 +88,7 @@ def test_trials_are_repeated_neither_in_a_cycle_nor_in_the_next(
 ) -> None:
     with served(parts_of(engine, protocol, tmp_path)) as server:
         post(server, expert_demonstration(1)).raise_for_status()
-        first, again = trials_of(server), trials_of(server)
+        first, again = trials_of(server, tmp_path), trials_of(server, tmp_path)
         pairs = asyncio.run(first.pairs(first.units, BOTH_BASE))
         made = num_evaluations(server)
         assert asyncio.run(first.pairs(first.units, BOTH_BASE)) == pairs
@@ -95,7 +101,7 @@ def test_a_worlds_tasks_are_tried_with_the_same_luck_and_found_again(
     engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
 ) -> None:
     with served(parts_of(engine, protocol, tmp_path)) as server:
-        trials, again = trials_of(server, world=WORLD), trials_of(server, world=WORLD)
+        trials, again = trials_of(server, tmp_path, world=WORLD), trials_of(server, tmp_path, world=WORLD)
         assert trials.units == again.units  # the same as long as the same adapter acts
         pairs = asyncio.run(trials.pairs(trials.units, BOTH_BASE))
         assert all(pair.candidate == pair.acting for pair in pairs)
@@ -113,17 +119,17 @@ def test_an_outcome_that_somebody_made_up_changes_no_trial(
     engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
 ) -> None:
     with served(parts_of(engine, protocol, tmp_path)) as server:
-        trials = trials_of(server, world=WORLD)
+        trials = trials_of(server, tmp_path, world=WORLD)
         pairs = asyncio.run(trials.pairs(trials.units, BOTH_BASE))
         for episode in server.parts.log.episodes(limit=1000, purpose=Purpose.EVALUATION):
             server.parts.log.append(Outcome(new_id("out"), episode.id, 0.5, "world")).result()
-        again = trials_of(server, world=WORLD)
+        again = trials_of(server, tmp_path, world=WORLD)
         assert asyncio.run(again.pairs(again.units, BOTH_BASE)) == pairs
 
 
 def test_a_request_that_only_bears_a_trials_name_is_not_taken_for_it(protocol: ChatProtocol, tmp_path: Path) -> None:
     with saying(protocol, tmp_path, "Hello.") as server:
-        trials = trials_of(server)
+        trials = trials_of(server, tmp_path)
         (held_out,) = collected(server, 1.0).held_out
         state = held_out.states()[0]
         trial = StateTrial(state.messages, state.step.tools, 0, 4 * len(state.step.completion_token_ids) + 64)
@@ -138,7 +144,7 @@ def test_few_demonstrations_all_judge_each_by_a_fold_that_was_not_trained_on_it(
 ) -> None:
     with served(parts_of(SayingEngine(protocol), protocol, tmp_path)) as server:
         post(server, *(expert_demonstration(number) for number in range(12))).raise_for_status()
-        trials = trials_of(server, share=0.2, by_folds=True)
+        trials = trials_of(server, tmp_path, share=0.2, by_folds=True)
         found = collected(server, 0.2)
     assert len(trials.units) == 12
     assert trials.kind == "demonstrations"
@@ -217,8 +223,7 @@ def test_anchors_that_a_user_lists_are_tried_and_unknown_ones_are_told(protocol:
         listed = (demonstration.id, "order_desk/train/3")
         found = collected(server, 0.0, WORLD, anchors=listed)
         assert (found.demonstrations, found.held_out) == ([], [])
-        endpoint = Endpoint(server.async_client())
-        trials = CycleTrials.of_cycle("base", found, endpoint, server.parts.log, WORLD, 4)
+        trials = CycleTrials.of_cycle("base", found, collaborators(server, tmp_path), 4)
         assert [unit.name for unit in trials.anchors] == list(listed)
         assert len(asyncio.run(trials.pairs(trials.anchors, BOTH_BASE))) == 2
         with pytest.raises(ValueError, match="'ep_none' is neither a logged episode nor a task of the world"):

@@ -7,7 +7,7 @@ by five points.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -26,7 +26,7 @@ AS_MUCH_EVIDENCE = 0.8
 """An earlier attempt counts where it had so large a share of the trials that there are now."""
 
 
-class Verdict(StrEnum):
+class Finding(StrEnum):
     """What the gate says of a candidate."""
 
     BETTER = "better"  # it may act
@@ -40,13 +40,13 @@ class Verdict(StrEnum):
 class GateDecision:
     """What the gate says, why, and on what evidence."""
 
-    verdict: Verdict
+    finding: Finding
     reason: str
     evidence: dict[str, Any]
 
     @property
     def promote(self) -> bool:
-        return self.verdict is Verdict.BETTER
+        return self.finding is Finding.BETTER
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +57,10 @@ class Contestants:
     acting: str
 
 
-Contest = Callable[[int | None], AbstractAsyncContextManager[Contestants]]
+Contest = Callable[[int | None], AbstractAsyncContextManager[Contestants | None]]
 """Makes the contestants of a fold ready for as long as it is entered; of None: candidate and acting adapter themselves.
-A fold's are both trained without it. It is entered once a fold, and only while the answer is not known."""
+A fold's are both trained without it. It is entered once a fold, and only while the answer is not known. It gives None
+for a fold that has no contestants: its units are not tried."""
 
 
 class Tried(Protocol):
@@ -107,7 +108,7 @@ async def judge(
     for fold, units in groupby(trials.units, key=lambda unit: unit.fold):
         async with contest(fold) as contestants:
             for block in _until_each(looks, num_tried, units):
-                pairs += await trials.pairs(block, contestants)
+                pairs += await trials.pairs(block, contestants) if contestants else []
                 num_tried += len(block)
                 for _ in block:
                     on_done()
@@ -118,7 +119,7 @@ async def judge(
     anchors = list[Pair]()
     if test.answer is Answer.SHOWN and trials.anchors:
         async with contest(None) as contestants:
-            anchors = await trials.pairs(trials.anchors, contestants)
+            anchors = await trials.pairs(trials.anchors, contestants) if contestants else []
     return decide(test, pairs, anchors, trials.kind)
 
 
@@ -144,7 +145,7 @@ def decide(test: SequentialTest, pairs: Sequence[Pair], anchors: Sequence[Pair],
     if not pairs:
         none = f"none of {test.num_pairs} {kind} was finished under the acting adapter"
         words = none if test.num_pairs else f"there are no {kind} to try it on"
-        return GateDecision(Verdict.UNDECIDED, words, evidence)
+        return GateDecision(Finding.UNDECIDED, words, evidence)
     gain, low = fmean(gains(pairs)), test.lower_bound(gains(pairs))
     evidence |= {"gain_low": low, "answer": test.answer.value}
     words = f"gain {gain:+.1%} on {len(pairs)} of {test.num_pairs} {kind}, lower bound {low:+.1%}"
@@ -153,21 +154,21 @@ def decide(test: SequentialTest, pairs: Sequence[Pair], anchors: Sequence[Pair],
     if len(pairs) < fewest_pairs(test.level):
         words += f"; no gain at all can be shown on fewer than {fewest_pairs(test.level)}"
     is_open = gain > 0 and test.answer is Answer.NOT_SHOWN
-    return GateDecision(Verdict.UNDECIDED if is_open else Verdict.NOT_BETTER, words, evidence)
+    return GateDecision(Finding.UNDECIDED if is_open else Finding.NOT_BETTER, words, evidence)
 
 
 def _guarded(
     words: str, evidence: dict[str, Any], pairs: Sequence[Pair], anchors: Sequence[Pair]
-) -> tuple[Verdict, str]:
-    """The verdict on a candidate that gains: whether the gain has a price, beyond the noise."""
+) -> tuple[Finding, str]:
+    """What is found of a candidate that gains: whether the gain has a price, beyond the noise."""
     if chance([pair.malformed_rise for pair in pairs]) <= GUARD_RATE:
         rise = f"malformed actions rose from {evidence['acting_malformed']} to {evidence['candidate_malformed']}"
-        return Verdict.MALFORMED, f"{rise} ({words})"
+        return Finding.MALFORMED, f"{rise} ({words})"
     if anchors and chance([-gain for gain in gains(anchors)]) <= GUARD_RATE:
         scores = evidence["anchors"]
         fell = f"from {scores['acting_score']:.1%} to {scores['candidate_score']:.1%} on {len(anchors)} anchors"
-        return Verdict.FORGETS, f"it got worse at what went well before: {fell} ({words})"
-    return Verdict.BETTER, words
+        return Finding.FORGETS, f"it got worse at what went well before: {fell} ({words})"
+    return Finding.BETTER, words
 
 
 def level_for(num_candidates: int, num_earlier: int) -> float:
@@ -179,7 +180,10 @@ def level_for(num_candidates: int, num_earlier: int) -> float:
     return ERROR_RATE / (num_candidates + num_earlier)
 
 
-def num_earlier(decisions: Sequence[dict[str, Any]], num_planned: int) -> int:
-    """How many of the decisions against the adapter that acts were made on about as much evidence as there is now."""
-    planned = [decision["evidence"].get("num_planned", 0) for decision in decisions]
+def num_earlier(evidence_against: Sequence[Mapping[str, Any]], num_planned: int) -> int:
+    """How many candidates were held against the adapter that acts on about as much evidence as there is now.
+
+    `evidence_against`: of all decisions against it.
+    """
+    planned = [evidence.get("num_planned", 0) for evidence in evidence_against]
     return sum(AS_MUCH_EVIDENCE * num_planned <= number for number in planned)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from math import log
 from statistics import fmean
 
-from learner.client import Endpoint, StateTrial
+from learner.client import StateTrial
+from learner.data.collaborators import Collaborators
 from learner.data.collect import LoggedState
 from learner.data.comparison import Verdict, compare
 from learner.data.experts import same_effect_at
@@ -20,7 +21,6 @@ from learner.evaluation.evidence import Trial
 from learner.evaluation.gate import Contestants
 from learner.evaluation.past_trials import PastTrials
 from runtime.store.episodes import Step
-from runtime.store.step_log import StepLog
 from tools.worlds.world import World
 
 NUM_DRAWS = 2
@@ -41,12 +41,7 @@ class TriedState:
 
 
 async def try_states(
-    states: Sequence[LoggedState],
-    contestants: Contestants,
-    endpoint: Endpoint,
-    log: StepLog,
-    past: PastTrials,
-    world: World | None,
+    states: Sequence[LoggedState], contestants: Contestants, who: Collaborators, past: PastTrials
 ) -> tuple[list[TriedState], list[TriedState]]:
     """(candidate's, acting adapter's), each parallel to the states."""
     adapters = (contestants.candidate, contestants.acting)
@@ -54,13 +49,13 @@ async def try_states(
     places = list(range(len(states)))
     for number in range(NUM_DRAWS):
         trials = [_trial(states[place], number) for place in places]
-        sides = await asyncio.gather(*(_draw(trials, adapter, endpoint, log, past) for adapter in adapters))
+        sides = await asyncio.gather(*(_draw(trials, adapter, who, past) for adapter in adapters))
         for steps, side in zip(drawn, sides, strict=True):
             for place, step in zip(places, side, strict=True):
                 steps[place] += [step] if step else []
         places = [place for place, *both in zip(places, *sides, strict=True) if not _are_alike(*both)]
     candidate, acting = (
-        [_tried(state, each, world) for state, each in zip(states, steps, strict=True)] for steps in drawn
+        [_tried(state, each, who.world) for state, each in zip(states, steps, strict=True)] for steps in drawn
     )
     return candidate, acting
 
@@ -78,15 +73,13 @@ def _trial(state: LoggedState, number: int) -> StateTrial:
     return StateTrial(state.messages, state.step.tools, number, longest)
 
 
-async def _draw(
-    trials: Sequence[StateTrial], adapter: str, endpoint: Endpoint, log: StepLog, past: PastTrials
-) -> list[Step | None]:
+async def _draw(trials: Sequence[StateTrial], adapter: str, who: Collaborators, past: PastTrials) -> list[Step | None]:
     """Drawn anew only where the log does not hold it."""
     drawn = [past.of_state(adapter, trial) for trial in trials]
     missing = [place for place, step in enumerate(drawn) if step is None]
-    step_ids = await endpoint.try_states([trials[place] for place in missing], adapter)
+    step_ids = await who.endpoint.try_states([trials[place] for place in missing], adapter)
     for place, step_id in zip(missing, step_ids, strict=True):
-        if step_id and (step := log.step(step_id)):
+        if step_id and (step := who.log.step(step_id)):
             drawn[place] = step
             past.remember(adapter, trials[place].name, step.episode_id)
     return drawn

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from learner.client import Endpoint
+from learner.data.collaborators import Collaborators
 from learner.data.collect import Collected, LoggedEpisode
 from learner.evaluation.evidence import Pair, Trial, paired
 from learner.evaluation.folds import fold_of, needs_folds
@@ -22,7 +22,6 @@ from learner.evaluation.outlook import Outlook, evidence_outlook
 from learner.evaluation.past_trials import PastTrials
 from learner.evaluation.state_trials import score, try_states
 from policies.types import ToolCalls
-from runtime.store.step_log import StepLog
 from tools.worlds.world import Task, World
 
 TEMPERATURE = 1.0
@@ -52,9 +51,7 @@ class Unit:
 class CycleTrials:
     """What each adapter is tried on. Nothing of it was trained on by the adapters that try it."""
 
-    endpoint: Endpoint
-    log: StepLog
-    world: World | None
+    who: Collaborators
     units: tuple[Unit, ...]
     """Those that need no fold first, then fold by fold; else in an order that only names decide."""
     anchors: tuple[Unit, ...]
@@ -62,17 +59,11 @@ class CycleTrials:
 
     @classmethod
     def of_cycle(
-        cls,
-        acting: str,
-        collected: Collected,
-        endpoint: Endpoint,
-        log: StepLog,
-        world: World | None,
-        num_tasks: int,
-        by_folds: bool = False,
+        cls, acting: str, collected: Collected, who: Collaborators, num_tasks: int, by_folds: bool = False
     ) -> CycleTrials:
         """The acting adapter draws the world's tasks: its trials can be used again until another one acts, and no line
         of adapters is selected on the same tasks. `by_folds`: adapters of folds can be had."""
+        world = who.world
         fitting = fitting_world(world, [*collected.demonstrations, *collected.held_out])
         anchors = [Unit(anchor) for anchor in collected.anchors]
         anchors += [Unit(task_named(name, world)) for name in collected.anchor_tasks if world]
@@ -82,7 +73,7 @@ class CycleTrials:
             size = fitting.splits["validation"]
             places = random.Random(acting).sample(range(size), min(num_tasks, size))
             units = [Unit(fitting.task("validation", place)) for place in places]
-        return cls(endpoint, log, world, tuple(units), tuple(anchors), PastTrials(log, world))
+        return cls(who, tuple(units), tuple(anchors), PastTrials(who.log, world))
 
     @property
     def kind(self) -> str:
@@ -116,11 +107,11 @@ class CycleTrials:
 
     async def _task_trials(self, tasks: Sequence[Task], adapter: str) -> list[Trial | None]:
         """Tried anew only where the log does not tell how it went."""
-        if self.world is None:
+        if self.who.world is None:
             return []
         trials = {task.id: self.past.of_task(adapter, task, SEED) for task in tasks}
         missing = [task for task in tasks if trials[task.id] is None]
-        attempts = await self.endpoint.evaluate(self.world, missing, adapter, TEMPERATURE, lambda: None, SEED)
+        attempts = await self.who.endpoint.evaluate(self.who.world, missing, adapter, TEMPERATURE, lambda: None, SEED)
         for attempt in attempts:
             if not attempt.error:
                 trials[attempt.task_id] = Trial(attempt.outcome, attempt.num_malformed)
@@ -130,7 +121,7 @@ class CycleTrials:
     async def _try_demonstrations(self, units: Sequence[Unit], contestants: Contestants) -> list[Pair | None]:
         subjects = [unit.subject for unit in units if not isinstance(unit.subject, Task)]
         states = [state for subject in subjects for state in subject.states()]
-        candidate, acting = await try_states(states, contestants, self.endpoint, self.log, self.past, self.world)
+        candidate, acting = await try_states(states, contestants, self.who, self.past)
         pairs, begin = list[Pair | None](), 0
         for unit in units:
             own = slice(begin, begin := begin + unit.num_states)

@@ -68,7 +68,7 @@ def adapter_routes(parts: Parts) -> APIRouter:
 
 async def _register(registry: AdapterRegistry, body: AdapterRegistration) -> Adapter:
     try:
-        return await asyncio.to_thread(registry.register, Path(body.path), body.parent, body.reason)
+        return await asyncio.to_thread(registry.register, Path(body.path), body.parent, body.reason, body.cycle)
     except OSError as error:  # no permission, too long a name, a full disk
         raise ApiError(
             409, f"the adapter could not be copied in: {error.strerror}", "adapter_refused", "path"
@@ -86,6 +86,7 @@ def _record(registry: AdapterRegistry, adapter: Adapter) -> dict[str, Any]:
         "parent": adapter.parent,
         "digest": adapter.digest,
         "rank": adapter.rank,
+        "cycle": registry.cycle_of(adapter.name),
         "is_acting": registry.acting() == adapter,
         "events": [asdict(event) for event in events],
     }

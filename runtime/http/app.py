@@ -50,7 +50,7 @@ def create_app(parts: Parts) -> FastAPI:
             await parts.learning.process.close()
 
     if parts.learning is not None:
-        parts.metrics.show_cycles(parts.learning.cycles)
+        parts.metrics.show_cycles(parts.learning.log)
     app = FastAPI(title="StepAgent", version="0.1.0", lifespan=lifespan, responses=ERROR_RESPONSES)
     install_error_handlers(app)
     of_agent = (chat_routes, response_routes, episode_routes, demonstration_routes)

@@ -10,7 +10,7 @@ from runtime.adapters.swap import Swap
 from runtime.agent.budget import RunLimits
 from runtime.agent.tools import Toolbox
 from runtime.http.metrics import Metrics
-from runtime.learning.trigger import Learning
+from runtime.learning.learning import Learning
 from runtime.store.adapter_registry import AdapterRegistry
 from runtime.store.step_log import StepLog
 

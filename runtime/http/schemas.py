@@ -354,6 +354,8 @@ class AdapterRegistration(WireModel):
     parent: str | None = None
     """Name of the adapter it was trained from; without it, from the base network."""
     reason: _Reason = ""
+    cycle: str | None = Field(None, max_length=128)
+    """The learner's cycle that made it; without it, somebody else did."""
 
 
 class AdapterChange(WireModel):
