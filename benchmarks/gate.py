@@ -123,11 +123,12 @@ def of_fixed_size(gains: Sequence[float], level: float = ERROR_RATE) -> tuple[bo
     return chance(gains) <= level, 1.0
 
 
-def the_gate_before(gains: Sequence[float], level: float = ERROR_RATE) -> tuple[bool, float]:
+def the_gate_before(gains: Sequence[float], _: float = ERROR_RATE) -> tuple[bool, float]:
+    """At the error rate that it had."""
     held_out = list(gains)[: round(len(gains) / 5)]
     if len(held_out) < 8:
         return False, 0.2
-    quantile = student_quantile(1 - level, len(held_out) - 1)
+    quantile = student_quantile(0.95, len(held_out) - 1)
     return fmean(held_out) > quantile * stdev(held_out) / sqrt(len(held_out)), 0.2
 
 
