@@ -20,6 +20,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from runtime import __version__
+
 
 class Settings(BaseSettings):
     """Serve an agent over OpenAI-compatible HTTP and log every step it takes.
@@ -139,8 +141,11 @@ def _is_loopback(host: str) -> bool:
 def parse_settings(arguments: list[str]) -> Settings:
     """Settings from the command line, the environment and the TOML file, in this order of precedence.
 
-    Ends the process with a sentence on stderr and exit code 2 where a value is wrong.
+    Ends the process with a sentence on stderr and exit code 2 where a value is wrong; `--version` prints and ends it.
     """
+    if "--version" in arguments:
+        print(f"StepAgent {__version__}")
+        raise SystemExit(0)
     try:
         return CliApp.run(Settings, cli_args=arguments)
     except ValidationError as error:

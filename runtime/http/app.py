@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from runtime import __version__
 from runtime.http.adapters import adapter_routes
 from runtime.http.chat import chat_routes
 from runtime.http.cycles import learner_routes
@@ -51,7 +52,7 @@ def create_app(parts: Parts) -> FastAPI:
 
     if parts.learning is not None:
         parts.metrics.show_cycles(parts.learning.log)
-    app = FastAPI(title="StepAgent", version="0.1.0", lifespan=lifespan, responses=ERROR_RESPONSES)
+    app = FastAPI(title="StepAgent", version=__version__, lifespan=lifespan, responses=ERROR_RESPONSES)
     install_error_handlers(app)
     of_agent = (chat_routes, response_routes, episode_routes, demonstration_routes)
     for routes in (*of_agent, adapter_routes, learner_routes, server_routes):
