@@ -166,6 +166,11 @@ class LearningReader:
         )
         return [{**row, "promote": bool(row["promote"]), "evidence": json.loads(row["evidence"])} for row in rows]
 
+    def evidence_against(self, acting: str) -> list[dict[str, Any]]:
+        """On what evidence candidates were held against an adapter, newest first."""
+        rows = self._rows("SELECT evidence FROM gate_decisions WHERE against = ? ORDER BY id DESC", [acting])
+        return [json.loads(row["evidence"]) for row in rows]
+
     def rewards(self, cycle: str) -> list[StepReward]:
         rows = self._rows("SELECT step_id, cycle, source, value FROM step_rewards WHERE cycle = ?", [cycle])
         return [StepReward(r["step_id"], r["cycle"], RewardSource(r["source"]), r["value"]) for r in rows]
