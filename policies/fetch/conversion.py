@@ -22,9 +22,7 @@ def convert(gguf: Path, folder: Path, chat_template: str) -> None:
         raise FetchError("converting needs the package gguf: pip install -c constraints.txt -e '.[fetch]'") from error
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    network: Any = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=STORED_IN, **_dense()
-    )
+    network: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=STORED_IN, **_dense())
     # It is an ordinary network now, and has to be saved as one.
     network.is_quantized = False
     network.hf_quantizer = None
