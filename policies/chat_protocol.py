@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,13 +226,14 @@ class ChatProtocol:
 
     def _partial_opening(self, written: str) -> PartialCall | None:
         """A call that was cut off before its opening was complete."""
-        opening, middle = self.traits.call_opening, self.traits.call_middle
-        _, found, name = written.rpartition(opening.strip())
-        if opening and found:
-            return PartialCall(name.partition(middle)[0].strip() if middle else name, "", new_call_id())
-        cut = written.lstrip()
-        is_beginning = bool(opening) and any(cut.endswith(opening.strip()[:end]) for end in range(3, len(opening)))
-        return PartialCall("", "", new_call_id()) if is_beginning else None
+        opening, middle = self.traits.call_opening.strip(), self.traits.call_middle
+        mark = re.match(r"<[^<>]*>|\[[^\[\]]*\]", opening)  # without one, only a whole turn is a call
+        before, found, name = written.rpartition(opening) if opening else ("", "", "")
+        if found and (mark or not before.strip()):
+            return PartialCall(name.partition(middle[0])[0] if middle else name, "", new_call_id())
+        beginnings = [opening[:end] for end in range(mark.end() if mark else 1, len(opening))]
+        has_begun = written.endswith(tuple(beginnings)) if mark else written.lstrip() in beginnings
+        return PartialCall("", "", new_call_id()) if has_begun else None
 
 
 def plain_message(message: Message, habits: CallHabits) -> Message:
