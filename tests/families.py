@@ -9,9 +9,17 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from policies.chat_protocol import ChatProtocol
-from policies.fetch.packaged_models import SMOLLM2_135M
+from policies.fetch.packaged_models import GEMMA3_270M, SMOLLM2_135M
 from policies.novice.tokenizer import build_tokenizer
-from tests.tiny_checkpoints import CALL_MARKS, CHATML_MARKS, CHECKPOINTS, QWEN_2, byte_level
+from tests.tiny_checkpoints import (
+    CALL_MARKS,
+    CHATML_MARKS,
+    CHECKPOINTS,
+    GEMMA_MARKS,
+    QWEN_2,
+    byte_level,
+    sentence_pieces,
+)
 
 # Qwen3-Coder's calls: every argument is bare text in a tag of its own.
 QWEN_3_CODER = QWEN_2.replace(
@@ -46,6 +54,7 @@ FAMILIES = {
     },
     "qwen3-coder": WrittenFamily(writes_json_calls=False),
     "smollm2": WrittenFamily(has_call_tokens=False),
+    "gemma3-270m": WrittenFamily(has_call_tokens=False),
     "novice": WrittenFamily(has_call_tokens=False),
 }
 WITH_TOOLS = [name for name, family in FAMILIES.items() if family.takes_tools]
@@ -65,6 +74,9 @@ def tokenizer_of(name: str) -> Any:
         return _tokenizer(byte_level(CHATML_MARKS, CALL_MARKS), QWEN_3_CODER, eos="<|im_end|>", pad="<|endoftext|>")
     if name == "smollm2":
         return _tokenizer(byte_level(CHATML_MARKS), SMOLLM2_135M.chat_template, eos="<|im_end|>", pad="<|endoftext|>")
+    if name == "gemma3-270m":
+        pieces = sentence_pieces(GEMMA_MARKS, "<bos>", has_prefix_space=False)
+        return _tokenizer(pieces, GEMMA3_270M.chat_template, eos="<eos>", pad="<pad>", bos="<bos>")
     checkpoint = CHECKPOINTS[name]
     return _tokenizer(
         checkpoint.tokenizer(), checkpoint.chat_template, eos=checkpoint.eos, pad=checkpoint.pad, bos=checkpoint.bos
