@@ -10,6 +10,7 @@ from zipfile import ZipFile
 
 import pytest
 
+from policies.chat_protocol import action_message
 from policies.fetch.__main__ import SOURCE_FILE, fetch, main, source_of
 from policies.fetch.conversion import split_as_in_training
 from policies.fetch.packaged_models import PACKAGED_MODELS, SMOLLM2_135M, PackagedModel
@@ -107,8 +108,6 @@ def test_a_packaged_models_template_carries_a_whole_episode(name: str) -> None:
     assert isinstance(read, ToolCalls)
     assert [(call.name, call.arguments) for call in read.calls] == [(call.name, call.arguments) for call in calls]
     assert read.text == action.text
-    from policies.chat_protocol import action_message
-
     results: list[Message] = [
         {"role": "tool", "tool_call_id": "c1", "content": "on the shelf"},
         {"role": "tool", "tool_call_id": "c2", "content": "nowhere"},
