@@ -28,9 +28,7 @@ from transformers import (
 )
 
 from policies.types import Adapter, EngineError, FinishReason, SampledToken, SamplingParams
-from runtime.engines.embedded.batch import Batch, Row
-from runtime.engines.embedded.engine import EmbeddedEngine, load_network
-from runtime.engines.embedded.lora import LoraRows
+from runtime.engines.embedded.engine import EmbeddedEngine
 
 VOCAB_SIZE = 300
 SIZES: dict[str, Any] = {
@@ -94,7 +92,7 @@ def adapters(network_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return [
         make_adapter(network_folder, folder / "1", 1),
         make_adapter(network_folder, folder / "2", 2, r=6, use_rslora=True, target_modules=["o_proj", "gate_proj"]),
-        make_adapter(network_folder, folder / "3", 3, rank_pattern={"down_proj": 2}),
+        make_adapter(network_folder, folder / "3", 3, r=2, lora_alpha=3),
     ]
 
 
@@ -160,7 +158,7 @@ async def test_every_family_serves_base_and_adapters_in_one_batch_as_plain_forwa
         assert_as_plain(folder, adapter, prompt_of(length, seed), tokens)
 
 
-async def test_adapters_with_patterns_and_scalings_of_their_own_are_served_as_peft_does(
+async def test_adapters_with_scalings_of_their_own_are_served_as_peft_does(
     network_folder: Path, adapters: list[Adapter]
 ):
     async with engine_on(network_folder, *adapters) as engine:
@@ -281,12 +279,12 @@ async def test_closing_the_stream_frees_its_row_at_the_next_step(network_folder:
     async with engine_on(network_folder, max_batch_size=1) as engine:
         with forward_by_forward(engine) as allowed:
             stream = engine.generate(prompt_of(5), SamplingParams(max_tokens=500), None)
-            allowed.release(2)  # its prompt, and the decoding step that comes with it
+            allowed.release()
             await anext(stream)
             waiting = asyncio.create_task(complete(engine, prompt_of(6), SamplingParams(max_tokens=2)))
             await until(lambda: engine.health().num_waiting == 1)
             await stream.aclose()
-            allowed.release(1 + 2)  # the step that may have begun already, then the prompt and step of the next
+            allowed.release(1 + 2)  # the step that may have begun already, then the two of the next
             assert len(await asyncio.wait_for(waiting, 10)) == 2
         await until(lambda: engine.health().num_running == 0)
 
@@ -362,23 +360,9 @@ async def test_samples_of_one_prompt_compute_it_once(network_folder: Path):
             *(complete(engine, prompt, SamplingParams(max_tokens=6, seed=seed)) for seed in range(4))
         )
         assert engine.num_prefilled_tokens == 60 + 3
+        assert engine.num_reused_tokens == 3 * 59
     for tokens in samples:
         assert_as_plain(network_folder, None, prompt, tokens)
-
-
-async def test_a_prompt_that_continues_a_running_row_recomputes_the_token_it_has_not_fed(network_folder: Path):
-    network = load_network(network_folder, "cpu")
-    batch: Batch[Row] = Batch(network, LoraRows(network), None, max_rows=2, max_context_tokens=64)
-    sampling = SamplingParams(max_tokens=9, seed=1)
-    with torch.inference_mode():
-        running = Row(tuple(prompt_of(30)), sampling, None, None)
-        batch.join([running])
-        batch.step()
-        prompt = [*running.token_ids, 7]
-        (token,) = batch.join([Row(tuple(prompt), sampling, None, None)])
-    assert batch.num_reused_tokens == 31
-    assert isinstance(token, SampledToken)
-    assert_as_plain(network_folder, None, prompt, [token])
 
 
 async def test_kept_prefixes_make_room_for_newer_ones(network_folder: Path):
@@ -455,6 +439,8 @@ async def test_broken_adapter_folders_are_refused_and_the_engine_lives(network_f
         "not finite": [not_finite],
         "rank 8": [broken("too_big", r=8)],
         "use_dora": [broken("dora", use_dora=True)],
+        "rank_pattern": [broken("ranks", rank_pattern={"down_proj": 2})],
+        "alpha_pattern": [broken("alphas", alpha_pattern={"down_proj": 2})],
         "modules_to_save": [broken("saved", modules_to_save=["lm_head"])],
     }
     async with engine_on(network_folder, max_rank=4) as engine:

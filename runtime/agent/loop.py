@@ -91,7 +91,7 @@ class Turn:
     """False: the client wants no tool call; one that is written all the same cannot be taken as an action."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
-    is_read_along: bool = True
+    stream: bool = True
     """The client reads the answer as it is made."""
     step_id: str = field(default_factory=lambda: new_id("step"))
     """The id that the step will have; clients are told before it is taken."""
@@ -294,9 +294,9 @@ async def take_step(
     ending = StopTexts(turn.stop)
     tokens: list[SampledToken] = []
     first_token_ms = 0.0
-    whole = not (turn.is_read_along or turn.stop or deadline)  # the latter two may end it before its last token
-    stream = policy.engine.generate(prompt, sampling, policy.adapter, whole=whole)
-    async with aclosing(in_bursts(stream, BURST_S, deadline)) as bursts:
+    is_streamed = turn.stream or bool(turn.stop) or bool(deadline)  # the latter two may end it before its last token
+    completion = policy.engine.generate(prompt, sampling, policy.adapter, stream=is_streamed)
+    async with aclosing(in_bursts(completion, BURST_S, deadline)) as bursts:
         async for burst in bursts:
             first_token_ms = first_token_ms or (time.perf_counter() - began) * 1000
             progress = _read(burst, reader, ending)

@@ -88,14 +88,14 @@ NUM_NULL_PLACES = 1
 would be computed with the adapter that lies there (vLLM pull request 48421). The last place is taken last: one place
 more than adapters stays empty for ever."""
 
-WHOLE = 2**30
+ALL_WITH_THE_LAST = 2**30
 """As a stream's interval, in tokens: after the first, all come with the last."""
 
 SHUTDOWN_TIMEOUT_S = 10.0
 
 
 @dataclass(eq=False, slots=True)
-class Stream:
+class RunningCompletion:
     """One completion on its way."""
 
     adapter: Adapter | None
@@ -112,7 +112,7 @@ class VllmEngine:
         self._target_modules = frozenset(target_modules)
         self._adapters: dict[str, Adapter] = {}
         self._loading: set[str] = set()
-        self._streams: set[Stream] = set()
+        self._completions: set[RunningCompletion] = set()
         self._is_closed = False
 
     @classmethod
@@ -180,21 +180,21 @@ class VllmEngine:
     # ------------------------------------------------------------------------------------------- completions
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, adapter: Adapter | None, *, whole: bool = False
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, adapter: Adapter | None, *, stream: bool = True
     ) -> AsyncIterator[SampledToken]:
         """See `Engine.generate`. Under a grammar the tokenizer's own end token ends a completion too."""
         self._check(prompt_token_ids, sampling, adapter)
         outputs = self._llm.generate(
             tokens_input(list(prompt_token_ids)),
-            self._vllm_sampling(sampling, WHOLE if whole else None),
+            self._vllm_sampling(sampling, None if stream else ALL_WITH_THE_LAST),
             request_id=uuid.uuid4().hex,
             lora_request=None if adapter is None else lora_request(adapter),
         )
-        stream = Stream(adapter)
-        self._streams.add(stream)
+        completion = RunningCompletion(adapter)
+        self._completions.add(completion)
         try:
             async for output in outputs:
-                stream.has_begun = True
+                completion.has_begun = True
                 for token in sampled_tokens(output.outputs[0], sampling.num_top_logprobs):
                     yield token
         except EngineError:
@@ -203,7 +203,7 @@ class VllmEngine:
             raise self._engine_error(error) from error
         finally:
             await outputs.aclose()  # aborts it, where it has not ended; awaited, so that an unload comes after it
-            self._streams.remove(stream)
+            self._completions.remove(completion)
 
     def _check(self, prompt_token_ids: Sequence[int], sampling: SamplingParams, adapter: Adapter | None) -> None:
         self._check_alive()
@@ -276,7 +276,7 @@ class VllmEngine:
         """See `Engine.unload_adapter`."""
         self._check_alive()
         self._check_loaded(adapter)
-        if num_users := sum(stream.adapter == adapter for stream in self._streams):
+        if num_users := sum(one.adapter == adapter for one in self._completions):
             raise EngineError(f"adapter {adapter.name} is in use by {num_users} completions")
         del self._adapters[adapter.name]  # first, so that no completion begins on it meanwhile
         self._loading.add(adapter.name)  # its place is free when vLLM has let go of it
@@ -307,9 +307,9 @@ class VllmEngine:
     # ------------------------------------------------------------------------------------------ life and death
 
     def health(self) -> EngineHealth:
-        num_running = sum(stream.has_begun for stream in self._streams)
+        num_running = sum(one.has_begun for one in self._completions)
         problem = self._problem()
-        return EngineHealth(not problem, num_running, len(self._streams) - num_running, problem)
+        return EngineHealth(not problem, num_running, len(self._completions) - num_running, problem)
 
     async def close(self) -> None:
         """See `Engine.close`."""

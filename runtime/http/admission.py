@@ -115,7 +115,7 @@ class _Request:
             sampling=self._sampling(choice, offered),
             may_call=self.body.tool_choice != "none",
             stop=self.body.stop_texts,
-            is_read_along=self.body.stream,
+            stream=self.body.stream,
         )
         return Run(self.policy, turn, self.is_new, server_tools)
 

@@ -20,20 +20,33 @@ ATTENTION = "grouped_sdpa"
 def grouped_sdpa(
     module: torch.nn.Module,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: Sequence[torch.Tensor],
+    value: Sequence[torch.Tensor],
     attention_mask: torch.Tensor,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Called by the network. `query` is (rows, heads, queries, channels), `key` and `value` (rows, key heads, tokens,
-    channels), the additive mask (rows, 1, queries, tokens); gives (rows, queries, heads, channels)."""
+    """Called by the network. `query` is (rows, heads, queries, channels), the additive mask (rows, 1, queries, tokens);
+    gives (rows, queries, heads, channels). `key` and `value` come from `KvCache`: for each run of rows whose keys lie
+    side by side (rows, key heads, tokens, channels), one run after the other."""
+    outputs, first = [], 0
+    for keys, values in zip(key, value, strict=True):
+        rows = slice(first, first + keys.shape[0])
+        mask = attention_mask[rows, :, :, : keys.shape[2]]
+        outputs.append(attend(query[rows], keys, values, mask, scaling))
+        first = rows.stop
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), None
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
     num_rows, num_heads, num_queries, num_channels = query.shape
     group = num_heads // key.shape[1]
     stacked = query.reshape(num_rows, key.shape[1], group * num_queries, num_channels)
-    mask = attention_mask if num_queries == 1 else attention_mask.repeat(1, 1, group, 1)
+    mask = mask if num_queries == 1 else mask.repeat(1, 1, group, 1)
     output = functional.scaled_dot_product_attention(stacked, key, value, attn_mask=mask, scale=scaling)
-    return output.reshape(query.shape).transpose(1, 2).contiguous(), None
+    return output.reshape(query.shape).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(ATTENTION, grouped_sdpa)
