@@ -71,7 +71,7 @@ async def measure(options: argparse.Namespace) -> dict[str, float]:
     engine = EmbeddedEngine(options.model, device="cpu", num_threads=1, **settings)
     try:
         await inspect(engine, prompts[:1], options, protocol.stop_token_ids)  # warms up; its prompt is known then
-        before, began = resident_mib(), time.perf_counter()
+        before, began, cpu = resident_mib(), time.perf_counter(), time.process_time()
         written = await inspect(engine, prompts, options, protocol.stop_token_ids)
         seconds = time.perf_counter() - began
         return {
@@ -80,7 +80,9 @@ async def measure(options: argparse.Namespace) -> dict[str, float]:
             "computed_prompt_tokens": engine.num_prefilled_tokens,
             "written_tokens": written,
             "seconds": round(seconds, 1),
+            "cpu_seconds": round(time.process_time() - cpu, 1),
             "states_per_minute": round(60 * len(prompts) / seconds, 1),
+            "states_per_cpu_minute": round(60 * len(prompts) / (time.process_time() - cpu), 1),
             "resident_mib_before": round(before),
             "peak_resident_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         }

@@ -183,9 +183,7 @@ class Batch(Generic[RowT]):
             cached.num_computed = end
         return output.logits[:, -1].float()
 
-    def _sample(
-        self, rows: Sequence[RowT], logits: torch.Tensor, sampler: Sampler
-    ) -> list[tuple[RowT, EngineEvent]]:
+    def _sample(self, rows: Sequence[RowT], logits: torch.Tensor, sampler: Sampler) -> list[tuple[RowT, EngineEvent]]:
         if not rows:
             return []
         self._forbid_by_grammar(rows, logits)
