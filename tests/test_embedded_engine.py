@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from policies.types import Adapter, EngineError, FinishReason, SampledToken, SamplingParams
+from policies.types import Adapter, EngineError, FinishReason, SamplingParams
 from runtime.engines.embedded.engine import EmbeddedEngine
 from tests.small_networks import (
     CONFIGS,

@@ -1,9 +1,8 @@
-"""The embedded engine within its memory: what waits, what leaves and comes back, what is computed once, in what pieces."""
+"""The embedded engine within its memory: what waits, what leaves and comes back, what is computed once."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -141,10 +140,10 @@ async def test_states_that_extend_each_other_are_computed_once_whatever_their_or
 
 
 @pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a network that computes 16 tokens in a quarter of a second."""
     monkeypatch.setattr(prefill.ChunkSize, "tokens", lambda self, is_waited_for: 16)
-    yield
+    return
 
 
 async def test_a_long_prompt_does_not_stop_those_who_run(network_folder: Path, small_chunks: None):

@@ -1,4 +1,4 @@
-"""Memory for keys and values: it never takes more than its bytes, and never mixes one sequence's tokens with another's."""
+"""Memory for keys and values: never more than its bytes, and no sequence's tokens among another's."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_whatever_comes_and_goes_every_sequence_keeps_its_own(seed: int, num_con
             case "fail" if running:
                 memory.release(running.pop(draw.randrange(len(running))))
             case "copy" if running:
-                source = draw.choice([one for one in memory.sequences()])
+                source = draw.choice(list(memory.sequences()))
                 target = CachedSequence([], source.adapter_name)
                 if memory.place(target, max(1, source.num_computed)) and source.slab is not None:
                     memory.copy(source, target, source.num_computed)
