@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import runtime.engines.embedded.batch as batch
 import runtime.engines.embedded.prefill as prefill
+import runtime.engines.embedded.shared_prefix as shared_prefix
 from policies.types import Adapter, EngineError, SamplingParams
 from runtime.engines.embedded.engine import EmbeddedEngine
 from tests.small_networks import (
@@ -179,3 +182,54 @@ def test_the_slower_the_network_the_smaller_the_piece():
     assert size.tokens(is_waited_for=True) == prefill.MIN_CHUNK
     size.note(5, seconds=5.0)  # a small prompt says nothing
     assert 190 <= size.tokens(is_waited_for=False) <= 205
+
+
+# ------------------------------------------------------------------------------- a prefix that several rows share
+
+
+@pytest.fixture
+def shared_prefixes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Prefixes are shared however little that spares; how many tokens of each, as they are."""
+    seen: list[int] = []
+
+    def noting(rows: Any, bytes_per_token: int) -> Any:
+        groups = shared_prefix.groups_by_prefix(rows, bytes_per_token)
+        seen.extend(group.num_tokens for group in groups)
+        return groups
+
+    monkeypatch.setattr(shared_prefix, "MIN_SPARED_BYTES", 1)
+    monkeypatch.setattr(batch, "groups_by_prefix", noting)
+    return seen
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+async def test_rows_that_read_their_common_beginning_together_say_the_same(
+    family: str, tmp_path: Path, shared_prefixes: list[int]
+):
+    folder = make_network(CONFIGS[family](), tmp_path / "network")
+    adapter = make_adapter(folder, tmp_path / "1", 1)
+    tools, other_tools = prompt_of(90, 1), prompt_of(70, 2)
+    prompts = [tools + prompt_of(5 + 11 * i, i) for i in range(6)] + [[*other_tools, i] for i in range(3, 6)]
+    prompts.append(prompt_of(80, 9))
+    async with engine_on(folder, adapter) as engine:
+        completions = await asyncio.gather(
+            *(
+                complete(engine, prompt, SamplingParams(max_tokens=8 + place, seed=place), [None, adapter][place % 2])
+                for place, prompt in enumerate(prompts)
+            )
+        )
+    assert {90, 70} <= set(shared_prefixes)
+    for place, (prompt, tokens) in enumerate(zip(prompts, completions, strict=True)):
+        assert_as_plain(folder, [None, adapter][place % 2], prompt, tokens)
+
+
+@pytest.mark.parametrize("family", ["qwen2-window", "mistral-window", "gemma3"])
+async def test_where_a_layer_sees_its_last_tokens_alone_nothing_is_shared(
+    family: str, tmp_path: Path, shared_prefixes: list[int]
+):
+    folder = make_network(CONFIGS[family](), tmp_path / "network")
+    async with engine_on(folder) as engine:
+        await asyncio.gather(
+            *(complete(engine, [*prompt_of(90), i], SamplingParams(max_tokens=5)) for i in range(4, 8))
+        )
+    assert not shared_prefixes

@@ -15,7 +15,8 @@ import torch
 from policies.chat_protocol import ChatProtocol
 from policies.grammars import json_grammar, tool_call_grammar
 from policies.types import EngineError, FinishReason, SamplingParams, ToolCalls
-from runtime.engines.vllm import VllmEngine, parse_engine_args
+from runtime.engines.vllm.engine import VllmEngine
+from runtime.engines.vllm.settings import parse_engine_args
 from tests.serving import NOVICE_FOLDER
 from tests_vllm.novice_adapters import TOLERANCE, NoviceAdapters, complete, engine_on, ids_of, until
 

@@ -25,6 +25,7 @@ from runtime.engines.embedded.lora import LoraRows
 from runtime.engines.embedded.prefill import ChunkSize, is_worth_waiting, longest_known_prefix, next_chunks
 from runtime.engines.embedded.rows import BatchRow, EngineEvent
 from runtime.engines.embedded.sampling import Sampler
+from runtime.engines.embedded.shared_prefix import PrefixGroup, SharedPrefix, groups_by_prefix
 
 ROOM_TO_WRITE = 64
 """Tokens that a row's first slot has room for beyond its prompt, if it may write so many."""
@@ -54,11 +55,18 @@ class Batch(Generic[RowT]):
         self._device = network.device
         self._max_context_tokens = max_context_tokens
         self._memory = memory
+        self._bytes_per_token = memory.bytes_per_token // network.config.num_hidden_layers
         self._kv = KvCache()
         self._masks = AttentionMasks(network.config, network.dtype, network.device)
         self._chunk_size = ChunkSize()
+        # Attention over a shared prefix is for CPUs, and for layers that see all of it.
+        self._may_share = network.device.type == "cpu" and not self._masks.has_window
         self._decoding: list[RowT] = []
-        """The rows that `_sampler` draws for."""
+        """Those of the last step."""
+        self._groups: list[PrefixGroup[RowT]] = []
+        """Of `_decoding`."""
+        self._sampled: list[RowT] = []
+        """The rows that `_sampler` draws for, in their order."""
         self._sampler: Sampler | None = None
 
     # ------------------------------------------------------------------------------------ joining and leaving
@@ -140,19 +148,24 @@ class Batch(Generic[RowT]):
         self._chunk_size.note(num_tokens, time.perf_counter() - began)
         return events
 
-    def _decode(self, decoding: Sequence[RowT]) -> list[tuple[RowT, EngineEvent]]:
+    def _decode(self, decoding: list[RowT]) -> list[tuple[RowT, EngineEvent]]:
         if not decoding:
             return []
-        rows = in_slot_order(decoding)
-        if rows != self._decoding or self._sampler is None:
-            self._decoding, self._sampler = rows, Sampler([row.sampling for row in rows], self._device)
+        if decoding != self._decoding:
+            self._decoding = decoding
+            self._groups = groups_by_prefix(decoding, self._bytes_per_token) if self._may_share else []
+        rows, shared = arranged(decoding, self._groups)
+        if rows != self._sampled or self._sampler is None:
+            self._sampled, self._sampler = rows, Sampler([row.sampling for row in rows], self._device)
         self.num_prefilled_tokens += sum(row.num_sampled == 0 for row in rows)
         try:
-            return self._sample(rows, self._forward(rows, [1] * len(rows)), self._sampler)
+            return self._sample(rows, self._forward(rows, [1] * len(rows), shared), self._sampler)
         except Exception as error:
             return failed(rows, f"a decoding step failed: {error!r}")
 
-    def _forward(self, rows: Sequence[BatchRow], num_new: Sequence[int]) -> torch.Tensor:
+    def _forward(
+        self, rows: Sequence[BatchRow], num_new: Sequence[int], shared: Sequence[SharedPrefix] = ()
+    ) -> torch.Tensor:
         """Compute each row's next `num_new` tokens; gives the logits (rows, vocabulary) after the last of them.
 
         Padded on the left, so that each row ends in the last column.
@@ -169,7 +182,7 @@ class Batch(Generic[RowT]):
             is_real = torch.arange(width, device=self._device) >= width - self._tensor(num_new)[:, None]
         position_ids = self._tensor(positions)
         ends = [cached.num_computed + num for cached, num in zip(sequences, num_new, strict=True)]
-        self._kv.aim(sequences, position_ids, is_real)
+        self._kv.aim(sequences, position_ids, is_real, shared)
         self._lora_rows.choose([row.adapter_name for row in rows])
         output = self._network(
             input_ids=self._tensor(ids),
@@ -226,6 +239,17 @@ class Batch(Generic[RowT]):
 def in_slot_order(rows: Sequence[RowT] | dict[RowT, int]) -> list[RowT]:
     """As `KvCache` wants them: rows whose keys lie side by side are computed together."""
     return sorted(rows, key=lambda row: slot_order(row.cached))  # type: ignore[arg-type]
+
+
+def arranged(decoding: Sequence[RowT], groups: Sequence[PrefixGroup[RowT]]) -> tuple[list[RowT], list[SharedPrefix]]:
+    """The rows of a forward, those of a group beside each other, and what these share."""
+    grouped = {row for group in groups for row in group.rows}
+    rows = in_slot_order([row for row in decoding if row not in grouped])
+    shared = []
+    for group in groups:
+        shared.append(SharedPrefix(slice(len(rows), len(rows) + len(group.rows)), group.num_tokens))
+        rows += in_slot_order(group.rows)
+    return rows, shared
 
 
 def failed(rows: Sequence[RowT], problem: str) -> list[tuple[RowT, EngineEvent]]:

@@ -37,6 +37,7 @@ from runtime.engines.embedded.kv_budget import kv_budget
 from runtime.engines.embedded.kv_memory import KvMemory, KvShape
 from runtime.engines.embedded.lora import LoraRows, LoraWeights
 from runtime.engines.embedded.network import load_network
+from runtime.engines.embedded.precision import Precision
 from runtime.engines.embedded.rows import BatchRow, EngineEvent
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class EmbeddedEngine:
         *,
         tokenizer: Any = None,
         device: str = "auto",
+        precision: Precision = "auto",
         max_batch_size: int = 32,
         max_adapters: int = 4,
         max_rank: int = 64,
@@ -74,11 +76,12 @@ class EmbeddedEngine:
         """Load the network and start the thread. Raises ValueError where the memory does not hold the context.
 
         `tokenizer` is only needed for grammars. `device` is a torch device, or `auto`: a GPU if there is one.
+        `precision` auto measures on a CPU which is faster (precision.py), and keeps the network's own type on a GPU.
         `kv_memory_bytes`, for keys and values, defaults to a quarter of what is free, if the batch has use for so much.
         `max_context_tokens` defaults to what the network was made for, at most 4096, and what that memory holds.
         `num_threads` are torch's.
         """
-        self._network = load_network(model_path, device)
+        self._network = load_network(model_path, device, precision)
         config, shape = self._network.config, KvShape.of(self._network)
         num_bytes, longest = kv_budget(
             shape, kv_memory_bytes, max_context_tokens, config.max_position_embeddings, max_batch_size

@@ -1,7 +1,7 @@
 """The KV cache that the network writes through: a face of transformers' `Cache` on the slots of `kv_memory`.
 
-One forward's rows may lie in several slabs. Attention is computed once for each run of neighbouring slots, so keys and
-values go to it as lists of such runs (`grouped_sdpa` in attention.py).
+One forward's rows may lie in several slabs, and several may share a prefix. So keys and values go to attention as
+spans: these tokens, for those rows (`KeySpan` in attention.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from runtime.engines.embedded.attention import KeySpan
 from runtime.engines.embedded.kv_memory import CachedSequence, Slab
+from runtime.engines.embedded.shared_prefix import SharedPrefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,20 +23,26 @@ class SlotRun:
     """Neighbouring slots of a slab, which neighbouring rows of a forward write to and read."""
 
     slab: Slab
-    slots: slice
-    num_tokens: int
-    """Attention sees so many tokens of each slot."""
     rows: slice
-    is_real: torch.Tensor | None
+    slots: slice
+    tokens: slice
+    """What attention reads of each slot."""
+    is_shared: bool = False
+    """All `rows` read the one slot; nothing is written."""
+    is_real: torch.Tensor | None = None
     """(rows, new tokens): which of the new tokens are no padding; None: all, one each."""
-    target: tuple[torch.Tensor, slice, torch.Tensor]
+    target: tuple[torch.Tensor, slice, torch.Tensor] | None = None
     """Where the real ones go: slots and positions, both (real tokens,), with all heads between."""
 
-    def write(self, store: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """Store a layer's new keys or values (all rows, heads, new tokens, channels); gives what attention reads."""
-        own = states[self.rows]
-        store[self.target] = own[:, :, 0] if self.is_real is None else own.transpose(1, 2)[self.is_real]
-        return store[self.slots, :, : self.num_tokens]
+    def write(self, store: torch.Tensor, states: torch.Tensor) -> None:
+        """Store a layer's new keys or values, (all rows, heads, new tokens, channels)."""
+        if self.target is not None:
+            own = states[self.rows]
+            store[self.target] = own[:, :, 0] if self.is_real is None else own.transpose(1, 2)[self.is_real]
+
+    def read(self, layer: int) -> KeySpan:
+        keys, values = (store[self.slots, :, self.tokens] for store in (self.slab.keys[layer], self.slab.values[layer]))
+        return KeySpan(self.rows, self.tokens, keys, values, self.is_shared)
 
 
 class KvCache(Cache):
@@ -44,21 +52,36 @@ class KvCache(Cache):
         super().__init__(layers=[])
         self._runs: list[SlotRun] = []
 
-    def aim(self, rows: Sequence[CachedSequence], positions: torch.Tensor, is_real: torch.Tensor | None) -> None:
-        """Set the rows of the next forward, in the order of `slot_order`.
+    def aim(
+        self,
+        rows: Sequence[CachedSequence],
+        positions: torch.Tensor,
+        is_real: torch.Tensor | None,
+        shared: Sequence[SharedPrefix] = (),
+    ) -> None:
+        """Set the rows of the next forward; neighbouring slots should be neighbouring rows (`slot_order`).
 
         `positions` and `is_real` are (rows, new tokens); is_real None: one new token each, and no padding.
         """
+        begins = [0] * len(rows)
+        for prefix in shared:
+            begins[prefix.rows] = [prefix.num_tokens] * len(range(*prefix.rows.indices(len(rows))))
         ends = (positions[:, -1] + 1).tolist()
-        self._runs = [slot_run(rows, run, positions, is_real, max(ends[run])) for run in runs_of(rows)]
+        self._runs = [
+            own_run(rows, run, slice(begins[run.start], max(ends[run])), positions, is_real)
+            for run in runs_of(rows, begins)
+        ]
+        self._runs += [shared_run(rows[prefix.rows.start], prefix) for prefix in shared]
 
     def update(  # type: ignore[override]
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Called by the network. For each run (rows, heads, tokens, channels)."""
-        keys = [run.write(run.slab.keys[layer_idx], key_states) for run in self._runs]
-        values = [run.write(run.slab.values[layer_idx], value_states) for run in self._runs]
-        return keys, values
+    ) -> tuple[list[KeySpan], list[KeySpan]]:
+        """Called by the network: store (rows, heads, new tokens, channels), give what attention reads."""
+        for run in self._runs:
+            run.write(run.slab.keys[layer_idx], key_states)
+            run.write(run.slab.values[layer_idx], value_states)
+        spans = [run.read(layer_idx) for run in self._runs]
+        return spans, spans
 
 
 def slot_order(sequence: CachedSequence) -> tuple[int, int]:
@@ -67,29 +90,37 @@ def slot_order(sequence: CachedSequence) -> tuple[int, int]:
     return sequence.slab.number, sequence.slot
 
 
-def runs_of(rows: Sequence[CachedSequence]) -> list[slice]:
-    """Split rows into those whose slots lie side by side."""
-    begins = [
-        place
-        for place, row in enumerate(rows)
-        if place == 0 or row.slab is not rows[place - 1].slab or row.slot != rows[place - 1].slot + 1
-    ]
-    return [slice(begin, end) for begin, end in zip(begins, [*begins[1:], len(rows)], strict=True)]
+def runs_of(rows: Sequence[CachedSequence], begins: Sequence[int]) -> list[slice]:
+    """Split rows into those whose slots lie side by side, and which read them from the same token on."""
+
+    def goes_on(place: int) -> bool:
+        row, before = rows[place], rows[place - 1]
+        return row.slab is before.slab and row.slot == before.slot + 1 and begins[place] == begins[place - 1]
+
+    starts = [place for place in range(len(rows)) if place == 0 or not goes_on(place)]
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(rows)], strict=True)]
 
 
-def slot_run(
+def own_run(
     rows: Sequence[CachedSequence],
     run: slice,
+    tokens: slice,
     positions: torch.Tensor,
     is_real: torch.Tensor | None,
-    num_tokens: int,
 ) -> SlotRun:
     slab, first = rows[run.start].slab, rows[run.start].slot
     assert slab is not None
     slots = slice(first, first + run.stop - run.start)
     if is_real is None:
         places = torch.arange(slots.start, slots.stop, device=positions.device)
-        return SlotRun(slab, slots, num_tokens, run, None, (places, slice(None), positions[run, 0]))
+        return SlotRun(slab, run, slots, tokens, target=(places, slice(None), positions[run, 0]))
     real = is_real[run]
     row_of_token, _ = real.nonzero(as_tuple=True)
-    return SlotRun(slab, slots, num_tokens, run, real, (row_of_token + first, slice(None), positions[run][real]))
+    target = (row_of_token + first, slice(None), positions[run][real])
+    return SlotRun(slab, run, slots, tokens, is_real=real, target=target)
+
+
+def shared_run(leader: CachedSequence, prefix: SharedPrefix) -> SlotRun:
+    assert leader.slab is not None
+    slots = slice(leader.slot, leader.slot + 1)
+    return SlotRun(leader.slab, prefix.rows, slots, slice(0, prefix.num_tokens), is_shared=True)

@@ -179,6 +179,10 @@ class KvMemory:
         """Taken by now."""
         return len(self._slabs) * self._tokens_per_slab * self._shape.bytes_per_token
 
+    @property
+    def bytes_per_token(self) -> int:
+        return self._shape.bytes_per_token
+
     def sequences(self) -> Iterator[CachedSequence]:
         """All that have memory, running or kept."""
         return (sequence for slab in self._slabs for sequence in slab.sequences if sequence is not None)
