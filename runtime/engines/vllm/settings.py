@@ -62,11 +62,9 @@ def own_engine_args(
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
-    return (
-        {**args, **cpu_args(model, max_context_tokens, kv_memory_bytes, num_threads)}
-        if current_platform.is_cpu()
-        else args
-    )
+    if current_platform.is_cpu():
+        args |= cpu_args(model, max_context_tokens, kv_memory_bytes, num_threads)
+    return args
 
 
 def parse_engine_args(ours: Mapping[str, Any], users: Mapping[str, str]) -> AsyncEngineArgs:
