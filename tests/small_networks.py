@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -120,3 +121,9 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
         while not condition():  # noqa: ASYNC110 - the engine's health is polled, by design
             await asyncio.sleep(0.001)
+
+
+def rewrite(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Change every tensor of an adapter's weights file."""
+    file = folder / "adapter_model.safetensors"
+    save_file({name: change(tensor).contiguous() for name, tensor in load_file(file).items()}, file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from tests.small_networks import (
     make_adapter,
     make_network,
     prompt_of,
+    rewrite,
     until,
 )
 
@@ -356,13 +357,6 @@ async def test_broken_adapter_folders_are_refused_and_the_engine_lives(network_f
         assert engine.loaded_adapters() == ()
         assert await complete(engine, prompt_of(30, 5), SamplingParams(max_tokens=5, seed=1))
         assert_as_plain(network_folder, None, prompt_of(30), before)
-
-
-def rewrite(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    from safetensors.torch import load_file, save_file
-
-    file = folder / "adapter_model.safetensors"
-    save_file({name: change(tensor).contiguous() for name, tensor in load_file(file).items()}, file)
 
 
 # ------------------------------------------------------------------------------------------------- failures

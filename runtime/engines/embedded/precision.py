@@ -1,19 +1,22 @@
 """In which numbers a network computes: on a CPU, 16 bits where the processor was seen to be faster with them.
 
-Processors with AMX or AVX512-bf16 multiply 16 bits up to several times faster, and read half the bytes; others emulate
-them and are slower. Which it is depends on the sizes too, so the products of one layer are timed at the start.
+Processors with AMX or AVX512-bf16 multiply 16 bits up to several times faster, and read half the bytes; but attention
+for a few queries may be slower, and others emulate them all. Which outweighs the other depends on the processor and on
+the network's sizes, so one layer's work is timed at the start, with random numbers.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional
+from transformers import AutoConfig
 
 from policies.adapters.base_network import read_base_network
 
@@ -23,11 +26,13 @@ MIN_WEIGHTS = 50_000_000
 """Networks below stay exact: their time goes by between the products."""
 MIN_GAIN = 1.2
 """So many times faster must 16 bits be to be worth what they round away."""
-NUM_ROWS = (1, 8, 128)
-"""A single completion, several, and a prompt."""
-NUM_TRIES = 5
-
-Shapes = Sequence[tuple[int, ...]]
+NUM_DECODING = (1, 8, 32)
+"""Completions at once."""
+NUM_CACHED = 512
+"""Tokens that each of them reads."""
+NUM_PROMPT = 128
+"""Tokens of a piece of a prompt."""
+NUM_TRIES = 4
 
 
 def choose_dtype(model_path: str | Path, precision: Precision, device: str) -> torch.dtype | Literal["auto"]:
@@ -36,10 +41,13 @@ def choose_dtype(model_path: str | Path, precision: Precision, device: str) -> t
         return getattr(torch, precision)
     if device != "cpu":
         return "auto"
-    shapes = read_base_network(Path(model_path)).shapes
-    if sum(map(math.prod, shapes.values())) < MIN_WEIGHTS or not has_16_bits():
+    if num_weights(model_path) < MIN_WEIGHTS or not has_16_bits():
         return torch.float32
-    return torch.bfloat16 if gain_of_16_bits(products_of_a_layer(shapes)) >= MIN_GAIN else torch.float32
+    return torch.bfloat16 if gain_of_16_bits(Sizes.of(model_path)) >= MIN_GAIN else torch.float32
+
+
+def num_weights(model_path: str | Path) -> int:
+    return sum(map(math.prod, read_base_network(Path(model_path)).shapes.values()))
 
 
 def has_16_bits() -> bool:
@@ -47,35 +55,70 @@ def has_16_bits() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def products_of_a_layer(shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of a network, as far as its time depends on them."""
+
+    num_layers: int
+    products: list[tuple[int, ...]]
     """The matrices of the first layer, (outputs, inputs) each."""
-    return [shape for name, shape in shapes.items() if ".layers.0." in name and len(shape) == 2]
+    head: tuple[int, int]
+    num_heads: int
+    num_key_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, model_path: str | Path) -> Sizes:
+        config: Any = AutoConfig.from_pretrained(model_path).get_text_config()
+        shapes = read_base_network(Path(model_path)).shapes
+        return cls(
+            num_layers=config.num_hidden_layers,
+            products=[shape for name, shape in shapes.items() if ".layers.0." in name and len(shape) == 2],
+            head=(config.vocab_size, config.hidden_size),
+            num_heads=config.num_attention_heads,
+            num_key_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        )
 
 
 @torch.inference_mode()
-def gain_of_16_bits(shapes: Shapes) -> float:
-    """How many times faster a layer's products are in bfloat16 than in float32, in the geometric mean of `NUM_ROWS`."""
-    times = {dtype: seconds_of(shapes, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    pairs = zip(times[torch.float32], times[torch.bfloat16], strict=True)
-    return math.prod(full / half for full, half in pairs) ** (1 / len(NUM_ROWS))
+def gain_of_16_bits(sizes: Sizes) -> float:
+    """How many times faster the network is in bfloat16 than in float32, in the geometric mean of some loads."""
+    full, half = seconds_of(sizes, torch.float32), seconds_of(sizes, torch.bfloat16)
+    return math.prod(one / other for one, other in zip(full, half, strict=True)) ** (1 / len(full))
 
 
-def seconds_of(shapes: Shapes, dtype: torch.dtype) -> list[float]:
-    """By the number of rows."""
-    layers = [torch.ones(shape, dtype=dtype) for shape in shapes]
-    return [best_of(lambda: multiply(layers, num_rows)) for num_rows in NUM_ROWS]  # noqa: B023 (called at once)
+def seconds_of(sizes: Sizes, dtype: torch.dtype) -> list[float]:
+    """What a forward would take: for each number of rows that decode, then for a prompt."""
+    layer = [torch.rand(shape).to(dtype) for shape in sizes.products]
+    head = torch.rand(sizes.head).to(dtype)
+    decoding = [
+        sizes.num_layers * (best_of(multiply, layer, num) + best_of(attend, *queries_and_keys(sizes, num, dtype)))
+        + best_of(multiply, [head], num)
+        for num in NUM_DECODING
+    ]
+    return [*decoding, sizes.num_layers * best_of(multiply, layer, NUM_PROMPT)]
 
 
-def multiply(layers: Sequence[torch.Tensor], num_rows: int) -> None:
-    for layer in layers:
-        functional.linear(layer.new_ones(num_rows, layer.shape[1]), layer)
+def multiply(matrices: list[torch.Tensor], num_rows: int) -> None:
+    for matrix in matrices:
+        functional.linear(matrix.new_ones(num_rows, matrix.shape[1]), matrix)
 
 
-def best_of(work: Callable[[], None]) -> float:
-    """The least of several: what else runs only ever makes it slower. The first warms up."""
+def queries_and_keys(sizes: Sizes, num_rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    keys = torch.rand(num_rows, sizes.num_key_heads, NUM_CACHED, sizes.head_dim).to(dtype)
+    return keys[:, :, : sizes.num_heads // sizes.num_key_heads].contiguous(), keys
+
+
+def attend(queries: torch.Tensor, keys: torch.Tensor) -> None:
+    functional.scaled_dot_product_attention(queries, keys, keys)
+
+
+def best_of(work: Callable[..., None], *arguments: Any) -> float:
+    """Seconds, the least of several tries: what else runs only ever makes it slower. The first warms up."""
     seconds = []
     for _ in range(NUM_TRIES + 1):
         began = time.perf_counter()
-        work()
+        work(*arguments)
         seconds.append(time.perf_counter() - began)
     return min(seconds[1:])
