@@ -1,21 +1,16 @@
 """What vLLM gives, as the tokens of the `Engine` protocol."""
-# pyright: reportMissingImports=false
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 from policies.types import EngineError, FinishReason, SampledToken
 
-if TYPE_CHECKING:
-    from vllm.logprobs import FlatLogprobs
-    from vllm.outputs import CompletionOutput
 
-
-def sampled_tokens(completion: CompletionOutput, num_top_logprobs: int) -> Iterator[SampledToken]:
-    """The tokens of one output; vLLM may put several into it. Raises EngineError where it gave the completion up."""
+def sampled_tokens(completion: Any, num_top_logprobs: int) -> Iterator[SampledToken]:
+    """The tokens of one `CompletionOutput`, which may be several. Raises EngineError where vLLM gave it up."""
     reason = completion.finish_reason
     if reason not in (None, "stop", "length"):
         raise EngineError(f"vLLM ended the completion: {reason}")
@@ -30,7 +25,7 @@ def sampled_tokens(completion: CompletionOutput, num_top_logprobs: int) -> Itera
         )
 
 
-def likeliest(flat: FlatLogprobs, first: int, end: int, num: int) -> tuple[tuple[int, float], ...]:
-    """The best of what vLLM reports: the sampled token may be there twice, and a grammar leaves infinities."""
+def likeliest(flat: Any, first: int, end: int, num: int) -> tuple[tuple[int, float], ...]:
+    """The best of one token's `FlatLogprobs`: the sampled one may be there twice, and a grammar leaves infinities."""
     pairs = dict(zip(flat.token_ids[first:end], flat.logprobs[first:end], strict=True)).items()
     return tuple(sorted((pair for pair in pairs if math.isfinite(pair[1])), key=lambda pair: -pair[1])[:num])
