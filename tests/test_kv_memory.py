@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import runtime.engines.embedded.kv_memory as kv_memory
 from runtime.engines.embedded.kv_budget import kv_budget
 from runtime.engines.embedded.kv_memory import MIN_KEPT_TOKENS, CachedSequence, KvMemory, KvShape
 
@@ -135,6 +136,18 @@ def test_what_failed_leaves_nothing_behind_that_is_not_finite():
     assert all(part.isfinite().all() for part in (*slab.keys, *slab.values))
     assert_holds(sequences[1])
     assert_holds(sequences[2])
+
+
+def test_where_the_machine_has_less_than_the_budget_what_there_is_must_do(monkeypatch: pytest.MonkeyPatch):
+    memory = memory_of(4)
+    assert memory.place(CachedSequence([], None), MAX_TOKENS)
+
+    def no_more(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(kv_memory, "Slab", no_more)
+    assert not memory.place(CachedSequence([], None), MAX_TOKENS)
+    assert memory.num_bytes == MAX_TOKENS * SHAPE.bytes_per_token
 
 
 # ------------------------------------------------------------------------------------------------- the budget

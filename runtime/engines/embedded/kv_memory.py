@@ -13,11 +13,14 @@ which on a CPU costs three times the reading).
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 CUTS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """How often more slots a slab can be cut into than its longest: a slot is at most a half longer than it need be."""
@@ -262,13 +265,25 @@ class KvMemory:
                 if slab.is_empty:
                     slab.cut(capacity)
                     return slab
-            if len(self._slabs) < self._max_slabs:
-                self._slabs.append(Slab(len(self._slabs), self._tokens_per_slab, self._shape))
-                self._slabs[-1].cut(capacity)
-                return self._slabs[-1]
+            if len(self._slabs) < self._max_slabs and (slab := self._new_slab()):
+                slab.cut(capacity)
+                return slab
             if not (unwanted := self._least_recently_used(capacity)):
                 return None
             self._drop(unwanted)
+
+    def _new_slab(self) -> Slab | None:
+        """None where the machine has less memory than the budget: what there is must do from now on."""
+        try:
+            slab = Slab(len(self._slabs), self._tokens_per_slab, self._shape)
+        except RuntimeError as error:  # torch's, on a GPU and on a CPU
+            if not self._slabs:
+                raise
+            logger.warning("no memory for more keys and values; going on with %d bytes: %s", self.num_bytes, error)
+            self._max_slabs = len(self._slabs)
+            return None
+        self._slabs.append(slab)
+        return slab
 
     def _least_recently_used(self, capacity: int) -> list[CachedSequence]:
         """The kept sequences that make room for a slot: one of this length, or all of a slab where none runs."""
