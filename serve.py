@@ -201,6 +201,8 @@ def load_engine(settings: Settings, folder: Path, protocol: ChatProtocol) -> Eng
         tokenizer=protocol.tokenizer,
         max_batch_size=settings.max_batch_size,
         max_context_tokens=settings.max_context,
+        kv_memory_bytes=settings.kv_memory,
+        precision=settings.precision,
         num_threads=settings.threads,
     )
 
@@ -209,7 +211,7 @@ def supervised_vllm(settings: Settings, folder: Path) -> Engine:
     from functools import partial
 
     from runtime.engines.supervised import SupervisedEngine
-    from runtime.engines.vllm import VllmEngine
+    from runtime.engines.vllm.engine import VllmEngine
 
     share = gpu_share(settings, folder)
     if share.told:
@@ -219,6 +221,7 @@ def supervised_vllm(settings: Settings, folder: Path) -> Engine:
         folder,
         max_batch_size=settings.max_batch_size,
         max_context_tokens=settings.max_context,
+        kv_memory_bytes=settings.kv_memory,
         num_threads=settings.threads,
         gpu_memory_fraction=share.engine_fraction,
         engine_args={name: spelled(value) for name, value in settings.engine_arg.items()},

@@ -7,7 +7,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import ByteSize, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -68,6 +68,11 @@ class Settings(Options):
     """Completions in the batch at a time; more wait."""
     threads: int | None = Field(None, ge=1)
     """Threads of the engine's arithmetic on a CPU; default: the engine's own choice."""
+    kv_memory: ByteSize | None = Field(None, ge=1)
+    """Most memory for keys and values, such as 2GiB; it bounds the context. Default: a quarter of what is free."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Numbers that the embedded engine computes in: auto measures which are faster on this CPU where the model is not
+    small, and takes the model's own on a GPU."""
     learn_every: int = Field(200, ge=0)
     """Start a learning cycle by itself after so many new episodes; 0: only when asked."""
     learner_arg: dict[str, str | int | float | bool] = Field(default_factory=dict)
