@@ -29,3 +29,4 @@ check: setup
 	$(VENV)/bin/pyright
 
 include make/vllm.mk
+include make/worlds.mk

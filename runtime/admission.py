@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -61,7 +62,7 @@ async def admitted(
         policy = Policy(parts.engine, parts.protocol, adapter)
         episode = logged or _new_episode(parts, request, episode_id, policy, messages)
         request_in_place = _Request(parts, request, policy, episode, logged is None, place, messages)
-        yield [request_in_place.run(choice) for choice in range(request.n)]
+        yield [await request_in_place.run(choice) for choice in range(request.n)]
 
 
 def _pinned_adapter(parts: Parts, model: str) -> str | None:
@@ -99,11 +100,13 @@ class _Request:
     place: Place
     messages: tuple[Message, ...]
 
-    def run(self, choice: int) -> Run:
+    async def run(self, choice: int) -> Run:
         """One of its choices. World tools are opened for each: one choice's calls are not the other's."""
         server_tools, schemas = None, self.body.tool_schemas
         if self.body.tools is None:
-            schemas, server_tools = self.parts.toolbox.open(self.episode.task, self.place.path)
+            # On a thread: a world may take its time to open a task and to replay what was done in it.
+            opened = asyncio.to_thread(self.parts.toolbox.open, self.episode.task, self.place.path)
+            schemas, server_tools = await opened
         offered = () if self.body.tool_choice == "none" else schemas
         turn = Turn(
             episode=self.episode,

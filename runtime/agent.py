@@ -7,6 +7,7 @@ and an unfinished step is not logged: it was not answered.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -113,7 +114,8 @@ class ServerTools:
     """The tools that the server runs for an episode, and who judges where it led (a world, or nobody)."""
 
     tools: Mapping[str, BaseTool]
-    outcome: Callable[[], float] | None = None
+    judge: Callable[[Action], float] | None = None
+    """How good the end is that the last action makes; called once, on a thread of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +178,7 @@ async def run_episode(
             digest = _digest(seen, said.text, None)
             taken[-1] = replace(taken[-1], stop_reason=stop_reason, conversation_digest=digest)
         is_first = is_new and len(taken) == 1
-        await _commit(log, turn.episode if is_first else None, taken[-1], *_outcome(taken[-1], server_tools))
+        await _commit(log, turn.episode if is_first else None, taken[-1], *await _outcome(taken[-1], server_tools))
         yield taken[-1]
 
 
@@ -260,10 +262,11 @@ async def _tool_results(action: Action, server_tools: ServerTools, timeout_s: fl
     return tuple(await run_tool_calls(action.calls, server_tools.tools, timeout_s))
 
 
-def _outcome(step: Step, server_tools: ServerTools) -> list[Outcome]:
-    if step.stop_reason is None or server_tools.outcome is None:
+async def _outcome(step: Step, server_tools: ServerTools) -> list[Outcome]:
+    if step.stop_reason is None or server_tools.judge is None:
         return []
-    return [Outcome(new_id("out"), step.episode_id, server_tools.outcome(), source="world")]
+    value = await asyncio.to_thread(server_tools.judge, step.action)
+    return [Outcome(new_id("out"), step.episode_id, value, source="world")]
 
 
 def _next_turn(turn: Turn, step: Step) -> Turn:

@@ -18,6 +18,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from policies.chat_protocol import ChatProtocol
 from policies.types import (
+    Action,
     BASE_ADAPTER,
     EngineError,
     FinalAnswer,
@@ -91,10 +92,10 @@ class Stage:
         return replace(turn, **changes)
 
     async def run(
-        self, limits: RunLimits = UNLIMITED, outcome: Callable[[], float] | None = None, **changes: Any
+        self, limits: RunLimits = UNLIMITED, judge: Callable[[Action], float] | None = None, **changes: Any
     ) -> list[Step]:
         """The steps of a run with server-run tools."""
-        tools = ServerTools(TOOLS, outcome)
+        tools = ServerTools(TOOLS, judge)
         return await steps_of(run_episode(self.policy, self.log, self.turn(**changes), True, tools, limits))
 
     async def step(self, **changes: Any) -> Step:
@@ -177,7 +178,7 @@ async def test_a_step_is_on_disk_before_it_is_told(stage: StageMaker, protocol: 
 
 async def test_the_worlds_verdict_is_logged_with_the_last_step(stage: StageMaker) -> None:
     it = stage(LOOK, "A globe.")
-    await it.run(outcome=lambda: 0.5)
+    await it.run(judge=lambda _: 0.5)
     assert [(outcome.value, outcome.source) for outcome in it.log.outcomes(it.episode.id)] == [(0.5, "world")]
 
 
