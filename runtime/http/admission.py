@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 
@@ -47,7 +48,7 @@ async def admit(
     policy = Policy(parts.engine, parts.protocol, adapter)
     episode = logged or _new_episode(parts, request, episode_id, policy, messages)
     admitted = _Admitted(parts, request, policy, episode, logged is None, place, messages)
-    return [admitted.run(choice) for choice in range(request.n)]
+    return [await admitted.run(choice) for choice in range(request.n)]
 
 
 def _pinned_adapter(parts: Parts, model: str) -> str | None:
@@ -85,11 +86,13 @@ class _Admitted:
     place: Place
     messages: tuple[Message, ...]
 
-    def run(self, choice: int) -> Run:
+    async def run(self, choice: int) -> Run:
         """One of its choices. World tools are opened for each: one choice's calls are not the other's."""
         server_tools, schemas = None, self.body.tool_schemas
         if self.body.tools is None:
-            schemas, server_tools = self.parts.toolbox.open(self.episode.task, self.place.path)
+            # On a thread: a world may take its time to open a task and to replay what was done in it.
+            opened = asyncio.to_thread(self.parts.toolbox.open, self.episode.task, self.place.path)
+            schemas, server_tools = await opened
         offered = () if self.body.tool_choice == "none" else schemas
         parent = self.place.path[-1] if self.place.path else None
         turn = Turn(
