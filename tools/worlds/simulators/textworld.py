@@ -13,6 +13,7 @@ import textworld
 from textworld.challenges import CHALLENGES
 from textworld.generator import QuestGenerationError
 
+from tools.worlds.cache import cache_folder
 from tools.worlds.simulators.live import Frame, RawCall, Settings
 
 _INFOS = textworld.EnvInfos(
@@ -27,8 +28,7 @@ SEEDS_APART = 1_000_000
 
 def games_folder() -> Path:
     """Where the games' files lie, half a megabyte each."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "stepagent" / f"textworld-{textworld.__version__}"
+    return cache_folder() / f"textworld-{textworld.__version__}"
 
 
 def game_file(settings: Settings) -> Path:

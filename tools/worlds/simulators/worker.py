@@ -77,10 +77,14 @@ def main(arguments: Sequence[str]) -> None:
     _die_with_owner()
     output = _private_output()
     module, _, name = arguments[0].partition(":")
-    episodes = _LiveEpisodes(getattr(import_module(module), name)())
+    try:
+        episodes = _LiveEpisodes(getattr(import_module(module), name)())
+    except Exception as error:
+        print(json.dumps({"error": f"{type(error).__name__}: {error}"[:500]}), file=output, flush=True)
+        return
+    print(json.dumps({}), file=output, flush=True)  # ready
     for line in sys.stdin:
-        output.write(json.dumps(_answer(episodes, json.loads(line))) + "\n")
-        output.flush()
+        print(json.dumps(_answer(episodes, json.loads(line))), file=output, flush=True)
 
 
 if __name__ == "__main__":
