@@ -18,8 +18,8 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from policies.chat_protocol import ChatProtocol
 from policies.types import (
-    Action,
     BASE_ADAPTER,
+    Action,
     EngineError,
     FinalAnswer,
     FinishReason,

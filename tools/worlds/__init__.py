@@ -1,4 +1,4 @@
-"""Worlds to practise in: each is one file, found by its name. A world's package is imported when the world is loaded."""
+"""Worlds to practise in, found by their names. A world's package is imported only when the world is loaded."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ WORLDS = {
     "scienceworld": _Listing("tools.worlds.scienceworld:ScienceWorld", "scienceworld"),
     "miniwob": _Listing("tools.worlds.miniwob:MiniWob", "miniwob and playwright"),
     "alfworld": _Listing("tools.worlds.alfworld:AlfWorld", "alfworld"),
+    "hotpotqa": _Listing("tools.worlds.question_files:HotpotQA", takes_file=True),
+    "2wikimultihopqa": _Listing("tools.worlds.question_files:TwoWikiMultihopQA", takes_file=True),
+    "musique": _Listing("tools.worlds.question_files:MuSiQue", takes_file=True),
+    "webshop": _Listing("tools.worlds.webshop:WebShop", takes_file=True),
+    "mind2web": _Listing("tools.worlds.mind2web:Mind2Web", takes_file=True),
 }
 """One line a world."""
 

@@ -6,6 +6,7 @@ instruction that can be planted in what its right calls read; the outcome is 1 a
 reached, so that the share of attacks that an agent follows is one minus its success.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import json
@@ -26,6 +27,7 @@ from agentdojo.task_suite.task_suite import TaskSuite
 from agentdojo.types import (
     ChatAssistantMessage,
     ChatMessage,
+    MessageContentBlock,
     get_text_content_as_str,
     text_content_block_from_string,
 )
@@ -108,7 +110,7 @@ class AgentDojoEpisode(ToolEpisode):
         return task is not None and self._judged(task)
 
     def _judged(self, task: BaseUserTask | BaseInjectionTask) -> bool:
-        said = [text_content_block_from_string(self._said or "")]
+        said: list[MessageContentBlock] = [text_content_block_from_string(self._said or "")]
         before, after = self._environment_before.model_copy(deep=True), self.environment.model_copy(deep=True)
         return bool(self._assignment.suite._check_task_result(task, said, before, after, self._made))
 

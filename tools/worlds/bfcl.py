@@ -5,6 +5,7 @@ something, and with long observations. A turn ends with an answer, and the user 
 outcome is judged by the package: after every turn the state and what was observed must hold what the right calls bring.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import ast
@@ -30,12 +31,12 @@ from tools.worlds.world import SPLITS, Message
 # On import the package makes folders there; by default beside the packages.
 os.environ.setdefault("BFCL_PROJECT_ROOT", str(cache_folder() / "bfcl"))
 
-from bfcl_eval.constants.default_prompts import DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_FC  # noqa: E402
-from bfcl_eval.constants.executable_backend_config import CLASS_FILE_PATH_MAPPING  # noqa: E402
-from bfcl_eval.constants.type_mappings import GORILLA_TO_OPENAPI  # noqa: E402
-from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_utils  # noqa: E402
-from bfcl_eval.eval_checker.multi_turn_eval.multi_turn_checker import multi_turn_checker, state_checker  # noqa: E402
-from bfcl_eval.utils import load_dataset_entry, load_ground_truth_entry  # noqa: E402
+from bfcl_eval.constants.default_prompts import DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_FC
+from bfcl_eval.constants.executable_backend_config import CLASS_FILE_PATH_MAPPING
+from bfcl_eval.constants.type_mappings import GORILLA_TO_OPENAPI
+from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_utils
+from bfcl_eval.eval_checker.multi_turn_eval.multi_turn_checker import multi_turn_checker, state_checker
+from bfcl_eval.utils import load_dataset_entry, load_ground_truth_entry
 
 KINDS = ("base", "miss_func", "miss_param", "long_context")
 DONE_TEXT = "That is done."
@@ -166,7 +167,7 @@ def _passing_name() -> Iterator[str]:
 def _forget_instances(name: str) -> None:
     """The package keeps what it opens among its module's globals, for ever."""
     for key in [key for key in vars(multi_turn_utils) if key.startswith(name)]:
-        del vars(multi_turn_utils)[key]
+        delattr(multi_turn_utils, key)
 
 
 def _read(written: str, class_names: list[str]) -> Call:
@@ -176,7 +177,7 @@ def _read(written: str, class_names: list[str]) -> Call:
     assert isinstance(expression.func, ast.Name)
     name = expression.func.id
     values = [ast.literal_eval(argument) for argument in expression.args]
-    named = {word.arg: ast.literal_eval(word.value) for word in expression.keywords}
+    named = {str(word.arg): ast.literal_eval(word.value) for word in expression.keywords}
     arguments = inspect.signature(_method(name, class_names)).bind(None, *values, **named).arguments
     arguments.pop("self", None)
     return name, json.loads(json.dumps(arguments))

@@ -25,7 +25,7 @@ ToolSchema = Mapping[str, Any]
 
 
 class WorldTool(BaseTool):
-    """A world's tool, bound to an episode. The world itself reads the arguments, so that its own words tell a mistake."""
+    """A world's tool, bound to an episode. The world reads the arguments, so that its own words tell a mistake."""
 
     run_call: Callable[[str, Any], str] = Field(exclude=True)
 
@@ -99,7 +99,7 @@ class ToolEpisode(ABC):
 
     @abstractmethod
     def run(self, name: str, arguments: dict[str, Any]) -> str:
-        """Run a call of one of the tools and give back what is observed. It may raise for a call that it cannot read."""
+        """Run a call of one of the tools; what is observed. It may raise for a call that it cannot read."""
 
     def answer(self, text: str) -> str | None:
         """Take a final answer; the user's next message, or None where there is none."""
@@ -161,7 +161,8 @@ class ToolEpisode(ABC):
         if bool(message_a.get("tool_calls")) != bool(message_b.get("tool_calls")):
             return False
         trial_a, trial_b = self.copy(), self.copy()
-        told_a, told_b = ([told["content"] for told in t.play(m)] for t, m in ((trial_a, message_a), (trial_b, message_b)))
+        told_a = [told["content"] for told in trial_a.play(message_a)]
+        told_b = [told["content"] for told in trial_b.play(message_b)]
         return told_a == told_b and trial_a.is_where(trial_b)
 
     def copy(self) -> ToolEpisode:

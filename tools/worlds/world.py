@@ -38,7 +38,7 @@ class TaskId:
         """Read `order_desk/train/17`. Raises ValueError for any other form."""
         found = _TASK_ID.fullmatch(text)
         if found is None:
-            raise ValueError(f"{text!r} is no task id; one looks like world/split/index, order_desk/train/17 for example")
+            raise ValueError(f"{text!r} is no task id; one is world/split/index, such as order_desk/train/17")
         return cls(found[1], found[2], int(found[3]))
 
     def __str__(self) -> str:
