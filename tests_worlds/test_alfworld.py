@@ -6,8 +6,8 @@ import pytest
 
 from tests_worlds import promises, simulated
 from tools.worlds import load_world
-from tools.worlds.calls import calling
 from tools.worlds.alfworld import _pool
+from tools.worlds.calls import calling
 from tools.worlds.world import Task
 
 WORLD = load_world("alfworld")
@@ -24,7 +24,11 @@ def test_tasks_are_told_apart() -> None:
 
 
 def test_the_expert_solves_the_first_tasks_of_each_split() -> None:
-    tasks = [WORLD.task(split, index) for split, number in (("train", 10), ("validation", 2), ("heldout", 2)) for index in range(number)]
+    tasks = [
+        WORLD.task(split, index)
+        for split, number in (("train", 10), ("validation", 2), ("heldout", 2))
+        for index in range(number)
+    ]
     assert set(promises.outcomes_of_expert(WORLD, tasks).values()) == {1.0}
 
 
@@ -58,7 +62,10 @@ def test_the_expert_finds_back_from_a_detour(tasks: list[Task]) -> None:
 
 
 def test_held_out_rooms_are_never_trained_in() -> None:
-    rooms = {split: {room for index in range(60) for room in WORLD._settings(split, index)["rooms"]} for split in WORLD.splits}
+    rooms = {
+        split: {room for index in range(60) for room in WORLD._settings(split, index)["rooms"]}
+        for split in WORLD.splits
+    }
     assert not rooms["train"] & rooms["heldout"]
     assert not rooms["train"] & rooms["validation"]
     assert not rooms["validation"] & rooms["heldout"]

@@ -76,7 +76,10 @@ def test_an_episode_is_opened_again_quickly() -> None:
 
 
 def test_another_process_tells_the_same_tasks() -> None:
-    script = "from tools.worlds import load_world; w = load_world('babyai'); print([w.task('train', i).messages for i in range(60)])"
+    script = (
+        "from tools.worlds import load_world; world = load_world('babyai')\n"
+        "print([world.task('train', index).messages for index in range(60)])"
+    )
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert told.strip() == str([WORLD.task("train", index).messages for index in range(60)])
 

@@ -28,7 +28,11 @@ def test_tasks_are_told_apart() -> None:
 
 
 def test_the_expert_solves_the_first_tasks_of_each_split() -> None:
-    tasks = [WORLD.task(split, index) for split, number in (("train", 2 * len(PAGES)), ("validation", 6), ("heldout", 6)) for index in range(number)]
+    tasks = [
+        WORLD.task(split, index)
+        for split, number in (("train", 2 * len(PAGES)), ("validation", 6), ("heldout", 6))
+        for index in range(number)
+    ]
     assert set(promises.outcomes_of_expert(WORLD, tasks).values()) == {1.0}
 
 
@@ -78,7 +82,10 @@ def test_the_expert_mends_what_was_done_wrong() -> None:
 
 def test_no_split_asks_what_another_asks() -> None:
     number = PAGES.index("enter-text")
-    asked = {split: {WORLD.task(split, number + round * len(PAGES)).messages[0]["content"] for round in range(6)} for split in WORLD.splits}
+    asked = {
+        split: {WORLD.task(split, number + round * len(PAGES)).messages[0]["content"] for round in range(6)}
+        for split in WORLD.splits
+    }
     assert not asked["train"] & asked["validation"]
     assert not asked["train"] & asked["heldout"]
     assert not asked["validation"] & asked["heldout"]

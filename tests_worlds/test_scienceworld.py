@@ -28,7 +28,11 @@ def test_tasks_are_told_apart() -> None:
 
 
 def test_the_expert_solves_the_first_tasks_of_each_split() -> None:
-    tasks = [WORLD.task(split, index) for split, number in (("train", 24), ("validation", 12), ("heldout", 12)) for index in range(number)]
+    tasks = [
+        WORLD.task(split, index)
+        for split, number in (("train", 24), ("validation", 12), ("heldout", 12))
+        for index in range(number)
+    ]
     assert set(promises.outcomes_of_expert(WORLD, tasks).values()) == {1.0}
 
 
@@ -73,7 +77,11 @@ def test_task_types_and_splits_are_the_packages_own() -> None:
     environment = ScienceWorldEnv("")
     for name, sizes in TASK_TYPES.items():
         environment.load(name, 0)
-        ranges = [environment.get_variations_train(), environment.get_variations_dev(), environment.get_variations_test()]
+        ranges = [
+            environment.get_variations_train(),
+            environment.get_variations_dev(),
+            environment.get_variations_test(),
+        ]
         first = 0
         for listed, size in zip(ranges, sizes, strict=True):
             assert list(listed) == list(range(first, first + size)), name

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
 import pytest
 
@@ -80,7 +81,7 @@ def test_a_task_that_cannot_be_opened_is_refused_in_words(pool: SimulatorPool) -
     with pytest.raises(SimulatorFailed, match="nothing to open"):
         pool.frame({"from": 0, "fails": True}, [])
     broken = SimulatorPool("tests_worlds.counting_host:NoSuchHost", num_processes=1)
-    with pytest.raises(SimulatorFailed, match="has no attribute .NoSuchHost"):
+    with pytest.raises(SimulatorFailed, match=r"has no attribute .NoSuchHost"):
         broken.frame({"from": 0}, [])
     broken.close()
 
@@ -120,7 +121,7 @@ class Add(Arguments):
 
 
 class CountingEpisode(SimulatedEpisode):
-    readers = {"add": Add, "talk": Add}
+    readers: ClassVar = {"add": Add, "talk": Add}
     max_calls = 5
 
 

@@ -24,7 +24,11 @@ def test_tasks_are_told_apart() -> None:
 
 
 def test_the_expert_solves_the_first_tasks_of_each_split() -> None:
-    tasks = [WORLD.task(split, index) for split, number in (("train", 9), ("validation", 3), ("heldout", 3)) for index in range(number)]
+    tasks = [
+        WORLD.task(split, index)
+        for split, number in (("train", 9), ("validation", 3), ("heldout", 3))
+        for index in range(number)
+    ]
     assert set(promises.outcomes_of_expert(WORLD, tasks).values()) == {1.0}
 
 
@@ -59,7 +63,9 @@ def test_the_expert_finds_back_from_a_detour(tasks: list[Task]) -> None:
 
 
 def test_no_split_holds_anothers_game() -> None:
-    settings = [str(game_settings(split, index)["seed"]) for split, size in WORLD.splits.items() for index in range(size)]
+    settings = [
+        str(game_settings(split, index)["seed"]) for split, size in WORLD.splits.items() for index in range(size)
+    ]
     assert len(set(settings)) == len(settings)
 
 

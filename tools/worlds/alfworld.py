@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -56,7 +56,7 @@ def _pool() -> SimulatorPool:
 class AlfWorldEpisode(SimulatedEpisode):
     """One attempt at one task in one room."""
 
-    readers = {"act": Act}
+    readers: ClassVar = {"act": Act}
     max_calls = 40
 
 

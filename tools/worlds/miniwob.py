@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -27,7 +27,9 @@ PAGES = tuple(SCRIPTS)
 class Click(Arguments):
     """Click an element."""
 
-    ref: str = Field(description="The element's ref in the accessibility tree, such as e7.", pattern=r"^[a-z0-9]{1,12}$")
+    ref: str = Field(
+        description="The element's ref in the accessibility tree, such as e7.", pattern=r"^[a-z0-9]{1,12}$"
+    )
 
 
 class Type(Arguments):
@@ -36,7 +38,9 @@ class Type(Arguments):
     A date is written 2016-10-29, a time 14:05.
     """
 
-    ref: str = Field(description="The element's ref in the accessibility tree, such as e7.", pattern=r"^[a-z0-9]{1,12}$")
+    ref: str = Field(
+        description="The element's ref in the accessibility tree, such as e7.", pattern=r"^[a-z0-9]{1,12}$"
+    )
     text: str = Field(description="The text.", max_length=1000)
 
 
@@ -48,7 +52,7 @@ def _pool() -> SimulatorPool:
 class MiniWobEpisode(SimulatedEpisode):
     """One attempt at one page's task."""
 
-    readers = {"click": Click, "type": Type}
+    readers: ClassVar = {"click": Click, "type": Type}
     max_calls = 30
 
 

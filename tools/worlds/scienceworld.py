@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import accumulate
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -59,7 +59,7 @@ def _pool() -> SimulatorPool:
 class ScienceWorldEpisode(SimulatedEpisode):
     """One attempt at one variation of a task."""
 
-    readers = {"act": Act}
+    readers: ClassVar = {"act": Act}
     max_calls = 50
 
 

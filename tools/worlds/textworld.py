@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -60,7 +60,7 @@ def _pool() -> SimulatorPool:
 class TextWorldEpisode(SimulatedEpisode):
     """One attempt at one game."""
 
-    readers = {"act": Act}
+    readers: ClassVar = {"act": Act}
     max_calls = 50
 
 

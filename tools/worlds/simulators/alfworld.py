@@ -138,14 +138,17 @@ class _Problem:
         places = sorted(set(self._furniture.values()))
         types = [f"{kind}Type - otype" for kind in sorted(kinds)] + [f"{place}Type - rtype" for place in places]
         may_lie = [
-            f"(canContain {place}Type {kind}Type)" for place in places for kind in sorted(kinds & {*_MAY_LIE_IN.get(place, ())})
+            f"(canContain {place}Type {kind}Type)"
+            for place in places
+            for kind in sorted(kinds & {*_MAY_LIE_IN.get(place, ())})
         ]
         # Conditions of the domain name these types, be there such furniture or not.
         types += [f"{kind}Type - rtype" for kind in ("SinkBasin", "Microwave", "Fridge") if kind not in places]
         types += [f"{kind}Type - otype" for kind in ("Knife", "ButterKnife") if kind not in kinds]
         listed = "\n    ".join([*self.objects, *types])
         facts = "\n    ".join(["(= (total-cost) 0)", *self.facts, *may_lie])
-        return f"(define (problem room)\n  (:domain alfred)\n  (:objects\n    {listed}\n  )\n  (:init\n    {facts}\n  )\n{goal}"
+        head = f"(define (problem room)\n  (:domain alfred)\n  (:objects\n    {listed}\n  )"
+        return f"{head}\n  (:init\n    {facts}\n  )\n{goal}"
 
 
 def _room_and_wish(settings: Settings, random: Random) -> tuple[Room, _Wish]:
@@ -197,7 +200,7 @@ class _House:
 
     def __init__(self, settings: Settings) -> None:
         infos = textworld.EnvInfos(won=True, facts=True, admissible_commands=True)
-        self._env = AlfredDemangler(PddlEnv(infos))
+        self._env: Any = AlfredDemangler(PddlEnv(infos))
         self._env.load(make_game(settings))
         self._state = self._env.reset()
         text = self._state.feedback.replace("-= Welcome to TextWorld, ALFRED! =-", "").strip()
@@ -224,7 +227,9 @@ class _House:
         fast_downward.close_lib(self._env.unwrapped.downward_lib)  # a copy of the planner for each episode
 
     def _digest(self) -> str:
-        facts = "\n".join(sorted(str(fact) for fact in self._state.facts if not fact.name.startswith(("checked", "new-axiom"))))
+        facts = "\n".join(
+            sorted(str(fact) for fact in self._state.facts if not fact.name.startswith(("checked", "new-axiom")))
+        )
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
@@ -237,5 +242,3 @@ class AlfWorldHost:
 
     def open(self, settings: Settings) -> _House:
         return _House(settings)
-
-

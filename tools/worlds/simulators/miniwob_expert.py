@@ -1,7 +1,7 @@
 """Scripted experts for MiniWoB++ pages: from what is asked, and what the accessibility tree shows, to the next action.
 
-A script says what is to be true of the page, in order, and acts on the first thing that is not: so it knows the way from
-wherever the page is, as long as the page can still be put right.
+A script says what is to be true of the page, in order, and acts on the first thing that is not: so it knows the way
+from wherever the page is, as long as the page can still be put right.
 """
 
 from __future__ import annotations
@@ -155,7 +155,10 @@ def _tab(page: Page) -> RawCall:
 
 def _list(page: Page) -> RawCall:
     (wanted,) = page.asked(r"^Select (.+) from the list")
-    if any(element.role == "option" and element.is_marked("selected") and element.name == wanted for element in page.elements):
+    if any(
+        element.role == "option" and element.is_marked("selected") and element.name == wanted
+        for element in page.elements
+    ):
         return _click(page.one("Submit", "button"))
     return _type(page.all("combobox")[0], wanted)
 

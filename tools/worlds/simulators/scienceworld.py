@@ -19,12 +19,13 @@ class _Simulator:
     anew before each step, so that another episode's steps change nothing here."""
 
     def __init__(self, jvm: Any) -> None:
-        self._package = jvm.scienceworld.runtime.pythonapi.PythonInterface()
         self._random = jvm.java.lang.Class.forName("scala.util.Random$").getField("MODULE$").get(None)
+        self._random.setSeed(0)
+        self._package = jvm.scienceworld.runtime.pythonapi.PythonInterface()
 
     def load(self, settings: Settings, makes_gold_path: bool = False) -> _Simulator:
+        """Set a task up; the package seeds its generator with the variation."""
         self._num_steps = 0
-        self._random.setSeed(0)
         self._package.load(settings["task"], settings["variation"], "", makes_gold_path)
         return self
 
@@ -87,6 +88,11 @@ class ScienceWorldHost:
         self._environment = ScienceWorldEnv("")
         self._jvm = self._environment._gateway.jvm  # several simulators in one JVM; the environment itself has one
         self._scratch = _Simulator(self._jvm)
+        # Classes draw from the generator when they are first used, and keep what they drew as long as the JVM lives:
+        # all are used here, always in the same order, so that every JVM tells the same story.
+        for name in self._environment.get_task_names():
+            self._scratch.load({"task": name, "variation": 0})
+        self._has_walked: set[str] = set()
         self.free_simulators: list[_Simulator] = []
         self._gold_paths: dict[tuple[str, int], tuple[str, ...]] = {}
         self._ways: dict[tuple[str, int, tuple[str, ...]], tuple[str, ...]] = {}
@@ -118,11 +124,17 @@ class ScienceWorldHost:
     def _left_of_gold_path(self, settings: Settings, done: Sequence[str]) -> tuple[str, ...]:
         task = (settings["task"], settings["variation"])
         if task not in self._gold_paths:
-            self._gold_paths[task] = tuple(self._scratch.load(settings, makes_gold_path=True).gold_path)
+            self._gold_paths[task] = self._gold_path(settings)
         left = self._gold_paths[task]
         for action in done:
             left = left[1:] if left and action == left[0] else left
         return left
+
+    def _gold_path(self, settings: Settings) -> tuple[str, ...]:
+        if settings["task"] not in self._has_walked:  # the same holds for the classes that find the path
+            self._has_walked.add(settings["task"])
+            self._scratch.load({**settings, "variation": 0}, makes_gold_path=True)
+        return tuple(self._scratch.load(settings, makes_gold_path=True).gold_path)
 
     def _tried_out(self, settings: Settings, done: Sequence[str], way: Sequence[str]) -> tuple[str, ...]:
         simulator = self._scratch.load(settings)

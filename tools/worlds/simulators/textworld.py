@@ -73,9 +73,11 @@ class _Game:
     """One game that is being played."""
 
     def __init__(self, settings: Settings) -> None:
-        self._env = textworld.start(str(game_file(settings)), _INFOS)
-        self._state = self._env.reset()
-        self.frame = Frame(f"{self._state.objective.strip()}\n\n{self._state.description.strip()}", state=self._digest())
+        self._env: Any = textworld.start(str(game_file(settings)), _INFOS)
+        self._state: Any = self._env.reset()
+        self.frame = Frame(
+            f"{self._state.objective.strip()}\n\n{self._state.description.strip()}", state=self._digest()
+        )
 
     def do(self, name: str, arguments: Mapping[str, Any]) -> None:
         self._state, _, is_done = self._env.step(arguments["command"])
