@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from langchain_core.tools import BaseTool
+if TYPE_CHECKING:  # a second of import that a simulator's process does without
+    from langchain_core.tools import BaseTool
 
 Message = dict[str, Any]
 """One chat message in OpenAI's form; a tool call's `arguments` are JSON text."""
