@@ -49,7 +49,8 @@ class Endpoint:
     """A served agent. Methods raise openai's errors where it does not answer or refuses."""
 
     client: AsyncOpenAI
-    concurrency: int = 8
+    concurrency: int = 16
+    """Requests at a time. An engine on a CPU reads its weights once for all of them; with n = 2 they fill 32 places."""
 
     async def parents(self) -> list[str]:
         """The acting adapter, what it was trained from, and so on down to `base`."""
@@ -69,21 +70,23 @@ class Endpoint:
 
     async def sample(
         self,
-        states: Sequence[tuple[Sequence[Message], Sequence[ToolSchema]]],
+        states: Sequence[tuple[Sequence[Message], Sequence[ToolSchema], int]],
         adapter: str,
         num_samples: int,
         on_done: Callable[[], object] = lambda: None,
     ) -> list[list[str]]:
         """Sample actions of an adapter at each state; returns the ids of the logged steps, by state.
 
+        A state is its conversation, the tools on offer, and the most tokens that an action may have.
+
         A state that the endpoint cannot answer at, for example because it is too long for the model, has no ids.
         """
         places = asyncio.Semaphore(self.concurrency)
 
-        async def sample_one(messages: Sequence[Message], tools: Sequence[ToolSchema]) -> list[str]:
+        async def sample_one(messages: Sequence[Message], tools: Sequence[ToolSchema], max_tokens: int) -> list[str]:
             async with places:
                 try:
-                    return await self._sample_at(messages, tools, adapter, n=num_samples)
+                    return await self._sample_at(messages, tools, adapter, n=num_samples, max_tokens=max_tokens)
                 finally:
                     on_done()
 
