@@ -290,7 +290,7 @@ async def story(url: str, options: argparse.Namespace, folder: Path) -> list[Row
         tasks = [WORLD.task("train", first + index) for index in range(options.practice)]
         await traffic.tries(f"cycle {number + 1}, practice", tasks, PracticeOptions())
         result = await run_cycle(traffic, first + options.practice)
-        acting = (await endpoint.lineage())[0]
+        acting = (await endpoint.parents())[0]
         if acting != rows[-1].adapter:
             rows.append(await row_of(traffic, acting, options.tasks, result))
         else:

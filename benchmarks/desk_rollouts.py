@@ -1,4 +1,5 @@
-"""Episodes at the order desk without a server: many in lockstep on one KV cache, and a cycle's material made of them.
+"""Episodes at the order desk without a server: many in lockstep on one KV cache, and a cycle's training data made of
+them.
 
 What a policy reads and writes is what it would through the endpoint: prompts are rendered and continued by
 `ChatProtocol`, actions parsed by it, and compared by meaning.
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from learner.data.comparison import compare
-from learner.data.training_data import OwnAction, State, Trajectory
+from learner.data.training_data import PolicyAction, State, Trajectory
 from learner.practice import MAX_STEPS
 from policies.chat_protocol import ChatProtocol, action_message, message_action
 from policies.types import Action, Completion, FinalAnswer, FinishReason, TokenIds, ToolCall, ToolCalls
@@ -260,16 +261,16 @@ class Desk:
         actions = tuple(self._own_action(attempt.episode, completion, state_id) for completion in own)
         return State(state_id, attempt.prompt, expert, actions)
 
-    def _own_action(self, stood: OrderDeskEpisode, completion: Completion, step_id: str) -> OwnAction:
+    def _own_action(self, stood: OrderDeskEpisode, completion: Completion, step_id: str) -> PolicyAction:
         expert = message_action(stood.expert_action())
         agrees = compare(_parsed(self.protocol, completion), expert, stood.same_effect).agrees
-        return OwnAction(step_id, completion.token_ids, completion.logprobs, agrees)
+        return PolicyAction(step_id, completion.token_ids, completion.logprobs, agrees)
 
 
 def _joined(experts: Sequence[Attempt]) -> Trajectory:
     """One demonstration of the same one with different samples."""
     states = tuple(
-        replace(same[0], own=tuple(action for state in same for action in state.own))
+        replace(same[0], policy_actions=tuple(action for state in same for action in state.policy_actions))
         for same in zip(*(expert.states for expert in experts), strict=True)
     )
     return Trajectory(f"expert/{experts[0].task.id}", states, experts[0].task.id, 1.0)

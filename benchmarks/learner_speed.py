@@ -54,7 +54,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from learner.objectives.losses import implicit_step_loss
-from learner.packing.prefix_tree import Row, Span, pack_rows
+from learner.packing.prefix_tree import ScoredSequence, Span, pack_sequences
 from learner.packing.scoring import reference, score, to_batch
 from learner.packing.tree_attention import TREE_ATTENTION
 
@@ -141,15 +141,15 @@ def prepare_packed(pairs: list[Pair]) -> RunPass:
     optimizer = make_optimizer(network)
     ref = torch.zeros(len(rows))
     with reference(network):
-        for pack in pack_rows(rows, TOKEN_BUDGET):
+        for pack in pack_sequences(rows, TOKEN_BUDGET):
             scores = score(network, to_batch(pack, "cpu"))
-            ref[list(scores.rows)] = scores.sums()
+            ref[list(scores.sequences)] = scores.sums()
 
     def run_pass() -> tuple[float, float]:
         began, total = time.process_time(), 0.0
-        for pack in pack_rows(rows, TOKEN_BUDGET):
+        for pack in pack_sequences(rows, TOKEN_BUDGET):
             scores = score(network, to_batch(pack, "cpu"))
-            sums, refs = scores.sums(), ref[list(scores.rows)]
+            sums, refs = scores.sums(), ref[list(scores.sequences)]
             loss = implicit_step_loss(sums[::2], refs[::2], sums[1::2], refs[1::2], beta=BETA, anchor_weight=0.0).loss
             (loss / len(pairs)).backward()
             total += loss.item()
@@ -160,10 +160,10 @@ def prepare_packed(pairs: list[Pair]) -> RunPass:
     return run_pass
 
 
-def _rows(pairs: list[Pair]) -> list[Row]:
+def _rows(pairs: list[Pair]) -> list[ScoredSequence]:
     """Two rows a pair, chosen first; a pair owns its rows, so packs hold whole pairs in this order."""
     return [
-        Row(pair.prompt + action, (Span(len(pair.prompt), len(pair.prompt) + len(action)),), owner=number)
+        ScoredSequence(pair.prompt + action, (Span(len(pair.prompt), len(pair.prompt) + len(action)),), owner=number)
         for number, pair in enumerate(pairs)
         for action in (pair.chosen, pair.rejected)
     ]

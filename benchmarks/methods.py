@@ -32,10 +32,11 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.desk_rollouts import WORLD, Desk, load_policy
-from learner.data.training_data import Material, Trajectory
-from learner.objectives.build import LessonOptions, NothingToLearn, objective_of
-from learner.training.discriminator import DiscriminatorOptions, train_discriminator
-from learner.training.trainer import Trainer, TrainingOptions
+from learner.data.training_data import TrainingData, Trajectory
+from learner.objectives.build import NothingToLearn, objective_of
+from learner.options import ObjectiveOptions, TrainingOptions
+from learner.training.discriminator import DiscriminatorOptions, discriminate
+from learner.training.trainer import Trainer
 from policies.adapters.base_network import read_base_network
 from policies.chat_protocol import ChatProtocol
 from policies.novice.build import NOVICE_PATH
@@ -56,7 +57,7 @@ TUNING_CYCLES = 2
 # ---------------------------------------------------------------------------------------------- methods
 
 
-LESSONS = LessonOptions(
+OBJECTIVE_OPTIONS = ObjectiveOptions(
     beta=0.3,
     anchor_weight=1.0,
     kl_weight=0.02,
@@ -86,17 +87,17 @@ class Method:
     """`none`: the novice stays as it is."""
     lr: float = 2e-3
     trajectories_per_step: int = 8
-    lessons: LessonOptions = LESSONS
+    objectives: ObjectiveOptions = OBJECTIVE_OPTIONS
     answers: Answers = Answers.NONE
 
     @property
-    def lesson_options(self) -> LessonOptions:
+    def objective_options(self) -> ObjectiveOptions:
         """Answers at own states are there to be learned from."""
-        return replace(self.lessons, own_states=self.answers is not Answers.NONE)
+        return replace(self.objectives, own_states=self.answers is not Answers.NONE)
 
     @property
     def takes_samples(self) -> bool:
-        return self.objective in ("implicit", "inverse") or self.lessons.informative_only
+        return self.objective in ("implicit", "inverse") or self.objectives.informative_only
 
     @property
     def takes_own_episodes(self) -> bool:
@@ -106,25 +107,27 @@ class Method:
 SFT = Method("sft", lr=4e-3, trajectories_per_step=2)
 IMPLICIT = Method("implicit", lr=4e-3)
 INVERSE = Method("inverse", lr=8e-3)
-PPO = Method("ppo", lr=4e-3, lessons=replace(LESSONS, anchor_weight=0.0, kl_weight=0.0, max_versions_old=0))
+PPO = Method(
+    "ppo", lr=4e-3, objectives=replace(OBJECTIVE_OPTIONS, anchor_weight=0.0, kl_weight=0.0, max_versions_old=0)
+)
 METHODS: dict[str, Method] = {
     "sft": SFT,
     "implicit": IMPLICIT,
     "inverse": INVERSE,
-    "eto": Method("eto", lr=1e-3, lessons=replace(LESSONS, beta=0.03)),
+    "eto": Method("eto", lr=1e-3, objectives=replace(OBJECTIVE_OPTIONS, beta=0.03)),
     "rft": Method("rft", lr=4e-3),
     "ppo": PPO,
     # What might beat sft:
-    "sft, informative": replace(SFT, lessons=replace(LESSONS, informative_only=True)),
+    "sft, informative": replace(SFT, objectives=replace(OBJECTIVE_OPTIONS, informative_only=True)),
     "sft, own states": replace(SFT, answers=Answers.DEMONSTRATED),
     "sft, fresh states": replace(SFT, answers=Answers.FRESH),
     "sft, failed states": replace(SFT, answers=Answers.FAILED),
     "implicit, failed states": replace(IMPLICIT, answers=Answers.FAILED),
     "inverse, failed states": replace(INVERSE, answers=Answers.FAILED),
-    "ppo, anchored": replace(PPO, lessons=replace(LESSONS, anchor_weight=3.0, kl_weight=0.0)),
-    "ppo, anchored, on-policy": replace(PPO, lessons=replace(PPO.lessons, anchor_weight=3.0)),
+    "ppo, anchored": replace(PPO, objectives=replace(OBJECTIVE_OPTIONS, anchor_weight=3.0, kl_weight=0.0)),
+    "ppo, anchored, on-policy": replace(PPO, objectives=replace(PPO.objectives, anchor_weight=3.0)),
     "ppo, anchored, failed states": replace(
-        PPO, lessons=replace(PPO.lessons, anchor_weight=3.0), answers=Answers.FAILED
+        PPO, objectives=replace(PPO.objectives, anchor_weight=3.0), answers=Answers.FAILED
     ),
 }
 """By name, with the settings that tuning chose; a variant has those of its objective."""
@@ -136,7 +139,7 @@ def _batch(method: Method, size: int) -> Method:
 
 
 def _lessons(method: Method, changes: dict[str, float]) -> Method:
-    return replace(method, lessons=replace(method.lessons, **changes))
+    return replace(method, objectives=replace(method.objectives, **changes))
 
 
 def _grid(
@@ -205,7 +208,7 @@ class CycleResult:
     """States that an expert has acted or answered at, all cycles so far, each counted once."""
     note: str
     """Why nothing was learned; empty where something was."""
-    health: dict[str, float]
+    diagnostics: dict[str, float]
 
 
 class Run:
@@ -224,27 +227,29 @@ class Run:
         """Learn once, and measure."""
         began = time.process_time()
         network = load_policy(NOVICE_PATH, self._adapter)
-        material = self._material(network, number)
-        note, health = "", dict[str, float]()
+        training_data = self._material(network, number)
+        note, diagnostics = "", dict[str, float]()
         try:
-            health = self._train(material, number)
+            diagnostics = self._train(training_data, number)
         except NothingToLearn as reason:
             note = str(reason)
         seconds = time.process_time() - began
         greedy = sampled = float("nan")
         if self._scene.split == "heldout" or number + 1 == self._scene.num_cycles:
             greedy, sampled = measured(self._desk, load_policy(NOVICE_PATH, self._adapter), self._scene, number)
-        answers = {(s.prompt, s.expert) for each in material.trajectories for s in each.states if s.expert is not None}
-        return CycleResult(greedy, sampled, seconds, len(answers), note, health)
+        answers = {
+            (s.prompt, s.expert) for each in training_data.trajectories for s in each.states if s.expert is not None
+        }
+        return CycleResult(greedy, sampled, seconds, len(answers), note, diagnostics)
 
-    def _material(self, network: Any, number: int) -> Material:
+    def _material(self, network: Any, number: int) -> TrainingData:
         method, draw = self._method, _generator(self._scene.seed, number, 1)
         demonstrations = self._desk.demonstrations(self._demonstrated)
         if method.takes_samples:
             demonstrations = self._desk.inspected(network, self._demonstrated, NUM_SAMPLES, draw)
         if method.takes_own_episodes:
             self._own.append(self._own_episodes(network, number, draw))
-        return Material(tuple(demonstrations), self._own_with_ages())
+        return TrainingData(tuple(demonstrations), self._own_with_ages())
 
     def _own_episodes(self, network: Any, number: int, draw: torch.Generator) -> list[Trajectory]:
         num_demonstrated = len(self._demonstrated)
@@ -271,7 +276,7 @@ class Run:
         newest = len(self._own) - 1
         return tuple(_aged(each, newest - cycle) for cycle, own in enumerate(self._own) for each in own)
 
-    def _train(self, material: Material, number: int) -> dict[str, float]:
+    def _train(self, training_data: TrainingData, number: int) -> dict[str, float]:
         method = self._method
         if method.objective == "none":
             return {}
@@ -282,25 +287,27 @@ class Run:
             trajectories_per_step=method.trajectories_per_step,
             seed=1000 * self._scene.seed + number,
         )
-        discriminator, health = None, dict[str, float]()
+        discriminator, diagnostics = None, dict[str, float]()
         if method.objective == "inverse":
             options = DiscriminatorOptions(training=replace(training, lr=DISCRIMINATOR_LR))
-            discriminator = train_discriminator(material, NOVICE_PATH, method.lesson_options, options)
+            discriminator = discriminate(training_data, NOVICE_PATH, method.objective_options, options)
             if discriminator.accuracy is not None:
-                health["discriminator_held_out_accuracy"] = discriminator.accuracy
-        objective = objective_of(method.objective, material, method.lesson_options, discriminator)
+                diagnostics["discriminator_held_out_accuracy"] = discriminator.accuracy
+        objective = objective_of(method.objective, training_data, method.objective_options, discriminator)
         trainer = Trainer(NOVICE_PATH, self._adapter, training, device="cpu")
         report = trainer.train(objective)
         assert report.num_gradient_steps == GRADIENT_STEPS
         self._adapter = self._folder / f"cycle-{number}"
         trainer.network.save_pretrained(self._adapter)
-        return health | report.health
+        return diagnostics | report.diagnostics
 
 
 def _without_expert(trajectory: Trajectory) -> Trajectory:
     """Nobody has answered; so nobody knows either whether the action agrees."""
     states = (
-        replace(state, expert=None, own=tuple(replace(action, agrees=None) for action in state.own))
+        replace(
+            state, expert=None, policy_actions=tuple(replace(action, agrees=None) for action in state.policy_actions)
+        )
         for state in trajectory.states
     )
     return replace(trajectory, states=tuple(states))
@@ -308,7 +315,10 @@ def _without_expert(trajectory: Trajectory) -> Trajectory:
 
 def _aged(trajectory: Trajectory, num_versions: int) -> Trajectory:
     states = (
-        replace(state, own=tuple(replace(action, num_versions_old=num_versions) for action in state.own))
+        replace(
+            state,
+            policy_actions=tuple(replace(action, num_versions_old=num_versions) for action in state.policy_actions),
+        )
         for state in trajectory.states
     )
     return replace(trajectory, states=tuple(states))
@@ -489,17 +499,17 @@ def tune(runs: FinishedRuns, objective: str, num_tasks: int) -> None:
         last = [runs.results(method, scene)[-1] for scene in scenes]
         greedy, sampled = fmean(r.greedy for r in last), fmean(r.sampled for r in last)
         seconds = fmean(r.cpu_seconds for r in last)
-        found.append(((greedy + sampled) / 2, greedy, sampled, seconds, _told_apart(method), last[0].health))
-    for score, greedy, sampled, seconds, settings, health in sorted(found, key=lambda each: each[0]):
-        watched = " ".join(f"{name}={value:.2f}" for name, value in health.items())
+        found.append(((greedy + sampled) / 2, greedy, sampled, seconds, _told_apart(method), last[0].diagnostics))
+    for score, greedy, sampled, seconds, settings, diagnostics in sorted(found, key=lambda each: each[0]):
+        watched = " ".join(f"{name}={value:.2f}" for name, value in diagnostics.items())
         print(f"{score:.3f}  greedy {greedy:.3f}  T=1 {sampled:.3f}  {seconds:4.1f} s  {settings}  {watched}")
 
 
 def _told_apart(method: Method) -> str:
     """The settings that differ from an objective's defaults."""
     plain, given = asdict(Method(method.objective)), asdict(method)
-    lessons = {k: v for k, v in given.pop("lessons").items() if v != plain["lessons"][k]}
-    return json.dumps({k: v for k, v in given.items() if v != plain[k]} | lessons)
+    objectives = {k: v for k, v in given.pop("objective_options").items() if v != plain["objective_options"][k]}
+    return json.dumps({k: v for k, v in given.items() if v != plain[k]} | objectives)
 
 
 def main() -> None:

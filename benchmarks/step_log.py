@@ -79,12 +79,16 @@ def measure(append: Callable[..., None], num_callers: int, duration_s: float) ->
     return latencies_ms
 
 
+def grouped_commits(log: StepLog) -> Callable[..., None]:
+    return lambda *facts: log.append(*facts).result()
+
+
 def own_commits(log: StepLog) -> Callable[..., None]:
     lock = threading.Lock()
 
     def append(*facts: Fact) -> None:
         with lock:
-            log.append_now(*facts)
+            log.append(*facts).result()
 
     return append
 
@@ -96,7 +100,7 @@ def run(duration_s: float, folder: str | None) -> None:
         writer = logs[names[1]]._writer
         assert writer is not None
         writer.connection.execute("PRAGMA synchronous = NORMAL")
-        appends = {names[0]: logs[names[0]].append_now, names[1]: logs[names[1]].append_now}
+        appends = {name: grouped_commits(logs[name]) for name in names[:2]}
         appends[names[2]] = own_commits(logs[names[2]])
         print(f"{'':22}{'callers':>8}{'appends/s':>11}{'median ms':>11}{'p99 ms':>9}")
         for num_callers in NUM_CALLERS:

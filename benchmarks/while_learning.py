@@ -155,7 +155,7 @@ async def see_a_cycle_through(client: AsyncOpenAI, is_open: asyncio.Event, stops
 
 
 async def back_to_base(endpoint: Endpoint) -> None:
-    while (await endpoint.lineage())[0] != BASE_ADAPTER:
+    while (await endpoint.parents())[0] != BASE_ADAPTER:
         await endpoint.rollback("the next measurement begins at the base network")
 
 

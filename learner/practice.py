@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ async def _attempt(client: AsyncOpenAI, world: World, task: Task, model: str, op
                 messages=messages,
                 tools=tools,
                 temperature=options.temperature,
-                seed=options.seed,
+                seed=step_seed(options.seed, task, num_steps),
                 metadata=metadata,
             )
             num_steps += 1
@@ -105,6 +106,13 @@ async def _attempt(client: AsyncOpenAI, world: World, task: Task, model: str, op
             return Attempt(task.id, episode_id, 0.0, num_steps, num_malformed)
         return Attempt(task.id, episode_id, 0.0, num_steps, num_malformed, str(error))
     return Attempt(task.id, episode_id, episode.outcome(), num_steps, num_malformed)
+
+
+def step_seed(seed: int | None, task: Task, num_steps: int) -> int | None:
+    """Another one at every step of every task: one seed for all would give all of them the same luck."""
+    if seed is None:
+        return None
+    return int(hashlib.sha256(f"{seed} {task.id} {num_steps}".encode()).hexdigest()[:15], 16)
 
 
 def _calls(message: Any) -> list[dict[str, Any]]:

@@ -167,6 +167,11 @@ class Adapter:
     """SHA-256 of its weights file, in hex."""
 
 
+def adapter_name(adapter: Adapter | None) -> str:
+    """The name under which steps are logged and clients ask: `base` for the base network without an adapter."""
+    return adapter.name if adapter else BASE_ADAPTER
+
+
 # ------------------------------------------------------------------------------------------------ engine
 
 

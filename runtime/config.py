@@ -3,41 +3,31 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterable
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
-    CliApp,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    SettingsError,
     TomlConfigSettingsSource,
 )
 
+from policies.command_line import Options, parse, split_commas
+from runtime import __version__
 
-class Settings(BaseSettings):
+
+class Settings(Options):
     """Serve an agent over OpenAI-compatible HTTP and log every step it takes.
 
     Every option can also be given as an environment variable (--tool-timeout is STEPAGENT_TOOL_TIMEOUT) or as a key
     of a TOML file (tool_timeout), named by STEPAGENT_CONFIG or else stepagent.toml in the working directory.
     """
 
-    model_config = SettingsConfigDict(
-        env_prefix="STEPAGENT_",
-        extra="forbid",
-        cli_prog_name="python serve.py",
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        cli_avoid_json=True,
-        use_attribute_docstrings=True,
-    )
+    model_config = SettingsConfigDict(env_prefix="STEPAGENT_")
 
     host: str = "127.0.0.1"
     """Address to listen on. One that others can reach needs an API key."""
@@ -47,7 +37,7 @@ class Settings(BaseSettings):
     """Folder of the step log (agent.db) and the adapters; made if missing."""
     engine: Literal["embedded", "vllm"] = "embedded"
     """What runs the model: embedded (transformers + PEFT, CPU or GPU) or vllm."""
-    engine_arg: dict[str, str | int | float | bool | list[Any] | dict[str, Any]] = {}
+    engine_arg: dict[str, str | int | float | bool | list[Any] | dict[str, Any]] = Field(default_factory=dict)
     """Passed on to vLLM, by the names of its command line: tensor_parallel_size=2. Repeat for more."""
     model: str = "policies/novice_model"
     """Folder (or hub name) of the base model; the default is the novice that comes with this repository."""
@@ -60,7 +50,7 @@ class Settings(BaseSettings):
     """Clients must send it as a bearer token; unset: none is asked for."""
     world: str = "order_desk"
     """World whose tasks the server knows and whose tools it runs; empty for none."""
-    tools: Annotated[list[str], NoDecode] = []
+    tools: Annotated[list[str], NoDecode] = Field(default_factory=list)
     """Tools that the server runs for the agent: calculator, search. Repeat or separate by commas."""
     search_corpus: Path | None = None
     """JSONL file of {"title", "text"} objects for the search tool."""
@@ -80,9 +70,9 @@ class Settings(BaseSettings):
     """Threads of the engine's arithmetic on a CPU; default: the engine's own choice."""
     learn_every: int = Field(200, ge=0)
     """Start a learning cycle by itself after so many new episodes; 0: only when asked."""
-    learner_arg: dict[str, str | int | float | bool] = {}
+    learner_arg: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """Passed on to python -m learner, by the names of its command line: objectives=sft,implicit. Repeat for more."""
-    demonstrations: Annotated[list[Path], NoDecode] = []
+    demonstrations: Annotated[list[Path], NoDecode] = Field(default_factory=list)
     """Files of expert demonstrations to import once the server is up. Repeat or separate by commas."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """How much the server prints while it serves."""
@@ -101,8 +91,7 @@ class Settings(BaseSettings):
     @field_validator("tools", "demonstrations", mode="before")
     @classmethod
     def _split_commas(cls, given: object) -> list[str]:
-        parts = given if isinstance(given, list) else [given]
-        return [part.strip() for each in parts for part in str(each).split(",") if part.strip()]
+        return split_commas(given)
 
     @field_validator("demonstrations")
     @classmethod
@@ -139,19 +128,9 @@ def _is_loopback(host: str) -> bool:
 def parse_settings(arguments: list[str]) -> Settings:
     """Settings from the command line, the environment and the TOML file, in this order of precedence.
 
-    Ends the process with a sentence on stderr and exit code 2 where a value is wrong.
+    Ends the process with a sentence on stderr and exit code 2 where a value is wrong; `--version` prints and ends it.
     """
-    try:
-        return CliApp.run(Settings, cli_args=arguments)
-    except ValidationError as error:
-        problems = (f"{'.'.join(map(str, e['loc'])) or 'options'}: {e['msg']}" for e in error.errors())
-        _refuse(problem.replace("Value error, ", "") for problem in problems)
-    except SettingsError as error:
-        _refuse([str(error)])
-    except (ValueError, OSError) as error:
-        _refuse([f"{os.environ.get('STEPAGENT_CONFIG', 'stepagent.toml')} cannot be read: {error}"])
-
-
-def _refuse(problems: Iterable[str]) -> NoReturn:
-    print("these options cannot be used:", *(f"  {problem}" for problem in problems), sep="\n", file=sys.stderr)
-    raise SystemExit(2)
+    if "--version" in arguments:
+        print(f"StepAgent {__version__}")
+        raise SystemExit(0)
+    return parse(Settings, arguments, "python serve.py", os.environ.get("STEPAGENT_CONFIG", "stepagent.toml"))

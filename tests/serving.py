@@ -25,7 +25,7 @@ from runtime.agent.tools import Toolbox
 from runtime.http.app import create_app
 from runtime.http.metrics import Metrics
 from runtime.http.parts import Parts
-from runtime.learning.trigger import Learning
+from runtime.learning.learning import Learning
 from runtime.startup import listen, url_of
 from runtime.store.adapter_registry import AdapterRegistry
 from runtime.store.step_log import StepLog

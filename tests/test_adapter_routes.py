@@ -173,7 +173,7 @@ def test_a_database_that_cannot_be_written_is_told_and_the_server_goes_on(
 
 def test_a_promotion_for_another_parent_than_what_acts_changes_nothing(server: Served, tiny: TinyNetwork) -> None:
     register(server, tiny.adapter(1))
-    reason = refusal(post(server, "/agent-v0001/promote", {"acting": "agent-v0007"}))
+    reason = refusal(post(server, "/agent-v0001/promote", {"expected_acting": "agent-v0007"}))
     assert "agent-v0007 does not act any more: base does" in reason
     assert adapter_of_new_episode(server) == "base"
     assert post(server, "/agent-v0001/promote", {"acting": "base"}).status_code == 200

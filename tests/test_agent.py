@@ -27,16 +27,10 @@ from policies.types import (
     TokenIds,
     ToolCalls,
 )
-from runtime.agent.loop import (
-    ContextFull,
-    Policy,
-    Progress,
-    RunLimits,
-    ServerTools,
-    Turn,
-    run_client_step,
-    run_episode,
-)
+from runtime.agent.budget import RunLimits
+from runtime.agent.loop import Run, RunEvent, ServerTools, StepTaken
+from runtime.agent.step import ContextFull, Progress
+from runtime.agent.turn import Policy, Turn
 from runtime.store.episodes import Actor, Episode, Purpose, Step, StopReason, new_id
 from runtime.store.step_log import StepLog
 from tests.serving import LIMITS, SayingEngine, wait_until
@@ -87,20 +81,28 @@ class Stage:
 
     def turn(self, text: str = "What is on the shelf?", **changes: Any) -> Turn:
         messages = ({"role": "user", "content": text},)
-        turn = Turn(self.episode, None, (), messages, messages, SCHEMAS, SamplingParams(max_tokens=500))
+        turn = Turn(self.episode, None, 0, (), (), messages, messages, SCHEMAS, SamplingParams(max_tokens=500))
         return replace(turn, **changes)
 
     async def run(
         self, limits: RunLimits = UNLIMITED, outcome: Callable[[], float] | None = None, **changes: Any
     ) -> list[Step]:
         """The steps of a run with server-run tools."""
-        tools = ServerTools(TOOLS, outcome)
-        return await steps_of(run_episode(self.policy, self.log, self.turn(**changes), True, tools, limits))
+        return await steps_of(self.episode_events(limits, outcome, **changes))
 
     async def step(self, **changes: Any) -> Step:
         """One step whose tools the client runs."""
-        (step,) = await steps_of(run_client_step(self.policy, self.log, self.turn(**changes), True))
+        (step,) = await steps_of(self.step_events(**changes))
         return step
+
+    def step_events(self, **changes: Any) -> AsyncGenerator[RunEvent, None]:
+        return Run(0, self.policy, self.turn(**changes), True, None).events(self.log, UNLIMITED)
+
+    def episode_events(
+        self, limits: RunLimits = UNLIMITED, outcome: Callable[[], float] | None = None, **changes: Any
+    ) -> AsyncGenerator[RunEvent, None]:
+        tools = ServerTools(TOOLS, outcome)
+        return Run(0, self.policy, self.turn(**changes), True, tools).events(self.log, limits)
 
     @property
     def logged(self) -> list[Step]:
@@ -115,14 +117,14 @@ def stage(protocol: ChatProtocol, log: StepLog) -> StageMaker:
     return lambda *says, **engine: Stage(protocol, log, *says, **engine)
 
 
-async def steps_of(happenings: AsyncGenerator[Progress | Step, None]) -> list[Step]:
-    async with aclosing(happenings) as all_that_happens:
-        return [happening async for happening in all_that_happens if isinstance(happening, Step)]
+async def steps_of(events: AsyncGenerator[RunEvent, None]) -> list[Step]:
+    async with aclosing(events) as all_that_happens:
+        return [event.step async for event in all_that_happens if isinstance(event, StepTaken)]
 
 
-async def text_of(happenings: AsyncGenerator[Progress | Step, None]) -> str:
-    async with aclosing(happenings) as all_that_happens:
-        return "".join([happening.text async for happening in all_that_happens if isinstance(happening, Progress)])
+async def text_of(events: AsyncGenerator[RunEvent, None]) -> str:
+    async with aclosing(events) as all_that_happens:
+        return "".join([event.text async for event in all_that_happens if isinstance(event, Progress)])
 
 
 # ------------------------------------------------------------------------------------------- server-run tools
@@ -167,8 +169,8 @@ async def test_a_step_is_on_disk_before_it_is_told(stage: StageMaker, protocol: 
     it = stage(LOOK, "A globe.")
     reader = StepLog(tmp_path / "agent.db", read_only=True)
     num_told = 0
-    async for happening in run_episode(it.policy, it.log, it.turn(), True, ServerTools(TOOLS), UNLIMITED):
-        if isinstance(happening, Step):
+    async for event in it.episode_events():
+        if isinstance(event, StepTaken):
             num_told += 1
             assert len(reader.steps(it.episode.id)) == num_told
     assert num_told == 2
@@ -183,7 +185,7 @@ async def test_the_worlds_verdict_is_logged_with_the_last_step(stage: StageMaker
 
 async def test_texts_of_several_steps_reach_the_reader_apart_from_each_other(stage: StageMaker) -> None:
     it = stage(f"Let me see.\n{LOOK}", LOOK, "A globe.")
-    run = run_episode(it.policy, it.log, it.turn(), True, ServerTools(TOOLS), UNLIMITED)
+    run = it.episode_events()
     assert await text_of(run) == "Let me see.\n\nA globe."
 
 
@@ -338,7 +340,7 @@ async def test_one_step_says_why_it_ended(
 @pytest.mark.parametrize("says", [BROKEN, f"I will look.\n{BROKEN}", f"Hm.\n{LOOK}\n{BROKEN}"])
 async def test_the_client_is_shown_a_malformed_action_as_it_was_written(stage: StageMaker, says: str) -> None:
     it = stage(says)
-    shown = await text_of(run_client_step(it.policy, it.log, it.turn(), True))
+    shown = await text_of(it.step_events())
     assert shown == says
     assert isinstance(it.logged[0].action, MalformedAction)
 
@@ -347,7 +349,7 @@ async def test_where_no_tool_may_be_called_a_call_is_shown_as_text_and_run_by_no
     """`tool_choice: none` left the tools out of the prompt, and the client got calls all the same."""
     it = stage(f"I will look.\n{LOOK}")
     turn = it.turn(tools=(), may_call=False)
-    assert await text_of(run_client_step(it.policy, it.log, turn, True)) == f"I will look.\n{LOOK}"
+    assert await text_of(Run(0, it.policy, turn, True, None).events(it.log, UNLIMITED)) == f"I will look.\n{LOOK}"
     assert isinstance(it.logged[0].action, MalformedAction)
     assert it.logged[0].stop_reason is StopReason.MALFORMED
 
@@ -448,8 +450,8 @@ async def test_a_listener_who_leaves_in_mid_step_cancels_the_engine_and_leaves_n
     stage: StageMaker, num_heard: int
 ) -> None:
     it = stage([65] * 400, pause_s=0.02)
-    happenings = run_client_step(it.policy, it.log, it.turn(), True)
-    async with aclosing(happenings) as listening:
+    events = it.step_events()
+    async with aclosing(events) as listening:
         for _ in range(num_heard):
             await anext(listening)
     assert it.engine.health().num_running == 0
@@ -459,27 +461,16 @@ async def test_a_listener_who_leaves_in_mid_step_cancels_the_engine_and_leaves_n
 
 async def test_a_listener_who_leaves_between_steps_leaves_the_answered_ones(stage: StageMaker) -> None:
     it = stage(LOOK, [65] * 400)
-    run = run_episode(it.policy, it.log, it.turn(), True, ServerTools(TOOLS), UNLIMITED)
+    run = it.episode_events()
     async with aclosing(run) as listening:
-        async for happening in listening:
-            if isinstance(happening, Step):
+        async for event in listening:
+            if isinstance(event, StepTaken):
                 break
     assert len(it.logged) == 1
     assert it.engine.health().num_running == 0
 
 
 # ---------------------------------------------------------------------------------------------------- prompts
-
-
-async def test_with_other_tools_on_offer_the_prompt_is_rendered_afresh(
-    stage: StageMaker, protocol: ChatProtocol
-) -> None:
-    """A template may write the tools into its first lines: what stood there before no longer holds."""
-    first = await stage(LOOK).step()
-    history = (*first.new_messages, {"role": "assistant", "content": "A globe."})
-    new = ({"role": "user", "content": "And now?"},)
-    turn = stage().turn(parent=first, history=history, new_messages=new, tools=SCHEMAS[:1])
-    assert turn.prompt(protocol) == protocol.render([*history, *new], SCHEMAS[:1])
 
 
 def test_token_ids_are_plain_integers(protocol: ChatProtocol) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -18,10 +17,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
-    MistralConfig,
     PreTrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
 )
 
 import learner.packing.scoring
@@ -33,63 +29,15 @@ from learner.objectives.losses import (
     sft_loss,
     trajectory_preference_loss,
 )
-from learner.packing.prefix_tree import Row, Span, pack_rows
-from learner.packing.scoring import RowLogprobs, reference, score, to_batch
+from learner.packing.prefix_tree import ScoredSequence, Span, pack_sequences
+from learner.packing.scoring import SequenceLogprobs, reference, score, to_batch
 from learner.packing.tree_attention import TREE_ATTENTION
+from tests.networks import ARCHITECTURES, NETWORKS, SIZES, plain_logprobs
 
 torch.set_num_threads(1)
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-EVERY_OTHER = ["sliding_attention", "full_attention"]
-ARCHITECTURES: dict[str, Callable[..., PreTrainedConfig]] = {
-    "qwen2": lambda: Qwen2Config(**SIZES),
-    "qwen2_sliding": lambda: Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, layer_types=EVERY_OTHER),
-    "qwen3": lambda: Qwen3Config(**SIZES),
-    "llama": lambda: LlamaConfig(**SIZES),
-    "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
-    "mistral_sliding": lambda: MistralConfig(**SIZES, sliding_window=4),
-    "gemma2": lambda: Gemma2Config(
-        **SIZES, sliding_window=4, layer_types=EVERY_OTHER, query_pre_attn_scalar=8, attn_logit_softcapping=None
-    ),
-    "gemma3": lambda: Gemma3TextConfig(**SIZES, sliding_window=4, layer_types=EVERY_OTHER, query_pre_attn_scalar=8),
-    "gemma3_softcap": lambda: Gemma3TextConfig(
-        **SIZES, sliding_window=512, layer_types=EVERY_OTHER, final_logit_softcapping=2.0
-    ),
-}
 
-
-def make_network(architecture: str) -> PeftModel:
-    """A tiny random network with two random adapters, `policy` (active) and `other`."""
-    torch.manual_seed(0)
-    config = ARCHITECTURES[architecture]()
-    base = AutoModelForCausalLM.from_config(config, attn_implementation=TREE_ATTENTION)
-    lora = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
-    network = get_peft_model(base, lora, adapter_name="policy", autocast_adapter_dtype=False)
-    network.add_adapter("other", lora, autocast_adapter_dtype=False)
-    for name, parameter in network.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    network.set_adapter("policy")
-    return network.eval()
-
-
-NETWORKS = {architecture: make_network(architecture) for architecture in ARCHITECTURES}
-
-
-def random_rows(seed: int, num_steps: int = 3, num_trajectories: int = 2) -> list[Row]:
+def random_rows(seed: int, num_steps: int = 3, num_trajectories: int = 2) -> list[ScoredSequence]:
     """Two branches at every step of trajectories that begin alike: rows 2k (expert) and 2k + 1 (agent) are a pair."""
     draw = random.Random(seed)
 
@@ -104,27 +52,20 @@ def random_rows(seed: int, num_steps: int = 3, num_trajectories: int = 2) -> lis
             expert, agent = tokens(), tokens()
             weight, owner = draw.uniform(0.1, 2.0), len(rows)
             rows += [
-                Row(context + action, (Span(len(context), len(context) + len(action), weight),), owner)
+                ScoredSequence(context + action, (Span(len(context), len(context) + len(action), weight),), owner)
                 for action in (expert, agent)
             ]
             context += expert
     return rows
 
 
-def plain_logprobs(network: PeftModel, row: Row) -> Tensor:
-    """The same by the book: one pass over one row, log-softmax everywhere, then the scored tokens."""
-    logits = network(input_ids=torch.tensor([row.token_ids])).logits[0].to(torch.float64)
-    logprobs = logits[:-1].log_softmax(-1).gather(1, torch.tensor(row.token_ids[1:])[:, None])[:, 0]
-    return torch.cat([logprobs[span.start - 1 : span.stop - 1] for span in row.spans])
-
-
-def packed_logprobs(network: PeftModel, rows: list[Row], budget: int) -> list[Tensor]:
+def packed_logprobs(network: PeftModel, rows: list[ScoredSequence], budget: int) -> list[Tensor]:
     """Each row's token logprobs, in the order of `rows`."""
     logprobs: dict[int, Tensor] = {}
-    for pack in pack_rows(rows, budget):
+    for pack in pack_sequences(rows, budget):
         scores = score(network, to_batch(pack, "cpu"))
-        for place, row in enumerate(scores.rows):
-            logprobs[row] = scores.tokens[scores.row_of_token == place]
+        for place, row in enumerate(scores.sequences):
+            logprobs[row] = scores.tokens[scores.sequence_of_token == place]
     return [logprobs[row].to(torch.float64) for row in range(len(rows))]
 
 
@@ -140,21 +81,21 @@ def _preference_sides(tokens: list[Tensor], ref: list[Tensor]) -> tuple[Tensor, 
     return sums[::2], ref_sums[::2], sums[1::2], ref_sums[1::2]
 
 
-def _sft(tokens: list[Tensor], ref: list[Tensor], rows: list[Row]) -> Tensor:
+def _sft(tokens: list[Tensor], ref: list[Tensor], rows: list[ScoredSequence]) -> Tensor:
     weights = [span.weight for row in rows for span in row.spans for _ in range(span.start, span.stop)]
     return sft_loss(torch.cat(tokens), torch.tensor(weights)).loss
 
 
-def _implicit(tokens: list[Tensor], ref: list[Tensor], rows: list[Row]) -> Tensor:
+def _implicit(tokens: list[Tensor], ref: list[Tensor], rows: list[ScoredSequence]) -> Tensor:
     return implicit_step_loss(*_preference_sides(tokens, ref), beta=0.3, anchor_weight=0.5).loss
 
 
-def _trajectory(tokens: list[Tensor], ref: list[Tensor], rows: list[Row]) -> Tensor:
+def _trajectory(tokens: list[Tensor], ref: list[Tensor], rows: list[ScoredSequence]) -> Tensor:
     chosen, chosen_ref, rejected, rejected_ref = (side.sum()[None] for side in _preference_sides(tokens, ref))
     return trajectory_preference_loss(chosen, chosen_ref, rejected, rejected_ref, beta=0.1).loss
 
 
-def _policy_gradient(tokens: list[Tensor], ref: list[Tensor], rows: list[Row]) -> Tensor:
+def _policy_gradient(tokens: list[Tensor], ref: list[Tensor], rows: list[ScoredSequence]) -> Tensor:
     logprobs = torch.cat(tokens)
     behavior = torch.cat(ref) + _constants(logprobs, 1)
     return clipped_policy_gradient_loss(
@@ -169,7 +110,7 @@ def _policy_gradient(tokens: list[Tensor], ref: list[Tensor], rows: list[Row]) -
     ).loss
 
 
-def _discriminator(tokens: list[Tensor], ref: list[Tensor], rows: list[Row]) -> Tensor:
+def _discriminator(tokens: list[Tensor], ref: list[Tensor], rows: list[ScoredSequence]) -> Tensor:
     expert, expert_ref, policy, policy_ref = _preference_sides(tokens, ref)
     sides = expert_logits(expert, expert_ref, 0.1), expert_logits(policy, policy_ref, 0.1)
     return pairwise_discriminator_loss(*sides).loss
@@ -185,7 +126,7 @@ LOSSES = {
 
 
 def loss_and_gradients(
-    network: PeftModel, loss: Callable[..., Tensor], rows: list[Row], logprobs: Callable[[], list[Tensor]]
+    network: PeftModel, loss: Callable[..., Tensor], rows: list[ScoredSequence], logprobs: Callable[[], list[Tensor]]
 ) -> tuple[float, dict[str, Tensor]]:
     with reference(network):
         ref = logprobs()
@@ -240,7 +181,7 @@ def test_the_order_of_the_rows_does_not_matter(seed: int, shuffler: random.Rando
 def test_prompt_tokens_get_no_loss() -> None:
     """Only what stands in a span is predicted, each (context, token) once, however many rows share it."""
     rows = random_rows(seed=3)
-    [pack] = pack_rows(rows, token_budget=1000)
+    [pack] = pack_sequences(rows, token_budget=1000)
     batch = to_batch(pack, "cpu")
     expected = {
         (row.token_ids[:place], row.token_ids[place])
@@ -256,18 +197,18 @@ def test_prompt_tokens_get_no_loss() -> None:
 
 
 def test_sums_and_weights_belong_to_their_rows() -> None:
-    scores = RowLogprobs(
-        rows=(4, 9),
+    scores = SequenceLogprobs(
+        sequences=(4, 9),
         tokens=torch.tensor([-1.0, -2.0, -4.0]),
-        row_of_token=torch.tensor([0, 1, 1]),
+        sequence_of_token=torch.tensor([0, 1, 1]),
         weights=torch.ones(3),
     )
     assert scores.sums().tolist() == [-1.0, -6.0]
 
 
 def test_a_row_with_several_spans_carries_each_span_s_weight() -> None:
-    row = Row(tuple(range(10)), (Span(2, 4, 0.5), Span(6, 9, 2.0)), owner=0)
-    batch = to_batch(pack_rows([row], 10)[0], "cpu")
+    row = ScoredSequence(tuple(range(10)), (Span(2, 4, 0.5), Span(6, 9, 2.0)), owner=0)
+    batch = to_batch(pack_sequences([row], 10)[0], "cpu")
     assert batch.weights.tolist() == [0.5, 0.5, 2.0, 2.0, 2.0]
     with torch.no_grad():
         scores = score(NETWORKS["qwen3"], batch)
@@ -314,7 +255,7 @@ def test_switching_the_adapter_between_forward_and_backward_keeps_the_gradient()
 def test_a_network_without_peft_is_scored_too() -> None:
     base, rows = NETWORKS["qwen2"].get_base_model(), random_rows(seed=1)
     with torch.no_grad():
-        [pack] = pack_rows(rows, 1000)
+        [pack] = pack_sequences(rows, 1000)
         assert torch.isfinite(score(base, to_batch(pack, "cpu")).tokens).all()
 
 
@@ -346,13 +287,13 @@ def test_logits_in_pieces_give_the_same_gradients(monkeypatch: pytest.MonkeyPatc
 )
 def test_a_network_whose_packed_scores_may_be_wrong_is_refused(config: PreTrainedConfig, problem: str) -> None:
     network = AutoModelForCausalLM.from_config(config, attn_implementation=TREE_ATTENTION)
-    [pack] = pack_rows(random_rows(seed=1), token_budget=1000)
+    [pack] = pack_sequences(random_rows(seed=1), token_budget=1000)
     with pytest.raises(ValueError, match=problem):
         score(network, to_batch(pack, "cpu"))
 
 
 def test_a_network_that_would_not_see_the_tree_is_refused() -> None:
     network = AutoModelForCausalLM.from_config(ARCHITECTURES["qwen2"](), attn_implementation="sdpa")
-    [pack] = pack_rows(random_rows(seed=1), token_budget=1000)
+    [pack] = pack_sequences(random_rows(seed=1), token_budget=1000)
     with pytest.raises(ValueError, match="load it with attn_implementation='tree_attention', not 'sdpa'"):
         score(network, to_batch(pack, "cpu"))

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from learner.data.collect import CollectionOptions, collect, main_line
+from learner.data.collect import collect, main_line
 from learner.data.training_data import NO_ANCESTOR
-from policies.types import FinalAnswer, FinishReason, SamplingParams
-from runtime.store.episodes import Actor, Correction, Episode, Outcome, Purpose, Step, StopReason, new_id
+from learner.options import CollectionOptions
+from policies.types import FinalAnswer
+from runtime.store.episodes import Actor, Correction, Episode, Outcome, Purpose, new_id
 from runtime.store.step_log import StepLog
+from tests.logged_episodes import step
 
 LINEAGE = ("agent-v0004", "agent-v0003", "agent-v0001", "base")
 OPTIONS = CollectionOptions(held_out_share=0.5, max_own_episodes=8, replay_share=0.25, max_versions_old=2)
@@ -25,46 +27,35 @@ def log(tmp_path: Path) -> Iterator[StepLog]:
     log.close()
 
 
-def step(episode_id: str, parent: Step | None = None, step_id: str = "", asked: str = "") -> Step:
-    question = {"role": "user", "content": asked or f"What next in {episode_id}?"}
-    return Step(
-        id=step_id or new_id("step"), episode_id=episode_id, parent_id=parent.id if parent else None,
-        index=parent.index + 1 if parent else 0, new_messages=(question,), tools=(), prompt_token_ids=(1, 2),
-        completion_token_ids=(3, 4), behavior_logprobs=(-0.1, -0.2), sampling=SamplingParams(), adapter="base",
-        action=FinalAnswer("This."), finish_reason=FinishReason.STOP, stop_reason=StopReason.FINAL_ANSWER,
-        tool_results=(), conversation_digest=new_id("digest"), created_at=0.0, first_token_ms=0.0, latency_ms=0.0,
-    )  # fmt: skip
-
-
 def episode(
     log: StepLog, adapter: str = "agent-v0004", actor: Actor = Actor.POLICY, purpose: Purpose = Purpose.SERVE
 ) -> str:
     """An episode of one step; returns its id."""
     new = Episode(new_id("ep"), actor, purpose, adapter)
-    log.append_now(new, step(new.id))
+    log.append(new, step(new.id)).result()
     return new.id
 
 
 def test_new_episodes_are_collected_and_a_share_of_the_old_ones_is_replayed(log: StepLog) -> None:
     old = {episode(log) for _ in range(10)}
     first = collect(log, None, LINEAGE, OPTIONS, seed=0)
-    assert {each.episode.id for each in first.own} <= old
-    assert len(first.own) == OPTIONS.max_own_episodes
+    assert {each.episode.id for each in first.policy_episodes} <= old
+    assert len(first.policy_episodes) == OPTIONS.max_own_episodes
     new = {episode(log) for _ in range(3)}
     second = collect(log, first.last_step_id, LINEAGE, OPTIONS, seed=0)
-    ids = {each.episode.id for each in second.own}
+    ids = {each.episode.id for each in second.policy_episodes}
     assert new <= ids
     assert len(ids & old) == 2  # a quarter of eight
     wanted = {"own_new": 3, "own_replayed": 2, "own_too_old": 0, "own_over_limit": 0, "own_held_out": 0}
-    assert second.counts == wanted | {"demonstrations": 0, "held_out": 0}
+    assert second.counts == wanted | {"demonstrations": 0, "held_out": 0, "anchors": 0}
 
 
 def test_an_episode_that_goes_on_is_new_again(log: StepLog) -> None:
     going_on = episode(log)
     first = collect(log, None, LINEAGE, OPTIONS, seed=0)
-    log.append_now(step(going_on, parent=log.steps(going_on)[0]))
+    log.append(step(going_on, parent=log.steps(going_on)[0])).result()
     second = collect(log, first.last_step_id, LINEAGE, OPTIONS, seed=0)
-    assert [(each.episode.id, len(each.path)) for each in second.own] == [(going_on, 2)]
+    assert [(each.episode.id, len(each.path)) for each in second.policy_episodes] == [(going_on, 2)]
     assert second.counts["own_new"] == 1
 
 
@@ -73,7 +64,7 @@ def test_what_policies_of_long_ago_did_is_left_out_and_counted(log: StepLog) -> 
     episode(log, "base")  # three versions behind
     episode(log, "agent-v0002")  # of another line
     collected = collect(log, None, LINEAGE, OPTIONS, seed=0)
-    assert {each.episode.id: each.num_versions_old for each in collected.own} == kept
+    assert {each.episode.id: each.num_versions_old for each in collected.policy_episodes} == kept
     assert collected.counts["own_too_old"] == 2
 
 
@@ -82,13 +73,13 @@ def test_what_a_rolled_back_adapter_did_is_left_out(log: StepLog) -> None:
     episode(log, "agent-v0001")
     kept = episode(log, "base")
     collected = collect(log, None, ("base",), OPTIONS, seed=0)
-    assert [each.episode.id for each in collected.own] == [kept]
+    assert [each.episode.id for each in collected.policy_episodes] == [kept]
     assert collected.counts["own_too_old"] == 1
 
 
 def test_evaluations_are_not_learned_from(log: StepLog) -> None:
     episode(log, purpose=Purpose.EVALUATION)
-    assert collect(log, None, LINEAGE, OPTIONS, seed=0).own == []
+    assert collect(log, None, LINEAGE, OPTIONS, seed=0).policy_episodes == []
 
 
 def test_held_out_demonstrations_stay_held_out(log: StepLog) -> None:
@@ -107,11 +98,11 @@ def test_what_was_corrected_is_learned_however_old_it_is_and_wherever_it_branche
     branched = episode(log)
     first = log.steps(branched)[0]
     side, newest = step(branched, first), replace(step(branched, first), created_at=1.0)
-    log.append_now(side, newest)
+    log.append(side, newest).result()
     for number, corrected in enumerate((log.steps(old)[0], side)):
-        log.append_now(Correction(f"cor_{number}", corrected.id, FinalAnswer("That."), (9,), "user"))
+        log.append(Correction(f"cor_{number}", corrected.id, FinalAnswer("That."), (9,), "user")).result()
     collected = collect(log, None, LINEAGE, OPTIONS, seed=0)
-    found = {each.path[-1].id: each.num_versions_old for each in collected.own}
+    found = {each.path[-1].id: each.num_versions_old for each in collected.policy_episodes}
     assert found == {newest.id: 0, side.id: NO_ANCESTOR, log.steps(old)[0].id: NO_ANCESTOR}
 
 
@@ -120,11 +111,12 @@ def test_a_task_is_held_out_as_a_whole(log: StepLog) -> None:
     for number in range(30):
         for actor in (Actor.EXPERT, Actor.EXPERT, Actor.POLICY):
             new = Episode(new_id("ep"), actor, Purpose.SERVE, "agent-v0004", task=f"world/train/{number}")
-            log.append_now(new, step(new.id))
+            log.append(new, step(new.id)).result()
     options = replace(OPTIONS, max_own_episodes=100)
     collected = collect(log, None, LINEAGE, options, seed=0)
     held_out, trained, own = (
-        [each.episode.task for each in side] for side in (collected.held_out, collected.demonstrations, collected.own)
+        [each.episode.task for each in side]
+        for side in (collected.held_out, collected.demonstrations, collected.policy_episodes)
     )
     assert 5 < len(set(held_out)) < 25
     assert len(held_out) == 2 * len(set(held_out))
@@ -138,9 +130,9 @@ def test_an_episode_that_was_promoted_to_a_held_out_demonstration_is_not_learned
     own = episode(log)
     asked = step(own, asked=f"What next in {own}?")
     promoted = Episode(new_id("ep"), Actor.EXPERT, Purpose.SERVE, "expert")
-    log.append_now(promoted, replace(asked, id=new_id("step"), episode_id=promoted.id))
+    log.append(promoted, replace(asked, id=new_id("step"), episode_id=promoted.id)).result()
     collected = collect(log, None, LINEAGE, options, seed=0)
-    assert ([each.episode.id for each in collected.held_out], collected.own) == ([promoted.id], [])
+    assert ([each.episode.id for each in collected.held_out], collected.policy_episodes) == ([promoted.id], [])
 
 
 def test_a_large_import_is_drawn_from(log: StepLog) -> None:
@@ -156,10 +148,9 @@ def test_a_large_import_is_drawn_from(log: StepLog) -> None:
 
 def test_the_newest_outcome_counts(log: StepLog) -> None:
     told = episode(log)
-    log.append_now(
-        Outcome("out_1", told, 0.0, "user", created_at=1.0), Outcome("out_2", told, 1.0, "user", created_at=2.0)
-    )
-    assert [each.outcome for each in collect(log, None, LINEAGE, OPTIONS, seed=0).own] == [1.0]
+    outcomes = (Outcome(f"out_{n}", told, float(n), "user", created_at=1.0 + n) for n in (0, 1))
+    log.append(*outcomes).result()
+    assert [each.outcome for each in collect(log, None, LINEAGE, OPTIONS, seed=0).policy_episodes] == [1.0]
 
 
 def test_the_main_line_leads_to_the_newest_step() -> None:
@@ -172,7 +163,7 @@ def test_the_main_line_leads_to_the_newest_step() -> None:
 
 def test_a_state_is_the_conversation_before_its_step(log: StepLog) -> None:
     told = episode(log)
-    log.append_now(step(told, parent=log.steps(told)[0]))
-    (own,) = collect(log, None, LINEAGE, OPTIONS, seed=0).own
+    log.append(step(told, parent=log.steps(told)[0])).result()
+    (own,) = collect(log, None, LINEAGE, OPTIONS, seed=0).policy_episodes
     assert [len(state.messages) for state in own.states()] == [1, 3]
     assert [message["role"] for message in own.states()[1].messages] == ["user", "assistant", "user"]

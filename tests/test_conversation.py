@@ -46,7 +46,7 @@ class Scribe:
 
     def episode(self) -> Episode:
         episode = Episode(new_id("ep"), Actor.POLICY, Purpose.SERVE, BASE_ADAPTER)
-        self.log.append_now(episode)
+        self.log.append(episode).result()
         return episode
 
     def step(
@@ -69,7 +69,7 @@ class Scribe:
             action=action, finish_reason=FinishReason.STOP, stop_reason=StopReason.FINAL_ANSWER, tool_results=results,
             conversation_digest=digests_of(seen)[-1], created_at=1.0, first_token_ms=1.0, latency_ms=1.0,
         )  # fmt: skip
-        self.log.append_now(step)
+        self.log.append(step).result()
         return step
 
 
@@ -261,7 +261,9 @@ def test_a_client_who_saw_only_the_last_answer_is_told_to_the_log_with_all_calls
     results = (ToolResult("call_1", "look", "A globe."),)
     first = scribe.step(episode, [user("Look!")], LOOK, results=results)
     seen = [user("Look!"), assistant("I see a globe.")]
-    last = scribe.step(episode, messages_after(first), FinalAnswer("I see a globe."), first, seen=seen)
+    last = scribe.step(
+        episode, messages_after(first.action, first.tool_results), FinalAnswer("I see a globe."), first, seen=seen
+    )
     place = locate(scribe.log, [*seen, user("Which?")], None)
     assert [step.id for step in place.path] == [first.id, last.id]
     assert [message["role"] for message in place.history] == ["user", "assistant", "tool", "assistant"]
@@ -272,6 +274,6 @@ def test_a_client_who_saw_only_the_last_answer_is_told_to_the_log_with_all_calls
 
 def test_a_malformed_action_is_answered_with_what_is_wrong_with_it(scribe: Scribe) -> None:
     step = scribe.step(scribe.episode(), [user("Look!")], MalformedAction("<tool_call>", "it has no name"))
-    (advice,) = messages_after(step)
+    (advice,) = messages_after(step.action, step.tool_results)
     assert advice["role"] == "user"
     assert "it has no name" in advice["content"]

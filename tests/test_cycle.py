@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,58 +10,16 @@ import httpx
 from openai import APIConnectionError
 
 from learner.client import Endpoint
-from learner.cycle import CycleOptions, CycleParts, run_cycle
-from learner.data.collect import CollectionOptions
-from learner.data.experts import Corrections, Expert, ModelExpert, WorldExpert
-from learner.practice import PracticeOptions, practise
-from learner.training.trainer import TrainingOptions
+from learner.data.experts import Corrections, ModelExpert
+from learner.options import CollectionOptions, CycleOptions, TrainingOptions
 from policies.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.adapter_registry import AdapterState
-from runtime.store.episodes import Outcome, new_id
-from runtime.store.learning_log import CycleStage, CycleStatus, LearningLog, RewardSource
-from runtime.store.step_log import StepLog
-from tests.serving import MODEL, NOVICE_FOLDER, SayingEngine, Served, parts_of, served
-from tests.test_demonstration_routes import expert_demonstration, post
-from tools.worlds.order_desk import OrderDesk
-
-WORLD = OrderDesk()
-QUICK = CycleOptions(
-    gate_tasks=8,
-    collection=CollectionOptions(held_out_share=0.0),
-    training=TrainingOptions(epochs=1, min_gradient_steps=0),
-)
-
-
-def cycle_parts(
-    server: Served, folder: Path, experts: tuple[Expert, ...] = (WorldExpert(WORLD),), **changes: Any
-) -> CycleParts:
-    parts = CycleParts(
-        endpoint=Endpoint(server.async_client()),
-        log=StepLog(folder / "agent.db", read_only=True),
-        learning_log=LearningLog(folder / "agent.db"),
-        protocol=server.parts.protocol,
-        world=WORLD,
-        experts=experts,
-        base=NOVICE_FOLDER,
-        state=folder,
-        options=QUICK,
-    )
-    return replace(parts, **changes)
-
-
-def run(server: Served, folder: Path, cycle: str = "cycle_1", **changes: Any) -> CycleStatus:
-    """Run one cycle to its end."""
-    parts = cycle_parts(server, folder, **changes)
-    asyncio.run(run_cycle(cycle, parts))
-    status = parts.learning_log.status(cycle)
-    assert status is not None
-    return status
-
-
-def practised(server: Served, first: int, number: int) -> None:
-    tasks = [WORLD.task("train", first + index) for index in range(number)]
-    asyncio.run(practise(server.async_client(), WORLD, tasks, PracticeOptions(MODEL, seed=3)))
+from runtime.store.episodes import Outcome, Purpose, new_id
+from runtime.store.learning_log import CycleStage, RewardSource
+from tests.cycles import QUICK, collaborators, practised, run
+from tests.demonstrations import expert_demonstration, post
+from tests.serving import MODEL, SayingEngine, Served, parts_of, served
 
 
 def test_a_log_with_nothing_in_it_ends_with_a_reason(
@@ -70,7 +27,7 @@ def test_a_log_with_nothing_in_it_ends_with_a_reason(
 ) -> None:
     with served(parts_of(novice_engine, protocol, tmp_path)) as server:
         status = run(server, tmp_path)
-    assert status.stage is CycleStage.NO_LESSON
+    assert status.stage is CycleStage.NOTHING_TO_LEARN
     assert "no demonstrations to train on, and no own episodes" in status.message
 
 
@@ -81,7 +38,7 @@ def test_demonstrations_that_are_all_held_out_are_told(
         post(server, expert_demonstration(1)).raise_for_status()
         options = replace(QUICK, collection=CollectionOptions(held_out_share=1.0))
         status = run(server, tmp_path, options=options)
-    assert status.stage is CycleStage.NO_LESSON
+    assert status.stage is CycleStage.NOTHING_TO_LEARN
     assert "no demonstrations to train on, 1 held out" in status.message
 
 
@@ -92,7 +49,7 @@ def test_a_policy_that_has_mastered_every_demonstrated_state_learns_nothing(
         question = {"role": "user", "content": "Hi"}
         post(server, {"messages": [question, {"role": "assistant", "content": "All done."}]}).raise_for_status()
         status = run(server, tmp_path)
-    assert status.stage is CycleStage.NO_LESSON
+    assert status.stage is CycleStage.NOTHING_TO_LEARN
     assert "does what the experts do at all 1 states" in status.message
 
 
@@ -104,9 +61,9 @@ def test_one_cycle_rewards_every_own_action_from_every_source_and_answers_own_st
         practised(server, first=100, number=6)
         options = replace(QUICK, objectives=("sft", "implicit", "inverse", "eto", "rft", "ppo"))
         status = run(server, tmp_path, options=options)
-        parts = cycle_parts(server, tmp_path)
+        who = collaborators(server, tmp_path)
         assert status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED), status.message
-        rewards = parts.learning_log.rewards("cycle_1")
+        rewards = who.learning_log.rewards("cycle_1")
         taken = {
             step.id
             for episode in server.parts.log.episodes(limit=100, task_prefix="order_desk/train/10")
@@ -119,13 +76,13 @@ def test_one_cycle_rewards_every_own_action_from_every_source_and_answers_own_st
         report = status.report
         assert report["collected"]["own_new"] == 6
         assert report["inspection"]["expert_answers"]["world"] == len(taken)
-        assert set(report["health"]) >= {"sft", "implicit", "inverse", "discriminator"}
-        assert report["health"]["sft"]["chosen_logprob_change"] > 0
-        assert 0 < report["health"]["inverse"]["effective_sample_share"] <= 1
+        assert set(report["diagnostics"]) >= {"sft", "implicit", "inverse", "discriminator"}
+        assert report["diagnostics"]["sft"]["chosen_logprob_change"] > 0
+        assert 0 < report["diagnostics"]["inverse"]["effective_sample_share"] <= 1
         assert "no own episode failed on a demonstrated task" in report["not_trained"]["eto"]
         gate = report["gate"]
         assert {each["objective"] for each in gate.values()} >= {"sft", "implicit", "inverse"}
-        assert len(parts.learning_log.decisions("cycle_1")) == len(gate)
+        assert len(who.learning_log.decisions("cycle_1")) == len(gate)
         assert not list((tmp_path / "candidates").glob("*"))
 
 
@@ -138,7 +95,7 @@ def test_without_a_world_held_out_demonstrations_are_the_gate(
         status = run(server, tmp_path, options=options, world=None, experts=())
     assert status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED), status.message
     (decision,) = status.report["gate"].values()
-    assert (decision["unit"], decision["num_trials"]) == (
+    assert (decision["unit"], decision["num_planned"]) == (
         "held-out demonstrations",
         status.report["collected"]["held_out"],
     )
@@ -201,8 +158,8 @@ def test_a_server_that_goes_away_fails_the_cycle(
 class MeddledWith(Endpoint):
     """Somebody else changes what acts, or the server refuses, between the gate and the promotion."""
 
-    async def promote(self, name: str, reason: str, acting: str) -> None:
-        await super().promote(name, reason, acting="agent-v9999")
+    async def promote(self, name: str, reason: str, expected_acting: str) -> None:
+        await super().promote(name, reason, expected_acting="agent-v9999")
 
 
 def learned_well(server: Served) -> CycleOptions:
@@ -235,7 +192,7 @@ def test_a_candidate_may_begin_as_a_canary_and_no_cycle_starts_another_beside_it
         assert server.parts.swap.canary == "agent-v0001"
         assert server.parts.registry.acting() is None
         second = run(server, tmp_path, "cycle_2", options=options)
-        assert second.stage is CycleStage.NO_LESSON
+        assert second.stage is CycleStage.NOTHING_TO_LEARN
         assert "agent-v0001 is a canary still" in second.message
 
 
@@ -260,7 +217,7 @@ def test_a_cycle_that_breaks_in_the_gate_gives_the_slot_back(
         assert engine.loaded_adapters() == ()
 
 
-# -------------------------------------------------------------------------------------------- odd material
+# -------------------------------------------------------------------------------------------- odd training data
 
 
 def test_one_demonstration_is_learned_from_and_judged(
@@ -270,8 +227,8 @@ def test_one_demonstration_is_learned_from_and_judged(
         post(server, expert_demonstration(3)).raise_for_status()
         status = run(server, tmp_path)
     assert status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED), status.message
-    assert status.report["health"]["material"]["num_informative"] > 0
-    assert "a discriminator needs" in status.report["discriminator"]["none"]
+    assert status.report["diagnostics"]["training_data"]["num_informative"] > 0
+    assert "a discriminator needs" in status.report["no_discriminator"]
 
 
 def test_outcomes_that_are_all_equal_teach_no_policy_gradient_and_say_so(
@@ -280,9 +237,9 @@ def test_outcomes_that_are_all_equal_teach_no_policy_gradient_and_say_so(
     with served(parts_of(novice_engine, protocol, tmp_path)) as server:
         practised(server, first=300, number=4)
         for episode in server.parts.log.episodes(limit=100):
-            server.parts.log.append_now(Outcome(new_id("out"), episode.id, 1.0, "user"))
+            server.parts.log.append(Outcome(new_id("out"), episode.id, 1.0, "user")).result()
         status = run(server, tmp_path, options=replace(QUICK, objectives=("ppo",)))
-    assert status.stage is CycleStage.NO_LESSON
+    assert status.stage is CycleStage.NOTHING_TO_LEARN
     assert "the outcomes of all own episodes are equal: 4 own episodes, 4 succeeded" in status.message
 
 
@@ -293,7 +250,7 @@ def test_a_correction_of_an_episode_that_was_read_long_ago_is_learned(
         practised(server, first=400, number=6)
         options = replace(QUICK, collection=CollectionOptions(replay_share=0.0))
         assert run(server, tmp_path, options=options).report["collected"]["own_new"] == 6
-        episode = server.parts.log.episodes(limit=1)[0]
+        episode = server.parts.log.episodes(limit=1, purpose=Purpose.PRACTICE)[0]
         corrected = server.parts.log.steps(episode.id)[0]
         body = {"step_id": corrected.id, "message": {"role": "assistant", "content": "I cannot see to that."}}
         httpx.post(f"{server.url}/v1/episodes/{episode.id}/corrections", json=body, timeout=30).raise_for_status()

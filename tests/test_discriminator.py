@@ -8,23 +8,24 @@ from statistics import fmean
 import pytest
 import torch
 
-from learner.data.training_data import Material, OwnAction, State, Trajectory
-from learner.objectives.build import LessonOptions, NothingToLearn, objective_of
-from learner.objectives.objectives import action_row
-from learner.packing.prefix_tree import Row
-from learner.training.discriminator import Discriminator, DiscriminatorOptions, train_discriminator
-from learner.training.trainer import Trainer, TrainingOptions
+from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
+from learner.objectives.build import NothingToLearn, objective_of
+from learner.objectives.objectives import action_sequence
+from learner.options import ObjectiveOptions, TrainingOptions
+from learner.packing.prefix_tree import ScoredSequence
+from learner.training.discriminator import Discriminator, DiscriminatorOptions, discriminate
+from learner.training.trainer import Trainer
 from policies.chat_protocol import ChatProtocol
+from tests.expert_sequences import expert_rows
 from tests.serving import NOVICE_FOLDER
-from tests.test_trainer import expert_rows
 
-LESSONS = LessonOptions(anchor_weight=0.0)
+LESSONS = ObjectiveOptions(anchor_weight=0.0)
 TRAINING = TrainingOptions(lr=2e-3, epochs=12, trajectories_per_step=4, rank=8)
 OPTIONS = DiscriminatorOptions(training=TRAINING)
 BLUNDERS = ("I am sorry, this order has gone wrong.<|im_end|>", "Sadly the silver clock is sold out.<|im_end|>")
 
 
-def blundering(protocol: ChatProtocol, num_tasks: int, split: str = "train") -> Material:
+def blundering(protocol: ChatProtocol, num_tasks: int, split: str = "train") -> TrainingData:
     """Experts' episodes, at whose states the policy always gives up, in one way or another."""
     by_task: dict[str, list[State]] = {}
     for row in expert_rows(protocol, split, num_tasks):
@@ -32,40 +33,40 @@ def blundering(protocol: ChatProtocol, num_tasks: int, split: str = "train") -> 
         prompt, expert = row.token_ids[: row.spans[0].start], row.token_ids[row.spans[0].start :]
         own = tuple(own_action(protocol.encode(text), agrees=False) for text in BLUNDERS)
         by_task.setdefault(str(task), []).append(State(f"{task}/{number}", prompt, expert, own))
-    return Material(tuple(Trajectory(task, tuple(states), task, 1.0) for task, states in by_task.items()))
+    return TrainingData(tuple(Trajectory(task, tuple(states), task, 1.0) for task, states in by_task.items()))
 
 
-def own_action(token_ids: tuple[int, ...], agrees: bool, num_versions_old: int = 0) -> OwnAction:
-    return OwnAction("step", token_ids, (-1.0,) * len(token_ids), agrees, num_versions_old)
+def own_action(token_ids: tuple[int, ...], agrees: bool, num_versions_old: int = 0) -> PolicyAction:
+    return PolicyAction("step", token_ids, (-1.0,) * len(token_ids), agrees, num_versions_old)
 
 
-def sides(material: Material) -> tuple[list[Row], list[Row]]:
+def sides(training_data: TrainingData) -> tuple[list[ScoredSequence], list[ScoredSequence]]:
     """Rows of the experts' actions, and of the own ones."""
-    states = [state for trajectory in material.demonstrations for state in trajectory.states]
-    experts = [action_row(s.prompt, s.expert, (s.id,)) for s in states if s.expert is not None]
-    return experts, [action_row(s.prompt, own.token_ids, (s.id,)) for s in states for own in s.own]
+    states = [state for trajectory in training_data.demonstrations for state in trajectory.states]
+    experts = [action_sequence(s.prompt, s.expert, (s.id,)) for s in states if s.expert is not None]
+    return experts, [action_sequence(s.prompt, own.token_ids, (s.id,)) for s in states for own in s.policy_actions]
 
 
-def with_own(material: Material, own: tuple[OwnAction, ...], num_states: int | None = None) -> Material:
-    """The material with other own actions, at its first `num_states` states alone."""
+def with_own(training_data: TrainingData, own: tuple[PolicyAction, ...], num_states: int | None = None) -> TrainingData:
+    """The training data with other own actions, at its first `num_states` states alone."""
     found, place = [], 0
-    for trajectory in material.demonstrations:
+    for trajectory in training_data.demonstrations:
         states = []
         for state in trajectory.states:
-            states.append(replace(state, own=own if num_states is None or place < num_states else ()))
+            states.append(replace(state, policy_actions=own if num_states is None or place < num_states else ()))
             place += 1
         found.append(replace(trajectory, states=tuple(states)))
-    return Material(tuple(found))
+    return TrainingData(tuple(found))
 
 
 @pytest.fixture(scope="module")
-def material(protocol: ChatProtocol) -> Material:
+def training_data(protocol: ChatProtocol) -> TrainingData:
     return blundering(protocol, 6)
 
 
 @pytest.fixture(scope="module")
-def discriminator(material: Material) -> Discriminator:
-    return train_discriminator(material, NOVICE_FOLDER, LESSONS, OPTIONS)
+def discriminator(training_data: TrainingData) -> Discriminator:
+    return discriminate(training_data, NOVICE_FOLDER, LESSONS, OPTIONS)
 
 
 def test_it_tells_held_out_pairs_apart(discriminator: Discriminator) -> None:
@@ -81,8 +82,10 @@ def test_experts_have_logits_above_zero_and_blunders_below_at_tasks_it_never_saw
     assert fmean(logit < 0 for logit in own) > 0.8
 
 
-def test_rewards_are_the_logits_without_their_trend_in_length(material: Material, discriminator: Discriminator) -> None:
-    rows = [row for side in sides(material) for row in side]
+def test_rewards_are_the_logits_without_their_trend_in_length(
+    training_data: TrainingData, discriminator: Discriminator
+) -> None:
+    rows = [row for side in sides(training_data) for row in side]
     lengths = torch.tensor([float(len(row.token_ids) - row.spans[0].start) for row in rows])
     logits, rewards = torch.tensor(discriminator.expert_logits(rows)), torch.tensor(discriminator.rewards(rows))
     assert torch.corrcoef(torch.stack([logits, lengths]))[0, 1].abs() > 0.05
@@ -91,22 +94,24 @@ def test_rewards_are_the_logits_without_their_trend_in_length(material: Material
 
 
 def test_inverse_makes_what_experts_do_likelier_and_blunders_less_likely(
-    material: Material, discriminator: Discriminator
+    training_data: TrainingData, discriminator: Discriminator
 ) -> None:
     """Without an anchor: the discriminator's rewards alone move the policy, from own actions alone."""
-    states = [state for trajectory in material.demonstrations for state in trajectory.states]
+    states = [state for trajectory in training_data.demonstrations for state in trajectory.states]
     right = [own_action(state.expert, agrees=True) for state in states if state.expert is not None]
     tried = replace(
-        material,
-        own=tuple(
-            Trajectory(f"own/{state.id}", (replace(state, expert=None, own=(*state.own, expert)),))
+        training_data,
+        policy_episodes=tuple(
+            Trajectory(
+                f"own/{state.id}", (replace(state, expert=None, policy_actions=(*state.policy_actions, expert)),)
+            )
             for state, expert in zip(states, right, strict=True)
         ),
     )
     trainer = Trainer(NOVICE_FOLDER, None, TRAINING)
     objective = objective_of("inverse", tried, LESSONS, discriminator)
-    behavior = tuple(tuple(tokens.tolist()) for tokens in trainer.logprobs(objective.rows))
-    experts, own = sides(material)
+    behavior = tuple(tuple(tokens.tolist()) for tokens in trainer.logprobs(objective.sequences))
+    experts, own = sides(training_data)
     before = [_mean_logprob(trainer, side) for side in (experts, own)]
     trainer.train(replace(objective, behavior_logprobs=behavior))  # type: ignore[type-var]
     after = [_mean_logprob(trainer, side) for side in (experts, own)]
@@ -114,26 +119,26 @@ def test_inverse_makes_what_experts_do_likelier_and_blunders_less_likely(
     assert after[1] < before[1] - 1
 
 
-def _mean_logprob(trainer: Trainer, rows: list[Row]) -> float:
+def _mean_logprob(trainer: Trainer, rows: list[ScoredSequence]) -> float:
     return fmean(tokens.sum().item() for tokens in trainer.logprobs(rows))
 
 
-def test_a_seed_decides_it(material: Material) -> None:
-    rows = sides(material)[0]
+def test_a_seed_decides_it(training_data: TrainingData) -> None:
+    rows = sides(training_data)[0]
     quick = replace(TRAINING, epochs=1)
     found = []
     for seed in (1, 1, 2):
         options = replace(OPTIONS, training=replace(quick, seed=seed))
-        found.append(train_discriminator(material, NOVICE_FOLDER, LESSONS, options).expert_logits(rows))
+        found.append(discriminate(training_data, NOVICE_FOLDER, LESSONS, options).expert_logits(rows))
     assert found[0] == found[1] != found[2]
 
 
-def test_held_out_states_are_not_trained_on(material: Material, protocol: ChatProtocol) -> None:
-    num_states = sum(len(trajectory.states) for trajectory in material.demonstrations)
+def test_held_out_states_are_not_trained_on(training_data: TrainingData, protocol: ChatProtocol) -> None:
+    num_states = sum(len(trajectory.states) for trajectory in training_data.demonstrations)
     quick = replace(TRAINING, epochs=1)
-    some = train_discriminator(material, NOVICE_FOLDER, LESSONS, replace(OPTIONS, training=quick))
+    some = discriminate(training_data, NOVICE_FOLDER, LESSONS, replace(OPTIONS, training=quick))
     everything = replace(OPTIONS, held_out_share=0.0, training=quick)
-    whole = train_discriminator(material, NOVICE_FOLDER, LESSONS, everything)
+    whole = discriminate(training_data, NOVICE_FOLDER, LESSONS, everything)
     assert (whole.num_pairs, whole.accuracy) == (2 * num_states, None)
     assert 0 < some.num_pairs < whole.num_pairs
 
@@ -141,20 +146,20 @@ def test_held_out_states_are_not_trained_on(material: Material, protocol: ChatPr
 # --------------------------------------------------------------------------------- nothing to learn
 
 
-def test_too_few_disagreements_are_refused(material: Material, protocol: ChatProtocol) -> None:
+def test_too_few_disagreements_are_refused(training_data: TrainingData, protocol: ChatProtocol) -> None:
     wrong = own_action(protocol.encode(BLUNDERS[0]), agrees=False)
-    few = with_own(material, (wrong,), num_states=3)
+    few = with_own(training_data, (wrong,), num_states=3)
     with pytest.raises(NothingToLearn, match="needs 4 states where the policy disagrees with an expert, there are"):
-        train_discriminator(few, NOVICE_FOLDER, LESSONS, OPTIONS)
+        discriminate(few, NOVICE_FOLDER, LESSONS, OPTIONS)
 
 
-def test_agreeing_and_stale_actions_are_no_counterexamples(material: Material, protocol: ChatProtocol) -> None:
+def test_agreeing_and_stale_actions_are_no_counterexamples(training_data: TrainingData, protocol: ChatProtocol) -> None:
     blunder = protocol.encode(BLUNDERS[0])
     useless = own_action(blunder, agrees=True), own_action(blunder, False, LESSONS.max_versions_old + 1)
     with pytest.raises(NothingToLearn, match="there are 0"):
-        train_discriminator(with_own(material, useless), NOVICE_FOLDER, LESSONS, OPTIONS)
+        discriminate(with_own(training_data, useless), NOVICE_FOLDER, LESSONS, OPTIONS)
 
 
 def test_without_experts_there_is_none() -> None:
     with pytest.raises(NothingToLearn, match="no expert has acted"):
-        train_discriminator(Material(()), NOVICE_FOLDER, LESSONS, OPTIONS)
+        discriminate(TrainingData(()), NOVICE_FOLDER, LESSONS, OPTIONS)

@@ -13,11 +13,12 @@ import torch
 from benchmarks.desk_rollouts import WORLD, Desk, load_policy
 from benchmarks.methods import METHODS, Answers, FinishedRuns, Run, Scene, run
 from learner.data.training_data import Trajectory
-from learner.objectives.objectives import action_row
-from learner.training.trainer import Trainer, TrainingOptions
+from learner.objectives.objectives import action_sequence
+from learner.options import TrainingOptions
+from learner.training.trainer import Trainer
 from policies.chat_protocol import ChatProtocol, action_message, message_action
 from policies.novice.build import NOVICE_PATH, roll_out
-from tests.test_trainer import expert_rows
+from tests.expert_sequences import expert_rows
 
 torch.set_num_threads(1)
 TASKS = [WORLD.task("train", index) for index in range(12)]
@@ -58,8 +59,8 @@ def test_greedy_attempts_end_as_those_of_transformers_generate(desk: Desk, netwo
 
 
 def test_own_actions_carry_the_logprobs_that_the_trainer_finds_for_them(own: list[Trajectory]) -> None:
-    rows = [action_row(s.prompt, s.own[0].token_ids, (s.id,)) for each in own for s in each.states]
-    logged = [logprob for each in own for s in each.states for logprob in s.own[0].behavior_logprobs]
+    rows = [action_sequence(s.prompt, s.policy_actions[0].token_ids, (s.id,)) for each in own for s in each.states]
+    logged = [logprob for each in own for s in each.states for logprob in s.policy_actions[0].behavior_logprobs]
     scored = torch.cat(Trainer(NOVICE_PATH, None, TrainingOptions(), "cpu").logprobs(rows))
     torch.testing.assert_close(torch.tensor(logged), scored, atol=1e-4, rtol=0)
 
@@ -71,11 +72,11 @@ def test_prompts_and_outcomes_are_those_of_the_conversation_replayed(desk: Desk,
         for state in trajectory.states:
             assert state.prompt == protocol.render(messages)
             assert state.expert == protocol.completion_of(messages, message_action(episode.expert_action()))[1]
-            message = action_message(protocol.parse(state.own[0].token_ids))
-            assert state.own[0].agrees == episode.same_effect(message, episode.expert_action())
+            message = action_message(protocol.parse(state.policy_actions[0].token_ids))
+            assert state.policy_actions[0].agrees == episode.same_effect(message, episode.expert_action())
             messages += [message, *episode.play(message)]
         assert trajectory.outcome == episode.outcome()
-    assert {action.agrees for each in own for state in each.states for action in state.own} == {True, False}
+    assert {action.agrees for each in own for state in each.states for action in state.policy_actions} == {True, False}
 
 
 def test_inspection_shows_the_expert_s_episodes_with_samples_at_each_state(desk: Desk, network: Any) -> None:
@@ -83,10 +84,10 @@ def test_inspection_shows_the_expert_s_episodes_with_samples_at_each_state(desk:
     assert expert_tokens(desk.demonstrations(TASKS[:3])) == [row.token_ids for row in rows]
     inspected = desk.inspected(network, TASKS[:3], 3, draw())
     assert expert_tokens(inspected) == [row.token_ids for row in rows]
-    assert {len(state.own) for each in inspected for state in each.states} == {3}
-    own = [(state.prompt, action) for each in inspected for state in each.states for action in state.own]
+    assert {len(state.policy_actions) for each in inspected for state in each.states} == {3}
+    own = [(state.prompt, action) for each in inspected for state in each.states for action in state.policy_actions]
     scored = Trainer(NOVICE_PATH, None, TrainingOptions(), "cpu").logprobs(
-        [action_row(prompt, action.token_ids, (place,)) for place, (prompt, action) in enumerate(own)]
+        [action_sequence(prompt, action.token_ids, (place,)) for place, (prompt, action) in enumerate(own)]
     )
     logged = torch.tensor([logprob for _, action in own for logprob in action.behavior_logprobs])
     torch.testing.assert_close(logged, torch.cat(scored), atol=1e-4, rtol=0)
@@ -103,14 +104,22 @@ def test_an_expert_answers_at_as_many_own_episodes_as_there_are_demonstrations(
     desk: Desk, network: Any, tmp_path: Path, answers: Answers, num_answered: int
 ) -> None:
     method = replace(METHODS["rft"], answers=answers)
-    material = Run(desk, method, SCENE, tmp_path)._material(network, 0)
-    answered = [each for each in material.own if any(state.expert is not None for state in each.states)]
-    demonstrated = {each.task for each in material.demonstrations}
+    training_data = Run(desk, method, SCENE, tmp_path)._material(network, 0)
+    answered = [
+        each for each in training_data.policy_episodes if any(state.expert is not None for state in each.states)
+    ]
+    demonstrated = {each.task for each in training_data.demonstrations}
     assert len(answered) == num_answered
     assert all((each.task in demonstrated) == (answers is Answers.DEMONSTRATED) for each in answered)
     if answers is Answers.FAILED:
         assert {each.outcome for each in answered} == {0.0}
-    silent = [action.agrees for each in material.own if each not in answered for s in each.states for action in s.own]
+    silent = [
+        action.agrees
+        for each in training_data.policy_episodes
+        if each not in answered
+        for s in each.states
+        for action in s.policy_actions
+    ]
     assert set(silent) == {None}
 
 
@@ -122,4 +131,6 @@ def test_a_finished_run_is_read_from_its_file_and_would_come_out_the_same(desk: 
     assert [asdict(result) for result in again] == [asdict(result) for result in first]
     assert (tmp_path / "runs.jsonl").read_text() == written
     afresh = run(desk, method, SCENE)
-    assert [(r.greedy, r.sampled, r.health) for r in afresh] == [(r.greedy, r.sampled, r.health) for r in first]
+    assert [(r.greedy, r.sampled, r.diagnostics) for r in afresh] == [
+        (r.greedy, r.sampled, r.diagnostics) for r in first
+    ]

@@ -20,12 +20,13 @@ from learner.objectives.objectives import (
     PolicyGradient,
     StepPreference,
     TrajectoryPreference,
-    action_row,
+    action_sequence,
 )
-from learner.packing.prefix_tree import Row
-from learner.packing.scoring import RowLogprobs
+from learner.options import TrainingOptions
+from learner.packing.prefix_tree import ScoredSequence
+from learner.packing.scoring import SequenceLogprobs
 from learner.training.discriminator import Discrimination
-from learner.training.trainer import Trainer, TrainingOptions
+from learner.training.trainer import Trainer
 
 VOCAB_SIZE = 40
 LONGEST_ROW = 60
@@ -72,7 +73,7 @@ class Tree:
             return tuple(draw.randrange(VOCAB_SIZE) for _ in range(draw.randint(1, 5)))
 
         self.draw = draw
-        self.rows: list[Row] = []
+        self.rows: list[ScoredSequence] = []
         self.experts: list[int] = []
         self.own_of: dict[int, list[int]] = {}
         self.trajectory_of: dict[int, int] = {}
@@ -86,7 +87,9 @@ class Tree:
                 self.experts.append(expert)
                 self.own_of[expert] = [expert + 1 + number for number in range(len(others))]
                 self.trajectory_of[expert] = trajectory
-                self.rows += [action_row(context, each, owner, draw.uniform(0.1, 2.0)) for each in (action, *others)]
+                self.rows += [
+                    action_sequence(context, each, owner, draw.uniform(0.1, 2.0)) for each in (action, *others)
+                ]
                 context += action
 
     @property
@@ -147,7 +150,7 @@ OBJECTIVES = {
 # ------------------------------------------------------------------------------------------------ row by row
 
 
-def plain_logprobs(network: torch.nn.Module, row: Row) -> Tensor:
+def plain_logprobs(network: torch.nn.Module, row: ScoredSequence) -> Tensor:
     """By the book: one pass over one row, log-softmax everywhere, then the scored tokens."""
     ids = torch.tensor(row.token_ids)
     logprobs = network(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
@@ -155,11 +158,11 @@ def plain_logprobs(network: torch.nn.Module, row: Row) -> Tensor:
 
 
 def row_by_row(network: torch.nn.Module, objective: Objective, ref: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
-    tokens = [plain_logprobs(network, row) for row in objective.rows]
-    weights = [span.weight for row in objective.rows for span in row.spans for _ in range(span.start, span.stop)]
-    row_of_token = [number for number, row in enumerate(tokens) for _ in row]
-    everything = RowLogprobs(
-        tuple(range(len(tokens))), torch.cat(tokens), torch.tensor(row_of_token), torch.tensor(weights)
+    tokens = [plain_logprobs(network, row) for row in objective.sequences]
+    weights = [span.weight for row in objective.sequences for span in row.spans for _ in range(span.start, span.stop)]
+    sequence_of_token = [number for number, row in enumerate(tokens) for _ in row]
+    everything = SequenceLogprobs(
+        tuple(range(len(tokens))), torch.cat(tokens), torch.tensor(sequence_of_token), torch.tensor(weights)
     )
     network.zero_grad()
     total = objective.loss(everything, ref).total
@@ -179,11 +182,11 @@ def test_packed_loss_and_gradient_are_those_of_one_row_after_another(
     trainers: dict[int, Trainer], kind: str, token_budget: int, seed: int
 ) -> None:
     trainer, objective = trainers[token_budget], OBJECTIVES[kind](seed)
-    assert max(len(row.token_ids) for row in objective.rows) <= LONGEST_ROW
-    ref = trainer.logprobs(objective.rows, is_base=True)
+    assert max(len(row.token_ids) for row in objective.sequences) <= LONGEST_ROW
+    ref = trainer.logprobs(objective.sequences, is_base=True)
     total, gradients = row_by_row(trainer.network, objective, ref)
     trainer.network.zero_grad()
-    _, losses = trainer._accumulate(objective, range(len(objective.rows)), ref, "here")
+    _, losses = trainer._accumulate(objective, range(len(objective.sequences)), ref, "here")
     packed = gradients_of(trainer.network)
     assert sum(loss.total.item() for loss in losses) == pytest.approx(total, rel=1e-4, abs=1e-4)
     assert len(packed) == len(gradients) > 0

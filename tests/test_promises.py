@@ -17,17 +17,17 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen2ForCausalLM
 
-from learner.objectives.objectives import action_row
-from learner.packing.prefix_tree import pack_rows
-from learner.training.trainer import TrainingOptions
+from learner.objectives.objectives import action_sequence
+from learner.options import TrainingOptions
+from learner.packing.prefix_tree import pack_sequences
 from policies.adapters.base_network import read_base_network
 from policies.adapters.probe import write_probe
 from policies.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.learning_log import CycleStage
+from tests.cycles import QUICK, WORLD, run
+from tests.demonstrations import expert_demonstration
 from tests.serving import NOVICE_FOLDER, Served, parts_of, served, wait_until
-from tests.test_cycle import QUICK, WORLD, run
-from tests.test_demonstration_routes import expert_demonstration
 from tests.tiny_adapters import randomise_lora, true_probe
 
 QUESTION = {"role": "user", "content": "Order 1000 has come in. Please see to it."}
@@ -150,8 +150,8 @@ def logprobs_of(network: torch.nn.Module, prompt: tuple[int, ...], completion: t
 
 def test_2_prompt_and_tool_output_tokens_are_never_trained_on() -> None:
     prompt, completion = tuple(range(10, 30)), (1, 2, 3)
-    (pack,) = pack_rows([action_row(prompt, completion, ("episode", "step"))], token_budget=100)
-    (scored,) = pack.scored_rows
+    (pack,) = pack_sequences([action_sequence(prompt, completion, ("episode", "step"))], token_budget=100)
+    (scored,) = pack.packed_sequences
     assert tuple(scored.target_ids) == completion
 
 

@@ -44,10 +44,9 @@ from runtime.store.episodes import (
 )
 from runtime.store.prompt_chains import SequenceCache, common_prefix_len
 from runtime.store.step_log import StepLog, StepLogError
+from tests.records import make_chain, make_episode, make_step
 
 ROOT = Path(__file__).parent.parent
-
-WEATHER_TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 
 
 @pytest.fixture
@@ -59,44 +58,6 @@ def path(tmp_path: Path) -> Path:
 def log(path: Path) -> Iterator[StepLog]:
     with closing(StepLog(path)) as log:
         yield log
-
-
-def make_episode(**fields: Any) -> Episode:
-    return Episode(**{"id": new_id("ep"), "actor": Actor.POLICY, "purpose": Purpose.SERVE, "adapter": "base"} | fields)
-
-
-def make_step(episode: Episode, parent: Step | None = None, **fields: Any) -> Step:
-    """A step whose prompt extends its parent's tokens by three."""
-    seen = parent.prompt_token_ids + parent.completion_token_ids if parent else ()
-    defaults = {
-        "id": new_id("step"),
-        "episode_id": episode.id,
-        "parent_id": parent.id if parent else None,
-        "index": parent.index + 1 if parent else 0,
-        "new_messages": ({"role": "user", "content": "hello"},),
-        "tools": (WEATHER_TOOL,),
-        "prompt_token_ids": (*seen, 7, 8, 9),
-        "completion_token_ids": (5, 6),
-        "behavior_logprobs": (-0.5, -0.25),
-        "sampling": SamplingParams(),
-        "adapter": "base",
-        "action": FinalAnswer("hi"),
-        "finish_reason": FinishReason.STOP,
-        "stop_reason": StopReason.FINAL_ANSWER,
-        "tool_results": (),
-        "conversation_digest": "digest",
-        "created_at": time.time(),
-        "first_token_ms": 1.0,
-        "latency_ms": 2.0,
-    }
-    return Step(**defaults | fields)
-
-
-def make_chain(episode: Episode, num_steps: int) -> list[Step]:
-    steps: list[Step] = []
-    for _ in range(num_steps):
-        steps.append(make_step(episode, steps[-1] if steps else None))
-    return steps
 
 
 # ----------------------------------------------------------------------------------------- what is logged reads back
@@ -185,10 +146,10 @@ def test_every_step_reads_back_as_it_was_served(
     episode, steps = tree
     with closing(StepLog(path)) as log:
         if is_one_append:
-            log.append_now(episode, *steps)
+            log.append(episode, *steps).result()
         else:
             for fact in (episode, *steps):
-                log.append_now(fact)
+                log.append(fact).result()
         assert_reads_back(log, episode, steps)
     for read_only in (False, True):  # with nothing cached
         with closing(StepLog(path, read_only=read_only)) as log:
@@ -200,7 +161,7 @@ def test_logprobs_come_back_within_float32(log: StepLog) -> None:
     logprobs = (-1 / 3, -1e-9, -123.456789, 0.0, -math.inf)
     episode = make_episode()
     step = make_step(episode, completion_token_ids=(1,) * len(logprobs), behavior_logprobs=logprobs)
-    log.append_now(episode, step)
+    log.append(episode, step).result()
     read = log.step(step.id)
     assert read is not None
     assert read.behavior_logprobs == pytest.approx(logprobs, rel=2**-23)
@@ -211,7 +172,7 @@ def test_outcomes_and_corrections_read_back_oldest_first(log: StepLog) -> None:
     step = make_step(episode)
     outcomes = [Outcome(new_id("out"), episode.id, value, "user", "päivää") for value in (0.0, 0.5, 1.0)]
     corrections = [Correction(new_id("cor"), step.id, FinalAnswer(text), (1, 2, 3), "expert") for text in ("a", "b")]
-    log.append_now(episode, step, *outcomes, *corrections)
+    log.append(episode, step, *outcomes, *corrections).result()
     assert log.outcomes(episode.id) == outcomes
     assert log.corrections(step.id) == corrections
     assert log.counts() == {"episodes": 1, "steps": 1, "outcomes": 3, "corrections": 2, "tool_sets": 1}
@@ -231,7 +192,7 @@ def test_unknown_ids_read_as_nothing(log: StepLog) -> None:
 def test_an_episodes_log_grows_linearly_with_its_length(path: Path, log: StepLog) -> None:
     episode = make_episode()
     steps = make_chain(episode, 300)
-    log.append_now(episode, *steps)
+    log.append(episode, *steps).result()
     with closing(sqlite3.connect(path)) as connection:
         stored = connection.execute(
             "SELECT length(prompt_suffix) + length(completion_token_ids) + length(new_messages) + length(action)"
@@ -244,7 +205,7 @@ def test_an_episodes_log_grows_linearly_with_its_length(path: Path, log: StepLog
 def test_rebuilding_a_cold_chain_reads_each_ancestor_once(path: Path, log: StepLog) -> None:
     episode = make_episode()
     steps = make_chain(episode, 200)
-    log.append_now(episode, *steps)
+    log.append(episode, *steps).result()
     with closing(StepLog(path, read_only=True)) as cold:
         queries: list[str] = []
         with cold._reading() as connection:
@@ -281,7 +242,7 @@ def test_the_common_prefix_is_the_longest(
 
 def test_appends_from_many_threads_are_all_there_and_bad_callers_hurt_only_themselves(log: StepLog) -> None:
     episode = make_episode()
-    log.append_now(episode)
+    log.append(episode).result()
     logged: list[Step] = []
     refused: list[Step] = []
 
@@ -291,10 +252,10 @@ def test_appends_from_many_threads_are_all_there_and_bad_callers_hurt_only_thems
             if (number + turn) % 4 == 0:
                 bad = make_step(make_episode())  # its episode was never logged
                 with pytest.raises(StepLogError, match="not in the log"):
-                    log.append_now(bad)
+                    log.append(bad).result()
                 refused.append(bad)
             parent = make_step(episode, parent)
-            log.append_now(parent)
+            log.append(parent).result()
             logged.append(parent)
 
     threads = [threading.Thread(target=append_some, args=(number,)) for number in range(16)]
@@ -351,18 +312,18 @@ def test_what_cannot_be_logged_is_refused_whole_and_with_a_reason(log: StepLog, 
     also_good.result(timeout=30)
     assert log.step(step.id) is None
     assert log.counts()["episodes"] == 2
-    log.append_now(episode, step)
+    log.append(episode, step).result()
     assert log.step(step.id) == step
 
 
 def test_a_second_fact_of_the_same_id_is_refused_and_the_first_stays(log: StepLog) -> None:
     episode = make_episode()
     step = make_step(episode)
-    log.append_now(episode, step)
+    log.append(episode, step).result()
     with pytest.raises(StepLogError, match="never replaced"):
-        log.append_now(replace(step, prompt_token_ids=(1, 2), action=FinalAnswer("other")))
+        log.append(replace(step, prompt_token_ids=(1, 2), action=FinalAnswer("other"))).result()
     child = make_step(episode, step)
-    log.append_now(child)
+    log.append(child).result()
     assert log.path_to(child.id) == [step, child]
 
 
@@ -370,14 +331,14 @@ def test_a_refused_step_leaves_no_tokens_behind(path: Path, log: StepLog) -> Non
     """The cache is filled before the commit. What was refused must not be what a later step of that id is built on."""
     episode = make_episode()
     step = make_step(episode)
-    log.append_now(episode)
+    log.append(episode).result()
     with pytest.raises(StepLogError):
-        log.append_now(replace(step, prompt_token_ids=(1, 1, 1, 1)), make_step(make_episode()))
+        log.append(replace(step, prompt_token_ids=(1, 1, 1, 1)), make_step(make_episode())).result()
     child = make_step(episode, step)
     with pytest.raises(StepLogError, match=f"parent {step.id} is not in the log"):
-        log.append_now(child)
-    log.append_now(step)
-    log.append_now(child)
+        log.append(child).result()
+    log.append(step).result()
+    log.append(child).result()
     assert log.path_to(child.id) == [step, child]
     with closing(StepLog(path, read_only=True)) as cold:
         assert cold.path_to(child.id) == [step, child]
@@ -414,17 +375,17 @@ def test_a_full_disk_is_an_error_and_later_writes_go_on(log: StepLog) -> None:
     connection = log._writer.connection
     episode = make_episode()
     step = make_step(episode)
-    log.append_now(episode)
+    log.append(episode).result()
     (num_pages,) = connection.execute("PRAGMA page_count").fetchone()
     connection.execute(f"PRAGMA max_page_count = {num_pages + 2}")
     with pytest.raises(StepLogError, match="disk is full"):
-        log.append_now(make_episode(metadata={"much": "x" * 100_000}))
+        log.append(make_episode(metadata={"much": "x" * 100_000})).result()
     with pytest.raises(StepLogError, match="disk is full"):
-        log.append_now(step, make_episode(metadata={"much": "x" * 100_000}))
+        log.append(step, make_episode(metadata={"much": "x" * 100_000})).result()
     connection.execute("PRAGMA max_page_count = 1000000")
     with pytest.raises(StepLogError, match=f"parent {step.id} is not in the log"):
-        log.append_now(make_step(episode, step))
-    log.append_now(step)
+        log.append(make_step(episode, step)).result()
+    log.append(step).result()
     assert log.step(step.id) == step
     assert log.counts()["episodes"] == 1
     assert log.verify() == []
@@ -432,24 +393,25 @@ def test_a_full_disk_is_an_error_and_later_writes_go_on(log: StepLog) -> None:
 
 WRITE_TO_A_LIMIT = """
 import resource, sys
-from tests.test_step_log import StepLog, StepLogError, make_chain, make_episode
+from runtime.store.step_log import StepLog, StepLogError
+from tests.records import make_chain, make_episode
 log = StepLog(sys.argv[1])
 episode = make_episode()
 steps = make_chain(episode, 60)
-log.append_now(episode)
+log.append(episode).result()
 no_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, no_limit[1]))
 logged = 0
 try:
     for step in steps:
-        log.append_now(step)
+        log.append(step).result()
         logged += 1
 except StepLogError as error:
     print(error)
 assert 0 < logged < 60, logged
 resource.setrlimit(resource.RLIMIT_FSIZE, no_limit)
 for step in steps[logged:]:
-    log.append_now(step)
+    log.append(step).result()
 assert log.steps(episode.id) == steps
 assert log.verify() == []
 log.close()
@@ -476,9 +438,9 @@ def test_a_write_lock_that_is_held_too_long_is_an_error_and_later_writes_go_on(
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             with pytest.raises(StepLogError, match="write lock"):
-                log.append_now(make_episode())
+                log.append(make_episode()).result()
             other.execute("ROLLBACK")
-        log.append_now(make_episode())
+        log.append(make_episode()).result()
         assert log.counts()["episodes"] == 1
 
 
@@ -486,7 +448,8 @@ def test_a_write_lock_that_is_held_too_long_is_an_error_and_later_writes_go_on(
 
 APPEND_UNTIL_KILLED = """
 import sys, threading
-from tests.test_step_log import StepLog, make_episode, make_step
+from runtime.store.step_log import StepLog
+from tests.records import make_episode, make_step
 log = StepLog(sys.argv[1])
 def append_for_ever():
     while True:
@@ -494,7 +457,7 @@ def append_for_ever():
         facts = [episode]
         for _ in range(10):
             step = make_step(episode, step)
-            log.append_now(*facts, step)
+            log.append(*facts, step).result()
             facts = []
             sys.stdout.write(f"{step.id} {len(step.prompt_token_ids)}\\n")
             sys.stdout.flush()
@@ -533,11 +496,11 @@ def test_kill_minus_nine_loses_nothing_that_was_reported_done(path: Path) -> Non
 def test_a_read_only_log_reads_while_another_writes(path: Path, log: StepLog) -> None:
     episode = make_episode()
     steps = make_chain(episode, 100)
-    log.append_now(episode)
+    log.append(episode).result()
 
     def append_all() -> None:
         for step in steps:
-            log.append_now(step)
+            log.append(step).result()
 
     with closing(StepLog(path, read_only=True)) as reader:
         writing = threading.Thread(target=append_all)
@@ -554,7 +517,7 @@ def test_a_read_only_log_reads_while_another_writes(path: Path, log: StepLog) ->
 def test_reading_from_many_threads_at_once(path: Path, log: StepLog) -> None:
     episode = make_episode()
     steps = make_chain(episode, 30)
-    log.append_now(episode, *steps)
+    log.append(episode, *steps).result()
     wrong: list[str] = []
 
     def read_often(number: int) -> None:
@@ -604,11 +567,11 @@ def test_a_file_that_is_no_step_log_of_ours_is_refused_with_a_reason(tmp_path: P
 
 def test_paging_sees_each_episode_once_while_new_ones_arrive(log: StepLog) -> None:
     old = [make_episode() for _ in range(25)]
-    log.append_now(*old)
+    log.append(*old).result()
     seen: list[Episode] = []
     while page := log.episodes(after=seen[-1].id if seen else None, limit=4):
         seen += page
-        log.append_now(make_episode())
+        log.append(make_episode()).result()
     assert seen == old[::-1]
 
 
@@ -616,7 +579,7 @@ def test_episodes_are_filtered_by_what_they_are(log: StepLog) -> None:
     tasks = [None, "order_desk/train/1", "order_desk/train/12", "order%desk/train/1", "order_desk/test/1"]
     kinds = itertools.product(Actor, Purpose, ("base", "agent-v0001"), tasks)
     episodes = [make_episode(actor=a, purpose=p, adapter=n, task=t) for a, p, n, t in kinds]
-    log.append_now(*episodes)
+    log.append(*episodes).result()
     newest_first = episodes[::-1]
     assert log.episodes(limit=1000) == newest_first
     assert log.episodes(limit=1000, actor=Actor.EXPERT) == [e for e in newest_first if e.actor == "expert"]
@@ -633,16 +596,16 @@ def test_a_slow_step_logged_after_quicker_ones_is_not_passed_over(log: StepLog) 
     episode = make_episode()
     slow, quick = make_step(episode), make_step(episode)
     assert slow.id < quick.id
-    log.append_now(episode, quick)
+    log.append(episode, quick).result()
     assert log.steps_since(None, 5) == [quick]
-    log.append_now(slow)
+    log.append(slow).result()
     assert log.steps_since(quick.id, 5) == [slow]
 
 
 def test_steps_since_hands_out_every_step_once(log: StepLog) -> None:
     episode = make_episode()
     steps = make_chain(episode, 23)
-    log.append_now(episode, *steps)
+    log.append(episode, *steps).result()
     seen: list[Step] = []
     while page := log.steps_since(seen[-1].id if seen else None, 5):
         seen += page
@@ -657,7 +620,7 @@ def test_facts_are_never_edited(path: Path, log: StepLog, table: str) -> None:
     episode = make_episode()
     step = make_step(episode)
     outcome = Outcome(new_id("out"), episode.id, 1.0, "user")
-    log.append_now(episode, step, outcome, Correction(new_id("cor"), step.id, FinalAnswer("no"), (1,), "expert"))
+    log.append(episode, step, outcome, Correction(new_id("cor"), step.id, FinalAnswer("no"), (1,), "expert")).result()
     with closing(sqlite3.connect(path)) as connection:  # as any other program would open it
         before = connection.execute(f"SELECT * FROM {table}").fetchall()
         for edit in (
@@ -684,7 +647,7 @@ def test_facts_are_never_edited(path: Path, log: StepLog, table: str) -> None:
 )
 def test_verify_finds_what_was_damaged(path: Path, log: StepLog, damage: str, problem: str) -> None:
     episode = make_episode()
-    log.append_now(episode, *make_chain(episode, 4))
+    log.append(episode, *make_chain(episode, 4)).result()
     assert log.verify() == []
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("DROP TRIGGER steps_refuse_update")
@@ -696,7 +659,7 @@ def test_verify_finds_what_was_damaged(path: Path, log: StepLog, damage: str, pr
 def test_verify_finds_a_damaged_file(path: Path) -> None:
     with closing(StepLog(path)) as log:
         episode = make_episode()
-        log.append_now(episode, *make_chain(episode, 100))
+        log.append(episode, *make_chain(episode, 100)).result()
     with closing(sqlite3.connect(path)) as connection:
         (page_size,) = connection.execute("PRAGMA page_size").fetchone()
         root = "SELECT rootpage FROM sqlite_schema WHERE name = 'idx_steps_parent_id'"
@@ -744,13 +707,13 @@ def log_a_talk(log: StepLog, actor: Actor = Actor.POLICY) -> tuple[Episode, list
     )
     bad = Outcome(new_id("out"), episode.id, 0.0, "user")
     good = Outcome(new_id("out"), episode.id, 1.0, "world", "shipped")
-    log.append_now(episode, first, second, bad, good)
+    log.append(episode, first, second, bad, good).result()
     return episode, [first, second]
 
 
 @pytest.mark.parametrize(("actor", "speaker"), [(Actor.POLICY, "agent"), (Actor.EXPERT, "expert")])
 def test_an_episode_reads_like_a_transcript(path: Path, log: StepLog, actor: Actor, speaker: str) -> None:
-    log.append_now(make_episode())
+    log.append(make_episode()).result()
     episode, _ = log_a_talk(log, actor)
     log_a_talk(log)
     with closing(sqlite3.connect(path)) as connection:
@@ -825,7 +788,7 @@ def test_views_can_be_read_whatever_was_logged(
 ) -> None:
     path = tmp_path_factory.mktemp("views") / "agent.db"
     with closing(StepLog(path)) as log, closing(sqlite3.connect(path)) as connection:
-        log.append_now(tree[0], *tree[1])
+        log.append(tree[0], *tree[1]).result()
         connection.text_factory = bytes  # half of a surrogate pair has no UTF-8
         assert len(connection.execute("SELECT * FROM step_summary").fetchall()) == len(tree[1])
         connection.execute("SELECT * FROM episode_text").fetchall()

@@ -326,10 +326,13 @@ async def test_a_candidate_that_nobody_judges_gives_way_and_can_be_promoted_all_
 async def test_a_promotion_is_for_what_the_adapter_was_compared_with(house: House):
     """A cycle that began before a rollback put the child of what had been rolled back into its place."""
     first, second, child = (house.register(seed) for seed in (1, 2, 3))
-    await house.swap.promote(first, acting=BASE_ADAPTER)
-    await house.swap.promote(second, acting=first)
+    await house.swap.promote(first, expected_acting=BASE_ADAPTER)
+    await house.swap.promote(second, expected_acting=first)
     await house.swap.rollback("worse")
-    for change in (house.swap.promote(child, acting=second), house.swap.start_canary(child, 0.5, acting=second)):
+    for change in (
+        house.swap.promote(child, expected_acting=second),
+        house.swap.start_canary(child, 0.5, expected_acting=second),
+    ):
         with pytest.raises(SwapError, match=f"{second} does not act any more: {first} does"):
             await change
     assert await house.step("ep_new") == first
@@ -362,7 +365,7 @@ async def test_draining_goes_on_after_an_error(house: House, monkeypatch: pytest
 async def test_two_swaps_at_once_happen_one_after_the_other(house: House):
     first, second = house.register(1), house.register(2)
     await asyncio.gather(house.swap.promote(first), house.swap.promote(second))
-    assert [one.name if one else None for one in house.registry.line()] == [second, first, None]
+    assert [one.name if one else None for one in house.registry.rollback_chain()] == [second, first, None]
 
 
 async def test_fifty_swaps_under_running_steps_fail_none_and_mix_none(house: House):
@@ -452,7 +455,7 @@ async def test_who_asks_for_a_promotion_and_goes_away_leaves_it_settled(house: H
     with pytest.raises(asyncio.CancelledError):
         await promoting
     await after
-    assert [one.name if one else None for one in house.registry.line()] == [second, first, None]
+    assert [one.name if one else None for one in house.registry.rollback_chain()] == [second, first, None]
 
 
 async def test_a_lease_ends_with_its_idle_time_but_never_under_a_running_step(house: House):

@@ -207,7 +207,7 @@ def machine_on(folders: list[Path], tiny: TinyNetwork) -> type[RuleBasedStateMac
         def acting_is_what_was_promoted(self) -> None:
             if not hasattr(self, "line"):
                 return
-            names = [adapter.name if adapter else "base" for adapter in self.registry.line()]
+            names = [adapter.name if adapter else "base" for adapter in self.registry.rollback_chain()]
             assert names == self.line[::-1]
             acting = self.registry.acting()
             if acting:

@@ -26,45 +26,28 @@ from learner.objectives.objectives import (
     PolicyGradient,
     StepPreference,
     TrajectoryPreference,
-    action_row,
+    action_sequence,
     normalised,
 )
-from learner.packing.prefix_tree import Row
-from learner.packing.scoring import RowLogprobs
-from learner.training.trainer import Trainer, TrainingFailed, TrainingOptions
+from learner.options import TrainingOptions
+from learner.packing.prefix_tree import ScoredSequence
+from learner.packing.scoring import SequenceLogprobs
+from learner.training.trainer import Trainer, TrainingFailed
 from policies.adapters.base_network import read_base_network
 from policies.adapters.files import TENSOR_NAME, WEIGHTS_FILE, weights_digest
 from policies.adapters.probe import read_probe
-from policies.chat_protocol import ChatProtocol, message_action
-from policies.types import FinalAnswer
+from policies.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
+from tests.expert_sequences import expert_rows
 from tests.serving import NOVICE_FOLDER, ROOT, parts_of
-from tools.worlds.order_desk import OrderDesk
 
 QUICK = TrainingOptions(lr=2e-3, epochs=2, min_gradient_steps=0, trajectories_per_step=2, rank=4)
 
 
-def expert_rows(protocol: ChatProtocol, split: str, num_tasks: int) -> list[Row]:
-    """The expert's actions on some tasks, one row each."""
-    world, rows = OrderDesk(), []
-    for index in range(num_tasks):
-        task = world.task(split, index)
-        episode, messages = world.open(task), list(task.messages)
-        while True:
-            message = episode.expert_action()
-            action = message_action(message)
-            prompt, completion = protocol.completion_of(messages, action)
-            rows.append(action_row(prompt, completion, (task.id, len(rows))))
-            if isinstance(action, FinalAnswer):
-                break
-            messages += [message, *episode.play(message)]
-    return rows
-
-
-def blunder(protocol: ChatProtocol, row: Row) -> Row:
+def blunder(protocol: ChatProtocol, row: ScoredSequence) -> ScoredSequence:
     """Another action at the same state: give up at once."""
     wrong = protocol.encode("I am sorry, this order has gone wrong.<|im_end|>")
-    return action_row(row.token_ids[: row.spans[0].start], wrong, row.owner)
+    return action_sequence(row.token_ids[: row.spans[0].start], wrong, row.owner)
 
 
 @pytest.fixture(scope="module")
@@ -73,25 +56,25 @@ def protocol() -> ChatProtocol:
 
 
 @pytest.fixture(scope="module")
-def rows(protocol: ChatProtocol) -> list[Row]:
+def rows(protocol: ChatProtocol) -> list[ScoredSequence]:
     return expert_rows(protocol, "train", 4)
 
 
-def mean_sum(trainer: Trainer, rows: Sequence[Row]) -> float:
+def mean_sum(trainer: Trainer, rows: Sequence[ScoredSequence]) -> float:
     return sum(tokens.sum().item() for tokens in trainer.logprobs(rows)) / len(rows)
 
 
-def test_imitation_carries_over_to_tasks_it_never_saw(protocol: ChatProtocol, rows: list[Row]) -> None:
+def test_imitation_carries_over_to_tasks_it_never_saw(protocol: ChatProtocol, rows: list[ScoredSequence]) -> None:
     unseen = expert_rows(protocol, "validation", 6)
     trainer = Trainer(NOVICE_FOLDER, None, replace(QUICK, epochs=6))
     before = mean_sum(trainer, unseen)
     report = trainer.train(Likelihood("sft", tuple(rows)))
     assert mean_sum(trainer, unseen) > before + 0.01
     assert report.num_gradient_steps == 6 * 2
-    assert report.health["perplexity"] < 1.5
+    assert report.diagnostics["perplexity"] < 1.5
 
 
-def test_a_seed_decides_the_adapter_to_the_byte(rows: list[Row], tmp_path: Path) -> None:
+def test_a_seed_decides_the_adapter_to_the_byte(rows: list[ScoredSequence], tmp_path: Path) -> None:
     digests = []
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
         trainer = Trainer(NOVICE_FOLDER, None, replace(QUICK, seed=seed))
@@ -101,7 +84,7 @@ def test_a_seed_decides_the_adapter_to_the_byte(rows: list[Row], tmp_path: Path)
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_how_rows_are_packed_does_not_change_what_is_learned(rows: list[Row]) -> None:
+def test_how_rows_are_packed_does_not_change_what_is_learned(rows: list[ScoredSequence]) -> None:
     found = []
     for token_budget in (100, 10_000):
         trainer = Trainer(NOVICE_FOLDER, None, replace(QUICK, token_budget=token_budget))
@@ -111,7 +94,7 @@ def test_how_rows_are_packed_does_not_change_what_is_learned(rows: list[Row]) ->
 
 
 async def test_what_was_trained_is_what_plain_peft_loads_and_the_engine_serves(
-    protocol: ChatProtocol, rows: list[Row], tmp_path: Path
+    protocol: ChatProtocol, rows: list[ScoredSequence], tmp_path: Path
 ) -> None:
     trainer = Trainer(NOVICE_FOLDER, None, QUICK)
     trainer.train(Likelihood("sft", tuple(rows)))
@@ -133,7 +116,7 @@ async def test_what_was_trained_is_what_plain_peft_loads_and_the_engine_serves(
         parts.log.close()
 
 
-def test_training_goes_on_from_the_acting_adapter(rows: list[Row], tmp_path: Path) -> None:
+def test_training_goes_on_from_the_acting_adapter(rows: list[ScoredSequence], tmp_path: Path) -> None:
     first = Trainer(NOVICE_FOLDER, None, QUICK)
     first.train(Likelihood("sft", tuple(rows)))
     first.save(tmp_path / "first", [rows[0].token_ids[:20]], "card")
@@ -144,7 +127,7 @@ def test_training_goes_on_from_the_acting_adapter(rows: list[Row], tmp_path: Pat
 
 
 def test_step_preference_parts_the_expert_from_the_blunder_and_keeps_the_expert_likely(
-    protocol: ChatProtocol, rows: list[Row]
+    protocol: ChatProtocol, rows: list[ScoredSequence]
 ) -> None:
     num = len(rows)
     both = (*rows, *(blunder(protocol, row) for row in rows))
@@ -154,19 +137,19 @@ def test_step_preference_parts_the_expert_from_the_blunder_and_keeps_the_expert_
     report = trainer.train(StepPreference(both, pairs, frozenset(range(num)), beta=0.3, anchor_weight=1.0))
     assert mean_sum(trainer, both[:num]) > chosen
     assert mean_sum(trainer, both[num:]) < rejected - 1
-    assert report.health["preference_accuracy"] > 0.8
+    assert report.diagnostics["preference_accuracy"] > 0.8
 
 
 def test_trajectory_preference_widens_the_gap_between_whole_trajectories(
-    protocol: ChatProtocol, rows: list[Row]
+    protocol: ChatProtocol, rows: list[ScoredSequence]
 ) -> None:
     trainer = Trainer(NOVICE_FOLDER, None, QUICK)
     report = trainer.train(preference_of_whole_trajectories(protocol, rows))
-    assert report.health["preference_accuracy"] == 1.0
+    assert report.diagnostics["preference_accuracy"] == 1.0
 
 
 def test_the_policy_gradient_makes_rewarded_actions_likelier_and_punished_ones_less_likely(
-    protocol: ChatProtocol, rows: list[Row]
+    protocol: ChatProtocol, rows: list[ScoredSequence]
 ) -> None:
     both = (*rows, *(blunder(protocol, row) for row in rows))
     trainer = Trainer(NOVICE_FOLDER, None, QUICK)
@@ -176,8 +159,8 @@ def test_the_policy_gradient_makes_rewarded_actions_likelier_and_punished_ones_l
     report = trainer.train(PolicyGradient("inverse", both, advantages, behavior))
     assert mean_sum(trainer, both[: len(rows)]) > good
     assert mean_sum(trainer, both[len(rows) :]) < bad
-    assert 0 < report.health["effective_sample_share"] <= 1
-    assert report.health["kl_to_reference"] > 0
+    assert 0 < report.diagnostics["effective_sample_share"] <= 1
+    assert report.diagnostics["kl_to_reference"] > 0
 
 
 def test_equal_rewards_teach_nothing() -> None:
@@ -187,9 +170,9 @@ def test_equal_rewards_teach_nothing() -> None:
 # ---------------------------------------------------------------------------------------------------- memory
 
 
-def preference_of_whole_trajectories(protocol: ChatProtocol, rows: Sequence[Row]) -> TrajectoryPreference:
+def preference_of_whole_trajectories(protocol: ChatProtocol, rows: Sequence[ScoredSequence]) -> TrajectoryPreference:
     """The expert's rows of each task against a blunder at each of its states; a task owns them all."""
-    by_task: dict[object, list[Row]] = {}
+    by_task: dict[object, list[ScoredSequence]] = {}
     for row in rows:
         by_task.setdefault(row.owner[0], []).append(row)  # type: ignore[index]
     laid, pairs = [], []
@@ -202,7 +185,7 @@ def preference_of_whole_trajectories(protocol: ChatProtocol, rows: Sequence[Row]
 
 
 def test_rows_that_belong_together_and_pass_the_budget_teach_the_same_in_parts(
-    protocol: ChatProtocol, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+    protocol: ChatProtocol, rows: list[ScoredSequence], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     objective = preference_of_whole_trajectories(protocol, rows)
     longest = max(len(row.token_ids) for row in rows)
@@ -219,7 +202,7 @@ def test_rows_that_belong_together_and_pass_the_budget_teach_the_same_in_parts(
         trainer = Trainer(NOVICE_FOLDER, None, replace(QUICK, token_budget=token_budget))
         report = trainer.train(objective)
         assert max(passes) <= token_budget
-        assert report.health["preference_accuracy"] == 1.0
+        assert report.diagnostics["preference_accuracy"] == 1.0
         found[token_budget] = torch.cat(trainer.logprobs(rows))
     assert torch.allclose(found[10_000], found[longest], atol=1e-3)
 
@@ -262,12 +245,12 @@ def test_a_full_disk_leaves_nothing_behind(under_limits: dict[str, Any]) -> None
 class Broken:
     """A loss of a given value and slope."""
 
-    rows: tuple[Row, ...]
+    sequences: tuple[ScoredSequence, ...]
     value: float
     slope: float
     name: str = "broken"
 
-    def loss(self, scored: RowLogprobs, reference: Sequence[Tensor]) -> Loss:
+    def loss(self, scored: SequenceLogprobs, reference: Sequence[Tensor]) -> Loss:
         total = scored.tokens.sum()
         return Loss(self.value + (total - total.detach()) * self.slope, 1.0)
 
@@ -281,14 +264,14 @@ class Broken:
     ],
 )
 def test_a_loss_or_gradient_that_is_no_number_ends_training_with_the_place(
-    rows: list[Row], value: float, slope: float, problem: str
+    rows: list[ScoredSequence], value: float, slope: float, problem: str
 ) -> None:
     trainer = Trainer(NOVICE_FOLDER, None, QUICK)
     with pytest.raises(TrainingFailed, match=problem):
         trainer.train(Broken(tuple(rows), value, slope))
 
 
-def test_weights_that_are_no_numbers_are_not_written(rows: list[Row], tmp_path: Path) -> None:
+def test_weights_that_are_no_numbers_are_not_written(rows: list[ScoredSequence], tmp_path: Path) -> None:
     """The last gradient step is followed by no loss that would show what it did."""
     trainer = Trainer(NOVICE_FOLDER, None, replace(QUICK, lr=math.inf, epochs=1, trajectories_per_step=99))
     trainer.train(Likelihood("sft", tuple(rows)))
@@ -301,7 +284,7 @@ def test_weights_that_are_no_numbers_are_not_written(rows: list[Row], tmp_path: 
 
 
 @pytest.fixture(scope="module")
-def trained(rows: list[Row]) -> Trainer:
+def trained(rows: list[ScoredSequence]) -> Trainer:
     trainer = Trainer(NOVICE_FOLDER, None, QUICK)
     trainer.train(Likelihood("sft", tuple(rows)))
     return trainer
@@ -322,7 +305,7 @@ def test_an_adapter_holds_low_rank_pairs_alone_and_its_base_is_as_it_was(trained
     assert all(torch.equal(now[name], weight.float()) for name, weight in stored.items())
 
 
-def test_the_card_says_what_is_so(protocol: ChatProtocol, rows: list[Row], tmp_path: Path) -> None:
+def test_the_card_says_what_is_so(protocol: ChatProtocol, rows: list[ScoredSequence], tmp_path: Path) -> None:
     first = Trainer(NOVICE_FOLDER, None, QUICK)
     first.train(Likelihood("sft", tuple(rows)))
     first.save(tmp_path / "agent-v0001", [(1, 2, 3)], "# The first")
@@ -337,9 +320,9 @@ def test_the_card_says_what_is_so(protocol: ChatProtocol, rows: list[Row], tmp_p
         f"| base | `{NOVICE_FOLDER}` (network {read_base_network(NOVICE_FOLDER).fingerprint[:12]}) |",
         "| parent | agent-v0001 |",
         "| objective | eto |",
-        f"| trained on | {len(objective.rows)} rows of 4 trajectories |",
+        f"| trained on | {len(objective.sequences)} sequences of 4 trajectories |",
         f"| gradient steps | {report.num_gradient_steps}, seed 5 |",
-        f"preference_accuracy {report.health['preference_accuracy']:.4g}",
+        f"preference_accuracy {report.diagnostics['preference_accuracy']:.4g}",
     ):
         assert fact in card
     assert len(card.splitlines()) < 20
@@ -357,7 +340,9 @@ def test_an_adapter_is_never_written_over_another(trained: Trainer, tmp_path: Pa
 # ---------------------------------------------------------------------------------------------- half precision
 
 
-def test_over_a_bfloat16_base_the_adapter_is_trained_and_saved_in_float32(rows: list[Row], tmp_path: Path) -> None:
+def test_over_a_bfloat16_base_the_adapter_is_trained_and_saved_in_float32(
+    rows: list[ScoredSequence], tmp_path: Path
+) -> None:
     """As on a GPU, where bfloat16 is the base's type without being asked for."""
     trainer = Trainer(NOVICE_FOLDER, None, replace(QUICK, epochs=4), device="cpu", dtype=torch.bfloat16)
     base_types = {p.dtype for p in trainer.network.parameters() if not p.requires_grad}

@@ -9,20 +9,20 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import learner.packing.tree_attention
-from learner.packing.prefix_tree import Pack, Row, Span, pack_rows
+from learner.packing.prefix_tree import Pack, ScoredSequence, Span, pack_sequences
 from learner.packing.tree_attention import TREE_ATTENTION, Tree, tree_attention
 
 torch.set_num_threads(1)
 
 
-def forest(num_rows: int = 30) -> tuple[Pack, Tree]:
+def forest(num_sequences: int = 30) -> tuple[Pack, Tree]:
     draw = random.Random(5)
-    rows: list[Row] = []
-    for number in range(num_rows):
+    rows: list[ScoredSequence] = []
+    for number in range(num_sequences):
         stem = draw.choice(rows).token_ids if rows and number % 5 else ()
         token_ids = stem[: draw.randint(0, len(stem))] + tuple(draw.randrange(9) for _ in range(draw.randint(2, 20)))
-        rows.append(Row(token_ids, (Span(1, 2),), owner=number))
-    [pack] = pack_rows(rows, token_budget=10_000)
+        rows.append(ScoredSequence(token_ids, (Span(1, 2),), owner=number))
+    [pack] = pack_sequences(rows, token_budget=10_000)
     return pack, Tree(torch.from_numpy(pack.subtree_ends), torch.from_numpy(pack.depths))
 
 
@@ -65,8 +65,8 @@ def test_blocks_attend_as_one_dense_mask_does(
 
 def test_keys_of_other_trees_and_ended_branches_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learner.packing.tree_attention, "BLOCK_TOKENS", 10)
-    rows = [Row((tree, *range(100, 109)), (Span(1, 2),), owner=tree) for tree in range(50)]
-    [pack] = pack_rows(rows, token_budget=500)
+    rows = [ScoredSequence((tree, *range(100, 109)), (Span(1, 2),), owner=tree) for tree in range(50)]
+    [pack] = pack_sequences(rows, token_budget=500)
     tree = Tree(torch.from_numpy(pack.subtree_ends), torch.from_numpy(pack.depths))
     assert [block.mask.numel() for block in tree.blocks(None, torch.float32)] == [100] * 50
 
@@ -76,8 +76,8 @@ def test_flex_attention_is_given_the_same_mask(window: int | None) -> None:
     """The kernel needs CUDA, its mask does not: tiles it skips are unseen, tiles it does not look into are all seen."""
     draw = random.Random(1)
     stem = tuple(draw.randrange(9) for _ in range(400))
-    rows = [Row(stem[:length] + (9,) * 90, (Span(1, 2),), owner=length) for length in (20, 300, 400)]
-    [pack] = pack_rows([*rows, Row((8, 8), (Span(1, 2),), owner="other")], token_budget=10_000)
+    rows = [ScoredSequence(stem[:length] + (9,) * 90, (Span(1, 2),), owner=length) for length in (20, 300, 400)]
+    [pack] = pack_sequences([*rows, ScoredSequence((8, 8), (Span(1, 2),), owner="other")], token_budget=10_000)
     tree = Tree(torch.from_numpy(pack.subtree_ends), torch.from_numpy(pack.depths))
     expected, positions = expected_visibility(pack, window), torch.arange(pack.num_tokens)
     mask = tree.block_mask(window)

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from learner.objectives.objectives import Likelihood, action_row
-from learner.packing.prefix_tree import Row
-from learner.training.trainer import Trainer, TrainingFailed, TrainingOptions
+from learner.objectives.objectives import Likelihood, action_sequence
+from learner.options import TrainingOptions
+from learner.packing.prefix_tree import ScoredSequence
+from learner.training.trainer import Trainer, TrainingFailed
 from tests.serving import NOVICE_FOLDER
 
 MIB = 2**20
@@ -42,13 +43,13 @@ def memory_in_use() -> int:
     return int(found[1]) * 1024
 
 
-def random_rows(num_rows: int, num_tokens: int) -> tuple[Row, ...]:
+def random_rows(num_sequences: int, num_tokens: int) -> tuple[ScoredSequence, ...]:
     draw = random.Random(0)
-    tokens = [tuple(draw.choices(range(400), k=num_tokens)) for _ in range(num_rows)]
-    return tuple(action_row(row[:-20], row[-20:], (number,)) for number, row in enumerate(tokens))
+    tokens = [tuple(draw.choices(range(400), k=num_tokens)) for _ in range(num_sequences)]
+    return tuple(action_sequence(row[:-20], row[-20:], (number,)) for number, row in enumerate(tokens))
 
 
-def train(rows: tuple[Row, ...], spare_mib: int | None) -> dict[str, Any]:
+def train(rows: tuple[ScoredSequence, ...], spare_mib: int | None) -> dict[str, Any]:
     """One gradient step with so much more memory than is in use before it; None: as much as there is."""
     options = TrainingOptions(
         lr=2e-3, epochs=1, min_gradient_steps=0, trajectories_per_step=50, rank=4, token_budget=100_000

@@ -1,28 +1,29 @@
 """Step rewards: how expert-like each logged step of a cycle is, from three sources.
 
-The sources do not share a scale: values compare within one cycle and one source. Every own action of a cycle's
-material, sampled at an expert's state or taken at the policy's own, has a row from each source that can judge it.
-"""
+The sources do not share a scale: values compare within one cycle and one source. Every own action of a cycle's training
+data, sampled at an expert's state or taken at the policy's own, has a sequence from each source that can judge it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from learner.data.training_data import Material, OwnAction, State
+from learner.data.training_data import PolicyAction, State, TrainingData
 from runtime.store.learning_log import RewardSource, StepReward
 
 
-def own_actions(material: Material) -> list[tuple[State, OwnAction]]:
-    """Every own action of the material with its state, in order."""
-    return [(state, action) for t in material.trajectories for state in t.states for action in state.own]
+def policy_actions_of(training_data: TrainingData) -> list[tuple[State, PolicyAction]]:
+    """Every own action of the training data with its state, in order."""
+    return [
+        (state, action) for t in training_data.trajectories for state in t.states for action in state.policy_actions
+    ]
 
 
-def agreement_rewards(cycle: str, material: Material) -> list[StepReward]:
+def agreement_rewards(cycle: str, training_data: TrainingData) -> list[StepReward]:
     """1 where an own action means what the expert's does, 0 where not: StepAgent's comparison (arXiv 2411.03817).
 
     An action that no expert has answered has none.
     """
-    judged = ((action, action.agrees) for _, action in own_actions(material))
+    judged = ((action, action.agrees) for _, action in policy_actions_of(training_data))
     return [
         StepReward(action.step_id, cycle, RewardSource.EXPERT_AGREEMENT, float(agrees))
         for action, agrees in judged
@@ -32,7 +33,7 @@ def agreement_rewards(cycle: str, material: Material) -> list[StepReward]:
 
 def implicit_rewards(
     cycle: str,
-    actions: Sequence[OwnAction],
+    actions: Sequence[PolicyAction],
     logprobs: Sequence[float],
     ref_logprobs: Sequence[float],
     beta: float,
@@ -48,7 +49,9 @@ def implicit_rewards(
     ]
 
 
-def discriminator_rewards(cycle: str, actions: Sequence[OwnAction], expert_logits: Sequence[float]) -> list[StepReward]:
+def discriminator_rewards(
+    cycle: str, actions: Sequence[PolicyAction], expert_logits: Sequence[float]
+) -> list[StepReward]:
     """The length-controlled expert logit of each action: the reward of StepAgent's inverse RL (arXiv 2411.03817)."""
     return [
         StepReward(action.step_id, cycle, RewardSource.DISCRIMINATOR, logit)

@@ -1,8 +1,7 @@
 """What a cycle learns from: states in tokens, with what an expert does there and what the policy did.
 
-Neither the log nor messages are known here. Whoever gathers the material (a cycle from the log, a benchmark from its
-own rollouts) hands it to `learner/objectives/build.py`, which makes objectives of it.
-"""
+Neither the log nor messages are known here. Whoever gathers the training data (a cycle from the log, a benchmark from
+its own rollouts) hands it to `learner/objectives/build.py`, which makes objectives of it."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ NO_ANCESTOR = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class OwnAction:
+class PolicyAction:
     """An action that a policy of ours chose at a state."""
 
     step_id: str
@@ -39,12 +38,12 @@ class State:
     prompt: TokenIds
     expert: TokenIds | None
     """The expert's action in tokens; None where no expert has answered."""
-    own: tuple[OwnAction, ...]
+    policy_actions: tuple[PolicyAction, ...]
 
     @property
-    def disagreeing(self) -> tuple[OwnAction, ...]:
+    def disagreeing(self) -> tuple[PolicyAction, ...]:
         """Own actions that an expert would not have chosen."""
-        return tuple(action for action in self.own if action.agrees is False)
+        return tuple(action for action in self.policy_actions if action.agrees is False)
 
     @property
     def is_informative(self) -> bool:
@@ -64,14 +63,14 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True)
-class Material:
+class TrainingData:
     """Everything one cycle learns from."""
 
     demonstrations: tuple[Trajectory, ...]
     """Experts' episodes; own actions there are samples of the acting policy (inspection)."""
-    own: tuple[Trajectory, ...] = ()
+    policy_episodes: tuple[Trajectory, ...] = ()
     """The policy's own logged episodes; each state has the action taken, and an expert's where one answered."""
 
     @property
     def trajectories(self) -> tuple[Trajectory, ...]:
-        return self.demonstrations + self.own
+        return self.demonstrations + self.policy_episodes

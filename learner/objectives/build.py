@@ -1,4 +1,5 @@
-"""Makes objectives of a cycle's material: which actions are scored, which go together, and what each is held against.
+"""Makes objectives of a cycle's training data: which actions are scored, which go together, and what each is held
+against.
 
 `sft`, `implicit` and `inverse` learn at states where an expert has answered: those of demonstrations and, with
 `own_states`, the policy's own logged ones, which is what repairs the drift from the experts' paths (DAgger,
@@ -12,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from learner.data.training_data import Material, OwnAction, State, Trajectory
+from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
 from learner.objectives.objectives import (
     Likelihood,
     Objective,
@@ -20,65 +21,44 @@ from learner.objectives.objectives import (
     PolicyGradient,
     StepPreference,
     TrajectoryPreference,
-    action_row,
+    action_sequence,
     normalised,
 )
-from learner.packing.prefix_tree import Row
+from learner.options import ObjectiveOptions
+from learner.packing.prefix_tree import ScoredSequence
 from policies.types import TokenIds
 
 
 class NothingToLearn(Exception):
-    """No objective can be made of this material, and why."""
-
-
-@dataclass(frozen=True, slots=True)
-class LessonOptions:
-    """How material becomes an objective."""
-
-    beta: float = 0.3
-    """Of the implicit reward, `implicit` for actions and `eto` for trajectories: smaller lets the policy go further."""
-    anchor_weight: float = 1.0
-    """Of the likelihood of experts' actions, beside the preferences of `implicit` and the rewards of `inverse` and
-    `ppo`."""
-    kl_weight: float = 0.02
-    """Of the distance from the reference, in `inverse` and `ppo`."""
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    """How far the ratio to the behavior policy may fall and rise before an action stops pushing."""
-    own_states: bool = True
-    """Also learn the experts' answers at the policy's own logged states."""
-    informative_only: bool = False
-    """In `sft` and `implicit`, leave out states at which no own action disagrees with the expert's."""
-    max_versions_old: int = 2
-    """Own actions of a policy further behind the acting one than this are left out."""
+    """No objective can be made of this training data, and why."""
 
 
 class ActionRewards(Protocol):
     """What `inverse` needs of a discriminator."""
 
-    def rewards(self, rows: Sequence[Row]) -> Sequence[float]:
-        """One for each row, larger for what an expert would rather do."""
+    def rewards(self, sequences: Sequence[ScoredSequence]) -> Sequence[float]:
+        """One for each sequence, larger for what an expert would rather do."""
         ...
 
 
 def objective_of(
-    name: str, material: Material, options: LessonOptions, discriminator: ActionRewards | None = None
+    name: str, training_data: TrainingData, options: ObjectiveOptions, discriminator: ActionRewards | None = None
 ) -> Objective:
-    """The objective of that name on the material. `inverse` needs the discriminator, the others ignore it.
+    """The objective of that name on the training data. `inverse` needs the discriminator, the others ignore it.
 
     Raises NothingToLearn, and ValueError for an unknown name.
     """
     if name not in OBJECTIVES:
         raise ValueError(f"no objective is called {name!r}; there are: {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[name](without_stale_actions(material, options), options, discriminator)
+    return OBJECTIVES[name](without_stale_actions(training_data, options), options, discriminator)
 
 
 # ------------------------------------------------------------------------------------- at experts' states
 
 
 @dataclass(frozen=True, slots=True)
-class TaughtState:
-    """A state with an expert's answer, and the rows that are scored there."""
+class LabelledState:
+    """A state with an expert's answer, and the sequences that are scored there."""
 
     episode_id: str
     state: State
@@ -86,45 +66,45 @@ class TaughtState:
     """The expert's action."""
 
     @property
-    def expert_row(self) -> Row:
-        return self.row_of(self.expert)
+    def expert_sequence(self) -> ScoredSequence:
+        return self.sequence_of(self.expert)
 
-    def row_of(self, action: TokenIds) -> Row:
+    def sequence_of(self, action: TokenIds) -> ScoredSequence:
         """An action at this state."""
-        return action_row(self.state.prompt, action, (self.episode_id, self.state.id))
+        return action_sequence(self.state.prompt, action, (self.episode_id, self.state.id))
 
-    def with_own(self, own: tuple[OwnAction, ...]) -> TaughtState:
+    def with_policy_actions(self, own: tuple[PolicyAction, ...]) -> LabelledState:
         """The same state with further own actions."""
-        return replace(self, state=replace(self.state, own=self.state.own + own))
+        return replace(self, state=replace(self.state, policy_actions=self.state.policy_actions + own))
 
 
-def taught_states(material: Material, options: LessonOptions) -> list[TaughtState]:
+def labelled_states(training_data: TrainingData, options: ObjectiveOptions) -> list[LabelledState]:
     """The states to learn experts' actions at, each once. Raises NothingToLearn where there is none."""
-    answered = _answered(material, options)
+    answered = _answered(training_data, options)
     if not answered:
         raise NothingToLearn("no expert has acted or answered at any state: import demonstrations, or add corrections")
     if not options.informative_only:
         return answered
-    informative = [taught for taught in answered if taught.state.is_informative]
+    informative = [labelled for labelled in answered if labelled.state.is_informative]
     if not informative:
         raise NothingToLearn(_no_disagreement(len(answered)))
     return informative
 
 
-def _answered(material: Material, options: LessonOptions) -> list[TaughtState]:
+def _answered(training_data: TrainingData, options: ObjectiveOptions) -> list[LabelledState]:
     """Each state where an expert has acted or answered.
 
     A state that several episodes went through, with the same answer, has the own actions of all of them: counted each
     time, the first steps of every episode would outweigh the later ones, which are rarer and harder.
     """
-    trajectories = material.trajectories if options.own_states else material.demonstrations
-    found: dict[tuple[TokenIds, TokenIds], TaughtState] = {}
+    trajectories = training_data.trajectories if options.own_states else training_data.demonstrations
+    found: dict[tuple[TokenIds, TokenIds], LabelledState] = {}
     for trajectory in trajectories:
         for state in trajectory.states:
             if state.expert is not None:
-                new = TaughtState(trajectory.episode_id, state, state.expert)
+                new = LabelledState(trajectory.episode_id, state, state.expert)
                 known = found.get((state.prompt, state.expert))
-                found[state.prompt, state.expert] = known.with_own(state.own) if known else new
+                found[state.prompt, state.expert] = known.with_policy_actions(state.policy_actions) if known else new
     return list(found.values())
 
 
@@ -132,56 +112,64 @@ def _no_disagreement(num_states: int) -> str:
     return f"the policy did what the experts do at all {num_states} states where they have acted or answered"
 
 
-def _sft(material: Material, options: LessonOptions, discriminator: ActionRewards | None) -> Likelihood:
+def _sft(training_data: TrainingData, options: ObjectiveOptions, discriminator: ActionRewards | None) -> Likelihood:
     """Experts' actions, imitated."""
-    return Likelihood("sft", tuple(taught.expert_row for taught in taught_states(material, options)))
+    return Likelihood("sft", tuple(labelled.expert_sequence for labelled in labelled_states(training_data, options)))
 
 
-def _implicit(material: Material, options: LessonOptions, discriminator: ActionRewards | None) -> StepPreference:
+def _implicit(
+    training_data: TrainingData, options: ObjectiveOptions, discriminator: ActionRewards | None
+) -> StepPreference:
     """Each expert's action against every own one that disagrees; those of one state weigh 1 together."""
-    taught = taught_states(material, options)
-    rows, pairs = [each.expert_row for each in taught], list[Pair]()
-    for chosen, each in enumerate(taught):
+    labelled = labelled_states(training_data, options)
+    sequences, pairs = [each.expert_sequence for each in labelled], list[Pair]()
+    for chosen, each in enumerate(labelled):
         rejected = each.state.disagreeing
         for action in rejected:
-            pairs.append(Pair((chosen,), (len(rows),), 1.0 / len(rejected)))
-            rows.append(each.row_of(action.token_ids))
+            pairs.append(Pair((chosen,), (len(sequences),), 1.0 / len(rejected)))
+            sequences.append(each.sequence_of(action.token_ids))
     if not pairs:
-        raise NothingToLearn(_no_disagreement(len(taught)))
-    return StepPreference(tuple(rows), tuple(pairs), frozenset(range(len(taught))), options.beta, options.anchor_weight)
+        raise NothingToLearn(_no_disagreement(len(labelled)))
+    return StepPreference(
+        tuple(sequences), tuple(pairs), frozenset(range(len(labelled))), options.beta, options.anchor_weight
+    )
 
 
-def _inverse(material: Material, options: LessonOptions, discriminator: ActionRewards | None) -> PolicyGradient:
+def _inverse(
+    training_data: TrainingData, options: ObjectiveOptions, discriminator: ActionRewards | None
+) -> PolicyGradient:
     """Every own action by the discriminator's reward, with or without an expert's answer beside it."""
     if discriminator is None:
         raise ValueError("inverse takes its rewards from a discriminator, and none was given")
-    own = _drawn_from_policy(_own_actions(material.trajectories))
+    own = _drawn_from_policy(_own_actions(training_data.trajectories))
     if not own:
         raise NothingToLearn("there is no own action to be rewarded that is fresh enough and drawn at temperature 1")
-    advantages = normalised(discriminator.rewards([row for row, _ in own]))
+    advantages = normalised(discriminator.rewards([sequence for sequence, _ in own]))
     if not any(advantages):
         raise NothingToLearn(f"the discriminator rewards all {len(own)} own actions alike")
-    return _policy_gradient("inverse", own, advantages, material, options)
+    return _policy_gradient("inverse", own, advantages, training_data, options)
 
 
 # ------------------------------------------------------------------------------------ whole own episodes
 
 
-def _eto(material: Material, options: LessonOptions, discriminator: ActionRewards | None) -> TrajectoryPreference:
+def _eto(
+    training_data: TrainingData, options: ObjectiveOptions, discriminator: ActionRewards | None
+) -> TrajectoryPreference:
     """Each demonstration against every own failure on its task; the failures of one demonstration weigh 1 together."""
-    rows, pairs = list[Row](), list[Pair]()
-    for demonstration in material.demonstrations:
-        expert, failures = _expert_side(demonstration), _failures_at(demonstration.task, material.own)
+    sequences, pairs = list[ScoredSequence](), list[Pair]()
+    for demonstration in training_data.demonstrations:
+        expert, failures = _expert_side(demonstration), _failures_at(demonstration.task, training_data.policy_episodes)
         if not expert or not failures:
             continue
-        chosen, *rejected = _lay_out(rows, [expert, *failures], (demonstration.task,))
+        chosen, *rejected = _lay_out(sequences, [expert, *failures], (demonstration.task,))
         pairs += [Pair(chosen, side, 1.0 / len(rejected)) for side in rejected]
     if not pairs:
         raise NothingToLearn(
-            f"no own episode failed on a demonstrated task: {_outcomes(material.own)}, "
-            f"{len({each.task for each in material.demonstrations} - {None})} demonstrated tasks"
+            f"no own episode failed on a demonstrated task: {_outcomes(training_data.policy_episodes)}, "
+            f"{len({each.task for each in training_data.demonstrations} - {None})} demonstrated tasks"
         )
-    return TrajectoryPreference(tuple(rows), tuple(pairs), options.beta)
+    return TrajectoryPreference(tuple(sequences), tuple(pairs), options.beta)
 
 
 Side = list[tuple[State, TokenIds]]
@@ -193,7 +181,7 @@ def _expert_side(demonstration: Trajectory) -> Side:
 
 
 def _own_side(trajectory: Trajectory) -> Side:
-    return [(state, action.token_ids) for state in trajectory.states for action in state.own]
+    return [(state, action.token_ids) for state in trajectory.states for action in state.policy_actions]
 
 
 def _failures_at(task: str | None, own: Sequence[Trajectory]) -> list[Side]:
@@ -201,32 +189,42 @@ def _failures_at(task: str | None, own: Sequence[Trajectory]) -> list[Side]:
     return [side for side in found if side]
 
 
-def _lay_out(rows: list[Row], sides: Sequence[Side], owner: tuple[object, ...]) -> list[tuple[int, ...]]:
-    """Append the sides' rows, which are scored together; returns the row indexes of each side."""
+def _lay_out(
+    sequences: list[ScoredSequence], sides: Sequence[Side], owner: tuple[object, ...]
+) -> list[tuple[int, ...]]:
+    """Append the sides' sequences, which are scored together; returns the sequence indexes of each side."""
     places = []
     for side in sides:
-        places.append(tuple(range(len(rows), len(rows) + len(side))))
-        rows += [action_row(state.prompt, action, owner) for state, action in side]
+        places.append(tuple(range(len(sequences), len(sequences) + len(side))))
+        sequences += [action_sequence(state.prompt, action, owner) for state, action in side]
     return places
 
 
-def _rft(material: Material, options: LessonOptions, discriminator: ActionRewards | None) -> Likelihood:
+def _rft(training_data: TrainingData, options: ObjectiveOptions, discriminator: ActionRewards | None) -> Likelihood:
     """Own successes, imitated: rejection sampling fine-tuning (arXiv 2308.01825)."""
-    rows = tuple(row for row, _ in _own_actions([own for own in material.own if own.outcome == 1.0]))
-    if not rows:
-        raise NothingToLearn(f"no own episode succeeded: {_outcomes(material.own)}")
-    return Likelihood("rft", rows)
+    sequences = tuple(
+        sequence for sequence, _ in _own_actions([own for own in training_data.policy_episodes if own.outcome == 1.0])
+    )
+    if not sequences:
+        raise NothingToLearn(f"no own episode succeeded: {_outcomes(training_data.policy_episodes)}")
+    return Likelihood("rft", sequences)
 
 
-def _ppo(material: Material, options: LessonOptions, discriminator: ActionRewards | None) -> PolicyGradient:
+def _ppo(training_data: TrainingData, options: ObjectiveOptions, discriminator: ActionRewards | None) -> PolicyGradient:
     """Every own action by its episode's outcome, against the mean outcome of the episodes."""
-    judged = [own for own in material.own if own.outcome is not None and _drawn_from_policy(_own_actions([own]))]
+    judged = [
+        own
+        for own in training_data.policy_episodes
+        if own.outcome is not None and _drawn_from_policy(_own_actions([own]))
+    ]
     advantages = normalised([own.outcome for own in judged if own.outcome is not None])
     if not any(advantages):
-        raise NothingToLearn(f"the outcomes of all own episodes are equal: {_outcomes(material.own)}")
+        raise NothingToLearn(f"the outcomes of all own episodes are equal: {_outcomes(training_data.policy_episodes)}")
     actions = [_drawn_from_policy(_own_actions([own])) for own in judged]
     spread = [advantage for advantage, episode in zip(advantages, actions, strict=True) for _ in episode]
-    return _policy_gradient("ppo", [action for episode in actions for action in episode], spread, material, options)
+    return _policy_gradient(
+        "ppo", [action for episode in actions for action in episode], spread, training_data, options
+    )
 
 
 def _is_failure(trajectory: Trajectory) -> bool:
@@ -244,16 +242,18 @@ def _outcomes(own: Sequence[Trajectory]) -> str:
 
 def _policy_gradient(
     name: str,
-    own: Sequence[tuple[Row, OwnAction]],
+    own: Sequence[tuple[ScoredSequence, PolicyAction]],
     advantages: Sequence[float],
-    material: Material,
-    options: LessonOptions,
+    training_data: TrainingData,
+    options: ObjectiveOptions,
 ) -> PolicyGradient:
     """Own actions by their advantages, and the likelihood of experts' actions as an anchor, where there are any."""
-    experts = [taught.expert_row for taught in _answered(material, options)] if options.anchor_weight else []
+    experts = (
+        [labelled.expert_sequence for labelled in _answered(training_data, options)] if options.anchor_weight else []
+    )
     return PolicyGradient(
         name,
-        (*experts, *(row for row, _ in own)),
+        (*experts, *(sequence for sequence, _ in own)),
         (*(0.0 for _ in experts), *advantages),
         (*(() for _ in experts), *(action.behavior_logprobs for _, action in own)),
         anchored=frozenset(range(len(experts))),
@@ -264,35 +264,35 @@ def _policy_gradient(
     )
 
 
-def _own_actions(trajectories: Sequence[Trajectory]) -> list[tuple[Row, OwnAction]]:
+def _own_actions(trajectories: Sequence[Trajectory]) -> list[tuple[ScoredSequence, PolicyAction]]:
     """Every own action in its context, as often as it was sampled: the frequencies are the policy's."""
     return [
-        (action_row(state.prompt, action.token_ids, (trajectory.episode_id, state.id)), action)
+        (action_sequence(state.prompt, action.token_ids, (trajectory.episode_id, state.id)), action)
         for trajectory in trajectories
         for state in trajectory.states
-        for action in state.own
+        for action in state.policy_actions
     ]
 
 
-def _drawn_from_policy(own: Sequence[tuple[Row, OwnAction]]) -> list[tuple[Row, OwnAction]]:
+def _drawn_from_policy(own: Sequence[tuple[ScoredSequence, PolicyAction]]) -> list[tuple[ScoredSequence, PolicyAction]]:
     """Those whose importance ratio can be told."""
-    return [(row, action) for row, action in own if action.behavior_logprobs]
+    return [(sequence, action) for sequence, action in own if action.behavior_logprobs]
 
 
-def without_stale_actions(material: Material, options: LessonOptions) -> Material:
+def without_stale_actions(training_data: TrainingData, options: ObjectiveOptions) -> TrainingData:
     """The same states without own actions of policies too far behind the acting one."""
 
     def fresh(state: State) -> State:
-        own = tuple(action for action in state.own if action.num_versions_old <= options.max_versions_old)
-        return state if len(own) == len(state.own) else replace(state, own=own)
+        own = tuple(action for action in state.policy_actions if action.num_versions_old <= options.max_versions_old)
+        return state if len(own) == len(state.policy_actions) else replace(state, policy_actions=own)
 
     def freshened(trajectories: Sequence[Trajectory]) -> tuple[Trajectory, ...]:
         return tuple(replace(each, states=tuple(map(fresh, each.states))) for each in trajectories)
 
-    return Material(freshened(material.demonstrations), freshened(material.own))
+    return TrainingData(freshened(training_data.demonstrations), freshened(training_data.policy_episodes))
 
 
-OBJECTIVES: Mapping[str, Callable[[Material, LessonOptions, ActionRewards | None], Objective]] = {
+OBJECTIVES: Mapping[str, Callable[[TrainingData, ObjectiveOptions, ActionRewards | None], Objective]] = {
     "sft": _sft,
     "implicit": _implicit,
     "inverse": _inverse,
@@ -300,4 +300,4 @@ OBJECTIVES: Mapping[str, Callable[[Material, LessonOptions, ActionRewards | None
     "rft": _rft,
     "ppo": _ppo,
 }
-"""By name: what makes each objective of material without stale actions."""
+"""By name: what makes each objective of training data without stale actions."""

@@ -1,9 +1,8 @@
-"""What a candidate is trained for. Each objective is a set of rows to score and a loss over their logprobs.
+"""What a candidate is trained for. Each objective is a set of sequences to score and a loss over their logprobs.
 
 `sft`, `implicit` and `inverse` are StepAgent's; `eto` (trajectory preference), `rft` (own successes) and `ppo` (outcome
-reward) are here to be compared with. An objective knows nothing of networks: the trainer scores its rows, under the
-policy and, once before training, under the reference, which is the policy that the cycle began with.
-"""
+reward) are here to be compared with. An objective knows nothing of networks: the trainer scores its sequences, under
+the policy and, once before training, under the reference, which is the policy that the cycle began with."""
 
 from __future__ import annotations
 
@@ -21,19 +20,19 @@ from learner.objectives.losses import (
     sft_loss,
     trajectory_preference_loss,
 )
-from learner.packing.prefix_tree import Row, Span
-from learner.packing.scoring import RowLogprobs
+from learner.packing.prefix_tree import ScoredSequence, Span
+from learner.packing.scoring import SequenceLogprobs
 from policies.types import TokenIds
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Loss:
-    """The loss of some of an objective's rows."""
+    """The loss of some of an objective's sequences."""
 
     total: Tensor
     """Sum over items; divide by the weight of the whole gradient step."""
     weight: float
-    health: dict[str, float] = field(default_factory=dict)
+    diagnostics: dict[str, float] = field(default_factory=dict)
     """What is worth watching, as means over the same items."""
 
 
@@ -44,19 +43,22 @@ class Objective(Protocol):
     def name(self) -> str: ...
 
     @property
-    def rows(self) -> Sequence[Row]: ...
+    def sequences(self) -> Sequence[ScoredSequence]: ...
 
-    def loss(self, scored: RowLogprobs, reference: Sequence[Tensor]) -> Loss:
-        """Of some of the rows, whole owners; `reference` holds the reference's token logprobs of every row."""
+    def loss(self, scored: SequenceLogprobs, reference: Sequence[Tensor]) -> Loss:
+        """Of some of the sequences, whole owners; `reference` holds the reference's token logprobs of every
+        sequence."""
         ...
 
 
-def action_row(prompt: TokenIds, completion: TokenIds, owner: tuple[object, ...], weight: float = 1.0) -> Row:
+def action_sequence(
+    prompt: TokenIds, completion: TokenIds, owner: tuple[object, ...], weight: float = 1.0
+) -> ScoredSequence:
     """One action in its context. Only the completion is scored: prompt and tool output are never learned from.
 
-    `owner[0]` names the trajectory, by which the trainer batches; rows of one whole owner are scored together.
+    `owner[0]` names the trajectory, by which the trainer batches; sequences of one whole owner are scored together.
     """
-    return Row(prompt + completion, (Span(len(prompt), len(prompt) + len(completion), weight),), owner)
+    return ScoredSequence(prompt + completion, (Span(len(prompt), len(prompt) + len(completion), weight),), owner)
 
 
 # ------------------------------------------------------------------------------------------------ likelihood
@@ -64,12 +66,13 @@ def action_row(prompt: TokenIds, completion: TokenIds, owner: tuple[object, ...]
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:
-    """Supervised fine-tuning on the rows: `sft` on experts' actions, `rft` on those of the policy's own successes."""
+    """Supervised fine-tuning on the sequences: `sft` on experts' actions, `rft` on those of the policy's own
+    successes."""
 
     name: str
-    rows: tuple[Row, ...]
+    sequences: tuple[ScoredSequence, ...]
 
-    def loss(self, scored: RowLogprobs, reference: Sequence[Tensor]) -> Loss:
+    def loss(self, scored: SequenceLogprobs, reference: Sequence[Tensor]) -> Loss:
         fit = sft_loss(scored.tokens, scored.weights)
         return Loss(fit.loss, fit.weight, {"perplexity": fit.perplexity})
 
@@ -79,7 +82,7 @@ class Likelihood:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A chosen and a rejected side, each the sum over some rows (indexes into the objective's rows)."""
+    """A chosen and a rejected side, each the sum over some sequences (indexes into the objective's sequences)."""
 
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
@@ -94,23 +97,23 @@ class StepPreference:
     likelihood of the chosen actions falls while their advantage grows.
     """
 
-    rows: tuple[Row, ...]
+    sequences: tuple[ScoredSequence, ...]
     pairs: tuple[Pair, ...]
     anchored: frozenset[int]
-    """The rows that are experts' actions."""
+    """The sequences that are experts' actions."""
     beta: float
     anchor_weight: float
     name: str = "implicit"
 
-    def loss(self, scored: RowLogprobs, reference: Sequence[Tensor]) -> Loss:
-        place = {row: at for at, row in enumerate(scored.rows)}
+    def loss(self, scored: SequenceLogprobs, reference: Sequence[Tensor]) -> Loss:
+        place = {sequence: at for at, sequence in enumerate(scored.sequences)}
         sums, ref_sums = scored.sums(), _reference_sums(scored, reference)
-        anchored = [place[row] for row in scored.rows if row in self.anchored]
+        anchored = [place[sequence] for sequence in scored.sequences if sequence in self.anchored]
         anchor = -self.anchor_weight * sums[anchored].sum()
         pairs = [pair for pair in self.pairs if pair.chosen[0] in place]
-        health = {"chosen_logprob": _mean(sums[anchored])}
+        diagnostics = {"chosen_logprob": _mean(sums[anchored])}
         if not pairs:
-            return Loss(anchor, len(anchored), health)
+            return Loss(anchor, len(anchored), diagnostics)
         chosen, rejected = _sides(pairs, place)
         preferred = implicit_step_loss(
             _summed(sums, chosen),
@@ -121,24 +124,24 @@ class StepPreference:
             anchor_weight=0.0,
             weights=torch.tensor([pair.weight for pair in pairs]).to(sums),
         )
-        health |= {
+        diagnostics |= {
             "preference_accuracy": preferred.accuracy,
             "implicit_margin": preferred.chosen_reward - preferred.rejected_reward,
         }
-        return Loss(preferred.loss + anchor, len(anchored), health)
+        return Loss(preferred.loss + anchor, len(anchored), diagnostics)
 
 
 @dataclass(frozen=True, slots=True)
 class TrajectoryPreference:
     """ETO: the expert's whole trajectory against the policy's failed ones on the same task."""
 
-    rows: tuple[Row, ...]
+    sequences: tuple[ScoredSequence, ...]
     pairs: tuple[Pair, ...]
     beta: float
     name: str = "eto"
 
-    def loss(self, scored: RowLogprobs, reference: Sequence[Tensor]) -> Loss:
-        place = {row: at for at, row in enumerate(scored.rows)}
+    def loss(self, scored: SequenceLogprobs, reference: Sequence[Tensor]) -> Loss:
+        place = {sequence: at for at, sequence in enumerate(scored.sequences)}
         sums, ref_sums = scored.sums(), _reference_sums(scored, reference)
         pairs = [pair for pair in self.pairs if pair.chosen[0] in place]
         chosen, rejected = _sides(pairs, place)
@@ -150,21 +153,21 @@ class TrajectoryPreference:
             beta=self.beta,
             weights=torch.tensor([pair.weight for pair in pairs]).to(sums),
         )
-        health = {"preference_accuracy": preferred.accuracy, "chosen_logprob": preferred.chosen_logprob}
-        return Loss(preferred.loss, preferred.weight, health)
+        diagnostics = {"preference_accuracy": preferred.accuracy, "chosen_logprob": preferred.chosen_logprob}
+        return Loss(preferred.loss, preferred.weight, diagnostics)
 
 
 def _sides(pairs: Sequence[Pair], place: dict[int, int]) -> tuple[list[list[int]], list[list[int]]]:
-    chosen = [[place[row] for row in pair.chosen] for pair in pairs]
-    return chosen, [[place[row] for row in pair.rejected] for pair in pairs]
+    chosen = [[place[sequence] for sequence in pair.chosen] for pair in pairs]
+    return chosen, [[place[sequence] for sequence in pair.rejected] for pair in pairs]
 
 
 def _summed(sums: Tensor, sides: list[list[int]]) -> Tensor:
     return torch.stack([sums[side].sum() for side in sides])
 
 
-def _reference_sums(scored: RowLogprobs, reference: Sequence[Tensor]) -> Tensor:
-    return torch.stack([reference[row].sum() for row in scored.rows]).to(scored.tokens)
+def _reference_sums(scored: SequenceLogprobs, reference: Sequence[Tensor]) -> Tensor:
+    return torch.stack([reference[sequence].sum() for sequence in scored.sequences]).to(scored.tokens)
 
 
 # ------------------------------------------------------------------------------------------- policy gradient
@@ -177,11 +180,11 @@ class PolicyGradient:
     """
 
     name: str
-    rows: tuple[Row, ...]
+    sequences: tuple[ScoredSequence, ...]
     advantages: tuple[float, ...]
-    """One for each row; normalised by whoever gives them."""
+    """One for each sequence; normalised by whoever gives them."""
     behavior_logprobs: tuple[tuple[float, ...], ...]
-    """For each row, of each completion token, as logged."""
+    """For each sequence, of each completion token, as logged."""
     anchored: frozenset[int] = frozenset()
     """Rows that are experts' actions: they have no behavior logprobs and are held by likelihood."""
     anchor_weight: float = 0.0
@@ -190,10 +193,10 @@ class PolicyGradient:
     max_ratio: float = 4.0
     kl_weight: float = 0.02
 
-    def loss(self, scored: RowLogprobs, reference: Sequence[Tensor]) -> Loss:
+    def loss(self, scored: SequenceLogprobs, reference: Sequence[Tensor]) -> Loss:
         tokens = scored.tokens
-        is_expert = torch.tensor([row in self.anchored for row in scored.rows], device=tokens.device)[
-            scored.row_of_token
+        is_expert = torch.tensor([sequence in self.anchored for sequence in scored.sequences], device=tokens.device)[
+            scored.sequence_of_token
         ]
         own = ~is_expert
         anchor = -self.anchor_weight * tokens[is_expert].sum()
@@ -201,10 +204,16 @@ class PolicyGradient:
         if not own.any():
             return Loss(anchor, weight)
         behavior = torch.cat(
-            [torch.tensor(self.behavior_logprobs[row]) for row in scored.rows if row not in self.anchored]
+            [
+                torch.tensor(self.behavior_logprobs[sequence])
+                for sequence in scored.sequences
+                if sequence not in self.anchored
+            ]
         )
-        ref = torch.cat([reference[row] for row in scored.rows if row not in self.anchored])
-        advantages = torch.tensor([self.advantages[row] for row in scored.rows]).to(tokens)[scored.row_of_token]
+        ref = torch.cat([reference[sequence] for sequence in scored.sequences if sequence not in self.anchored])
+        advantages = torch.tensor([self.advantages[sequence] for sequence in scored.sequences]).to(tokens)[
+            scored.sequence_of_token
+        ]
         gradient = clipped_policy_gradient_loss(
             tokens[own],
             behavior.to(tokens),
@@ -215,12 +224,12 @@ class PolicyGradient:
             max_ratio=self.max_ratio,
             kl_weight=self.kl_weight,
         )
-        health = {
+        diagnostics = {
             "kl_to_reference": gradient.kl,
             "clip_rate": gradient.clip_fraction,
             "effective_sample_share": gradient.effective_sample_size / float(own.sum()),
         }
-        return Loss(gradient.loss + anchor, weight, health)
+        return Loss(gradient.loss + anchor, weight, diagnostics)
 
 
 def normalised(values: Sequence[float]) -> tuple[float, ...]:
@@ -229,11 +238,11 @@ def normalised(values: Sequence[float]) -> tuple[float, ...]:
     return tuple((value - middle) / spread if spread > 1e-9 else 0.0 for value in values)
 
 
-def trajectories_of(rows: Sequence[Row]) -> list[list[int]]:
+def trajectories_of(sequences: Sequence[ScoredSequence]) -> list[list[int]]:
     """Row indexes grouped by the trajectory that their owner names, in order of first appearance."""
     groups: dict[object, list[int]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(row.owner[0], []).append(index)  # type: ignore[index]
+    for index, sequence in enumerate(sequences):
+        groups.setdefault(sequence.owner[0], []).append(index)  # type: ignore[index]
     return list(groups.values())
 
 

@@ -1,8 +1,8 @@
-"""Scores the rows of a pack in one forward pass of a causal language model of transformers.
+"""Scores the sequences of a pack in one forward pass of a causal language model of transformers.
 
-A token sees its ancestors in the tree and stands at its depth, so its logprob is what a pass over its own row alone
-would give. The decoder runs over the whole pack, the output layer only where there is a target to score. The network
-must be loaded with `attn_implementation=TREE_ATTENTION`.
+A token sees its ancestors in the tree and stands at its depth, so its logprob is what a pass over its own sequence
+alone would give. The decoder runs over the whole pack, the output layer only where there is a target to score. The
+network must be loaded with `attn_implementation=TREE_ATTENTION`.
 
 The reference is the same network with its adapter off or switched: see `reference`. A second copy of the base was
 refused, it would double the memory for nothing.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ARCHITECTURES = frozenset({"gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"})
-"""The `model_type`s whose packed scores are tested against row-by-row ones, sliding windows included."""
+"""The `model_type`s whose packed scores are tested against sequence-by-sequence ones, sliding windows included."""
 MAX_LOGITS = 2**26
 """Most logits to hold at once (256 MiB in float32); where there are more, backward makes them again."""
 
@@ -54,13 +54,13 @@ class PackedBatch:
     pair_targets: Tensor
     """int64 [u]: the token it should predict."""
     pair_of_token: Tensor
-    """int64 [m]: which pair scores a token; rows that share a completion share its pairs."""
-    row_of_token: Tensor
-    """int64 [m]: index into `rows`; the tokens of a row stand together, in order."""
+    """int64 [m]: which pair scores a token; sequences that share a completion share its pairs."""
+    sequence_of_token: Tensor
+    """int64 [m]: index into `sequences`; the tokens of a sequence stand together, in order."""
     weights: Tensor
     """float32 [m]"""
-    rows: tuple[int, ...]
-    """The packed rows, by their index in what was given to `pack_rows`, ascending."""
+    sequences: tuple[int, ...]
+    """The packed sequences, by their index in what was given to `pack_sequences`, ascending."""
 
 
 def to_batch(pack: Pack, device: torch.device | str) -> PackedBatch:
@@ -69,8 +69,10 @@ def to_batch(pack: Pack, device: torch.device | str) -> PackedBatch:
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-    scored, depths = pack.scored_rows, tensor(pack.depths)
-    pairs = np.stack([_joined([row.positions for row in scored]), _joined([row.target_ids for row in scored])])
+    scored, depths = pack.packed_sequences, tensor(pack.depths)
+    pairs = np.stack(
+        [_joined([sequence.positions for sequence in scored]), _joined([sequence.target_ids for sequence in scored])]
+    )
     unique_pairs, pair_of_token = np.unique(pairs, axis=1, return_inverse=True)
     return PackedBatch(
         input_ids=tensor(pack.token_ids)[None],
@@ -79,9 +81,9 @@ def to_batch(pack: Pack, device: torch.device | str) -> PackedBatch:
         pair_positions=tensor(unique_pairs[0]),
         pair_targets=tensor(unique_pairs[1]),
         pair_of_token=tensor(pair_of_token.reshape(-1)),
-        row_of_token=tensor(np.repeat(np.arange(len(scored)), [len(row.positions) for row in scored])),
-        weights=tensor(_joined([row.weights for row in scored]).astype(np.float32)),
-        rows=tuple(row.row for row in scored),
+        sequence_of_token=tensor(np.repeat(np.arange(len(scored)), [len(sequence.positions) for sequence in scored])),
+        weights=tensor(_joined([sequence.weights for sequence in scored]).astype(np.float32)),
+        sequences=tuple(sequence.sequence for sequence in scored),
     )
 
 
@@ -93,24 +95,24 @@ def _joined(arrays: list[np.ndarray]) -> np.ndarray:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RowLogprobs:
+class SequenceLogprobs:
     """Natural log probabilities of the scored tokens of a batch."""
 
-    rows: tuple[int, ...]
-    """The rows, by their index in what was given to `pack_rows`, ascending."""
+    sequences: tuple[int, ...]
+    """The sequences, by their index in what was given to `pack_sequences`, ascending."""
     tokens: Tensor
-    """[m]: of each scored token given its row up to it. Float32 (float64 for a float64 network)."""
-    row_of_token: Tensor
-    """int64 [m]: index into `rows`; the tokens of a row stand together, in order."""
+    """[m]: of each scored token given its sequence up to it. Float32 (float64 for a float64 network)."""
+    sequence_of_token: Tensor
+    """int64 [m]: index into `sequences`; the tokens of a sequence stand together, in order."""
     weights: Tensor
     """float32 [m]: each token's weight in its span."""
 
     def sums(self) -> Tensor:
-        """[len(rows)]: the logprob of each row's scored tokens together."""
-        return self.tokens.new_zeros(len(self.rows)).index_add(0, self.row_of_token, self.tokens)
+        """[len(sequences)]: the logprob of each sequence's scored tokens together."""
+        return self.tokens.new_zeros(len(self.sequences)).index_add(0, self.sequence_of_token, self.tokens)
 
 
-def score(network: nn.Module, batch: PackedBatch) -> RowLogprobs:
+def score(network: nn.Module, batch: PackedBatch) -> SequenceLogprobs:
     """One forward pass over the batch: the logprob of every scored token.
 
     `network` is a causal language model of transformers, or a PeftModel around one, as it stands: with the adapter that
@@ -126,7 +128,7 @@ def score(network: nn.Module, batch: PackedBatch) -> RowLogprobs:
         use_cache=False,
     ).last_hidden_state[0]
     pairs = _pair_logprobs(causal_lm, hidden[batch.pair_positions], batch.pair_targets)
-    return RowLogprobs(batch.rows, pairs[batch.pair_of_token], batch.row_of_token, batch.weights)
+    return SequenceLogprobs(batch.sequences, pairs[batch.pair_of_token], batch.sequence_of_token, batch.weights)
 
 
 @contextmanager
@@ -187,7 +189,7 @@ def check_architecture(network: nn.Module) -> None:
 
 
 def _problem(config: Any) -> str | None:
-    """Why packed scores would differ from row-by-row ones. None: they are equal."""
+    """Why packed scores would differ from sequence-by-sequence ones. None: they are equal."""
     if config.model_type not in ARCHITECTURES:
         return f"only {', '.join(sorted(ARCHITECTURES))} are tested"
     if config._attn_implementation != TREE_ATTENTION:

@@ -48,9 +48,8 @@ class Block:
 class Tree:
     """Who sees whom in a pack of n tokens: token i sees token j exactly if `j <= i < subtree_ends[j]`.
 
-    With a sliding window, also only if fewer than `window` tokens of their row lie between: `depths[i] - depths[j] <
-    window`. Masks are made once for all layers that attend alike.
-    """
+    With a sliding window, also only if fewer than `window` tokens of their sequence lie between: `depths[i] - depths[j]
+    < window`. Masks are made once for all layers that attend alike."""
 
     subtree_ends: Tensor
     """int64 [n]"""
@@ -116,7 +115,8 @@ def _tiled(values: Tensor, padding: int) -> Tensor:
 
 
 def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """How many tiles each row has, and which: int32 [1, 1, tiles] and [1, 1, tiles, tiles], as BlockMask wants them."""
+    """How many tiles each sequence has, and which: int32 [1, 1, tiles] and [1, 1, tiles, tiles], as BlockMask wants
+    them."""
     counts = tiles.sum(1, dtype=torch.int32)
     indices = tiles.int().argsort(dim=1, descending=True, stable=True).int()
     return counts[None, None], indices[None, None]

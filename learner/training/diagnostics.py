@@ -12,33 +12,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learner.data.rewards import own_actions
-from learner.data.training_data import NO_ANCESTOR, Material, OwnAction, State
+from learner.data.rewards import policy_actions_of
+from learner.data.training_data import NO_ANCESTOR, PolicyAction, State, TrainingData
 from learner.objectives.losses import effective_sample_size, k3
-from learner.objectives.objectives import action_row
-from learner.packing.prefix_tree import Row
+from learner.objectives.objectives import action_sequence
+from learner.packing.prefix_tree import ScoredSequence
 
 
 @dataclass(frozen=True, slots=True)
 class WatchedActions:
-    """The actions of a material that are scored before and after training: the experts', then the policy's own."""
+    """The actions of a training data that are scored before and after training: the experts', then the policy's own."""
 
     experts: list[tuple[State, tuple[int, ...]]]
-    own: list[tuple[State, OwnAction]]
+    policy_actions: list[tuple[State, PolicyAction]]
 
     @classmethod
-    def of(cls, material: Material) -> WatchedActions:
-        states = [state for trajectory in material.trajectories for state in trajectory.states]
-        return cls([(s, s.expert) for s in states if s.expert is not None], own_actions(material))
+    def of(cls, training_data: TrainingData) -> WatchedActions:
+        states = [state for trajectory in training_data.trajectories for state in trajectory.states]
+        return cls([(s, s.expert) for s in states if s.expert is not None], policy_actions_of(training_data))
 
-    def rows(self) -> list[Row]:
+    def sequences(self) -> list[ScoredSequence]:
         """One a watched action, experts first."""
-        experts = [action_row(state.prompt, action, (state.id,)) for state, action in self.experts]
-        return experts + [action_row(state.prompt, action.token_ids, (state.id,)) for state, action in self.own]
+        experts = [action_sequence(state.prompt, action, (state.id,)) for state, action in self.experts]
+        return experts + [
+            action_sequence(state.prompt, action.token_ids, (state.id,)) for state, action in self.policy_actions
+        ]
 
 
-def health(watched: WatchedActions, before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, float]:
-    """`before` and `after` hold the token logprobs of `watched.rows()`, under the reference and the candidate.
+def diagnostics(watched: WatchedActions, before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, float]:
+    """`before` and `after` hold the token logprobs of `watched.sequences()`, under the reference and the candidate.
 
     chosen_logprob and its change: mean log pi of an expert's action, in nats; it must not fall. kl_to_reference: mean a
     token of the own actions. effective_sample_share: of the own actions' importance ratios reference / behavior, how
@@ -49,15 +51,15 @@ def health(watched: WatchedActions, before: Sequence[Tensor], after: Sequence[Te
     if num_experts:
         was, now = (_sums(logprobs[:num_experts]).mean().item() for logprobs in (before, after))
         measured |= {"chosen_logprob": now, "chosen_logprob_change": now - was}
-    if watched.own:
+    if watched.policy_actions:
         ref, policy = torch.cat(list(before[num_experts:])), torch.cat(list(after[num_experts:]))
         # The samples are the reference's, so the estimate is of KL(reference || policy): never negative.
         measured["kl_to_reference"] = k3(ref, policy).mean().item()
-        measured |= _staleness([action for _, action in watched.own], _sums(before[num_experts:]))
+        measured |= _staleness([action for _, action in watched.policy_actions], _sums(before[num_experts:]))
     return measured
 
 
-def _staleness(own: Sequence[OwnAction], ref_logprobs: Tensor) -> dict[str, float]:
+def _staleness(own: Sequence[PolicyAction], ref_logprobs: Tensor) -> dict[str, float]:
     """Of the actions that a policy gradient could take."""
     ratios = [
         (ref - sum(action.behavior_logprobs), action.num_versions_old)
@@ -73,9 +75,9 @@ def _staleness(own: Sequence[OwnAction], ref_logprobs: Tensor) -> dict[str, floa
     }
 
 
-def own_sums(watched: WatchedActions, logprobs: Sequence[Tensor]) -> list[float]:
+def policy_action_sums(watched: WatchedActions, logprobs: Sequence[Tensor]) -> list[float]:
     """The logprob of each own action as a whole."""
-    return _sums(logprobs[len(watched.experts) :]).tolist() if watched.own else []
+    return _sums(logprobs[len(watched.experts) :]).tolist() if watched.policy_actions else []
 
 
 def _sums(logprobs: Sequence[Tensor]) -> Tensor:

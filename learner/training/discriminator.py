@@ -19,13 +19,16 @@ import torch
 from torch import Tensor
 
 from learner.data.held_out import is_held_out
-from learner.data.training_data import Material
-from learner.objectives.build import LessonOptions, NothingToLearn, TaughtState, taught_states, without_stale_actions
+from learner.data.rewards import discriminator_rewards, policy_actions_of
+from learner.data.training_data import TrainingData
+from learner.objectives.build import LabelledState, NothingToLearn, labelled_states, without_stale_actions
 from learner.objectives.losses import expert_logits, length_controlled, pairwise_discriminator_loss
-from learner.objectives.objectives import Loss, Pair
-from learner.packing.prefix_tree import Row
-from learner.packing.scoring import RowLogprobs
-from learner.training.trainer import Trainer, TrainingOptions
+from learner.objectives.objectives import Loss, Pair, action_sequence
+from learner.options import ObjectiveOptions, TrainingOptions
+from learner.packing.prefix_tree import ScoredSequence
+from learner.packing.scoring import SequenceLogprobs
+from learner.training.trainer import Trainer
+from runtime.store.learning_log import StepReward
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,24 +48,24 @@ class DiscriminatorOptions:
 class Discrimination:
     """The objective: at each informative state the expert's action has a larger logit than each own one."""
 
-    rows: tuple[Row, ...]
+    sequences: tuple[ScoredSequence, ...]
     pairs: tuple[Pair, ...]
     """Those of one state weigh 1 together."""
     anchor_weight: float
     name: str = "discriminator"
 
-    def loss(self, scored: RowLogprobs, reference: Sequence[Tensor]) -> Loss:
-        place = {row: at for at, row in enumerate(scored.rows)}
+    def loss(self, scored: SequenceLogprobs, reference: Sequence[Tensor]) -> Loss:
+        place = {sequence: at for at, sequence in enumerate(scored.sequences)}
         sums = scored.sums()
-        base_sums = torch.stack([reference[row].sum() for row in scored.rows]).to(sums)
+        base_sums = torch.stack([reference[sequence].sum() for sequence in scored.sequences]).to(sums)
         pairs = [pair for pair in self.pairs if pair.chosen[0] in place]
         experts, own = ([place[side[0]] for side in sides] for sides in zip(*map(_sides, pairs), strict=True))
         logits = expert_logits(sums, base_sums, 0.0)
         weights = torch.tensor([pair.weight for pair in pairs]).to(sums)
         told = pairwise_discriminator_loss(logits[experts], logits[own], weights)
         anchor = -self.anchor_weight * (weights * sums[experts]).sum()
-        health = {"discriminator_accuracy": told.accuracy, "discriminator_margin": told.margin}
-        return Loss(told.loss + anchor, told.weight, health)
+        diagnostics = {"discriminator_accuracy": told.accuracy, "discriminator_margin": told.margin}
+        return Loss(told.loss + anchor, told.weight, diagnostics)
 
 
 def _sides(pair: Pair) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -81,34 +84,50 @@ class Discriminator:
         self.accuracy = fmean(told) if told else None
         """Share of held-out pairs whose expert side has the larger logit; None where no pair was held out."""
 
-    def expert_logits(self, rows: Sequence[Row]) -> list[float]:
-        """Of each row's action: above zero where it is nearer to the experts' actions than to the policy's."""
-        return self._logits(rows, self._bias).tolist()
+    def expert_logits(self, sequences: Sequence[ScoredSequence]) -> list[float]:
+        """Of each sequence's action: above zero where it is nearer to the experts' actions than to the policy's."""
+        return self._logits(sequences, self._bias).tolist()
 
-    def rewards(self, rows: Sequence[Row]) -> list[float]:
+    def rewards(self, sequences: Sequence[ScoredSequence]) -> list[float]:
         """The logits without what the actions' lengths explain of them."""
-        num_tokens = torch.tensor([sum(span.stop - span.start for span in row.spans) for row in rows])
-        return length_controlled(self._logits(rows, self._bias), num_tokens).tolist()
+        num_tokens = torch.tensor([sum(span.stop - span.start for span in sequence.spans) for sequence in sequences])
+        return length_controlled(self._logits(sequences, self._bias), num_tokens).tolist()
 
-    def _logits(self, rows: Sequence[Row], bias: float) -> Tensor:
+    def rewards_of(self, cycle: str, training_data: TrainingData) -> list[StepReward]:
+        """The reward of every action of the policy in the training data."""
+        found = policy_actions_of(training_data)
+        sequences = [action_sequence(state.prompt, action.token_ids, (state.id,)) for state, action in found]
+        return discriminator_rewards(cycle, [action for _, action in found], self.rewards(sequences))
+
+    def measures(self) -> dict[str, float]:
+        """For the cycle's report."""
+        accuracy = {} if self.accuracy is None else {"accuracy": self.accuracy}
+        return {"num_pairs": float(self.num_pairs), **accuracy}
+
+    def _logits(self, sequences: Sequence[ScoredSequence], bias: float) -> Tensor:
         q, base = (
-            torch.stack([tokens.sum() for tokens in self._trainer.logprobs(rows, is_base)]) for is_base in (False, True)
+            torch.stack([tokens.sum() for tokens in self._trainer.logprobs(sequences, is_base)])
+            for is_base in (False, True)
         )
         return expert_logits(q, base, bias)
 
     def _pair_logits(self, pairs: Discrimination) -> list[tuple[float, float]]:
-        logits = self._logits(pairs.rows, 0.0).tolist()
+        logits = self._logits(pairs.sequences, 0.0).tolist()
         return [(logits[pair.chosen[0]], logits[pair.rejected[0]]) for pair in pairs.pairs]
 
 
-def train_discriminator(
-    material: Material, base: Path, lessons: LessonOptions, options: DiscriminatorOptions, device: str = "auto"
+def discriminate(
+    training_data: TrainingData,
+    base: Path,
+    objectives: ObjectiveOptions,
+    options: DiscriminatorOptions,
+    device: str = "auto",
 ) -> Discriminator:
-    """A discriminator of the material's experts from its own actions. Raises NothingToLearn with too few pairs, and as
-    `Trainer.train` does."""
-    taught = taught_states(without_stale_actions(material, lessons), lessons)
-    kept, held_out = list[TaughtState](), list[TaughtState]()
-    for each in taught:
+    """A discriminator of the training data's experts from its own actions. Raises NothingToLearn with too few pairs,
+    and as `Trainer.train` does."""
+    labelled = labelled_states(without_stale_actions(training_data, objectives), objectives)
+    kept, held_out = list[LabelledState](), list[LabelledState]()
+    for each in labelled:
         if each.state.is_informative:
             (held_out if is_held_out(each.state.id, options.held_out_share) else kept).append(each)
     if len(kept) < options.min_states:
@@ -135,13 +154,13 @@ def _balancing_bias(expert_logits: Tensor, own_logits: Tensor) -> float:
     return low
 
 
-def _pairs(states: Sequence[TaughtState], options: DiscriminatorOptions) -> Discrimination:
+def _pairs(states: Sequence[LabelledState], options: DiscriminatorOptions) -> Discrimination:
     """At each state the expert's action with each own one that disagrees. Those that agree are no counterexamples."""
-    rows, pairs = list[Row](), list[Pair]()
-    for taught in states:
-        expert, rejected = len(rows), taught.state.disagreeing
-        rows.append(taught.expert_row)
+    sequences, pairs = list[ScoredSequence](), list[Pair]()
+    for labelled in states:
+        expert, rejected = len(sequences), labelled.state.disagreeing
+        sequences.append(labelled.expert_sequence)
         for action in rejected:
-            pairs.append(Pair((expert,), (len(rows),), 1.0 / len(rejected)))
-            rows.append(taught.row_of(action.token_ids))
-    return Discrimination(tuple(rows), tuple(pairs), options.anchor_weight)
+            pairs.append(Pair((expert,), (len(sequences),), 1.0 / len(rejected)))
+            sequences.append(labelled.sequence_of(action.token_ids))
+    return Discrimination(tuple(sequences), tuple(pairs), options.anchor_weight)

@@ -16,11 +16,11 @@ class Origin:
     """The adapter that it goes on from; None: a fresh one."""
     objective: str
     num_trajectories: int
-    num_rows: int
-    """Scored rows, with the rejected sides of preferences and the policy's own actions."""
+    num_sequences: int
+    """Scored sequences, with the rejected sides of preferences and the policy's own actions."""
     num_gradient_steps: int
     seed: int
-    health: dict[str, float]
+    diagnostics: dict[str, float]
     """Means over the last epoch."""
 
 
@@ -28,14 +28,14 @@ def model_card(opening: str, origin: Origin | None) -> str:
     """Markdown, with the front matter that hubs read; `origin` None: nothing was trained."""
     if origin is None:
         return opening
-    health = ", ".join(f"{name} {value:.4g}" for name, value in sorted(origin.health.items()))
+    diagnostics = ", ".join(f"{name} {value:.4g}" for name, value in sorted(origin.diagnostics.items()))
     lines = {
         "base": f"`{origin.base}` (network {origin.base_fingerprint[:12]})",
         "parent": origin.parent or "none, a fresh LoRA",
         "objective": origin.objective,
-        "trained on": f"{origin.num_rows} rows of {origin.num_trajectories} trajectories",
+        "trained on": f"{origin.num_sequences} sequences of {origin.num_trajectories} trajectories",
         "gradient steps": f"{origin.num_gradient_steps}, seed {origin.seed}",
-        "last epoch": health or "nothing was watched",
+        "last epoch": diagnostics or "nothing was watched",
     }
     front = f"---\nlibrary_name: peft\nbase_model: {origin.base}\n---\n"
     return (

@@ -5,7 +5,7 @@ cycles: a cycle is short, and moments of other data are no help. The reference n
 its logprobs are taken once, before the first gradient step.
 
 Memory is bounded by the token budget of a forward pass: a gradient step accumulates over as many packs as it takes,
-and rows of one owner that pass the budget together go through the network in parts (GradCache, arXiv 2101.06983).
+and sequences of one owner that pass the budget together go through the network in parts (GradCache, arXiv 2101.06983).
 Where memory runs out all the same, the budget is halved and the gradient step begins anew.
 """
 
@@ -26,8 +26,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from learner.objectives.objectives import Loss, Objective, trajectories_of
-from learner.packing.prefix_tree import Pack, Row, num_packed_tokens, pack_rows
-from learner.packing.scoring import RowLogprobs, reference, score, to_batch
+from learner.options import TrainingOptions
+from learner.packing.prefix_tree import Pack, ScoredSequence, num_packed_tokens, pack_sequences
+from learner.packing.scoring import SequenceLogprobs, reference, score, to_batch
 from learner.packing.tree_attention import TREE_ATTENTION
 from learner.training.adapter_writer import whole_folder
 from learner.training.model_card import Origin, model_card
@@ -46,28 +47,6 @@ class TrainingFailed(Exception):
     and, where something can be done about it, what to change."""
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingOptions:
-    """How a candidate is trained."""
-
-    lr: float | None = None
-    """Peak learning rate of AdamW; warmed up over a tenth of the gradient steps, then cosine to a tenth. None: as the
-    network's width wants it, see `lr_for`."""
-    epochs: int = 2
-    """How often every trajectory is gone through."""
-    min_gradient_steps: int = 24
-    """Where the epochs make fewer, the trajectories are gone through again until there are so many."""
-    trajectories_per_step: int = 4
-    """Trajectories whose rows make one gradient step."""
-    rank: int = 16
-    """Of a fresh adapter; one that goes on keeps its own."""
-    token_budget: int = 4096
-    """Most tokens of one packed forward pass: what bounds the memory. A row that is longer goes alone."""
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    """Decides the adapter to the byte, on a CPU; a GPU adds up in another order each time."""
-
-
 def lr_for(hidden_size: int) -> float:
     """The peak learning rate of a LoRA on a network of this width: 5e-4 (2000 / width)^0.781.
 
@@ -84,7 +63,7 @@ class TrainingReport:
     num_gradient_steps: int
     num_tokens: int
     """Packed tokens that went forward and backward."""
-    health: dict[str, float]
+    diagnostics: dict[str, float]
     """Means over the last epoch."""
     token_budget: int
     """What was asked for, or what is left of it after memory ran out."""
@@ -125,37 +104,38 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------------- scoring
 
-    def logprobs(self, rows: Sequence[Row], is_base: bool = False) -> list[Tensor]:
-        """Token logprobs of each row's scored tokens, without gradient: of the network as it is now, or of its base.
+    def logprobs(self, sequences: Sequence[ScoredSequence], is_base: bool = False) -> list[Tensor]:
+        """Token logprobs of each sequence's scored tokens, without gradient: of the network as it is now, or of its
+        base.
 
-        Raises TrainingFailed where there is not even memory for the longest row.
+        Raises TrainingFailed where there is not even memory for the longest sequence.
         """
-        return self._within_memory(rows, lambda: self._logprobs(rows, is_base))
+        return self._within_memory(sequences, lambda: self._logprobs(sequences, is_base))
 
-    def _logprobs(self, rows: Sequence[Row], is_base: bool) -> list[Tensor]:
-        found: list[Tensor] = [torch.empty(0)] * len(rows)
-        for pack in self._packs_of_rows(rows):
+    def _logprobs(self, sequences: Sequence[ScoredSequence], is_base: bool) -> list[Tensor]:
+        found: list[Tensor] = [torch.empty(0)] * len(sequences)
+        for pack in self._packs_of_sequences(sequences):
             with torch.no_grad():
                 if is_base:
                     with reference(self.network):
                         scored = self._score(pack)
                 else:
                     scored = self._score(pack)
-            for at, row in enumerate(scored.rows):
-                found[row] = scored.tokens[scored.row_of_token == at].float().cpu()
+            for at, sequence in enumerate(scored.sequences):
+                found[sequence] = scored.tokens[scored.sequence_of_token == at].float().cpu()
         return found
 
-    def _score(self, pack: Pack) -> RowLogprobs:
+    def _score(self, pack: Pack) -> SequenceLogprobs:
         return score(self.network, to_batch(pack, self._device))
 
-    def _packs_of_rows(self, rows: Sequence[Row]) -> list[Pack]:
+    def _packs_of_sequences(self, sequences: Sequence[ScoredSequence]) -> list[Pack]:
         """Packs within the budget, without regard to owners."""
-        parted = [replace(row, owner=index) for index, row in enumerate(rows)]
-        return pack_rows(parted, self._budget(rows))
+        parted = [replace(sequence, owner=index) for index, sequence in enumerate(sequences)]
+        return pack_sequences(parted, self._budget(sequences))
 
-    def _budget(self, rows: Sequence[Row]) -> int:
-        """The token budget, or the longest row, which cannot be parted."""
-        return max([self._token_budget, *(len(row.token_ids) for row in rows)])
+    def _budget(self, sequences: Sequence[ScoredSequence]) -> int:
+        """The token budget, or the longest sequence, which cannot be parted."""
+        return max([self._token_budget, *(len(sequence.token_ids) for sequence in sequences)])
 
     # --------------------------------------------------------------------------------------------- training
 
@@ -163,14 +143,14 @@ class Trainer:
         self, objective: Objective, on_step: Callable[[int, int], object] = lambda done, total: None
     ) -> TrainingReport:
         """Train the adapter. Raises TrainingFailed; the adapter is then not to be used."""
-        options, rows = self.options, objective.rows
-        ref = self.logprobs(rows)
-        batches = self._batches(rows)
+        options, sequences = self.options, objective.sequences
+        ref = self.logprobs(sequences)
+        batches = self._batches(sequences)
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         lr = lr_for(self.network.config.get_text_config().hidden_size) if options.lr is None else options.lr
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_share(step, len(batches)))
-        health: list[dict[str, float]] = []
+        diagnostics: list[dict[str, float]] = []
         num_tokens = 0
         for number, batch in enumerate(batches):
             tokens, found = self._gradient(objective, batch, ref, f"at gradient step {number + 1}")
@@ -180,50 +160,51 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
             num_tokens += tokens
-            health.append(found)
+            diagnostics.append(found)
             on_step(number + 1, len(batches))
-        steps_an_epoch = -(-len(trajectories_of(rows)) // options.trajectories_per_step)
-        last_epoch = _means(health[-steps_an_epoch:])
+        steps_an_epoch = -(-len(trajectories_of(sequences)) // options.trajectories_per_step)
+        last_epoch = _means(diagnostics[-steps_an_epoch:])
         self._origin = self._origin_of(objective, len(batches), last_epoch)
         return TrainingReport(len(batches), num_tokens, last_epoch, self._token_budget)
 
-    def _batches(self, rows: Sequence[Row]) -> list[list[int]]:
+    def _batches(self, sequences: Sequence[ScoredSequence]) -> list[list[int]]:
         """Row indexes of each gradient step: whole trajectories, shuffled anew for each epoch."""
         order = random.Random(self.options.seed)
-        trajectories, size = trajectories_of(rows), self.options.trajectories_per_step
+        trajectories, size = trajectories_of(sequences), self.options.trajectories_per_step
         num_steps = max(self.options.epochs * -(-len(trajectories) // size), self.options.min_gradient_steps)
         batches = list[list[int]]()
         while len(batches) < num_steps:
             order.shuffle(trajectories)
             for start in range(0, len(trajectories), size):
-                batches.append([row for group in trajectories[start : start + size] for row in group])
+                batches.append([sequence for group in trajectories[start : start + size] for sequence in group])
         return batches[:num_steps]
 
     def _gradient(
         self, objective: Objective, batch: Sequence[int], ref: Sequence[Tensor], place: str
     ) -> tuple[int, dict[str, float]]:
-        """The mean gradient of one batch, left on the parameters; returns packed tokens and the packs' mean health."""
+        """The mean gradient of one batch, left on the parameters; returns packed tokens and the packs' mean
+        diagnostics."""
 
         def accumulate() -> tuple[int, list[Loss]]:
             self.network.zero_grad(set_to_none=True)  # what an attempt left that ran out of memory
             return self._accumulate(objective, batch, ref, place)
 
-        num_tokens, losses = self._within_memory([objective.rows[index] for index in batch], accumulate)
+        num_tokens, losses = self._within_memory([objective.sequences[index] for index in batch], accumulate)
         weight = sum(loss.weight for loss in losses)
         for parameter in self.network.parameters():
             if parameter.grad is not None:
                 parameter.grad /= max(weight, 1e-9)
-        return num_tokens, _means([loss.health for loss in losses])
+        return num_tokens, _means([loss.diagnostics for loss in losses])
 
     def _accumulate(
         self, objective: Objective, batch: Sequence[int], ref: Sequence[Tensor], place: str
     ) -> tuple[int, list[Loss]]:
         """Add up the gradient of a batch, pack by pack; returns packed tokens, and each pack's loss."""
-        rows = objective.rows
-        budget = self._budget([rows[index] for index in batch])
-        fitting, too_large = _parted_by_size(rows, batch, budget)
+        sequences = objective.sequences
+        budget = self._budget([sequences[index] for index in batch])
+        fitting, too_large = _parted_by_size(sequences, batch, budget)
         num_tokens, losses = 0, []
-        for pack in pack_rows([rows[index] for index in fitting], budget):
+        for pack in pack_sequences([sequences[index] for index in fitting], budget):
             loss = objective.loss(_renumbered(self._score(pack), fitting), ref)
             _require_finite(loss.total, f"the {objective.name} loss", place)
             loss.total.backward()
@@ -238,22 +219,22 @@ class Trainer:
     def _backward_in_parts(
         self, objective: Objective, owned: Sequence[int], ref: Sequence[Tensor], place: str
     ) -> tuple[Loss, int]:
-        """Backward through rows that belong together and do not fit the budget together.
+        """Backward through sequences that belong together and do not fit the budget together.
 
         First without gradient: their logprobs, and the loss's gradient at them. Then pack by pack through the network.
         """
-        rows = [objective.rows[index] for index in owned]
-        tokens = [row.to(self._device).requires_grad_() for row in self._logprobs(rows, is_base=False)]
-        loss = objective.loss(_joined(tokens, rows, owned), ref)
+        sequences = [objective.sequences[index] for index in owned]
+        tokens = [sequence.to(self._device).requires_grad_() for sequence in self._logprobs(sequences, is_base=False)]
+        loss = objective.loss(_joined(tokens, sequences, owned), ref)
         _require_finite(loss.total, f"the {objective.name} loss", place)
         gradients = torch.autograd.grad(loss.total, tokens)
-        packs = self._packs_of_rows(rows)
+        packs = self._packs_of_sequences(sequences)
         for pack in packs:
             scored = self._score(pack)
-            scored.tokens.backward(torch.cat([gradients[row] for row in scored.rows]))
+            scored.tokens.backward(torch.cat([gradients[sequence] for sequence in scored.sequences]))
         return replace(loss, total=loss.total.detach()), sum(pack.num_tokens for pack in packs)
 
-    def _within_memory(self, rows: Sequence[Row], attempt: Callable[[], T]) -> T:
+    def _within_memory(self, sequences: Sequence[ScoredSequence], attempt: Callable[[], T]) -> T:
         """Try; where memory runs out, again with half the token budget, as long as that can make packs smaller."""
         while True:
             try:
@@ -262,11 +243,11 @@ class Trainer:
                 if not _is_out_of_memory(error):
                     raise
             # Out here the error is gone, and with it all that its traceback held.
-            longest = max(len(row.token_ids) for row in rows)
+            longest = max(len(sequence.token_ids) for sequence in sequences)
             if self._token_budget <= longest:
                 raise TrainingFailed(
-                    f"not enough memory on {self._device} for a pass over {longest} tokens, the longest row of the "
-                    "batch: leave longer episodes out, train on a device with more memory, or take a smaller base"
+                    f"not enough memory on {self._device} for a pass over {longest} tokens, the longest sequence "
+                    "of the batch: leave longer episodes out, use a device with more memory, or take a smaller base"
                 )
             self._token_budget //= 2
             self.network.zero_grad(set_to_none=True)
@@ -296,17 +277,17 @@ class Trainer:
         except (OSError, SafetensorError) as error:
             raise TrainingFailed(f"the adapter could not be written to {folder}: {error}; make room there") from error
 
-    def _origin_of(self, objective: Objective, num_gradient_steps: int, health: dict[str, float]) -> Origin:
+    def _origin_of(self, objective: Objective, num_gradient_steps: int, diagnostics: dict[str, float]) -> Origin:
         return Origin(
             base=str(self._base),
             base_fingerprint=read_base_network(self._base).fingerprint,
             parent=self._parent.name if self._parent else None,
             objective=objective.name,
-            num_trajectories=len(trajectories_of(objective.rows)),
-            num_rows=len(objective.rows),
+            num_trajectories=len(trajectories_of(objective.sequences)),
+            num_sequences=len(objective.sequences),
             num_gradient_steps=num_gradient_steps,
             seed=self.options.seed,
-            health=health,
+            diagnostics=diagnostics,
         )
 
 
@@ -322,29 +303,35 @@ def _lr_share(step: int, num_steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
 
 
-# ------------------------------------------------------------------------------------------------ rows and packs
+# ------------------------------------------------------------------------------------------------ sequences and packs
 
 
-def _parted_by_size(rows: Sequence[Row], batch: Sequence[int], budget: int) -> tuple[list[int], list[list[int]]]:
-    """Indexes whose owners' rows fit the budget, and those of each owner whose rows do not."""
+def _parted_by_size(
+    sequences: Sequence[ScoredSequence], batch: Sequence[int], budget: int
+) -> tuple[list[int], list[list[int]]]:
+    """Indexes whose owners' sequences fit the budget, and those of each owner whose sequences do not."""
     by_owner: dict[Hashable, list[int]] = {}
     for index in batch:
-        by_owner.setdefault(rows[index].owner, []).append(index)
-    fits = {owner: num_packed_tokens([rows[i] for i in owned]) <= budget for owner, owned in by_owner.items()}
-    return [i for i in batch if fits[rows[i].owner]], [owned for owner, owned in by_owner.items() if not fits[owner]]
+        by_owner.setdefault(sequences[index].owner, []).append(index)
+    fits = {owner: num_packed_tokens([sequences[i] for i in owned]) <= budget for owner, owned in by_owner.items()}
+    return [i for i in batch if fits[sequences[i].owner]], [
+        owned for owner, owned in by_owner.items() if not fits[owner]
+    ]
 
 
-def _renumbered(scored: RowLogprobs, batch: Sequence[int]) -> RowLogprobs:
+def _renumbered(scored: SequenceLogprobs, batch: Sequence[int]) -> SequenceLogprobs:
     """Rows by their index in the objective, not in the batch."""
-    return replace(scored, rows=tuple(batch[row] for row in scored.rows))
+    return replace(scored, sequences=tuple(batch[sequence] for sequence in scored.sequences))
 
 
-def _joined(tokens: Sequence[Tensor], rows: Sequence[Row], indexes: Sequence[int]) -> RowLogprobs:
-    """Token logprobs of rows as one pack of them would give."""
-    lengths = torch.tensor([len(row) for row in tokens])
-    weights = [span.weight for row in rows for span in row.spans for _ in range(span.start, span.stop)]
-    row_of_token = torch.arange(len(rows)).repeat_interleave(lengths).to(tokens[0].device)
-    return RowLogprobs(tuple(indexes), torch.cat(list(tokens)), row_of_token, torch.tensor(weights).to(tokens[0]))
+def _joined(tokens: Sequence[Tensor], sequences: Sequence[ScoredSequence], indexes: Sequence[int]) -> SequenceLogprobs:
+    """Token logprobs of sequences as one pack of them would give."""
+    lengths = torch.tensor([len(sequence) for sequence in tokens])
+    weights = [span.weight for sequence in sequences for span in sequence.spans for _ in range(span.start, span.stop)]
+    sequence_of_token = torch.arange(len(sequences)).repeat_interleave(lengths).to(tokens[0].device)
+    return SequenceLogprobs(
+        tuple(indexes), torch.cat(list(tokens)), sequence_of_token, torch.tensor(weights).to(tokens[0])
+    )
 
 
 # ------------------------------------------------------------------------------------------------ what goes wrong

@@ -18,7 +18,7 @@ from policies.types import BASE_ADAPTER
 from runtime.adapters.swap import Swap
 from runtime.background import keep_doing
 from runtime.store.adapter_registry import AdapterRegistry
-from runtime.store.cycle_log import CycleLog
+from runtime.store.learning_log import LearningReader
 from runtime.store.step_log import StepLog
 
 _log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Watch:
     def __init__(
         self,
         log: StepLog,
-        cycles: CycleLog,
+        cycles: LearningReader,
         registry: AdapterRegistry,
         swap: Swap,
         options: WatchOptions = WatchOptions(),
@@ -70,7 +70,7 @@ class Watch:
         worse = await asyncio.to_thread(self._why_worse, acting.name, acting.parent or BASE_ADAPTER)
         if worse is None:
             return None
-        await self._swap.rollback(worse, acting=acting.name)
+        await self._swap.rollback(worse, expected_acting=acting.name)
         _log.error("%s was rolled back: %s", acting.name, worse)
         return worse
 

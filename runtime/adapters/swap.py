@@ -128,25 +128,25 @@ class Swap:
         async with self._changes:
             return await self._bring_up(self._registry.adapter(name))
 
-    async def promote(self, name: str, reason: str = "", acting: str | None = None) -> None:
+    async def promote(self, name: str, reason: str = "", expected_acting: str | None = None) -> None:
         """Let an adapter act for new episodes. One that is not up is brought up first, see `bring_up`.
 
-        `acting` is what it was found to be better than. Raises SwapError where that does not act any more (None:
-        whatever acts).
+        `expected_acting` is what it was found to be better than. Raises SwapError where that does not act any more
+        (None: whatever acts).
         """
         async with self._changes:
-            self._require_acting(acting)
+            self._require_acting(expected_acting)
             await self._bring_up(self._registry.adapter(name))
             self._end_canary(name)
             await self._write(self._registry.promote, name, reason)
 
-    async def start_canary(self, name: str, share: float, reason: str = "", acting: str | None = None) -> None:
+    async def start_canary(self, name: str, share: float, reason: str = "", expected_acting: str | None = None) -> None:
         """Give an adapter this share of the new episodes, chosen by their ids. Raises SwapError beside another canary,
         and as `promote` does."""
         if not 0.0 < share <= 1.0:
             raise SwapError(f"a canary's share must lie in (0, 1], got {share}")
         async with self._changes:
-            self._require_acting(acting)
+            self._require_acting(expected_acting)
             if self._canary is not None:
                 raise SwapError(f"{self._canary[0]} is a canary already; promote or refuse it first")
             await self._bring_up(self._registry.adapter(name))
@@ -160,14 +160,14 @@ class Swap:
             await self._write(self._registry.record, name, AdapterState.REFUSED, reason)
             await self._sweep()
 
-    async def rollback(self, reason: str, acting: str | None = None) -> Adapter | None:
+    async def rollback(self, reason: str, expected_acting: str | None = None) -> Adapter | None:
         """Let act again what acted before; None is the base network. A flip, where that is still loaded.
 
         Goes further down where that cannot be served any more. Raises SwapError where nothing is behind, or where
         another adapter than the one that is to be taken back acts by now (None: whichever acts).
         """
         async with self._changes:
-            self._require_acting(acting)
+            self._require_acting(expected_acting)
             return await self._roll_back(reason)
 
     async def restore(self) -> Adapter | None:
@@ -313,7 +313,7 @@ class Swap:
         return True
 
     async def _roll_back(self, reason: str) -> Adapter | None:
-        acting, *behind = self._registry.line()
+        acting, *behind = self._registry.rollback_chain()
         for num_back, target in enumerate(behind, start=1):
             if target is None or (target != acting and await self._comes_up(target)):
                 _log.warning("rolled back to %s: %s", "the base network" if target is None else target.name, reason)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import orjson
 
 from policies.chat_protocol import action_message, text_of
-from policies.types import MalformedAction, Message
-from runtime.store.episodes import Step
+from policies.types import Action, MalformedAction, Message
+from runtime.store.episodes import Step, ToolResult
 from runtime.store.step_log import StepLog
 
 
@@ -53,12 +53,12 @@ def continued(log: StepLog, messages: Sequence[Message], previous: Step) -> Plac
     return Place(path, history, tuple(messages[len(history) :]))
 
 
-def messages_after(step: Step) -> tuple[Message, ...]:
-    """What the server itself tells the policy after a step: tool results, or what was wrong with its action."""
-    if isinstance(step.action, MalformedAction):
-        advice = f"Your last message could not be read as an action: {step.action.problem}. Try again."
+def messages_after(action: Action, tool_results: Sequence[ToolResult]) -> tuple[Message, ...]:
+    """What the server itself tells the policy after an action: tool results, or what was wrong with the action."""
+    if isinstance(action, MalformedAction):
+        advice = f"Your last message could not be read as an action: {action.problem}. Try again."
         return ({"role": "user", "content": advice},)
-    return tuple({"role": "tool", "tool_call_id": r.tool_call_id, "content": r.content} for r in step.tool_results)
+    return tuple({"role": "tool", "tool_call_id": r.tool_call_id, "content": r.content} for r in tool_results)
 
 
 def history_of(path: Sequence[Step]) -> tuple[Message, ...]:

@@ -48,13 +48,13 @@ def adapter_routes(parts: Parts) -> APIRouter:
     @router.post("/{name}/promote")
     async def promote_adapter(name: str, body: Annotated[AdapterPromotion, Body()] = _PROMOTION) -> dict[str, Any]:
         """Let it act for new episodes; episodes that are running keep the adapter they began with."""
-        await swap.promote(name, body.reason, body.acting)
+        await swap.promote(name, body.reason, body.expected_acting)
         return _record(registry, registry.adapter(name))
 
     @router.post("/{name}/canary")
     async def start_canary(name: str, body: CanaryRequest) -> dict[str, Any]:
         """Let it serve a share of the new episodes; it is promoted or refused by how they go. 409 beside another."""
-        await swap.start_canary(name, body.share, body.reason, body.acting)
+        await swap.start_canary(name, body.share, body.reason, body.expected_acting)
         return _record(registry, registry.adapter(name))
 
     @router.post("/{name}/refuse")
@@ -68,7 +68,7 @@ def adapter_routes(parts: Parts) -> APIRouter:
 
 async def _register(registry: AdapterRegistry, body: AdapterRegistration) -> Adapter:
     try:
-        return await asyncio.to_thread(registry.register, Path(body.path), body.parent, body.reason)
+        return await asyncio.to_thread(registry.register, Path(body.path), body.parent, body.reason, body.cycle)
     except OSError as error:  # no permission, too long a name, a full disk
         raise ApiError(
             409, f"the adapter could not be copied in: {error.strerror}", "adapter_refused", "path"
@@ -86,6 +86,7 @@ def _record(registry: AdapterRegistry, adapter: Adapter) -> dict[str, Any]:
         "parent": adapter.parent,
         "digest": adapter.digest,
         "rank": adapter.rank,
+        "cycle": registry.cycle_of(adapter.name),
         "is_acting": registry.acting() == adapter,
         "events": [asdict(event) for event in events],
     }

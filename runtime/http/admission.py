@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 
 from policies.grammars import json_grammar, tool_call_grammar
-from policies.types import BASE_ADAPTER, EngineError, Message, SamplingParams, ToolSchema
+from policies.types import BASE_ADAPTER, EngineError, Message, SamplingParams, TokenIds, ToolSchema
 from runtime.agent.conversation import Place, continued, locate
-from runtime.agent.loop import Policy, Progress, ServerTools, Turn, run_client_step, run_episode
+from runtime.agent.loop import Run
+from runtime.agent.turn import Policy, Turn
 from runtime.http.parts import Parts
 from runtime.http.schemas import ChatCompletionRequest, NamedToolChoice
 from runtime.store.episodes import Actor, Episode, Step, new_id
@@ -19,28 +19,14 @@ class UnknownModel(ValueError):
     """The request names a model that is not served here."""
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One choice of an answer, ready to start."""
-
-    policy: Policy
-    turn: Turn
-    is_new: bool
-    """The episode is not logged yet."""
-    server_tools: ServerTools | None
-    """None: the client runs the tools, one step is taken."""
-
-    def start(self, parts: Parts) -> AsyncGenerator[Progress | Step, None]:
-        if self.server_tools is None:
-            return run_client_step(self.policy, parts.log, self.turn, self.is_new)
-        return run_episode(self.policy, parts.log, self.turn, self.is_new, self.server_tools, parts.limits)
-
-
-@asynccontextmanager
-async def admitted(
-    parts: Parts, request: ChatCompletionRequest, header_episode_id: str | None, previous: Step | None = None
-) -> AsyncIterator[list[Run]]:
-    """The `n` runs of a request; its episode's adapter is leased inside the `with`.
+async def admit(
+    parts: Parts,
+    request: ChatCompletionRequest,
+    header_episode_id: str | None,
+    lease: AsyncExitStack,
+    previous: Step | None = None,
+) -> list[Run]:
+    """The `n` runs of a request. Its episode's adapter is leased until `lease` is closed.
 
     `previous` is the logged step that the request continues; None: its conversation tells.
 
@@ -57,11 +43,11 @@ async def admitted(
     pinned = _pinned_adapter(parts, request.model)
     episode_id = logged.id if logged else asked_id or new_id("ep")
     began_with = logged.adapter if logged else None
-    async with parts.swap.lease(episode_id, began_with=began_with, pinned=pinned) as adapter:
-        policy = Policy(parts.engine, parts.protocol, adapter)
-        episode = logged or _new_episode(parts, request, episode_id, policy, messages)
-        request_in_place = _Request(parts, request, policy, episode, logged is None, place, messages)
-        yield [request_in_place.run(choice) for choice in range(request.n)]
+    adapter = await lease.enter_async_context(parts.swap.lease(episode_id, began_with=began_with, pinned=pinned))
+    policy = Policy(parts.engine, parts.protocol, adapter)
+    episode = logged or _new_episode(parts, request, episode_id, policy, messages)
+    admitted = _Admitted(parts, request, policy, episode, logged is None, place, messages)
+    return [admitted.run(choice) for choice in range(request.n)]
 
 
 def _pinned_adapter(parts: Parts, model: str) -> str | None:
@@ -88,7 +74,7 @@ def _new_episode(
 
 
 @dataclass(frozen=True, slots=True)
-class _Request:
+class _Admitted:
     """A request whose place in the log, episode and policy are known."""
 
     parts: Parts
@@ -105,24 +91,32 @@ class _Request:
         if self.body.tools is None:
             schemas, server_tools = self.parts.toolbox.open(self.episode.task, self.place.path)
         offered = () if self.body.tool_choice == "none" else schemas
+        parent = self.place.path[-1] if self.place.path else None
         turn = Turn(
             episode=self.episode,
-            parent=self.place.path[-1] if self.place.path else None,
+            parent_id=parent.id if parent else None,
+            index=parent.index + 1 if parent else 0,
+            served_token_ids=_served_token_ids(parent) if parent and parent.tools == offered else (),
             history=self.place.history,
             new_messages=self.place.new_messages,
-            seen=self.messages,
+            client_messages=self.messages,
             tools=offered,
             sampling=self._sampling(choice, offered),
             may_call=self.body.tool_choice != "none",
             stop=self.body.stop_texts,
-            is_read_along=self.body.stream,
+            stream=self.body.stream,
         )
-        return Run(self.policy, turn, self.is_new, server_tools)
+        return Run(choice, self.policy, turn, self.is_new, server_tools)
 
     def _sampling(self, choice: int, offered: tuple[ToolSchema, ...]) -> SamplingParams:
         grammar = _grammar(self.parts, self.body, offered)
         sampling = self.body.sampling(self.parts.engine.limits.max_context_tokens, grammar)
         return sampling if self.body.seed is None else replace(sampling, seed=self.body.seed + choice)
+
+
+def _served_token_ids(step: Step) -> TokenIds:
+    """The conversation up to and including the step's action, as it was served."""
+    return step.prompt_token_ids + step.completion_token_ids
 
 
 def _grammar(parts: Parts, request: ChatCompletionRequest, offered: tuple[ToolSchema, ...]) -> str | None:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from typing import Any
+from contextlib import AsyncExitStack, aclosing
+from typing import Any, Protocol
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from openai.types.chat import ChatCompletion
 
-from runtime.agent.loop import Progress
-from runtime.http.admission import Run
-from runtime.http.chat_answer import Answer, Choice, step_summary
+from runtime.agent.loop import Run, RunEvent, StepTaken
+from runtime.http.admission import admit
+from runtime.http.chat_answer import ChatAnswer, Choice, step_summary
 from runtime.http.errors import ApiError, as_api_error
 from runtime.http.parts import Parts
-from runtime.http.run_events import Happening, Happenings, open_runs
+from runtime.http.run_events import RunEvents
 from runtime.http.schemas import EPISODE_ID, ChatCompletionRequest
-from runtime.http.sse import EventStream, event, json_answer, until_gone
+from runtime.http.sse import EventStream, json_answer, sse_event, until_gone
 from runtime.http.strict_json import StrictJsonRoute
 from runtime.store.episodes import Step
 
@@ -40,23 +40,29 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
 }
 
 
+class Answer(Protocol):
+    """An answer in some wire form, gathered as it happens."""
+
+    def add(self, event: RunEvent) -> object: ...
+
+
 def chat_routes(parts: Parts) -> APIRouter:
     router = APIRouter(route_class=StrictJsonRoute)
 
     @router.post("/v1/chat/completions", responses=_ANSWERS, openapi_extra={"parameters": [EPISODE_HEADER]})
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation. Every step behind the answer is in the log before its last byte leaves."""
-        runs, happenings = await open_runs(parts, body, asked_episode(request))
+        runs, events = await open_runs(parts, body, asked_episode(request))
         choices = [Choice(index, parts.protocol, body.logprobs) for index in range(len(runs))]
-        answer = Answer(body.model, choices, runs[0].turn.step_id)
+        answer = ChatAnswer(body.model, choices, runs[0].turn.step_id)
         if not body.stream:
-            await until_gone(request.receive, _gather(answer, happenings))
+            await until_gone(request.receive, gather(answer, events))
             return json_answer(answer.whole(), episode_headers(runs, choices[0].steps[-1].id))
-        # The first happening is awaited here, so that what fails at once fails with its own status and not in a stream.
-        first = await until_gone(request.receive, anext(happenings))
+        # The first event is awaited here, so that what fails at once fails with its own status and not in a stream.
+        first = await until_gone(request.receive, events.first())
         wants_usage = body.stream_options is not None and body.stream_options.include_usage
-        events = _events(answer, first, happenings, wants_usage)
-        return EventStream(events, episode_headers(runs, runs[0].turn.step_id))
+        stream = _stream(answer, first, events, wants_usage)
+        return EventStream(stream, events, episode_headers(runs, runs[0].turn.step_id))
 
     return router
 
@@ -69,33 +75,44 @@ def asked_episode(request: Request) -> str | None:
     return episode_id
 
 
-async def _gather(answer: Answer, happenings: Happenings) -> None:
-    async with aclosing(happenings):
-        async for number, happening in happenings:
-            answer.choices[number].add(happening)
+async def open_runs(
+    parts: Parts, body: ChatCompletionRequest, episode_id: str | None, previous: Step | None = None
+) -> tuple[list[Run], RunEvents]:
+    """A request's runs, and their events, which hold the adapter's lease until they are closed. Raises as `admit`."""
+    async with AsyncExitStack() as lease:
+        runs = await admit(parts, body, episode_id, lease, previous)
+        return runs, RunEvents(parts, runs, lease.pop_all())
 
 
-async def _events(answer: Answer, first: Happening, rest: Happenings, wants_usage: bool) -> AsyncGenerator[bytes, None]:
+async def gather(answer: Answer, events: RunEvents) -> None:
+    """Take all events into an answer that is sent whole."""
+    async with aclosing(events):
+        async for event in events:
+            answer.add(event)
+
+
+async def _stream(
+    answer: ChatAnswer, first: RunEvent, rest: RunEvents, wants_usage: bool
+) -> AsyncGenerator[bytes, None]:
     """The stream's body. What is known at one time leaves in one piece: each costs a system call on both sides."""
-    piece = event(answer.opening()) + _chunks(answer, *first)
-    async with aclosing(rest):
-        try:
-            while not answer.is_complete:
-                yield piece
-                piece = _chunks(answer, *await anext(rest))
-        except Exception as error:  # the status line is gone; the client's library raises for an error event
-            yield event(as_api_error(error).body)
-            return
+    piece = sse_event(answer.opening()) + _chunks(answer, first)
+    try:
+        while not answer.is_complete:
+            yield piece
+            piece = _chunks(answer, await anext(rest))
+    except Exception as error:  # the status line is gone; the client's library raises for an error event
+        yield sse_event(as_api_error(error).body)
+        return
     if wants_usage:
-        piece += event(answer.chunk([], usage=answer.usage()))
+        piece += sse_event(answer.chunk([], usage=answer.usage()))
     yield piece + b"data: [DONE]\n\n"
 
 
-def _chunks(answer: Answer, number: int, happening: Progress | Step) -> bytes:
-    chunks = [answer.chunk([entry]) for entry in answer.choices[number].add(happening)]
-    if isinstance(happening, Step):
-        chunks[-1]["stepagent"] = {"step": step_summary(happening)}
-    return b"".join(map(event, chunks))
+def _chunks(answer: ChatAnswer, event: RunEvent) -> bytes:
+    chunks = [answer.chunk([entry]) for entry in answer.add(event)]
+    if isinstance(event, StepTaken):
+        chunks[-1]["stepagent"] = {"step": step_summary(event.step)}
+    return b"".join(map(sse_event, chunks))
 
 
 def episode_headers(runs: list[Run], step_id: str) -> dict[str, str]:

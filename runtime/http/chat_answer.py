@@ -13,13 +13,13 @@ from typing import Any
 
 from policies.chat_protocol import ChatProtocol, action_message
 from policies.types import MalformedAction, SampledToken, ToolCalls
-from runtime.agent.loop import Progress
+from runtime.agent.loop import RunEvent
+from runtime.agent.step import Progress
 from runtime.store.episodes import Step, StopReason
 
 _FINISH = {
     StopReason.FINAL_ANSWER: "stop",
     StopReason.MALFORMED: "stop",
-    StopReason.WORLD_DONE: "stop",
     StopReason.CLIENT_TOOLS: "tool_calls",
     StopReason.TOKEN_LIMIT: "length",
     StopReason.STEP_LIMIT: "length",
@@ -42,9 +42,9 @@ class Choice:
     def is_complete(self) -> bool:
         return bool(self.steps) and self.steps[-1].stop_reason is not None
 
-    def add(self, happening: Progress | Step) -> list[dict[str, Any]]:
+    def add(self, event: RunEvent) -> list[dict[str, Any]]:
         """Take what happened; returns it as the `choices` entries of stream chunks."""
-        return self._add_step(happening) if isinstance(happening, Step) else self._add_progress(happening)
+        return self._add_progress(event) if isinstance(event, Progress) else self._add_step(event.step)
 
     def whole(self) -> dict[str, Any]:
         """The `choices` entry of an answer that is not streamed."""
@@ -62,7 +62,7 @@ class Choice:
             key = "content" if piece.kind == "text" else "reasoning_content"
             delta[key] = delta.get(key, "") + piece.text
             self._said[key] += piece.text
-        logprobs = self._logprobs_of(progress.sampled)
+        logprobs = self._logprobs_of(progress.tokens)
         self._logprobs.extend(logprobs)
         return [self._entry(delta, None, logprobs)] if delta or logprobs else []
 
@@ -111,7 +111,7 @@ class Choice:
         return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
 
 
-class Answer:
+class ChatAnswer:
     """A whole answer: its choices, and what is said of them together."""
 
     def __init__(self, request_model: str, choices: Sequence[Choice], first_step_id: str) -> None:
@@ -122,6 +122,10 @@ class Answer:
     def is_complete(self) -> bool:
         """Every choice has ended."""
         return all(choice.is_complete for choice in self.choices)
+
+    def add(self, event: RunEvent) -> list[dict[str, Any]]:
+        """Take what happened; returns it as the `choices` entries of stream chunks."""
+        return self.choices[event.choice].add(event)
 
     def whole(self) -> dict[str, Any]:
         return {

@@ -17,7 +17,7 @@ from policies.adapters.files import AdapterRefused
 from policies.chat_protocol import ChatProtocolError
 from policies.types import EngineError
 from runtime.adapters.swap import SwapError
-from runtime.agent.loop import ContextFull
+from runtime.agent.step import ContextFull
 from runtime.http.admission import UnknownModel
 from runtime.http.sse import ClientGone
 from runtime.learning.process import LearnerBusy

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from policies.chat_protocol import ChatProtocol
 from policies.types import Engine
 from runtime.adapters.swap import Swap
-from runtime.agent.loop import RunLimits
+from runtime.agent.budget import RunLimits
 from runtime.agent.tools import Toolbox
 from runtime.http.metrics import Metrics
-from runtime.learning.trigger import Learning
+from runtime.learning.learning import Learning
 from runtime.store.adapter_registry import AdapterRegistry
 from runtime.store.step_log import StepLog
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -11,13 +10,14 @@ from fastapi.responses import Response
 from openai.types.responses import Response as ResponseBody
 
 from runtime.agent.conversation import history_of
-from runtime.http.chat import EPISODE_HEADER, asked_episode, episode_headers
+from runtime.agent.loop import RunEvent
+from runtime.http.chat import EPISODE_HEADER, asked_episode, episode_headers, gather, open_runs
 from runtime.http.errors import ApiError, as_api_error
 from runtime.http.parts import Parts
 from runtime.http.responses_answer import ResponseAnswer, first_step_id
 from runtime.http.responses_schemas import ResponsesRequest
-from runtime.http.run_events import Happening, Happenings, open_runs
-from runtime.http.sse import EventStream, event, json_answer, until_gone
+from runtime.http.run_events import RunEvents
+from runtime.http.sse import EventStream, json_answer, sse_event, until_gone
 from runtime.http.strict_json import StrictJsonRoute
 from runtime.store.episodes import Step
 from runtime.store.step_log import StepLog
@@ -39,14 +39,14 @@ def response_routes(parts: Parts) -> APIRouter:
         """Answer an input. Every step behind the answer is in the log before its last byte leaves."""
         previous = last_step_of(parts.log, body.previous_response_id) if body.previous_response_id else None
         history = history_of(parts.log.path_to(previous.id)) if previous else ()
-        runs, happenings = await open_runs(parts, body.as_chat(history), asked_episode(request), previous)
+        runs, events = await open_runs(parts, body.as_chat(history), asked_episode(request), previous)
         answer = ResponseAnswer(body, runs[0].turn.step_id)
         if not body.stream:
-            await until_gone(request.receive, _gather(answer, happenings))
+            await until_gone(request.receive, gather(answer, events))
             return json_answer(answer.whole(), episode_headers(runs, answer.steps[-1].id))
         # Awaited here, so that what fails at once fails with its own status and not in a stream.
-        first = await until_gone(request.receive, anext(happenings))
-        return EventStream(_events(answer, first, happenings), episode_headers(runs, runs[0].turn.step_id))
+        first = await until_gone(request.receive, events.first())
+        return EventStream(_stream(answer, first, events), events, episode_headers(runs, runs[0].turn.step_id))
 
     return router
 
@@ -63,26 +63,18 @@ def last_step_of(log: StepLog, response_id: str) -> Step:
     return step
 
 
-async def _gather(answer: ResponseAnswer, happenings: Happenings) -> None:
-    async with aclosing(happenings):
-        async for _, happening in happenings:
-            answer.add(happening)
-
-
-async def _events(answer: ResponseAnswer, first: Happening, rest: Happenings) -> AsyncGenerator[bytes, None]:
+async def _stream(answer: ResponseAnswer, first: RunEvent, rest: RunEvents) -> AsyncGenerator[bytes, None]:
     """The stream's body. What is known at one time leaves in one piece."""
-    piece = _written([*answer.opening(), *answer.add(first[1])])
-    async with aclosing(rest):
-        try:
-            while not answer.is_complete:
-                yield piece
-                _, happening = await anext(rest)
-                piece = _written(answer.add(happening))
-        except Exception as error:  # the status line is gone
-            yield _written([answer.failure(as_api_error(error).error)])
-            return
+    piece = _written([*answer.opening(), *answer.add(first)])
+    try:
+        while not answer.is_complete:
+            yield piece
+            piece = _written(answer.add(await anext(rest)))
+    except Exception as error:  # the status line is gone
+        yield _written([answer.failure(as_api_error(error).error)])
+        return
     yield piece
 
 
 def _written(events: list[dict[str, Any]]) -> bytes:
-    return b"".join(event(each, each["type"]) for each in events)
+    return b"".join(sse_event(each, each["type"]) for each in events)

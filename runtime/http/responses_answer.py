@@ -11,7 +11,8 @@ from typing import Any
 
 from policies.chat_protocol import action_message
 from policies.types import ToolCalls
-from runtime.agent.loop import Progress
+from runtime.agent.loop import RunEvent
+from runtime.agent.step import Progress
 from runtime.http.chat_answer import step_summary
 from runtime.http.responses_schemas import ResponsesRequest
 from runtime.store.episodes import Step, StopReason
@@ -46,12 +47,12 @@ class ResponseAnswer:
     def is_complete(self) -> bool:
         return bool(self.steps) and self.steps[-1].stop_reason is not None
 
-    def add(self, happening: Progress | Step) -> list[dict[str, Any]]:
+    def add(self, event: RunEvent) -> list[dict[str, Any]]:
         """Take what happened; returns it as stream events."""
-        if isinstance(happening, Step):
-            self.steps.append(happening)
-            return self._closing() if self.is_complete else [self._of_step(happening)]
-        return self._say(happening.text) if happening.text else []
+        if isinstance(event, Progress):
+            return self._say(event.text) if event.text else []
+        self.steps.append(event.step)
+        return self._closing() if self.is_complete else [self._of_step(event.step)]
 
     def opening(self) -> list[dict[str, Any]]:
         """The first events."""

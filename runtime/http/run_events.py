@@ -1,81 +1,83 @@
-"""What happens in the runs that answer a request, as it happens."""
+"""What happens in the runs of one request, as it happens; it holds the adapter's lease until it is closed."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from typing import cast
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, aclosing
 
-from runtime.agent.loop import Progress
-from runtime.http.admission import Run, admitted
+from runtime.agent.loop import Run, RunEvent, StepTaken
 from runtime.http.parts import Parts
-from runtime.http.schemas import ChatCompletionRequest
-from runtime.store.episodes import Step
-
-Happening = tuple[int, Progress | Step]
-"""A choice's number, and what happened in its run."""
-Happenings = AsyncGenerator[Happening, None]
 
 
-async def open_runs(
-    parts: Parts, body: ChatCompletionRequest, episode_id: str | None, previous: Step | None = None
-) -> tuple[list[Run], Happenings]:
-    """A request's runs, and what happens in them. The adapter's lease lasts until the iterator has ended.
+class RunEvents:
+    """Iterate it, then close it: closing ends what still runs and gives the lease back. May be closed twice.
 
-    `previous` is the step that the conversation continues; None: the conversation itself tells. Raises what
-    `admitted` raises.
+    An object and not a generator: one that nobody has begun to iterate would give nothing back when it is closed.
     """
-    opened = _opened(parts, body, episode_id, previous)
-    return cast(list[Run], await anext(opened)), cast(Happenings, opened)
+
+    def __init__(self, parts: Parts, runs: Sequence[Run], lease: AsyncExitStack) -> None:
+        self._metrics = parts.metrics
+        self._lease = lease
+        streams = [run.events(parts.log, parts.limits) for run in runs]
+        self._stream = streams[0] if len(streams) == 1 else _Merged(streams)
+
+    def __aiter__(self) -> RunEvents:
+        return self
+
+    async def __anext__(self) -> RunEvent:
+        event = await anext(self._stream)
+        if isinstance(event, StepTaken):
+            self._metrics.count_step(event.step)
+        return event
+
+    async def first(self) -> RunEvent:
+        """The first event. Where it fails or is cancelled, all is closed."""
+        try:
+            return await anext(self)
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def aclose(self) -> None:
+        try:
+            await self._stream.aclose()
+        finally:
+            await self._lease.aclose()
 
 
-async def _opened(
-    parts: Parts, body: ChatCompletionRequest, episode_id: str | None, previous: Step | None
-) -> AsyncGenerator[list[Run] | Happening, None]:
-    """First the runs, then what happens in them."""
-    async with admitted(parts, body, episode_id, previous) as runs:
-        yield runs
-        async with aclosing(_merged(parts, runs) if len(runs) > 1 else _single(parts, runs[0])) as happenings:
-            async for happening in happenings:
-                yield happening
+class _Merged:
+    """The events of several runs, as they arrive."""
 
+    def __init__(self, streams: Sequence[AsyncGenerator[RunEvent, None]]) -> None:
+        self._streams = streams
+        self._arrivals: asyncio.Queue[RunEvent | Exception | None] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._num_running = len(streams)
 
-async def _single(parts: Parts, run: Run) -> Happenings:
-    async with aclosing(run.start(parts)) as happenings:
-        async for happening in happenings:
-            _count(parts, happening)
-            yield 0, happening
+    async def __anext__(self) -> RunEvent:
+        if not self._tasks:
+            self._tasks = [asyncio.create_task(self._follow(stream)) for stream in self._streams]
+        while self._num_running:
+            arrival = await self._arrivals.get()
+            if isinstance(arrival, Exception):
+                raise arrival
+            if arrival is not None:
+                return arrival
+            self._num_running -= 1
+        raise StopAsyncIteration
 
-
-async def _merged(parts: Parts, runs: list[Run]) -> Happenings:
-    """What happens in several runs, as it arrives."""
-    arrivals: asyncio.Queue[Happening | Exception | None] = asyncio.Queue()
-    tasks = [asyncio.create_task(_follow(parts, number, run, arrivals)) for number, run in enumerate(runs)]
-    try:
-        for _ in tasks:
-            while (arrival := await arrivals.get()) is not None:
-                if isinstance(arrival, Exception):
-                    raise arrival
-                yield arrival
-    finally:
-        for task in tasks:
+    async def aclose(self) -> None:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
-
-async def _follow(parts: Parts, number: int, run: Run, arrivals: asyncio.Queue[Happening | Exception | None]) -> None:
-    """Put what happens in one of several runs on their common queue; None ends it."""
-    try:
-        async with aclosing(run.start(parts)) as happenings:
-            async for happening in happenings:
-                _count(parts, happening)
-                arrivals.put_nowait((number, happening))
-    except Exception as error:
-        arrivals.put_nowait(error)
-    arrivals.put_nowait(None)
-
-
-def _count(parts: Parts, happening: Progress | Step) -> None:
-    if isinstance(happening, Step):
-        parts.metrics.count_step(happening)
+    async def _follow(self, stream: AsyncGenerator[RunEvent, None]) -> None:
+        """Put the events of one run on the common queue; None ends it."""
+        try:
+            async with aclosing(stream) as events:
+                async for event in events:
+                    self._arrivals.put_nowait(event)
+        except Exception as error:
+            self._arrivals.put_nowait(error)
+        self._arrivals.put_nowait(None)

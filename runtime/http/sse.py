@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import aclosing, suppress
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import orjson
 from fastapi import Response
@@ -18,10 +18,16 @@ def json_answer(body: dict[str, Any], headers: Mapping[str, str]) -> Response:
     return Response(orjson.dumps(body), media_type="application/json", headers=headers)
 
 
-def event(body: dict[str, Any], name: str | None = None) -> bytes:
+def sse_event(body: dict[str, Any], name: str | None = None) -> bytes:
     """One server-sent event."""
     head = f"event: {name}\n".encode() if name else b""
     return head + b"data: " + orjson.dumps(body) + b"\n\n"
+
+
+class Closable(Protocol):
+    """Something that holds resources until it is closed."""
+
+    async def aclose(self) -> None: ...
 
 
 class EventStream(Response):
@@ -32,17 +38,20 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], source: Closable, headers: Mapping[str, str]) -> None:
+        """`source` is what the events are made from; it is closed at the end, whether or not any was sent."""
         super().__init__(headers=headers)
         self._events = events
+        self._source = source
 
     def init_headers(self, headers: Mapping[str, str] | None = None) -> None:
         super().init_headers(headers)
         self.raw_headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with suppress(ClientGone):  # nobody reads on; uvicorn would log it as the app's failure
-            await until_gone(receive, self._send(send))
+        async with aclosing(self._source):
+            with suppress(ClientGone):  # nobody reads on; uvicorn would log it as the app's failure
+                await until_gone(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

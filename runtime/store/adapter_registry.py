@@ -76,17 +76,6 @@ class AdapterEvent:
     """Unix seconds."""
 
 
-@dataclass(frozen=True, slots=True)
-class ActingChange:
-    """One move of the acting pointer."""
-
-    adapter: str | None
-    """None: to the base network."""
-    reason: str
-    created_at: float
-    """Unix seconds."""
-
-
 MODEL_CARD = "README.md"
 
 INCOMING = ".incoming-"
@@ -118,6 +107,11 @@ def create_tables(db: Database) -> None:
             )
 
 
+@migrations()
+def name_the_cycle(db: Database) -> None:
+    db.execute("ALTER TABLE adapters ADD COLUMN cycle TEXT")
+
+
 class AdapterRegistry:
     """The store. Its folders lie beside the database file: `adapters/agent-v0007`. May be used from any thread.
 
@@ -144,7 +138,7 @@ class AdapterRegistry:
 
     # ---------------------------------------------------------------------------------------------- write
 
-    def register(self, path: Path, parent: str | None = None, reason: str = "") -> Adapter:
+    def register(self, path: Path, parent: str | None = None, reason: str = "", cycle: str | None = None) -> Adapter:
         """Copy a PEFT folder in under the next version's name. The folder itself may go afterwards.
 
         Registering the very same files again gives the adapter they already are, so that a maker who did not hear
@@ -159,7 +153,7 @@ class AdapterRegistry:
             self._copy(path, incoming)
             rank, digest = adapter_rank(incoming), weights_digest(incoming)
             with self._lock:
-                return self._known(incoming, digest) or self._adopt(incoming, rank, digest, parent, reason)
+                return self._known(incoming, digest) or self._adopt(incoming, rank, digest, parent, reason, cycle)
         finally:
             shutil.rmtree(incoming, ignore_errors=True)
 
@@ -191,7 +185,7 @@ class AdapterRegistry:
         with self._lock:
             chain = self._chain()
             if not 1 <= num_back < len(chain):
-                raise RegistryError(f"nothing to roll back to: {self._line_in_words()}")
+                raise RegistryError(f"nothing to roll back to: {self._chain_in_words()}")
             target = chain[num_back]
             self._flip(target["adapter"], target["behind"], reason)
             return self.acting()
@@ -208,6 +202,10 @@ class AdapterRegistry:
     def adapters(self) -> tuple[Adapter, ...]:
         """All that were ever registered, oldest first."""
         return tuple(self._adapter_from(row) for row in self._rows("SELECT * FROM adapters ORDER BY version"))
+
+    def cycle_of(self, name: str) -> str | None:
+        """The learner's cycle that made an adapter; None where somebody else did."""
+        return next((row["cycle"] for row in self._rows("SELECT cycle FROM adapters WHERE name = ?", name)), None)
 
     def state(self, name: str) -> AdapterState:
         """Raises UnknownAdapter."""
@@ -226,15 +224,10 @@ class AdapterRegistry:
         row = self._acting_row()
         return None if row is None or row["adapter"] is None else self.adapter(row["adapter"])
 
-    def line(self) -> tuple[Adapter | None, ...]:
+    def rollback_chain(self) -> tuple[Adapter | None, ...]:
         """The acting one, then what rollbacks would reach, one by one; the last is always the base network, None."""
         names = [row["adapter"] for row in self._chain()]
         return tuple(None if name is None else self.adapter(name) for name in names)
-
-    def acting_history(self) -> tuple[ActingChange, ...]:
-        """Every move of the acting pointer, oldest first."""
-        rows = self._rows("SELECT * FROM acting ORDER BY id")
-        return tuple(ActingChange(row["adapter"], row["reason"], row["created_at"]) for row in rows)
 
     # ----------------------------------------------------------------------------------------- inner rooms
 
@@ -255,14 +248,18 @@ class AdapterRegistry:
                 return adapter
         return None
 
-    def _adopt(self, incoming: Path, rank: int, digest: str, parent: str | None, reason: str) -> Adapter:
+    def _adopt(
+        self, incoming: Path, rank: int, digest: str, parent: str | None, reason: str, cycle: str | None
+    ) -> Adapter:
         version = 1 + len(self.adapters())
         name = f"agent-v{version:04d}"
         adapter = Adapter(name, version, self._folder / name, rank, parent, digest)
         shutil.rmtree(adapter.path, ignore_errors=True)  # left by a registration that died before its row
         with write_transaction(self.db):
             self.db.execute(
-                "INSERT INTO adapters VALUES (?, ?, ?, ?, ?, ?)", [version, name, rank, parent, digest, time.time()]
+                "INSERT INTO adapters (version, name, rank, parent, digest, created_at, cycle) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [version, name, rank, parent, digest, time.time(), cycle],
             )
             self._insert_event(name, AdapterState.REGISTERED, reason)
             incoming.rename(adapter.path)
@@ -314,8 +311,8 @@ class AdapterRegistry:
             row = rows.get(row["behind"])
         return [*chain, base]
 
-    def _line_in_words(self) -> str:
-        return ", before it ".join("the base network" if one is None else one.name for one in self.line())
+    def _chain_in_words(self) -> str:
+        return ", before it ".join("the base network" if one is None else one.name for one in self.rollback_chain())
 
     def _adapter_from(self, row: dict[str, Any]) -> Adapter:
         name = row["name"]

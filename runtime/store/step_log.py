@@ -88,10 +88,6 @@ class StepLog:
         """`append`, and wait on the event loop."""
         await asyncio.wrap_future(self.append(*facts))
 
-    def append_now(self, *facts: Fact) -> None:
-        """`append`, and wait: not for the event loop."""
-        self.append(*facts).result()
-
     def close(self) -> None:
         """Write what waits, then close the file. May be called twice."""
         self._is_closed = True

@@ -1,4 +1,5 @@
-"""Objectives made of material: what is scored, what is held against what, and why there may be nothing to learn."""
+"""Objectives made of training data: what is scored, what is held against what, and why there may be nothing to
+learn."""
 
 from __future__ import annotations
 
@@ -11,25 +12,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learner.data.training_data import Material, OwnAction, State, Trajectory
-from learner.objectives.build import OBJECTIVES, LessonOptions, NothingToLearn, objective_of
+from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
+from learner.objectives.build import OBJECTIVES, NothingToLearn, objective_of
 from learner.objectives.objectives import Likelihood, Objective, PolicyGradient, StepPreference, TrajectoryPreference
-from learner.packing.prefix_tree import Row, pack_rows
-from learner.packing.scoring import RowLogprobs, score, to_batch
-from tests.test_batch import NETWORKS, plain_logprobs
+from learner.options import ObjectiveOptions
+from learner.packing.prefix_tree import ScoredSequence, pack_sequences
+from learner.packing.scoring import SequenceLogprobs, score, to_batch
+from tests.networks import NETWORKS, plain_logprobs
 
 torch.set_num_threads(1)
 
-OPTIONS = LessonOptions()
+OPTIONS = ObjectiveOptions()
 RIGHT, WRONG, WORSE = (7, 2), (8, 9, 2), (5, 2)
 
 
-def own(token_ids: tuple[int, ...], agrees: bool | None = None, num_versions_old: int = 0) -> OwnAction:
+def own(token_ids: tuple[int, ...], agrees: bool | None = None, num_versions_old: int = 0) -> PolicyAction:
     logprobs = tuple(-0.5 - 0.1 * place for place in range(len(token_ids)))
-    return OwnAction("step", token_ids, logprobs, agrees, num_versions_old)
+    return PolicyAction("step", token_ids, logprobs, agrees, num_versions_old)
 
 
-def demonstration(name: str, *sampled: tuple[OwnAction, ...], task: str | None = None) -> Trajectory:
+def demonstration(name: str, *sampled: tuple[PolicyAction, ...], task: str | None = None) -> Trajectory:
     """An expert's episode with the policy's samples at each state."""
     first = 10 + sum(map(ord, name)) % 20
     states = tuple(
@@ -39,7 +41,7 @@ def demonstration(name: str, *sampled: tuple[OwnAction, ...], task: str | None =
 
 
 def attempt(
-    name: str, outcome: float | None, actions: Sequence[OwnAction], task: str | None = None, expert: bool = False
+    name: str, outcome: float | None, actions: Sequence[PolicyAction], task: str | None = None, expert: bool = False
 ) -> Trajectory:
     """An own episode; with `expert`, one answered at each of its states."""
     first = 10 + sum(map(ord, name)) % 20
@@ -53,23 +55,23 @@ def attempt(
 class CountingRewards:
     """Rewards an action by its length."""
 
-    def rewards(self, rows: Sequence[Row]) -> Sequence[float]:
-        return [float(len(row.token_ids) - row.spans[0].start) for row in rows]
+    def rewards(self, sequences: Sequence[ScoredSequence]) -> Sequence[float]:
+        return [float(len(sequence.token_ids) - sequence.spans[0].start) for sequence in sequences]
 
 
 class EqualRewards:
-    def rewards(self, rows: Sequence[Row]) -> Sequence[float]:
-        return [0.5] * len(rows)
+    def rewards(self, sequences: Sequence[ScoredSequence]) -> Sequence[float]:
+        return [0.5] * len(sequences)
 
 
-def rich_material() -> Material:
+def rich_training_data() -> TrainingData:
     """Something for every objective."""
-    return Material(
+    return TrainingData(
         demonstrations=(
             demonstration("a", (own(RIGHT, True), own(WRONG, False)), (own(RIGHT, True),), task="t1"),
             demonstration("b", (own(WRONG, False), own(WORSE, False)), (), task="t2"),
         ),
-        own=(
+        policy_episodes=(
             attempt("c", 0.0, [own(RIGHT, True), own(WRONG, False)], task="t1", expert=True),
             attempt("d", 1.0, [own(RIGHT), own(RIGHT), own(WORSE)], task="t1"),
             attempt("e", 0.0, [own(WORSE)], task="t2"),
@@ -78,13 +80,13 @@ def rich_material() -> Material:
     )
 
 
-def make(name: str, material: Material, options: LessonOptions = OPTIONS) -> Objective:
-    return objective_of(name, material, options, CountingRewards())
+def make(name: str, training_data: TrainingData, options: ObjectiveOptions = OPTIONS) -> Objective:
+    return objective_of(name, training_data, options, CountingRewards())
 
 
 def completions(objective: Objective, indexes: Sequence[int] | None = None) -> list[tuple[int, ...]]:
     """The scored tokens of the objective's rows."""
-    rows = objective.rows if indexes is None else [objective.rows[index] for index in indexes]
+    rows = objective.sequences if indexes is None else [objective.sequences[index] for index in indexes]
     return [row.token_ids[span.start : span.stop] for row in rows for span in row.spans]
 
 
@@ -93,10 +95,10 @@ def completions(objective: Objective, indexes: Sequence[int] | None = None) -> l
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_only_actions_are_scored_and_never_a_prompt(name: str) -> None:
-    material = rich_material()
-    prompts = {state.prompt for trajectory in material.trajectories for state in trajectory.states}
-    objective = make(name, material)
-    for row in objective.rows:
+    training_data = rich_training_data()
+    prompts = {state.prompt for trajectory in training_data.trajectories for state in trajectory.states}
+    objective = make(name, training_data)
+    for row in objective.sequences:
         [span] = row.spans
         assert row.token_ids[: span.start] in prompts
         assert row.token_ids[span.start : span.stop] in {RIGHT, WRONG, WORSE}
@@ -106,40 +108,40 @@ def test_only_actions_are_scored_and_never_a_prompt(name: str) -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_trainer_batches_rows_by_the_trajectory_or_task_that_owns_them(name: str) -> None:
     names = {"a", "b", "c", "d", "e", "f", "t1", "t2"}
-    assert {row.owner[0] for row in make(name, rich_material()).rows} <= names  # type: ignore[index]
+    assert {row.owner[0] for row in make(name, rich_training_data()).sequences} <= names  # type: ignore[index]
 
 
 def test_sft_learns_experts_actions_at_demonstrations_and_where_asked_at_own_states() -> None:
     for own_states, num_states in ((False, 4), (True, 6)):
-        objective = make("sft", rich_material(), replace(OPTIONS, own_states=own_states))
+        objective = make("sft", rich_training_data(), replace(OPTIONS, own_states=own_states))
         assert isinstance(objective, Likelihood)
         assert completions(objective) == [RIGHT] * num_states
 
 
 def test_informative_only_leaves_out_what_the_policy_masters_or_was_never_asked() -> None:
-    objective = make("sft", rich_material(), replace(OPTIONS, informative_only=True))
-    assert [row.owner for row in objective.rows] == [("a", "a-0"), ("b", "b-0"), ("c", "c-1")]
+    objective = make("sft", rich_training_data(), replace(OPTIONS, informative_only=True))
+    assert [row.owner for row in objective.sequences] == [("a", "a-0"), ("b", "b-0"), ("c", "c-1")]
 
 
 def test_a_state_that_many_episodes_share_counts_once_with_all_its_own_actions() -> None:
     shared = State("x", (10, 3), RIGHT, (own(WRONG, False),))
     again = State("y", (10, 3), RIGHT, (own(WORSE, False), own(RIGHT, True)))
-    material = Material((Trajectory("a", (shared,)),), (Trajectory("b", (again,)), Trajectory("c", (again,))))
-    assert completions(make("sft", material)) == [RIGHT]
-    implicit = make("implicit", material)
+    training_data = TrainingData((Trajectory("a", (shared,)),), (Trajectory("b", (again,)), Trajectory("c", (again,))))
+    assert completions(make("sft", training_data)) == [RIGHT]
+    implicit = make("implicit", training_data)
     assert isinstance(implicit, StepPreference)
     assert completions(implicit) == [RIGHT, WRONG, WORSE, WORSE]
     assert [pair.weight for pair in implicit.pairs] == [pytest.approx(1 / 3)] * 3
 
 
 def test_implicit_prefers_the_expert_s_action_to_each_disagreeing_own_one_at_the_same_state() -> None:
-    objective = make("implicit", rich_material())
+    objective = make("implicit", rich_training_data())
     assert isinstance(objective, StepPreference)
     pairs = [(completions(objective, pair.chosen), completions(objective, pair.rejected)) for pair in objective.pairs]
     assert pairs == [([RIGHT], [WRONG]), ([RIGHT], [WRONG]), ([RIGHT], [WORSE]), ([RIGHT], [WRONG])]
     assert [pair.weight for pair in objective.pairs] == [1.0, 0.5, 0.5, 1.0]
     for pair in objective.pairs:
-        chosen, rejected = objective.rows[pair.chosen[0]], objective.rows[pair.rejected[0]]
+        chosen, rejected = objective.sequences[pair.chosen[0]], objective.sequences[pair.rejected[0]]
         assert chosen.owner == rejected.owner
         assert chosen.token_ids[: chosen.spans[0].start] == rejected.token_ids[: rejected.spans[0].start]
     assert {completions(objective, [index])[0] for index in objective.anchored} == {RIGHT}
@@ -147,9 +149,9 @@ def test_implicit_prefers_the_expert_s_action_to_each_disagreeing_own_one_at_the
 
 
 def test_inverse_rewards_every_own_action_and_anchors_experts_actions() -> None:
-    objective = make("inverse", rich_material())
+    objective = make("inverse", rich_training_data())
     assert isinstance(objective, PolicyGradient)
-    rewarded = [index for index in range(len(objective.rows)) if index not in objective.anchored]
+    rewarded = [index for index in range(len(objective.sequences)) if index not in objective.anchored]
     assert len(rewarded) == 5 + 7
     assert len(objective.anchored) == 6
     for index in rewarded:
@@ -161,40 +163,40 @@ def test_inverse_rewards_every_own_action_and_anchors_experts_actions() -> None:
 @pytest.mark.parametrize("name", ["inverse", "ppo"])
 def test_rewarded_objectives_need_no_expert_and_without_an_anchor_take_none(name: str) -> None:
     own_episodes = attempt("c", 0.0, [own(RIGHT), own(WRONG)]), attempt("d", 1.0, [own(RIGHT)])
-    assert completions(make(name, Material((), own_episodes))) == [RIGHT, WRONG, RIGHT]
-    material = replace(rich_material(), own=own_episodes)
-    assert not (held := make(name, material, replace(OPTIONS, anchor_weight=0.0))).anchored  # type: ignore[attr-defined]
+    assert completions(make(name, TrainingData((), own_episodes))) == [RIGHT, WRONG, RIGHT]
+    training_data = replace(rich_training_data(), policy_episodes=own_episodes)
+    assert not (held := make(name, training_data, replace(OPTIONS, anchor_weight=0.0))).anchored  # type: ignore[attr-defined]
     assert completions(held)[-3:] == [RIGHT, WRONG, RIGHT]
 
 
 def test_eto_pairs_a_demonstration_with_failures_on_the_same_task_alone() -> None:
-    objective = make("eto", rich_material())
+    objective = make("eto", rich_training_data())
     assert isinstance(objective, TrajectoryPreference)
     assert [completions(objective, pair.rejected) for pair in objective.pairs] == [[RIGHT, WRONG], [WORSE]]
     assert [completions(objective, pair.chosen) for pair in objective.pairs] == [[RIGHT] * 2, [RIGHT] * 2]
     for pair, task in zip(objective.pairs, ("t1", "t2"), strict=True):
-        assert {objective.rows[index].owner for index in (*pair.chosen, *pair.rejected)} == {(task,)}
+        assert {objective.sequences[index].owner for index in (*pair.chosen, *pair.rejected)} == {(task,)}
 
 
 def test_the_failures_on_one_task_weigh_as_one() -> None:
     failures = tuple(attempt(name, 0.0, [own(WRONG)], task="t") for name in "xyz")
-    objective = make("eto", Material((demonstration("a", (), task="t"),), failures))
+    objective = make("eto", TrainingData((demonstration("a", (), task="t"),), failures))
     assert isinstance(objective, TrajectoryPreference)
     assert [pair.weight for pair in objective.pairs] == [pytest.approx(1 / 3)] * 3
-    assert len(objective.rows) == 1 + 3  # the demonstration's rows stand once
+    assert len(objective.sequences) == 1 + 3  # the demonstration's rows stand once
 
 
 def test_rft_imitates_own_successes_and_nothing_else() -> None:
-    assert completions(make("rft", rich_material())) == [RIGHT, RIGHT, WORSE]
+    assert completions(make("rft", rich_training_data())) == [RIGHT, RIGHT, WORSE]
 
 
 def test_ppo_gives_every_action_its_episode_s_outcome_against_the_mean() -> None:
-    objective = make("ppo", rich_material())
+    objective = make("ppo", rich_training_data())
     assert isinstance(objective, PolicyGradient)
     assert completions(objective, sorted(objective.anchored)) == [RIGHT] * 6
     by_episode = {
         row.owner[0]: objective.advantages[index]  # type: ignore[index]
-        for index, row in enumerate(objective.rows)
+        for index, row in enumerate(objective.sequences)
         if index not in objective.anchored
     }
     assert by_episode == pytest.approx({"c": -(0.5**0.5), "d": 2**0.5, "e": -(0.5**0.5)})
@@ -204,57 +206,73 @@ def test_ppo_gives_every_action_its_episode_s_outcome_against_the_mean() -> None
 def test_own_actions_of_too_old_a_policy_are_left_out(name: str) -> None:
     def aged(trajectory: Trajectory, num_versions: int) -> Trajectory:
         states = [
-            replace(state, own=tuple(replace(action, num_versions_old=num_versions) for action in state.own))
+            replace(
+                state,
+                policy_actions=tuple(replace(action, num_versions_old=num_versions) for action in state.policy_actions),
+            )
             for state in trajectory.states
         ]
         return replace(trajectory, states=tuple(states))
 
-    fresh = rich_material()
-    material = replace(fresh, own=tuple(aged(each, OPTIONS.max_versions_old) for each in fresh.own))
-    assert make(name, material).rows == make(name, fresh).rows
-    stale = replace(fresh, own=tuple(aged(each, OPTIONS.max_versions_old + 1) for each in fresh.own))
+    fresh = rich_training_data()
+    training_data = replace(
+        fresh, policy_episodes=tuple(aged(each, OPTIONS.max_versions_old) for each in fresh.policy_episodes)
+    )
+    assert make(name, training_data).sequences == make(name, fresh).sequences
+    stale = replace(
+        fresh, policy_episodes=tuple(aged(each, OPTIONS.max_versions_old + 1) for each in fresh.policy_episodes)
+    )
     if name == "ppo":
         with pytest.raises(NothingToLearn):
             make(name, stale)
     else:
         without = replace(
-            fresh, own=tuple(replace(e, states=tuple(replace(s, own=()) for s in e.states)) for e in fresh.own)
+            fresh,
+            policy_episodes=tuple(
+                replace(e, states=tuple(replace(s, policy_actions=()) for s in e.states)) for e in fresh.policy_episodes
+            ),
         )
-        assert make(name, stale).rows == make(name, without).rows != make(name, fresh).rows
+        assert make(name, stale).sequences == make(name, without).sequences != make(name, fresh).sequences
 
 
 # ------------------------------------------------------------------------------- nothing to learn
 
-MASTERED = Material(
+MASTERED = TrainingData(
     (demonstration("a", (own(RIGHT, True),), task="t1"),), (attempt("c", 1.0, [own(RIGHT)], task="t1"),)
 )
 
 
 @pytest.mark.parametrize(
-    ("name", "material", "reason"),
+    ("name", "training_data", "reason"),
     [
-        ("sft", Material(()), "no expert has acted or answered at any state"),
-        ("implicit", Material((), (attempt("c", 0.0, [own(WRONG)]),)), "no expert has acted or answered at any state"),
+        ("sft", TrainingData(()), "no expert has acted or answered at any state"),
+        (
+            "implicit",
+            TrainingData((), (attempt("c", 0.0, [own(WRONG)]),)),
+            "no expert has acted or answered at any state",
+        ),
         ("implicit", MASTERED, "did what the experts do at all 1 states"),
-        ("inverse", Material((demonstration("a", ()),)), "no own action"),
+        ("inverse", TrainingData((demonstration("a", ()),)), "no own action"),
         ("eto", MASTERED, "no own episode failed on a demonstrated task: 1 own episodes, 1 succeeded, 0 failed"),
         (
             "eto",
-            Material((demonstration("a", ()),), (attempt("c", 0.0, [own(WRONG)]),)),  # neither says its task
+            TrainingData((demonstration("a", ()),), (attempt("c", 0.0, [own(WRONG)]),)),  # neither says its task
             "no own episode failed on a demonstrated task: 1 own episodes, 0 succeeded, 1 failed, 0 demonstrated tasks",
         ),
         (
             "rft",
-            Material((), (attempt("c", 0.0, [own(WRONG)]), attempt("d", None, [own(RIGHT)]))),
+            TrainingData((), (attempt("c", 0.0, [own(WRONG)]), attempt("d", None, [own(RIGHT)]))),
             "no own episode succ",
         ),
         ("ppo", MASTERED, "the outcomes of all own episodes are equal: 1 own episodes, 1 succeeded"),
-        ("ppo", Material((demonstration("a", ()),)), "the outcomes of all own episodes are equal: 0 own episodes"),
+        ("ppo", TrainingData((demonstration("a", ()),)), "the outcomes of all own episodes are equal: 0 own episodes"),
     ],
 )
-def test_material_without_a_lesson_is_refused_with_the_reason(name: str, material: Material, reason: str) -> None:
+def test_material_without_a_lesson_is_refused_with_the_reason(
+    name: str, training_data: TrainingData, reason: str
+) -> None:
     with pytest.raises(NothingToLearn, match=reason):
-        make(name, material)
+        make(name, training_data)
 
 
 def test_informative_only_finds_nothing_where_all_is_mastered() -> None:
@@ -264,22 +282,22 @@ def test_informative_only_finds_nothing_where_all_is_mastered() -> None:
 
 def test_equal_rewards_are_no_lesson() -> None:
     with pytest.raises(NothingToLearn, match="rewards all 12 own actions alike"):
-        objective_of("inverse", rich_material(), OPTIONS, EqualRewards())
+        objective_of("inverse", rich_training_data(), OPTIONS, EqualRewards())
 
 
 def test_an_unknown_objective_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
         ValueError, match="no objective is called 'dpo'; there are: sft, implicit, inverse, eto, rft, ppo"
     ):
-        make("dpo", rich_material())
+        make("dpo", rich_training_data())
 
 
 # ------------------------------------------------------------------------ packed equals row by row
 
 
 @st.composite
-def materials(draw: st.DrawFn) -> Material:
-    """Random material with a lesson for every objective."""
+def materials(draw: st.DrawFn) -> TrainingData:
+    """Random training data with a lesson for every objective."""
     token = st.integers(0, 39)
     tokens = st.lists(token, min_size=1, max_size=5).map(tuple)
 
@@ -297,35 +315,35 @@ def materials(draw: st.DrawFn) -> Material:
     demonstrations = [Trajectory(f"d{at}", states(f"d{at}", False), f"t{at}", 1.0) for at in range(2)]
     disagreeing = State("d2-0", draw(tokens), (1, 2), (own((3,), False),))
     episodes = [Trajectory(f"o{at}", states(f"o{at}", True), f"t{at % 2}", float(at == 2)) for at in range(4)]
-    return Material((*demonstrations, Trajectory("d2", (disagreeing,), "t2", 1.0)), tuple(episodes))
+    return TrainingData((*demonstrations, Trajectory("d2", (disagreeing,), "t2", 1.0)), tuple(episodes))
 
 
 class HashedRewards:
-    def rewards(self, rows: Sequence[Row]) -> Sequence[float]:
-        return [hash(row.token_ids) % 101 / 101 for row in rows]
+    def rewards(self, sequences: Sequence[ScoredSequence]) -> Sequence[float]:
+        return [hash(sequence.token_ids) % 101 / 101 for sequence in sequences]
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@given(material=materials())
+@given(training_data=materials())
 @settings(deadline=None, max_examples=8)
-def test_packed_loss_and_gradients_equal_row_by_row(name: str, material: Material) -> None:
+def test_packed_loss_and_gradients_equal_row_by_row(name: str, training_data: TrainingData) -> None:
     network = NETWORKS["qwen2"]
-    objective = objective_of(name, material, OPTIONS, HashedRewards())
+    objective = objective_of(name, training_data, OPTIONS, HashedRewards())
     with torch.no_grad():
-        reference = [plain_logprobs(network, row).float() - 0.05 for row in objective.rows]
+        reference = [plain_logprobs(network, row).float() - 0.05 for row in objective.sequences]
 
     def packed() -> Tensor:
         totals = [
             objective.loss(score(network, to_batch(pack, "cpu")), reference).total
-            for pack in pack_rows(objective.rows, 400)
+            for pack in pack_sequences(objective.sequences, 400)
         ]
         return torch.stack(totals).sum()
 
     def row_by_row() -> Tensor:
-        tokens = [plain_logprobs(network, row).float() for row in objective.rows]
-        row_of_token = torch.repeat_interleave(torch.arange(len(tokens)), torch.tensor(list(map(len, tokens))))
+        tokens = [plain_logprobs(network, row).float() for row in objective.sequences]
+        sequence_of_token = torch.repeat_interleave(torch.arange(len(tokens)), torch.tensor(list(map(len, tokens))))
         joined = torch.cat(tokens)
-        scored = RowLogprobs(tuple(range(len(tokens))), joined, row_of_token, torch.ones_like(joined))
+        scored = SequenceLogprobs(tuple(range(len(tokens))), joined, sequence_of_token, torch.ones_like(joined))
         return objective.loss(scored, reference).total
 
     (packed_loss, packed_gradients), (plain_loss, plain_gradients) = map(_with_gradients, (packed, row_by_row))
