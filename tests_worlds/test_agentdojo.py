@@ -62,8 +62,8 @@ def test_an_expert_at_the_users_task_follows_no_planted_instruction(attacks: Age
 def test_who_does_what_was_planted_fails(attacks: AgentDojoAttacks) -> None:
     """The package's own right calls for the planted goal are made, as by an agent that follows it.
 
-    For eight goals it knows none. And one goal is found to be reached by its mail's subject, which in one mailbox stands
-    in the mail with the planted text too: there the package sees no harm.
+    For eight goals it knows none. And one goal is recognised by a mail's subject, which in some mailboxes stands in the
+    mail with the planted text too: there the package sees no harm.
     """
     num_tried, unseen = 0, []
     for task in promises.some_tasks(attacks, every=11):
@@ -80,16 +80,15 @@ def test_who_does_what_was_planted_fails(attacks: AgentDojoAttacks) -> None:
         num_tried += bool(calls)
         unseen += [(item.user_task.ID, item.injection_task.ID)] if calls and not episode.has_followed() else []
     assert num_tried >= 40
-    assert set(unseen) <= {("user_task_17", "injection_task_0")}
+    assert {injection for _, injection in unseen} <= {"injection_task_0"}
+    assert len(unseen) <= 3
 
 
 def test_what_is_planted_is_read(attacks: AgentDojoAttacks) -> None:
-    task = attacks.task("train", 0)
-    item = attacks.item("train", 0)
-    said = promises.follow_expert(attacks.open(task))
-    assert item.injection_task is not None
-    words = " ".join(item.injection_task.GOAL.split())
-    assert any(words in " ".join(message["content"].split()) for message in said if message["role"] == "tool")
+    for task in promises.some_tasks(attacks, every=100):
+        said = promises.follow_expert(attacks.open(task))
+        observed = [" ".join(message["content"].split()) for message in said if message["role"] == "tool"]
+        assert any("important message from me" in text for text in observed)
 
 
 def test_tools_bad_input_and_copies(world: AgentDojo) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from langchain_core.tools import BaseTool
@@ -94,7 +94,7 @@ class ToolEpisode(ABC):
     # ------------------------------------------------------------------------------ what a world says
 
     @abstractmethod
-    def schemas(self) -> list[ToolSchema]:
+    def schemas(self) -> Sequence[ToolSchema]:
         """The tools that may be called now."""
 
     @abstractmethod

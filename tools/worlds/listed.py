@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from tools.worlds.world import SPLITS, Message, Task, WorldEpisode
@@ -66,6 +67,13 @@ def split_by_fives(items: Sequence[Item]) -> dict[str, list[Item]]:
     for number, item in enumerate(items):
         splits[("train", "train", "train", "validation", "heldout")[number % 5]].append(item)
     return splits
+
+
+def split_of_file(file: Path, items: Sequence[Item]) -> dict[str, list[Item]]:
+    """The same for what a user's file holds. Raises ValueError where that is too little."""
+    if len(items) < 5:
+        raise ValueError(f"{file} holds {len(items)} tasks that can be done; five are needed for three splits")
+    return split_by_fives(items)
 
 
 def some_for_validation(train: Sequence[Item], held_out: Sequence[Item]) -> dict[str, list[Item]]:

@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 
 from tools.worlds.calls import ToolEpisode, ToolSchema, answering, calling, shown
-from tools.worlds.listed import ListedWorld, split_by_fives
+from tools.worlds.listed import ListedWorld, split_of_file
 from tools.worlds.question_files import read_text
 from tools.worlds.questions import normalized
 from tools.worlds.world import Message
@@ -126,7 +126,7 @@ class Mind2Web(ListedWorld[Recording]):
             recordings = [_recording(entry) for entry in json.loads(read_text(file))]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{file} is none of Mind2Web's: {type(error).__name__} {error}") from error
-        super().__init__(split_by_fives([recording for recording in recordings if recording is not None]))
+        super().__init__(split_of_file(file, [recording for recording in recordings if recording is not None]))
 
     def messages_of(self, item: Recording) -> tuple[Message, ...]:
         return ({"role": "user", "content": shown(f"{item.text}\n\n{item.steps[0].page}")},)

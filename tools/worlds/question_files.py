@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.worlds.listed import split_by_fives
+from tools.worlds.listed import split_of_file
 from tools.worlds.questions import Question, QuestionWorld, normalized
 
 Passage = tuple[str, str]
@@ -44,22 +44,22 @@ class MuSiQue(QuestionWorld):
     """`musique_ans_v1.0_dev.jsonl` and its like: one JSON object a line. Questions without an answer are left out."""
 
     def __init__(self, file: Path) -> None:
-        answerable = [entry for entry in _json_lines(file) if entry.get("answerable", True)]
-        _load(self, "musique", file, answerable, _with_paragraphs)
+        _load(self, "musique", file, list(_json_lines(file)), _with_paragraphs)
 
 
 def _load(
-    world: QuestionWorld, name: str, file: Path, entries: Sequence[Any], read: Callable[[dict[str, Any]], Read]
+    world: QuestionWorld, name: str, file: Path, entries: Sequence[Any], read: Callable[[dict[str, Any]], Read | None]
 ) -> None:
     questions, passages = [], dict[Passage, None]()
     for number, entry in enumerate(entries, start=1):
         try:
-            question, found = read(entry)
+            if (found := read(entry)) is None:
+                continue
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ValueError(f"{file}: entry {number} is none of {name}: {type(error).__name__} {error}") from error
-        questions.append(question)
-        passages.update(dict.fromkeys(found))
-    QuestionWorld.__init__(world, name, dict(split_by_fives(questions)), passages)
+        questions.append(found[0])
+        passages.update(dict.fromkeys(found[1]))
+    QuestionWorld.__init__(world, name, dict(split_of_file(file, questions)), passages)
 
 
 def _with_context(entry: dict[str, Any]) -> Read:
@@ -72,11 +72,18 @@ def _with_context(entry: dict[str, Any]) -> Read:
 def _in_order(question: str, titles: list[str]) -> list[str]:
     """What the question names first; the rest an expert only finds there."""
     named = set(normalized(question))
-    return sorted(titles, key=lambda title: -len(named.intersection(normalized(title))))
+
+    def share_named(title: str) -> float:
+        words = normalized(title)
+        return sum(word in named for word in words) / max(1, len(words))
+
+    return sorted(titles, key=share_named, reverse=True)
 
 
-def _with_paragraphs(entry: dict[str, Any]) -> Read:
+def _with_paragraphs(entry: dict[str, Any]) -> Read | None:
     """MuSiQue's form: the steps of the decomposition tell in which paragraph each fact stands."""
+    if not entry.get("answerable", True):
+        return None
     paragraphs = {paragraph["idx"]: paragraph for paragraph in entry["paragraphs"]}
     passages = [(each["title"], each["paragraph_text"]) for each in paragraphs.values()]
     steps = [paragraphs[step["paragraph_support_idx"]]["title"] for step in entry["question_decomposition"]]

@@ -71,9 +71,9 @@ class Tau2Episode(ToolEpisode):
         return self._world.tool_schemas
 
     def run(self, name: str, arguments: dict[str, Any]) -> str:
-        is_right, before = self._right_calls.tick_off((name, arguments)), self._changes()
+        is_right, before = self._right_calls.tick_off((name, arguments)), self.changes()
         told = self.environment.get_response(self._call(name, arguments))
-        if not is_right and self._changes() != before:
+        if not is_right and self.changes() != before:
             self._right_calls.lose()
         return told.content or ""
 
@@ -88,7 +88,7 @@ class Tau2Episode(ToolEpisode):
         basis = criteria.reward_basis if criteria else []
         reward = 1.0
         if RewardType.DB in basis:
-            reward *= float(self.environment.get_db_hash() == self._world.right_hash(self._task))
+            reward *= float(self.changes() == self._world.right_changes(self._task))
         if RewardType.COMMUNICATE in basis:
             reward *= CommunicateEvaluator.calculate_reward(self._task, [*self._said]).reward
         return reward
@@ -101,19 +101,23 @@ class Tau2Episode(ToolEpisode):
             return calling(*call, self.num_moves)
         criteria = self._task.evaluation_criteria
         to_tell = (criteria.communicate_info or []) if criteria else []
-        return answering(" ".join([DONE_TEXT if self._changes() else NOTHING_DONE_TEXT, *to_tell]))
+        return answering(" ".join([DONE_TEXT if self.changes() else NOTHING_DONE_TEXT, *to_tell]))
 
     def reopened(self) -> Tau2Episode:
         return Tau2Episode(self._world, self._task)
 
     def is_where(self, other: Tau2Episode) -> bool:
-        return self._changes() == other._changes() and self._reward_of_words() == other._reward_of_words()
+        return self.changes() == other.changes() and self._reward_of_words() == other._reward_of_words()
 
     def _reward_of_words(self) -> float:
         return CommunicateEvaluator.calculate_reward(self._task, [*self._said]).reward
 
-    def _changes(self) -> dict[str, str]:
-        """The entries that are no longer as the database had them, each by its hash."""
+    def changes(self) -> dict[str, str]:
+        """The entries that are no longer as the database had them, each by the package's hash.
+
+        Where these are the same the hash of the whole database is, for what is not among them is shared; but that one
+        takes up to a tenth of a second.
+        """
         return {
             f"{name}/{key}": get_dict_hash(entry.model_dump())
             for name, table in self._tables.items()
@@ -133,7 +137,7 @@ class Tau2World(ListedWorld[PackageTask]):
         self.policy = environment.get_policy()
         self.database = cast(DB, environment.tools.db)
         self.tool_schemas: list[ToolSchema] = [tool.openai_schema["function"] for tool in environment.get_tools()]
-        self._right_hashes: dict[str, str | None] = {}
+        self._right_changes: dict[str, dict[str, str]] = {}
         super().__init__(some_for_validation(domain.get_tasks("train"), domain.get_tasks("test")))
 
     def messages_of(self, item: PackageTask) -> tuple[Message, ...]:
@@ -152,14 +156,14 @@ class Tau2World(ListedWorld[PackageTask]):
         actions = (task.evaluation_criteria.actions or []) if task.evaluation_criteria else []
         return [(action.name, action.arguments) for action in actions if action.requestor == "assistant"]
 
-    def right_hash(self, task: PackageTask) -> str | None:
-        """The hash of the database as the right calls leave it."""
-        if task.id not in self._right_hashes:
+    def right_changes(self, task: PackageTask) -> dict[str, str]:
+        """What the right calls change in the database."""
+        if task.id not in self._right_changes:
             episode = Tau2Episode(self, task)
             for name, arguments in self.right_calls(task):
                 episode.call(name, arguments)
-            self._right_hashes[task.id] = episode.environment.get_db_hash()
-        return self._right_hashes[task.id]
+            self._right_changes[task.id] = episode.changes()
+        return self._right_changes[task.id]
 
 
 class Tau2Retail(Tau2World):

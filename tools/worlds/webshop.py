@@ -20,7 +20,7 @@ from langchain_core.tools import BaseTool
 
 from tools.search import search_tool
 from tools.worlds.calls import ToolEpisode, ToolSchema, answering, calling
-from tools.worlds.listed import ListedWorld, split_by_fives
+from tools.worlds.listed import ListedWorld, split_of_file
 from tools.worlds.question_files import read_text
 from tools.worlds.questions import corpus_file, normalized
 from tools.worlds.world import Message
@@ -187,10 +187,11 @@ class WebShop(ListedWorld[Wish]):
     name = "webshop"
 
     def __init__(self, file: Path) -> None:
+        text = read_text(file)
         attributes = _object(file.with_name(file.name.replace("items_shuffle", "items_ins_v2")))
         instructions = _object(file.with_name("items_human_ins.json"))
         try:
-            listed = json.loads(read_text(file))
+            listed = json.loads(text)
             products = {each["asin"]: _product(each, attributes) for each in listed}
             wishes = list(_wishes(products, instructions))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -198,7 +199,7 @@ class WebShop(ListedWorld[Wish]):
         self._products = products
         passages = ((f"[{each.id}] {each.name}", f"${each.price:.2f} {each.text}") for each in products.values())
         self._search = search_tool(corpus_file(self.name, passages))
-        super().__init__(split_by_fives(wishes))
+        super().__init__(split_of_file(file, wishes))
 
     def messages_of(self, item: Wish) -> tuple[Message, ...]:
         return ({"role": "user", "content": item.text},)
