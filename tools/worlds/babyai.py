@@ -22,7 +22,7 @@ from tools.worlds.reading import Arguments, Call, ReadingEpisode
 from tools.worlds.world import Message, Task
 
 # The package prints each mission that it rejects; a server's output is no place for that.
-vars(roomgrid_level)["print"] = lambda *_: None
+roomgrid_level.__dict__["print"] = lambda *_: None
 
 LEVELS = (
     "GoToRedBall-v0 GoToObjS6-v1 GoToLocal-v0 GoToDoor-v0 GoToObjDoor-v0 OpenRedDoor-v0 OpenDoor-v0 OpenDoorColor-v0 "

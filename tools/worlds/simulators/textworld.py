@@ -11,7 +11,7 @@ from typing import Any
 
 import textworld
 from textworld.challenges import CHALLENGES
-from textworld.generator import QuestGenerationError
+from textworld.generator import Game, QuestGenerationError, compile_game
 
 from tools.worlds.cache import cache_folder
 from tools.worlds.simulators.live import Frame, RawCall, Settings
@@ -52,13 +52,13 @@ def game_file(settings: Settings) -> Path:
 def _make(settings: Settings, folder: Path) -> None:
     options = textworld.GameOptions()
     options.path = str(folder / "game.z8")
-    textworld.generator.compile_game(_generate(settings, options), options)
+    compile_game(_generate(settings, options), options)
     for source in folder.iterdir():
         if source.suffix not in (".z8", ".json"):
             source.unlink()
 
 
-def _generate(settings: Settings, options: textworld.GameOptions) -> textworld.generator.Game:
+def _generate(settings: Settings, options: textworld.GameOptions) -> Game:
     _, make, _ = CHALLENGES[settings["challenge"]]
     for number in range(MAX_DRAWS):
         options.seeds = settings["seed"] + number * SEEDS_APART
