@@ -15,7 +15,8 @@ from runtime.store.step_views import EPISODE_TEXT, STEP_SUMMARY
 
 STEP_LOG_MIGRATIONS = Migrations("step_log")
 
-FACT_TABLES = ("episodes", "steps", "outcomes", "corrections", "tool_sets")
+FACT_TABLES = ("episodes", "steps", "outcomes", "corrections", "tool_sets", "withdrawals")
+_FIRST_TABLES = FACT_TABLES[:5]
 
 
 @STEP_LOG_MIGRATIONS()
@@ -38,10 +39,27 @@ def create_facts(database: Database) -> None:
     _create(database, "corrections", CORRECTION_COLUMNS, foreign_keys=[("step_id", "steps", "id")])
     for table, columns in INDEXES:
         database.table(table).create_index(columns)
-    for table in FACT_TABLES:
+    for table in _FIRST_TABLES:
         _refuse_edits(database, table, database.table(table).pks[0])
     database.create_view("episode_text", EPISODE_TEXT)
     database.create_view("step_summary", STEP_SUMMARY)
+
+
+@STEP_LOG_MIGRATIONS()
+def say_who(database: Database) -> None:
+    """Whose an episode is, who said what of it, and what was taken back."""
+    for table, column in (
+        ("episodes", "owner TEXT NOT NULL DEFAULT ''"),
+        ("episodes", "is_assigned INTEGER NOT NULL DEFAULT 1"),
+        ("outcomes", "key TEXT NOT NULL DEFAULT ''"),
+        ("outcomes", "role TEXT NOT NULL DEFAULT 'admin'"),
+        ("corrections", "key TEXT NOT NULL DEFAULT ''"),
+    ):
+        database.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
+    _create(database, "withdrawals", WITHDRAWAL_COLUMNS)
+    _refuse_edits(database, "withdrawals", "id")
+    database.table("withdrawals").create_index(["fact_id"])
+    database.table("episodes").create_index(["owner", "id"])
 
 
 EPISODE_COLUMNS = {
@@ -101,6 +119,14 @@ CORRECTION_COLUMNS = {
     "action": str,
     "completion_token_ids": bytes,
     "source": str,
+    "created_at": float,
+}
+
+WITHDRAWAL_COLUMNS = {
+    "id": str,
+    "fact_id": str,  # of an outcome, a correction, or a demonstration's episode
+    "reason": str,
+    "key": str,
     "created_at": float,
 }
 
