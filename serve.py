@@ -43,17 +43,15 @@ async def _serve(settings: Settings) -> None:
     from runtime.startup import listen, url_of, welcome
 
     sock = listen(settings.host, settings.port)  # before the slow imports: a port in use is told at once
-    import uvicorn
-
     from policies.types import EngineError
     from runtime.engines.supervised import SupervisedEngine
     from runtime.http.app import create_app
+    from runtime.http.shutdown import server_of
 
     parts = build_parts(settings)
     assert parts.learning is not None
     parts.learning.process.url = url_of(sock)
-    config = uvicorn.Config(create_app(parts), log_level=settings.log_level, timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
+    server = server_of(create_app(parts), parts.cutting, log_level=settings.log_level, grace_s=settings.shutdown_grace)
 
     beside: list[asyncio.Task[None]] = []
 
@@ -160,6 +158,7 @@ def build_parts(settings: Settings) -> Parts:
         ),
         metrics=Metrics(engine),
         keys=keys,
+        cors_origins=tuple(settings.cors_origins),
         learning=Learning.beside(
             settings.state,
             log,

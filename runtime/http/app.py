@@ -21,6 +21,7 @@ from runtime.http.metrics import Metrics
 from runtime.http.parts import Parts
 from runtime.http.responses import response_routes
 from runtime.http.server import server_routes
+from runtime.http.web_pages import LocalPagesOnly, with_cors
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
 
@@ -52,6 +53,9 @@ def create_app(parts: Parts) -> FastAPI:
     app.add_middleware(_BodyLimit)
     app.add_middleware(_RequestCount, metrics=parts.metrics)
     app.add_middleware(KeyCheck, ring=parts.keys)
+    app.add_middleware(LocalPagesOnly, ring=parts.keys, cors_origins=parts.cors_origins)
+    if parts.cors_origins:
+        app.add_middleware(with_cors, cors_origins=parts.cors_origins)
     return app
 
 

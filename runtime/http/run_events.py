@@ -18,6 +18,7 @@ class RunEvents:
 
     def __init__(self, parts: Parts, runs: Sequence[Run], lease: AsyncExitStack) -> None:
         self._metrics = parts.metrics
+        self._cutting = parts.cutting
         self._lease = lease
         streams = [run.events(parts.log, parts.limits) for run in runs]
         self._stream = streams[0] if len(streams) == 1 else _Merged(streams)
@@ -26,7 +27,7 @@ class RunEvents:
         return self
 
     async def __anext__(self) -> RunEvent:
-        event = await anext(self._stream)
+        event = await self._cutting.next_of(self._stream)
         if isinstance(event, StepTaken):
             self._metrics.count_step(event.step)
         return event
@@ -54,6 +55,9 @@ class _Merged:
         self._arrivals: asyncio.Queue[RunEvent | Exception | None] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._num_running = len(streams)
+
+    def __aiter__(self) -> _Merged:
+        return self
 
     async def __anext__(self) -> RunEvent:
         if not self._tasks:
