@@ -16,7 +16,7 @@ import pytest
 
 from policies.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
-from runtime.http.connections import ConnectionLimits
+from runtime.http.connections import DEFAULT_LIMITS, ConnectionLimits
 from tests.serving import NOVICE_FOLDER, SayingEngine, Served, parts_of, served
 
 
@@ -66,7 +66,7 @@ def serve_scripted(protocol: ChatProtocol, tmp_path: Path) -> Iterator[ServeScri
         def serve(
             *says: str,
             engine: SayingEngine | None = None,
-            limits_of_connections: ConnectionLimits = ConnectionLimits(),
+            limits_of_connections: ConnectionLimits = DEFAULT_LIMITS,
             grace_s: float = 2.0,
             **changes: Any,
         ) -> Served:

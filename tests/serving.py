@@ -22,7 +22,7 @@ from runtime.adapters.swap import Swap
 from runtime.agent.loop import RunLimits
 from runtime.agent.tools import Toolbox
 from runtime.http.app import create_app
-from runtime.http.connections import ConnectionLimits
+from runtime.http.connections import DEFAULT_LIMITS, ConnectionLimits
 from runtime.http.metrics import Metrics
 from runtime.http.parts import Parts
 from runtime.http.shutdown import DrainingServer, server_of
@@ -118,7 +118,7 @@ class Served:
 
 
 @contextmanager
-def served(parts: Parts, grace_s: float = 2.0, limits: ConnectionLimits = ConnectionLimits()) -> Iterator[Served]:
+def served(parts: Parts, grace_s: float = 2.0, limits: ConnectionLimits = DEFAULT_LIMITS) -> Iterator[Served]:
     """Serve in a thread, as serve.py does in its main thread. Closes the log, but not the engine, at the end."""
     sock = listen("127.0.0.1", 0)
     if parts.learning is not None:

@@ -224,11 +224,15 @@ def test_a_server_without_keys_answers_everybody_until_one_is_made_and_never_aga
     ring = KeyRing(KeyStore(tmp_path / "agent.db"))
     assert ring.key_of(None) == ANYBODY
     assert ring.key_of("whatever") == ANYBODY
-    assert (learner := ring.key_of(ring.learner_secret)) and learner.name == "learner"
+    learner = ring.key_of(ring.learner_secret)
+    assert learner is not None
+    assert learner.name == "learner"
     beside = KeyStore(tmp_path / "agent.db")
     secret = beside.make("ann", Role.ADMIN)
     assert ring.key_of(None) is None
-    assert (ann := ring.key_of(secret)) and ann.name == "ann"
+    ann = ring.key_of(secret)
+    assert ann is not None
+    assert ann.name == "ann"
     beside.revoke("ann")
     assert ring.key_of(secret) is None
     assert ring.key_of(None) is None, "revoking the last key opens nothing"

@@ -49,6 +49,9 @@ class ConnectionLimits:
         return self.connections or _most_connections()
 
 
+DEFAULT_LIMITS = ConnectionLimits()
+
+
 class _Phase(Enum):
     """What a connection is waiting for."""
 

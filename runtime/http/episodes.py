@@ -41,7 +41,7 @@ def episode_routes(parts: Parts) -> APIRouter:
         adapter: str | None = None,
         task_prefix: str | None = None,
     ) -> dict[str, Any]:
-        """Newest first, of the asking key's own; an admin key lists all. `after` is the `last_id` of the page before."""
+        """Newest first, the key's own; an admin key lists all. `after` is the `last_id` of the page before."""
         found = log.episodes(after, limit + 1, purpose, actor, adapter, task_prefix, asking_key(request).sees_only)
         return episode_page(found, limit)
 

@@ -134,7 +134,7 @@ def key_routes(parts: Parts) -> APIRouter:
     @router.get("")
     async def list_keys() -> dict[str, Any]:
         """Every key that was ever made, oldest first, without its secret."""
-        return {"object": "list", "data": [shown_key(key) for key in _store(parts).keys()]}
+        return {"object": "list", "data": [shown_key(key) for key in _store(parts).all_keys()]}
 
     @router.post("", status_code=201)
     async def make_key(body: KeyRequest, request: Request) -> dict[str, Any]:
@@ -189,4 +189,4 @@ def _change(change: Any, *values: object) -> Any:
 
 
 def _named(store: KeyStore, name: str) -> dict[str, Any]:
-    return next(shown_key(key) for key in store.keys() if key.name == name)
+    return next(shown_key(key) for key in store.all_keys() if key.name == name)

@@ -16,7 +16,7 @@ from typing import TypeVar
 import uvicorn
 from starlette.types import ASGIApp
 
-from runtime.http.connections import ConnectionLimits, guarded
+from runtime.http.connections import DEFAULT_LIMITS, ConnectionLimits, guarded
 
 T = TypeVar("T")
 
@@ -86,7 +86,7 @@ def server_of(
     *,
     log_level: str = "error",
     grace_s: float = 10.0,
-    limits: ConnectionLimits = ConnectionLimits(),
+    limits: ConnectionLimits = DEFAULT_LIMITS,
 ) -> DrainingServer:
     """A server with bounds on what a connection may cost, which ends without breaking off in mid-sentence."""
     config = uvicorn.Config(
