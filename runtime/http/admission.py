@@ -9,11 +9,16 @@ from policies.grammars import json_grammar, tool_call_grammar
 from policies.types import BASE_ADAPTER, EngineError, Message, SamplingParams, TokenIds, ToolSchema
 from runtime.agent.conversation import Place, continued, locate
 from runtime.agent.loop import Run
+from runtime.agent.rendering import SMALL_LETTERS, num_letters
 from runtime.agent.turn import Policy, Turn
 from runtime.http.parts import Parts
 from runtime.http.schemas import ChatCompletionRequest, NamedToolChoice
+from runtime.off_loop import off_loop
 from runtime.store.episodes import Actor, Episode, Step, new_id
 from runtime.store.keys import Key
+
+FEW_MESSAGES = 20
+"""Of a conversation that is read on the event loop."""
 
 
 class UnknownModel(ValueError):
@@ -41,9 +46,14 @@ async def admit(
     """
     if not (health := parts.engine.health()).is_alive:
         raise EngineError(health.problem)  # before adapters are looked for, which a dead engine has none of
-    messages = tuple(message.as_message() for message in request.messages)
+    is_large = len(request.messages) > FEW_MESSAGES or previous is not None
+    messages = await off_loop(is_large, lambda: tuple(message.as_message() for message in request.messages))
+    is_large = is_large or num_letters(messages) > 10 * SMALL_LETTERS
     asked_id = request.metadata.episode_id or header_episode_id
-    place = locate(parts.log, messages, asked_id) if previous is None else continued(parts.log, messages, previous)
+    if previous is None:
+        place = await off_loop(is_large or asked_id is not None, locate, parts.log, messages, asked_id)
+    else:
+        place = await off_loop(True, continued, parts.log, messages, previous)
     known_id = place.path[-1].episode_id if place.path else asked_id
     logged = None if known_id is None else parts.log.episode(known_id)
     if logged is not None and logged.owner != key.name and not (asked_id and key.sees(logged.owner)):
@@ -55,9 +65,13 @@ async def admit(
     began_with = logged.adapter if logged else None
     adapter = await lease.enter_async_context(parts.swap.lease(episode_id, began_with=began_with, pinned=pinned))
     policy = Policy(parts.engine, parts.protocol, adapter)
-    episode = logged or _new_episode(parts, request, episode_id, policy, messages, key, is_assigned=pinned is None)
+    is_assigned = pinned is None
+    episode = logged or await off_loop(
+        is_large, _new_episode, parts, request, episode_id, policy, messages, key, is_assigned
+    )
     admitted = _Admitted(parts, request, policy, episode, logged is None, place, messages)
-    return [admitted.run(choice) for choice in range(request.n)]
+    is_large = is_large or len(place.path) > FEW_MESSAGES or request.asks_for_grammar or bool(request.tools)
+    return [await off_loop(is_large, admitted.run, choice) for choice in range(request.n)]
 
 
 def _pinned_adapter(parts: Parts, model: str) -> str | None:

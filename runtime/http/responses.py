@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -38,8 +39,10 @@ def response_routes(parts: Parts) -> APIRouter:
     @router.post("/v1/responses", responses=_ANSWERS, openapi_extra={"parameters": [EPISODE_HEADER]})
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
         """Answer an input. Every step behind the answer is in the log before its last byte leaves."""
-        previous = last_step_of(parts.log, body.previous_response_id) if body.previous_response_id else None
-        history = history_of(parts.log.path_to(previous.id)) if previous else ()
+        previous, history = None, ()
+        if body.previous_response_id:
+            previous = await asyncio.to_thread(last_step_of, parts.log, body.previous_response_id)
+            history = history_of(await asyncio.to_thread(parts.log.path_to, previous.id))
         runs, events = await open_runs(
             parts, body.as_chat(history), asked_episode(request), asking_key(request), previous
         )

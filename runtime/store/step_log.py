@@ -114,6 +114,15 @@ class StepLog:
         """An episode's steps by time of creation; its branches stand beside each other."""
         return self._steps(f"{_STEPS} WHERE episode_id = ? ORDER BY created_at, steps.id", episode_id)
 
+    def steps_after(self, episode_id: str, step_id: str | None, limit: int) -> Iterator[Step]:
+        """The same, page by page and read one by one: those after this step. Close the iterator where it is left."""
+        after = "AND (created_at, steps.id) > (SELECT created_at, id FROM steps WHERE id = ?)" if step_id else ""
+        query = f"SELECT id FROM steps WHERE episode_id = ? {after} ORDER BY created_at, id LIMIT ?"
+        values = (episode_id, step_id, limit) if step_id else (episode_id, limit)
+        for row in self._rows(query, *values):
+            if (step := self.step(row["id"])) is not None:
+                yield step
+
     def path_to(self, step_id: str) -> list[Step]:
         """From the first step to this one, along the parents."""
         return self._steps(f"{_ANCESTRY} {_STEPS} JOIN ancestry ON ancestry.id = steps.id ORDER BY step_index", step_id)
@@ -137,6 +146,19 @@ class StepLog:
 
         Demonstrations that were taken back are not in it.
         """
+        return list(self.each_episode(after, limit, purpose, actor, adapter, task_prefix, owner))
+
+    def each_episode(
+        self,
+        after: str | None = None,
+        limit: int = 50,
+        purpose: Purpose | None = None,
+        actor: Actor | None = None,
+        adapter: str | None = None,
+        task_prefix: str | None = None,
+        owner: str | None = None,
+    ) -> Iterator[Episode]:
+        """The same, read one by one: close the iterator where the rest is not needed."""
         conditions = {"id < ?": after, "purpose = ?": purpose, "actor = ?": actor, "adapter = ?": adapter}
         conditions["owner = ?"] = owner
         if task_prefix is not None:  # a range, which an index serves; LIKE would trip over the prefix's own % and _
@@ -144,8 +166,10 @@ class StepLog:
         wanted = {condition: value for condition, value in conditions.items() if value is not None}
         where = " AND ".join([*wanted, _NOT_TAKEN_BACK.format(id="episodes.id")])
         page = f"SELECT id FROM episodes WHERE {where} ORDER BY id DESC LIMIT ?"  # sorts ids in an index, no whole rows
-        rows = self._rows(f"SELECT * FROM episodes WHERE id IN ({page}) ORDER BY id DESC", *wanted.values(), limit)
-        return [episode_from_row(row) for row in rows]
+        query = f"SELECT * FROM episodes WHERE id IN ({page}) ORDER BY id DESC"
+        with self._reading() as connection, closing(connection.execute(query, (*wanted.values(), limit))) as rows:
+            for row in rows:
+                yield episode_from_row(row)
 
     def outcomes(self, episode_id: str) -> list[Outcome]:
         """Those that were not taken back. The last one counts: the newest of those who are trusted most."""
