@@ -116,8 +116,10 @@ def build_parts(settings: Settings) -> Parts:
     from runtime.adapters.swap import Swap
     from runtime.agent.budget import RunLimits
     from runtime.agent.tools import Toolbox
+    from runtime.http.load import Load
     from runtime.http.metrics import Metrics
     from runtime.http.parts import Parts
+    from runtime.http.shutdown import Cutting
     from runtime.learning.trigger import Learning
     from runtime.store.adapter_registry import AdapterRegistry
     from runtime.store.keys import KeyRing, KeyStore
@@ -142,6 +144,7 @@ def build_parts(settings: Settings) -> Parts:
     except (ValueError, OSError, StepLogError, BaseNetworkError, sqlite3.Error) as error:
         raise SystemExit(f"cannot start: {error}") from error
     swap = Swap(engine, registry, network)
+    metrics, cutting = Metrics(engine), Cutting()
     return Parts(
         served_name=settings.served_name or os.path.basename(os.path.normpath(settings.model)),
         engine=engine,
@@ -156,7 +159,9 @@ def build_parts(settings: Settings) -> Parts:
             deadline_s=settings.deadline,
             tool_timeout_s=settings.tool_timeout,
         ),
-        metrics=Metrics(engine),
+        metrics=metrics,
+        cutting=cutting,
+        load=Load(settings.max_batch_size, settings.max_waiting, cutting, metrics.registry),
         keys=keys,
         cors_origins=tuple(settings.cors_origins),
         learning=Learning.beside(

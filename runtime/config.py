@@ -84,6 +84,8 @@ class Settings(BaseSettings):
     """Most tokens of prompt and answer together; default: what the model allows."""
     max_batch_size: int = Field(32, ge=1, le=1024)
     """Completions in the batch at a time; more wait."""
+    max_waiting: int = Field(1000, ge=0)
+    """Requests that wait for a place in the batch; more are answered 429."""
     threads: int | None = Field(None, ge=1)
     """Threads of the engine's arithmetic on a CPU; default: the engine's own choice."""
     learn_every: int = Field(200, ge=0)

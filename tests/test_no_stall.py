@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from policies.chat_protocol import ChatProtocol
 from runtime.store.episodes import Episode, new_id
 from tests.conftest import ServeScripted
 from tests.serving import MODEL, Served
@@ -100,10 +101,14 @@ def test_what_is_far_too_long_is_refused_with_its_reason_before_all_of_it_is_rea
     assert time.monotonic() - began < 5
 
 
-def test_what_just_fits_is_not_refused_early(serve_scripted: ServeScripted) -> None:
-    """However many letters its words have."""
+def test_what_just_fits_is_not_refused_early(serve_scripted: ServeScripted, protocol: ChatProtocol) -> None:
+    """However many letters its tokens have."""
     served = serve_scripted()
-    assert chat(served, said("restock " * 300)).status_code == 200
+    vocabulary = protocol.tokenizer.get_vocab()
+    word = max((text for text in vocabulary if text.isalpha()), key=len)
+    text = word * (1900 // len(protocol.encode(word * 100)) * 100)
+    assert len(text) > 2 * 2048
+    assert chat(served, said(text)).status_code == 200
 
 
 def test_an_episode_of_many_steps_is_read_page_by_page_and_stalls_nobody(serve_scripted: ServeScripted) -> None:

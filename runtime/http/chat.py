@@ -82,8 +82,9 @@ async def open_runs(
 ) -> tuple[list[Run], RunEvents]:
     """A request's runs, and their events, which hold the adapter's lease until they are closed. Raises as `admit`."""
     async with AsyncExitStack() as lease:
+        await lease.enter_async_context(parts.load.place(key, body.n))
         runs = await admit(parts, body, episode_id, key, lease, previous)
-        return runs, RunEvents(parts, runs, lease.pop_all())
+        return runs, RunEvents(parts, runs, lease.pop_all(), key)
 
 
 async def gather(answer: Answer, events: RunEvents) -> None:

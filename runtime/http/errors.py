@@ -20,6 +20,7 @@ from policies.types import EngineError
 from runtime.adapters.swap import SwapError
 from runtime.agent.step import ContextFull
 from runtime.http.admission import ForeignEpisode, UnknownModel
+from runtime.http.load import Refused
 from runtime.http.shutdown import ServerStopping
 from runtime.http.sse import ClientGone
 from runtime.learning.process import LearnerBusy
@@ -111,6 +112,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(409, str(error), "adapter_conflict")
         case ClientGone() | ClientDisconnect():
             return ApiError(499, str(error) or "the client has hung up", "client_gone")
+        case Refused():
+            return ApiError(429, str(error), error.code, headers={"Retry-After": str(error.retry_after_s)})
         case ServerStopping():
             return ApiError(503, str(error), "server_stopping", headers={"Retry-After": "5"})
         case sqlite3.Error():
@@ -145,6 +148,6 @@ def install_error_handlers(app: FastAPI) -> None:
 
     refused = (ApiError, RequestValidationError, HTTPException, ValueError, ContextFull)
     of_adapters = (SwapError, AdapterRefused, RegistryError, LearnerBusy)
-    failed = (EngineError, StepLogError, sqlite3.Error, ClientGone, ClientDisconnect, ServerStopping, Exception)
+    failed = (EngineError, StepLogError, sqlite3.Error, ClientGone, ClientDisconnect, ServerStopping, Refused, Exception)
     for kind in (*refused, *of_adapters, *failed):
         app.add_exception_handler(kind, answer)

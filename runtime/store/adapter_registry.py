@@ -78,6 +78,8 @@ class AdapterEvent:
     """Name of the key that asked for it; empty: the server itself, or somebody who was asked for none."""
 
 
+LOCK_TIMEOUT_S = 5.0
+"""How long a write waits for another process that writes to the file."""
 MODEL_CARD = "README.md"
 
 INCOMING = ".incoming-"
@@ -129,7 +131,7 @@ class AdapterRegistry:
         for left_by_a_crash in self._folder.glob(f"{INCOMING}*"):
             shutil.rmtree(left_by_a_crash, ignore_errors=True)
         self._lock = threading.RLock()
-        self.db = Database(sqlite3.connect(path, check_same_thread=False, timeout=30.0))
+        self.db = Database(sqlite3.connect(path, check_same_thread=False, timeout=LOCK_TIMEOUT_S))
         self.db.enable_wal()
         self.db.execute("PRAGMA synchronous=FULL")
         migrations.apply(self.db)
@@ -156,6 +158,8 @@ class AdapterRegistry:
         try:
             self._copy(path, incoming)
             rank, digest = adapter_rank(incoming), weights_digest(incoming)
+            if not 1 <= rank < 2**31:
+                raise AdapterRefused(f"its rank is {rank}, which no network has")
             with self._lock:
                 return self._known(incoming, digest) or self._adopt(incoming, rank, digest, parent, reason, key)
         finally:

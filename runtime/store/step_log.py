@@ -37,7 +37,7 @@ from runtime.store.step_writer import StepLogError, StepWriter
 
 __all__ = ["StepLog", "StepLogError"]
 
-LOCK_TIMEOUT_S = 30.0
+LOCK_TIMEOUT_S = 5.0
 """How long a write waits for another process that writes to the same file (the learner's tables live there too)."""
 
 _STEPS = "SELECT steps.*, tool_sets.tools FROM steps JOIN tool_sets ON tool_sets.digest = steps.tools_digest"
