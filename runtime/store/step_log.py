@@ -44,9 +44,29 @@ _STEPS = "SELECT steps.*, tool_sets.tools FROM steps JOIN tool_sets ON tool_sets
 
 _TRUST = "CASE role " + " ".join(f"WHEN '{role}' THEN {role.trust}" for role in Role) + " END"
 
+MOST_OF_A_KEY = 10
+"""Outcomes of one key that is trusted to give feedback and no more, of each adapter."""
+LIVE_EPISODES = 5000
+"""Of an adapter, newest first, that are looked through for outcomes."""
+
+_LIVE = "actor = 'policy' AND purpose <> 'evaluation' AND is_assigned = 1"
+"""Word for word that of an index."""
 _LEARNABLE = "actor = 'policy' AND purpose <> 'evaluation'"
 
 _NOT_TAKEN_BACK = "NOT EXISTS (SELECT 1 FROM withdrawals WHERE fact_id = {id})"
+
+_LIVE_OUTCOMES = f"""
+WITH live AS (
+    SELECT id FROM episodes WHERE {_LIVE} AND adapter = ? AND created_at >= ? ORDER BY id DESC LIMIT ?),
+said AS (
+    SELECT outcomes.*, outcomes.rowid AS number, {_TRUST} AS trust, row_number() OVER (
+        PARTITION BY episode_id ORDER BY {_TRUST} DESC, created_at DESC, outcomes.id DESC) AS place
+    FROM live JOIN outcomes ON outcomes.episode_id = live.id
+    WHERE {_NOT_TAKEN_BACK.format(id="outcomes.id")}),
+counted AS (
+    SELECT *, row_number() OVER (PARTITION BY key ORDER BY number DESC) AS nth_of_key FROM said WHERE place = 1)
+SELECT id, episode_id, value, source, note, created_at, key, role FROM counted
+WHERE trust >= {{least_trust}} OR nth_of_key <= ? ORDER BY number DESC LIMIT ?"""
 
 _ANCESTRY = """
 WITH RECURSIVE ancestry (id, parent_id) AS (
@@ -194,15 +214,17 @@ class StepLog:
         """How many of the policy's own episodes, evaluations not counted, began after that moment."""
         return self._rows(f"SELECT count(*) FROM episodes WHERE {_LEARNABLE} AND created_at > ?", created_at)[0][0]
 
-    def outcome_values(self, adapter: str, limit: int) -> list[float]:
-        """How the newest of an adapter's own episodes went, evaluations not counted: the last outcome of each."""
-        newest = f"SELECT id FROM episodes WHERE {_LEARNABLE} AND adapter = ? ORDER BY id DESC"
-        query = (
-            "SELECT value FROM outcomes WHERE outcomes.rowid IN "
-            f"(SELECT max(rowid) FROM outcomes WHERE episode_id IN ({newest}) GROUP BY episode_id) "
-            "ORDER BY outcomes.rowid DESC LIMIT ?"
-        )
-        return [row[0] for row in self._rows(query, adapter, limit)]
+    def live_outcomes(self, adapter: str, limit: int, since: float = 0.0) -> list[Outcome]:
+        """How the newest of the episodes went that the server gave this adapter and that began since: one outcome each,
+        the newest first.
+
+        Neither evaluations count nor what a client pinned, and of a key that is only trusted to give feedback no more
+        than MOST_OF_A_KEY: it takes several of them to be evidence. Looks at the newest LIVE_EPISODES: its cost does
+        not grow with the log.
+        """
+        query = _LIVE_OUTCOMES.format(least_trust=Role.TEACH.trust)
+        rows = self._rows(query, adapter, since, LIVE_EPISODES, MOST_OF_A_KEY, limit)
+        return [outcome_from_row(row) for row in rows]
 
     def corrections(self, step_id: str) -> list[Correction]:
         """Oldest first, without those that were taken back."""

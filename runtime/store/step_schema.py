@@ -61,6 +61,10 @@ def say_who(database: Database) -> None:
     database.table("withdrawals").create_index(["fact_id"])
     for columns in LIST_INDEXES:
         database.table("episodes").create_index(columns)
+    database.execute(
+        "CREATE INDEX episodes_live ON episodes(adapter, id) "
+        "WHERE actor = 'policy' AND purpose <> 'evaluation' AND is_assigned = 1"
+    )
 
 
 EPISODE_COLUMNS = {
