@@ -113,6 +113,7 @@ def build_parts(settings: Settings) -> Parts:
 
     from policies.adapters.base_network import BaseNetworkError, model_folder, read_base_network
     from policies.chat_protocol import ChatProtocol
+    from runtime.adapters.approval import Approval, PromotionMode
     from runtime.adapters.swap import Swap
     from runtime.agent.budget import RunLimits
     from runtime.agent.tools import Toolbox
@@ -161,6 +162,13 @@ def build_parts(settings: Settings) -> Parts:
         ),
         metrics=metrics,
         cutting=cutting,
+        approval=Approval(
+            swap,
+            registry,
+            PromotionMode.DRY_RUN if settings.learn == "dry-run" else PromotionMode(settings.promote),
+            settings.canary_share,
+            settings.approval_days * 86400,
+        ),
         load=Load(settings.max_batch_size, settings.max_waiting, cutting, metrics.registry),
         keys=keys,
         cors_origins=tuple(settings.cors_origins),

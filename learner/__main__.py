@@ -38,8 +38,12 @@ NICENESS = 10
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m learner", description=(__doc__ or "").strip())
-    parser.add_argument("command", nargs="?", choices=("once", "status", "rollback", "import"), default="status")
-    parser.add_argument("files", nargs="*", type=Path, help="demonstration files to import")
+    parser.add_argument(
+        "command", nargs="?", choices=("once", "status", "rollback", "import", "approve", "refuse"), default="status"
+    )
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="demonstration files to import; or the adapter to approve or refuse"
+    )
     parser.add_argument("--once", action="store_true", help="run one cycle; the same as the command once")
     parser.add_argument(
         "--url", default=os.environ.get("STEPAGENT_URL", "http://127.0.0.1:8000/v1"), help="the endpoint"
@@ -109,6 +113,8 @@ def main(arguments: list[str]) -> int:
             case "rollback":
                 print(json.dumps(asyncio.run(endpoint.rollback("asked by python -m learner rollback"))))
                 return 0
+            case "approve" | "refuse":
+                return asyncio.run(_answer(options, endpoint))
         return _status(options)
     except OpenAIError as error:
         print(f"{options.url} did not do it: {error}", file=sys.stderr)
@@ -230,6 +236,24 @@ def _experts(options: argparse.Namespace, log: object, world: object) -> list[Ex
         key = os.environ.get("STEPAGENT_EXPERT_API_KEY", "none")
         experts.append(ModelExpert(AsyncOpenAI(base_url=options.expert_url, api_key=key), options.expert_model))
     return experts
+
+
+async def _answer(options: argparse.Namespace, endpoint: Endpoint) -> int:
+    """Say yes or no to what waits. Exit code 1 where it is not clear to what."""
+    waiting = {adapter["name"]: adapter["proposal"] for adapter in await endpoint.waiting()}
+    names = [str(name) for name in options.files] or list(waiting)
+    if len(names) != 1 or names[0] not in waiting:
+        for name, proposal in waiting.items():
+            print(f"{name} waits since {time.ctime(proposal['created_at'])}: {proposal['reason']}")
+        print(f"name one of them: python -m learner {options.command} NAME" if waiting else "nothing waits")
+        return 1
+    if options.command == "approve":
+        await endpoint.approve(names[0])
+        print(f"{names[0]} acts")
+    else:
+        await endpoint.refuse(names[0], "somebody said no (python -m learner refuse)")
+        print(f"{names[0]} is refused")
+    return 0
 
 
 # -------------------------------------------------------------------------------------------- demonstrations

@@ -89,15 +89,27 @@ class Endpoint:
         adapter: Any = await self.client.post("/adapters", cast_to=object, body=body)
         return adapter["name"]
 
-    async def promote(self, name: str, reason: str, expected_acting: str) -> None:
-        """Raises openai's ConflictError where another adapter than `expected_acting` acts by now."""
-        body = {"reason": reason, "expected_acting": expected_acting}
-        await self.client.post(f"/adapters/{name}/promote", cast_to=object, body=body)
+    async def promote(self, name: str, reason: str, expected_acting: str) -> Any:
+        """Propose an adapter; the record that comes back says whether it acts, is a canary, waits, or was refused.
 
-    async def start_canary(self, name: str, share: float, reason: str, expected_acting: str) -> None:
-        """Raises as `promote` does, and beside another canary."""
-        body = {"share": share, "reason": reason, "expected_acting": expected_acting}
-        await self.client.post(f"/adapters/{name}/canary", cast_to=object, body=body)
+        Raises openai's ConflictError where another adapter than `expected_acting` acts by now.
+        """
+        body = {"reason": reason, "expected_acting": expected_acting, "is_proposal": True}
+        return await self.client.post(f"/adapters/{name}/promote", cast_to=object, body=body)
+
+    async def start_canary(self, name: str, share: float, reason: str, expected_acting: str) -> Any:
+        """As `promote`; raises beside another canary."""
+        body = {"share": share, "reason": reason, "expected_acting": expected_acting, "is_proposal": True}
+        return await self.client.post(f"/adapters/{name}/canary", cast_to=object, body=body)
+
+    async def waiting(self) -> list[Any]:
+        """The adapters that wait for somebody's yes."""
+        listed: Any = await self.client.get("/adapters", cast_to=object)
+        return [adapter for adapter in listed["data"] if adapter["proposal"]]
+
+    async def approve(self, name: str) -> Any:
+        """Let act what waits."""
+        return await self.client.post(f"/adapters/{name}/promote", cast_to=object, body={"reason": "approved"})
 
     async def refuse(self, name: str, reason: str) -> None:
         await self.client.post(f"/adapters/{name}/refuse", cast_to=object, body={"reason": reason})
@@ -108,7 +120,7 @@ class Endpoint:
         names = []
         for adapter in listed["data"]:
             cycle = next((cycle for cycle in cycles if adapter["events"][0]["reason"].endswith(f", {cycle}")), None)
-            if cycle is not None and adapter["state"] in UNJUDGED:
+            if cycle is not None and adapter["state"] in UNJUDGED and not adapter["proposal"]:
                 await self.refuse(adapter["name"], f"its cycle ended before it was judged ({cycle})")
                 names.append(adapter["name"])
         return names

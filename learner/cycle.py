@@ -350,13 +350,18 @@ async def _promote(
     with notes.stage(CycleStage.PROMOTE, best.name):
         try:
             if share:
-                await parts.endpoint.start_canary(best.name, share, reason, acting)
+                record = await parts.endpoint.start_canary(best.name, share, reason, acting)
             else:
-                await parts.endpoint.promote(best.name, reason, acting)
+                record = await parts.endpoint.promote(best.name, reason, acting)
         except APIStatusError as problem:  # somebody else has changed what acts meanwhile
             return CycleStage.REFUSED, f"{best.name} was better ({reason}), but is not let act: {problem.message}"
+    if record["proposal"]:
+        notes.report["proposed"] = best.name
+        return CycleStage.PROPOSED, f"{best.name} waits for somebody's yes (python -m learner approve): {reason}"
+    if record["state"] == "refused":
+        return CycleStage.REFUSED, f"{best.name}: a dry run promotes nothing: {reason}"
     notes.report["promoted"] = best.name
-    return CycleStage.PROMOTED, f"{best.name}{f', canary of {share:.0%}' if share else ''}: {reason}"
+    return CycleStage.PROMOTED, f"{best.name}{', as a canary' if record['state'] == 'canary' else ''}: {reason}"
 
 
 def _probe_prompts(training_data: TrainingData) -> list[TokenIds]:

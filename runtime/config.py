@@ -90,6 +90,15 @@ class Settings(BaseSettings):
     """Threads of the engine's arithmetic on a CPU; default: the engine's own choice."""
     learn_every: int = Field(200, ge=0)
     """Start a learning cycle by itself after so many new episodes; 0: only when asked."""
+    promote: Literal["auto", "canary", "ask"] = "auto"
+    """What passed the gate: acts at once; serves a share of the new episodes first; or waits for somebody's yes
+    (python -m learner approve)."""
+    learn: Literal["on", "dry-run"] = "on"
+    """dry-run: cycles run and are reported, and nothing is ever promoted."""
+    canary_share: float = Field(0.1, gt=0, le=1)
+    """Of the new episodes, with --promote canary."""
+    approval_days: float = Field(14.0, gt=0, allow_inf_nan=False)
+    """Days that a candidate waits for somebody's yes."""
     learner_arg: dict[str, str | int | float | bool] = {}
     """Passed on to python -m learner, by the names of its command line: objectives=sft,implicit. Repeat for more."""
     demonstrations: Annotated[list[Path], NoDecode] = []

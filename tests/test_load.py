@@ -6,7 +6,6 @@ import asyncio
 import json
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import pytest
 from runtime.http.load import Load, Refused
 from runtime.http.shutdown import Cutting, ServerStopping
 from runtime.store import adapter_registry, step_log
-from runtime.store.adapter_registry import AdapterRegistry
 from runtime.store.episodes import Role
 from runtime.store.keys import Key, KeyRing, KeyStore, Quota
 from tests.conftest import ServeScripted
@@ -233,5 +231,3 @@ def test_a_write_lock_that_somebody_else_holds_is_a_503_soon(serve_scripted: Ser
     assert "lock" in refused.json()["error"]["message"]
     assert time.monotonic() - began < 10
     assert httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=60).status_code == 200
-
-

@@ -36,6 +36,8 @@ def create_app(parts: Parts) -> FastAPI:
         gc.collect()
         gc.freeze()
         beside = [asyncio.create_task(parts.swap.keep_draining())]
+        if parts.approval is not None:
+            beside.append(asyncio.create_task(parts.approval.keep_expiring()))
         if parts.learning is not None:
             beside.append(asyncio.create_task(parts.learning.keep_watching()))
         yield

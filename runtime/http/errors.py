@@ -148,6 +148,15 @@ def install_error_handlers(app: FastAPI) -> None:
 
     refused = (ApiError, RequestValidationError, HTTPException, ValueError, ContextFull)
     of_adapters = (SwapError, AdapterRefused, RegistryError, LearnerBusy)
-    failed = (EngineError, StepLogError, sqlite3.Error, ClientGone, ClientDisconnect, ServerStopping, Refused, Exception)
+    failed = (
+        EngineError,
+        StepLogError,
+        sqlite3.Error,
+        ClientGone,
+        ClientDisconnect,
+        ServerStopping,
+        Refused,
+        Exception,
+    )
     for kind in (*refused, *of_adapters, *failed):
         app.add_exception_handler(kind, answer)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from policies.chat_protocol import ChatProtocol
 from policies.types import Engine
+from runtime.adapters.approval import Approval
 from runtime.adapters.swap import Swap
 from runtime.agent.budget import RunLimits
 from runtime.agent.tools import Toolbox
@@ -37,5 +38,7 @@ class Parts:
     """Of web pages that may use this server."""
     cutting: Cutting = field(default_factory=Cutting)
     load: Load = field(default_factory=Load)
+    approval: Approval | None = None
+    """None: what passes the gate acts at once."""
     learning: Learning | None = None
     """None: a server that only serves, as in benchmarks and tests."""

@@ -416,6 +416,8 @@ class AdapterChange(WireModel):
 class AdapterPromotion(AdapterChange):
     """Body of POST /v1/adapters/{name}/promote; may be left out."""
 
+    is_proposal: bool = False
+    """A learner asks: what comes of it is for the server's `--promote` to say."""
     expected_acting: str | None = None
     """What it was found to be better than (`base`: the base network). Where another adapter acts by now, nothing is
     changed."""

@@ -80,6 +80,30 @@ class AdapterEvent:
 
 LOCK_TIMEOUT_S = 5.0
 """How long a write waits for another process that writes to the file."""
+
+
+class ProposalEvent(StrEnum):
+    """What became of a candidate that needs somebody's yes."""
+
+    PROPOSED = "proposed"  # it passed the gate and waits
+    APPROVED = "approved"  # somebody let it act
+    DECLINED = "declined"  # somebody refused it
+    EXPIRED = "expired"  # nobody said anything for too long
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A candidate that waits for somebody's yes."""
+
+    adapter: str
+    reason: str
+    expected_acting: str | None
+    """What it was found to be better than."""
+    key: str
+    created_at: float
+    """Unix seconds."""
+
+
 @dataclass(frozen=True, slots=True)
 class WatchEvent:
     """The watch over live adapters was paused, or goes on."""
@@ -141,6 +165,30 @@ def pause_the_watch(db: Database) -> None:
             f"CREATE TRIGGER watch_events_no_{verb.lower()} BEFORE {verb} ON watch_events "
             "BEGIN SELECT RAISE(ABORT, 'watch_events is append-only'); END"
         )
+
+
+@migrations()
+def ask_before_promoting(db: Database) -> None:
+    """Candidates that wait for somebody's yes, and what became of them."""
+    db.execute(
+        "CREATE TABLE proposal_events (id INTEGER PRIMARY KEY, adapter TEXT NOT NULL REFERENCES adapters(name), "
+        "event TEXT NOT NULL, reason TEXT NOT NULL, expected_acting TEXT, key TEXT NOT NULL, "
+        "created_at REAL NOT NULL) STRICT"
+    )
+    db.execute("CREATE INDEX proposal_events_by_adapter ON proposal_events(adapter, id)")
+    for verb in ("UPDATE", "DELETE"):
+        db.execute(
+            f"CREATE TRIGGER proposal_events_no_{verb.lower()} BEFORE {verb} ON proposal_events "
+            "BEGIN SELECT RAISE(ABORT, 'proposal_events is append-only'); END"
+        )
+
+
+_WAITING = """
+SELECT adapter, reason, expected_acting, key, created_at FROM proposal_events AS said
+WHERE event = 'proposed' AND id = (SELECT max(id) FROM proposal_events WHERE adapter = said.adapter)
+  AND NOT EXISTS (SELECT 1 FROM adapter_events WHERE adapter_events.adapter = said.adapter
+                  AND state IN ('acting', 'canary', 'refused') AND adapter_events.created_at >= said.created_at)
+ORDER BY id"""
 
 
 class AdapterRegistry:
@@ -223,6 +271,18 @@ class AdapterRegistry:
             self._flip(target["adapter"], target["behind"], reason, key)
             return self.acting()
 
+    def note_proposal(
+        self, name: str, event: ProposalEvent, reason: str, expected_acting: str | None, key: str = ""
+    ) -> None:
+        """Append that an adapter waits for somebody's yes, or why it no longer does. Raises UnknownAdapter."""
+        self.adapter(name)
+        with self._lock, write_transaction(self.db):
+            self.db.execute(
+                "INSERT INTO proposal_events (adapter, event, reason, expected_acting, key, created_at) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
+                [name, event.value, reason, expected_acting, key, time.time()],
+            )
+
     def record_watch(self, is_paused: bool, reason: str, key: str = "") -> None:
         """Append that the watch pauses, or goes on."""
         with self._lock, write_transaction(self.db):
@@ -232,6 +292,13 @@ class AdapterRegistry:
             )
 
     # ----------------------------------------------------------------------------------------------- read
+
+    def proposals(self) -> list[Proposal]:
+        """What waits for somebody's yes, oldest first."""
+        return [Proposal(**row) for row in self._rows(_WAITING)]
+
+    def proposal(self, name: str) -> Proposal | None:
+        return next((proposal for proposal in self.proposals() if proposal.adapter == name), None)
 
     def watch(self) -> WatchEvent:
         """Whether the watch is paused, and who said so."""

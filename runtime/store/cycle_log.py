@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-ENDINGS = frozenset({"promoted", "refused", "no_lesson", "failed"})
+ENDINGS = frozenset({"promoted", "proposed", "refused", "no_lesson", "failed"})
 LOCK_FILE = "learner.lock"
 """In the state folder; whoever runs a cycle holds a lock on it until it ends or dies."""
 
@@ -48,6 +48,14 @@ class CycleLog:
             ],
             "rewards": {reward.pop("source"): reward for reward in rewards},
         }
+
+    def decisions_on(self, candidate: str) -> list[dict[str, Any]]:
+        """What gates decided on an adapter, and on what evidence; oldest first."""
+        rows = self._rows(
+            "SELECT cycle, against, promote, reason, evidence FROM gate_decisions WHERE candidate = ? ORDER BY id",
+            [candidate],
+        )
+        return [{**row, "promote": bool(row["promote"]), "evidence": json.loads(row["evidence"])} for row in rows]
 
     def num_endings(self) -> dict[str, int]:
         """How many cycles ended how."""

@@ -30,12 +30,15 @@ class CycleStage(StrEnum):
     GATE = "gate"  # holds the candidates against the acting adapter
     PROMOTE = "promote"  # hands the best one to the runtime
     PROMOTED = "promoted"  # ended: a better adapter acts
+    PROPOSED = "proposed"  # ended: a better adapter waits for somebody's yes
     REFUSED = "refused"  # ended: no candidate was better
     NOTHING_TO_LEARN = "no_lesson"  # ended: nothing to learn from, and why
     FAILED = "failed"  # ended: something broke, and what
 
 
-ENDINGS = frozenset({CycleStage.PROMOTED, CycleStage.REFUSED, CycleStage.NOTHING_TO_LEARN, CycleStage.FAILED})
+ENDINGS = frozenset({
+    CycleStage.PROMOTED, CycleStage.PROPOSED, CycleStage.REFUSED, CycleStage.NOTHING_TO_LEARN, CycleStage.FAILED
+})  # fmt: skip
 
 
 class RewardSource(StrEnum):
@@ -187,7 +190,7 @@ class LearningLog:
     def last_step_seen(self) -> str | None:
         """The step that the last cycle which learned from the log read up to."""
         for status in self.cycles(limit=1000):
-            if status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED) and (
+            if status.stage in (CycleStage.PROMOTED, CycleStage.PROPOSED, CycleStage.REFUSED) and (
                 last := status.report.get("last_step_id")
             ):
                 return last
