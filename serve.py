@@ -121,7 +121,7 @@ def build_parts(settings: Settings) -> Parts:
     from runtime.http.metrics import Metrics
     from runtime.http.parts import Parts
     from runtime.http.shutdown import Cutting
-    from runtime.learning.trigger import Learning
+    from runtime.learning.learning import Learning
     from runtime.store.adapter_registry import AdapterRegistry
     from runtime.store.keys import KeyRing, KeyStore
     from runtime.store.step_log import StepLog, StepLogError
@@ -187,8 +187,15 @@ def build_parts(settings: Settings) -> Parts:
 def learner_arguments(settings: Settings, folder: Path) -> list[str]:
     """What a learner that runs beside this server has to know of it."""
     template = ["--response-template", str(settings.response_template)] if settings.response_template else []
-    passed_on = [part for name, value in settings.learner_arg.items() for part in (f"--{name}", str(value))]
+    passed_on = [part for name, value in settings.learner_arg.items() for part in option(name, value)]
     return ["--model", str(folder), "--world", settings.world, *template, *passed_on]
+
+
+def option(name: str, value: object) -> list[str]:
+    """One option as a command line spells it: a switch has no value."""
+    if str(value).lower() in ("true", "false"):
+        return [f"--{name}" if str(value).lower() == "true" else f"--no-{name}"]
+    return [f"--{name}", str(value)]
 
 
 def learner_environment(settings: Settings, folder: Path, secret: str) -> dict[str, str]:

@@ -83,9 +83,14 @@ class Endpoint:
         options = PracticeOptions(adapter, temperature, Purpose.EVALUATION, self.concurrency)
         return await practise(self.client, world, tasks, options, lambda _: on_done())
 
-    async def register(self, folder: Path, parent: str, reason: str) -> str:
+    async def register(self, folder: Path, parent: str, reason: str, cycle: str) -> str:
         """Hand a trained folder (absolute) to the runtime, which validates, loads and verifies it; returns its name."""
-        body = {"path": str(folder), "parent": None if parent == BASE_ADAPTER else parent, "reason": reason}
+        body = {
+            "path": str(folder),
+            "parent": None if parent == BASE_ADAPTER else parent,
+            "reason": reason,
+            "cycle": cycle,
+        }
         adapter: Any = await self.client.post("/adapters", cast_to=object, body=body)
         return adapter["name"]
 
@@ -111,6 +116,10 @@ class Endpoint:
         """Let act what waits."""
         return await self.client.post(f"/adapters/{name}/promote", cast_to=object, body={"reason": "approved"})
 
+    async def decline(self, name: str, reason: str) -> Any:
+        """Refuse what waits."""
+        return await self.client.post(f"/adapters/{name}/refuse", cast_to=object, body={"reason": reason})
+
     async def refuse(self, name: str, reason: str) -> None:
         await self.client.post(f"/adapters/{name}/refuse", cast_to=object, body={"reason": reason})
 
@@ -119,9 +128,8 @@ class Endpoint:
         listed: Any = await self.client.get("/adapters", cast_to=object)
         names = []
         for adapter in listed["data"]:
-            cycle = next((cycle for cycle in cycles if adapter["events"][0]["reason"].endswith(f", {cycle}")), None)
-            if cycle is not None and adapter["state"] in UNJUDGED and not adapter["proposal"]:
-                await self.refuse(adapter["name"], f"its cycle ended before it was judged ({cycle})")
+            if adapter["cycle"] in cycles and adapter["state"] in UNJUDGED and not adapter["proposal"]:
+                await self.refuse(adapter["name"], f"its cycle ended before it was judged ({adapter['cycle']})")
                 names.append(adapter["name"])
         return names
 

@@ -11,16 +11,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
+from pathlib import Path
 from typing import Any
 
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from openai import AsyncOpenAI, OpenAIError
 from tqdm import tqdm
 
-from learner.api_key import add_key_options, api_key
+from learner.api_key import api_key
+from policies.command_line import refuse_keys
 from tools.worlds import WORLDS, load_world
 from tools.worlds.world import Task, World
 
@@ -142,11 +145,14 @@ def summary(attempts: Sequence[Attempt]) -> str:
 
 
 def _arguments() -> argparse.Namespace:
+    refuse_keys(sys.argv[1:])
     parser = argparse.ArgumentParser(prog="python -m learner.practice", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--url", default=os.environ.get("STEPAGENT_URL", "http://127.0.0.1:8000/v1"), help="the endpoint"
     )
-    add_key_options(parser)
+    parser.add_argument(
+        "--api-key-file", type=Path, default=None, help="file of the server's API key; default: STEPAGENT_API_KEY"
+    )
     parser.add_argument("--world", default="order_desk", choices=sorted(WORLDS))
     parser.add_argument("--split", default="train", choices=("train", "validation", "heldout"))
     parser.add_argument("--episodes", type=int, default=100, help="how many tasks")
@@ -167,7 +173,7 @@ async def _main(arguments: argparse.Namespace) -> int:
     # Only the training split is learned from; what reporting is done on must stay unseen.
     purpose = "practice" if arguments.split == "train" else "evaluation"
     options = PracticeOptions(arguments.model, arguments.temperature, purpose, arguments.concurrency, arguments.seed)
-    client = AsyncOpenAI(base_url=arguments.url, api_key=api_key(arguments), max_retries=1)
+    client = AsyncOpenAI(base_url=arguments.url, api_key=api_key(arguments.api_key_file), max_retries=1)
     try:
         with tqdm(total=len(tasks), unit="episode") as bar:
             attempts = await practise(client, world, tasks, options, lambda _: bar.update())

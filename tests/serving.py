@@ -26,7 +26,7 @@ from runtime.http.connections import DEFAULT_LIMITS, ConnectionLimits
 from runtime.http.metrics import Metrics
 from runtime.http.parts import Parts
 from runtime.http.shutdown import DrainingServer, server_of
-from runtime.learning.trigger import Learning
+from runtime.learning.learning import Learning
 from runtime.startup import listen, url_of
 from runtime.store.adapter_registry import AdapterRegistry
 from runtime.store.step_log import StepLog

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import llguidance
-import llguidance.hf
 import pytest
 
 from policies.chat_protocol import ChatProtocol
 from policies.grammars import GrammarError, json_grammar, tool_call_grammar
 from policies.novice.tokenizer import CHAT_TEMPLATE, build_tokenizer
 from policies.types import FinalAnswer, ToolCall, ToolCalls, ToolSchema
+from tests.grammar_checks import admits
 
 LOOK: ToolSchema = {
     "type": "function",
@@ -31,14 +30,6 @@ WAIT: ToolSchema = {
     "type": "function",
     "function": {"name": "wait", "parameters": {"type": "object", "properties": {}}},
 }
-
-
-def admits(protocol: ChatProtocol, grammar: str, token_ids: tuple[int, ...]) -> bool:
-    """Whether the grammar lets a completion be exactly these tokens, the stop token left away."""
-    tokenizer = llguidance.hf.from_tokenizer(protocol.tokenizer, n_vocab=len(protocol.tokenizer))
-    matcher = llguidance.LLMatcher(tokenizer, llguidance.LLMatcher.grammar_from_lark(grammar))
-    assert not matcher.is_error(), matcher.get_error()
-    return all(matcher.consume_token(token_id) for token_id in token_ids) and matcher.is_accepting()
 
 
 def written(protocol: ChatProtocol, *calls: ToolCall, text: str = "") -> tuple[int, ...]:

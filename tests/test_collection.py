@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from learner.data.collect import CollectionOptions, collect, main_line
+from learner.data.collect import collect, main_line
 from learner.data.training_data import NO_ANCESTOR
-from policies.types import FinalAnswer, FinishReason, SamplingParams
-from runtime.store.episodes import Actor, Correction, Episode, Outcome, Purpose, Step, StopReason, new_id
+from learner.options import CollectionOptions
+from policies.types import FinalAnswer
+from runtime.store.episodes import Actor, Correction, Episode, Outcome, Purpose, new_id
 from runtime.store.step_log import StepLog
+from tests.logged_episodes import step
 
 LINEAGE = ("agent-v0004", "agent-v0003", "agent-v0001", "base")
 OPTIONS = CollectionOptions(held_out_share=0.5, max_own_episodes=8, replay_share=0.25, max_versions_old=2)
@@ -23,17 +25,6 @@ def log(tmp_path: Path) -> Iterator[StepLog]:
     log = StepLog(tmp_path / "agent.db")
     yield log
     log.close()
-
-
-def step(episode_id: str, parent: Step | None = None, step_id: str = "", asked: str = "") -> Step:
-    question = {"role": "user", "content": asked or f"What next in {episode_id}?"}
-    return Step(
-        id=step_id or new_id("step"), episode_id=episode_id, parent_id=parent.id if parent else None,
-        index=parent.index + 1 if parent else 0, new_messages=(question,), tools=(), prompt_token_ids=(1, 2),
-        completion_token_ids=(3, 4), behavior_logprobs=(-0.1, -0.2), sampling=SamplingParams(), adapter="base",
-        action=FinalAnswer("This."), finish_reason=FinishReason.STOP, stop_reason=StopReason.FINAL_ANSWER,
-        tool_results=(), conversation_digest=new_id("digest"), created_at=0.0, first_token_ms=0.0, latency_ms=0.0,
-    )  # fmt: skip
 
 
 def episode(

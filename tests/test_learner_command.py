@@ -12,8 +12,8 @@ import pytest
 
 from learner.__main__ import main
 from tests.conftest import ServeScripted
+from tests.demonstrations import expert_demonstration
 from tests.serving import wait_until
-from tests.test_demonstration_routes import expert_demonstration
 
 
 def jsonl(path: Path, *records: object) -> Path:
@@ -116,7 +116,7 @@ def test_a_second_learner_waits_for_the_first(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["import"], "name the demonstration files"),
+        (["import"], "are required: files"),
         (["--once", "--expert-url", "http://127.0.0.1:9/v1"], "go together"),
         (["fly"], "invalid choice"),
     ],

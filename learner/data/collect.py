@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from learner.data.held_out import is_held_out
 from learner.data.training_data import NO_ANCESTOR
+from learner.options import CollectionOptions
 from policies.chat_protocol import action_message
 from policies.types import Message
 from runtime.store.episodes import Actor, Episode, Purpose, Step
@@ -24,22 +25,6 @@ from runtime.store.step_log import StepLog
 
 LEARNED_FROM = (Purpose.SERVE, Purpose.PRACTICE)
 _PAGE = 2000
-
-
-@dataclass(frozen=True, slots=True)
-class CollectionOptions:
-    """What is collected."""
-
-    held_out_share: float = 0.2
-    """Of the demonstrations; never trained on."""
-    max_demonstrations: int = 256
-    """Of those to train on, drawn anew each cycle, and of those held out: each of their states is sampled at."""
-    max_own_episodes: int = 256
-    """Of the policy's own; the newest count."""
-    replay_share: float = 0.25
-    """Of `max_own_episodes`: kept for episodes that an earlier cycle has read already."""
-    max_versions_old: int = 2
-    """An own episode whose adapter is further behind the acting one is left out."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from statistics import fmean
 
+from learner.data.collaborators import Collaborators
 from learner.data.collect import Collected, LoggedEpisode
 from learner.data.comparison import ComparedState, Verdict
-from learner.data.inspection import Inspector, inspect_demonstrations
+from learner.data.inspection import inspect_demonstrations
 from learner.evaluation.gate import Trial
 from policies.types import ToolCalls
 from tools.worlds.world import Task, World
@@ -27,21 +28,23 @@ TEMPERATURE = 1.0
 class Trials:
     """What each adapter is tried on; nothing of it was trained on."""
 
-    inspector: Inspector
+    who: Collaborators
+    num_samples: int
+    """Actions sampled at each state of a held-out demonstration."""
     world: World | None
     """None: held-out demonstrations are tried."""
     tasks: Sequence[Task]
     held_out: Sequence[LoggedEpisode]
 
     @classmethod
-    def of_cycle(cls, cycle: str, collected: Collected, inspector: Inspector, num_tasks: int) -> Trials:
+    def of_cycle(cls, cycle: str, who: Collaborators, collected: Collected, num_tasks: int, num_samples: int) -> Trials:
         """`cycle` draws the validation tasks: always the same ones would in time be learned by selection."""
-        world = fitting_world(inspector.world, [*collected.demonstrations, *collected.held_out])
+        world = fitting_world(who.world, [*collected.demonstrations, *collected.held_out])
         if world is None:
-            return cls(inspector, None, (), collected.held_out)
+            return cls(who, num_samples, None, (), collected.held_out)
         size = world.splits["validation"]
         places = random.Random(cycle).sample(range(size), min(num_tasks, size))
-        return cls(inspector, world, [world.task("validation", place) for place in places], ())
+        return cls(who, num_samples, world, [world.task("validation", place) for place in places], ())
 
     @property
     def unit(self) -> str:
@@ -56,14 +59,12 @@ class Trials:
         """How an adapter does, trial by trial; None where a trial did not come to an end."""
         if self.world is None:
             return await self._demonstrations(adapter, on_done)
-        endpoint = self.inspector.endpoint
-        attempts = await endpoint.evaluate(self.world, self.tasks, adapter, TEMPERATURE, on_done)
+        attempts = await self.who.endpoint.evaluate(self.world, self.tasks, adapter, TEMPERATURE, on_done)
         return [None if attempt.error else Trial(attempt.outcome, attempt.num_malformed) for attempt in attempts]
 
     async def _demonstrations(self, adapter: str, on_done: Callable[[], object]) -> list[Trial | None]:
         """A demonstration's score is the share of the sampled actions that agree with its expert's."""
-        inspector = replace(self.inspector, acting=adapter)
-        _, compared = await inspect_demonstrations(self.held_out, inspector, on_done)
+        _, compared = await inspect_demonstrations(self.who, self.held_out, adapter, self.num_samples, on_done)
         states = iter(compared)
         return [_agreement(list(islice(states, len(demonstration.path)))) for demonstration in self.held_out]
 

@@ -23,7 +23,7 @@ from policies.types import BASE_ADAPTER
 from runtime.adapters.swap import Swap
 from runtime.background import keep_doing
 from runtime.store.adapter_registry import AdapterRegistry, AdapterState
-from runtime.store.cycle_log import CycleLog
+from runtime.store.learning_log import LearningReader
 from runtime.store.step_log import StepLog
 
 _log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class Watch:
     def __init__(
         self,
         log: StepLog,
-        cycles: CycleLog,
+        cycles: LearningReader,
         registry: AdapterRegistry,
         swap: Swap,
         options: WatchOptions = WatchOptions(),

@@ -23,7 +23,7 @@ def num_letters(messages: Iterable[Message]) -> int:
 
 
 async def rendered(turn: Turn, policy: Policy) -> TokenIds:
-    """The turn's prompt. Raises ContextFull where the conversation is longer than the context, and ChatProtocolError."""
+    """The turn's prompt. Raises ContextFull where it is longer than the context, and ChatProtocolError."""
     letters = num_letters(turn.messages) + 200 * len(turn.messages)
     return await off_loop(letters > SMALL_LETTERS, _render, turn, policy, letters)
 

@@ -92,7 +92,7 @@ def adapter_routes(parts: Parts) -> APIRouter:
 
 async def _register(registry: AdapterRegistry, body: AdapterRegistration, key: str) -> Adapter:
     try:
-        return await asyncio.to_thread(registry.register, Path(body.path), body.parent, body.reason, key)
+        return await asyncio.to_thread(registry.register, Path(body.path), body.parent, body.reason, body.cycle, key)
     except OSError as error:  # no permission, too long a name, a full disk
         raise ApiError(
             409, f"the adapter could not be copied in: {error.strerror}", "adapter_refused", "path"
@@ -104,7 +104,7 @@ def _waiting(parts: Parts, approval: Approval, name: str) -> dict[str, Any]:
     proposal = parts.registry.proposal(name)
     if proposal is None:
         return {"proposal": None}
-    decisions = parts.learning.cycles.decisions_on(name) if parts.learning else []
+    decisions = parts.learning.log.decisions_on(name) if parts.learning else []
     return {"proposal": asdict(proposal) | {"expires_at": approval.expires_at(proposal), "decisions": decisions}}
 
 
@@ -119,6 +119,7 @@ def _record(registry: AdapterRegistry, adapter: Adapter) -> dict[str, Any]:
         "parent": adapter.parent,
         "digest": adapter.digest,
         "rank": adapter.rank,
+        "cycle": registry.cycle_of(adapter.name),
         "is_acting": registry.acting() == adapter,
         "events": [asdict(event) for event in events],
     }

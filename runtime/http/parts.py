@@ -13,7 +13,7 @@ from runtime.agent.tools import Toolbox
 from runtime.http.load import Load
 from runtime.http.metrics import Metrics
 from runtime.http.shutdown import Cutting
-from runtime.learning.trigger import Learning
+from runtime.learning.learning import Learning
 from runtime.store.adapter_registry import AdapterRegistry
 from runtime.store.keys import KeyRing
 from runtime.store.step_log import StepLog

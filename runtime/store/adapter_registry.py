@@ -147,6 +147,11 @@ def create_tables(db: Database) -> None:
 
 
 @migrations()
+def name_the_cycle(db: Database) -> None:
+    db.execute("ALTER TABLE adapters ADD COLUMN cycle TEXT")
+
+
+@migrations()
 def say_who(db: Database) -> None:
     """Who asked for each change."""
     for table in ("adapter_events", "acting"):
@@ -217,7 +222,9 @@ class AdapterRegistry:
 
     # ---------------------------------------------------------------------------------------------- write
 
-    def register(self, path: Path, parent: str | None = None, reason: str = "", key: str = "") -> Adapter:
+    def register(
+        self, path: Path, parent: str | None = None, reason: str = "", cycle: str | None = None, key: str = ""
+    ) -> Adapter:
         """Copy a PEFT folder in under the next version's name. The folder itself may go afterwards.
 
         Registering the very same files again gives the adapter they already are, so that a maker who did not hear
@@ -234,7 +241,8 @@ class AdapterRegistry:
             if not 1 <= rank < 2**31:
                 raise AdapterRefused(f"its rank is {rank}, which no network has")
             with self._lock:
-                return self._known(incoming, digest) or self._adopt(incoming, rank, digest, parent, reason, key)
+                known = self._known(incoming, digest)
+                return known or self._adopt(incoming, rank, digest, parent, reason, cycle, key)
         finally:
             shutil.rmtree(incoming, ignore_errors=True)
 
@@ -331,6 +339,10 @@ class AdapterRegistry:
         """All that were ever registered, oldest first."""
         return tuple(self._adapter_from(row) for row in self._rows("SELECT * FROM adapters ORDER BY version"))
 
+    def cycle_of(self, name: str) -> str | None:
+        """The learner's cycle that made an adapter; None where somebody else did."""
+        return next((row["cycle"] for row in self._rows("SELECT cycle FROM adapters WHERE name = ?", name)), None)
+
     def state(self, name: str) -> AdapterState:
         """Raises UnknownAdapter."""
         return self.last_event(name).state
@@ -372,14 +384,18 @@ class AdapterRegistry:
                 return adapter
         return None
 
-    def _adopt(self, incoming: Path, rank: int, digest: str, parent: str | None, reason: str, key: str) -> Adapter:
+    def _adopt(
+        self, incoming: Path, rank: int, digest: str, parent: str | None, reason: str, cycle: str | None, key: str
+    ) -> Adapter:
         version = 1 + len(self.adapters())
         name = f"agent-v{version:04d}"
         adapter = Adapter(name, version, self._folder / name, rank, parent, digest)
         shutil.rmtree(adapter.path, ignore_errors=True)  # left by a registration that died before its row
         with write_transaction(self.db):
             self.db.execute(
-                "INSERT INTO adapters VALUES (?, ?, ?, ?, ?, ?)", [version, name, rank, parent, digest, time.time()]
+                "INSERT INTO adapters (version, name, rank, parent, digest, created_at, cycle) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [version, name, rank, parent, digest, time.time(), cycle],
             )
             self._insert_event(name, AdapterState.REGISTERED, reason, key)
             incoming.rename(adapter.path)
