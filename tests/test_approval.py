@@ -120,7 +120,7 @@ def test_over_http_and_by_command_with_its_evidence(
     parts: Parts = parts_of(ScriptedEngine(faithful_script(candidate.registry)), protocol, tmp_path / "c")
     swap = Swap(parts.engine, parts.registry, candidate.tiny.network)
     approval = Approval(swap, parts.registry, PromotionMode.ASK)
-    log = LearningLog(tmp_path / "c" / "agent.db")
+    log = LearningLog(tmp_path / "c")
     log.add_decision("c1", candidate.name, "base", True, "gain +10 %", {"gain": 0.1})
     log.close()
     from dataclasses import replace

@@ -96,7 +96,7 @@ async def _episode(
         budget.spend(sampled)
         results = await _tool_results(sampled.action, server_tools, budget.tool_timeout_s)
         next_turn = turn.after(sampled.action, prompt + sampled.completion_token_ids, results)
-        prompt = await rendered(next_turn, run.policy)
+        prompt = await rendered(next_turn, run.policy, is_first=False)
         stop_reason = budget.stop_reason(sampled, run.policy.room_after(prompt))
         digest = _digest(run.turn.client_messages, transcript.text, None) if stop_reason else ""
         step = sampled.led_to(stop_reason, digest, results)

@@ -30,7 +30,10 @@ def export_routes(parts: Parts) -> APIRouter:
         since: datetime | None = None,
         min_outcome: Annotated[float | None, Query(allow_inf_nan=False)] = None,
     ) -> StreamingResponse:
-        """Newest episode first, of the asking key's own; an admin key gets all. `since` is a moment; `min_outcome` leaves out episodes without an outcome."""
+        """Newest episode first, the key's own; an admin key gets all.
+
+        `since` is a moment; `min_outcome` leaves out episodes without an outcome.
+        """
         wanted = ExportFilter(
             purpose,
             actor,
