@@ -64,6 +64,8 @@ async def _serve(settings: Settings) -> None:
             raise
         finally:
             telling.cancel()
+        if parts.state is not None:
+            parts.state.say(f"process {os.getpid()}, {url_of(sock)}")
         print(welcome(parts, settings, sock), flush=True)
         if settings.demonstrations:
             importing = import_demonstrations(settings, url_of(sock), parts.keys.learner_secret)
@@ -87,6 +89,8 @@ async def _serve(settings: Settings) -> None:
         parts.registry.close()
         if parts.keys.store is not None:
             parts.keys.store.close()
+        if parts.state is not None:
+            parts.state.close()
 
 
 async def import_demonstrations(settings: Settings, url: str, secret: str) -> None:
@@ -124,6 +128,7 @@ def build_parts(settings: Settings) -> Parts:
     from runtime.learning.learning import Learning
     from runtime.store.adapter_registry import AdapterRegistry
     from runtime.store.keys import KeyRing, KeyStore
+    from runtime.store.state_folder import StateFolder
     from runtime.store.step_log import StepLog, StepLogError
     from tools import load_tools
     from tools.worlds import load_world
@@ -132,7 +137,7 @@ def build_parts(settings: Settings) -> Parts:
         toolbox = Toolbox(
             load_tools(settings.tools, settings.search_corpus), load_world(settings.world) if settings.world else None
         )
-        settings.state.mkdir(parents=True, exist_ok=True)
+        folder_of_state = StateFolder(settings.state)
         log = StepLog(settings.state / "agent.db")
         registry = AdapterRegistry(settings.state / "agent.db")
         keys = KeyRing(KeyStore(settings.state / "agent.db"), key_of(settings))
@@ -171,6 +176,7 @@ def build_parts(settings: Settings) -> Parts:
         ),
         load=Load(settings.max_batch_size, settings.max_waiting, cutting, metrics.registry),
         keys=keys,
+        state=folder_of_state,
         cors_origins=tuple(settings.cors_origins),
         learning=Learning.beside(
             settings.state,

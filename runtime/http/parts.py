@@ -16,6 +16,7 @@ from runtime.http.shutdown import Cutting
 from runtime.learning.learning import Learning
 from runtime.store.adapter_registry import AdapterRegistry
 from runtime.store.keys import KeyRing
+from runtime.store.state_folder import StateFolder
 from runtime.store.step_log import StepLog
 
 
@@ -38,6 +39,8 @@ class Parts:
     """Of web pages that may use this server."""
     cutting: Cutting = field(default_factory=Cutting)
     load: Load = field(default_factory=Load)
+    state: StateFolder | None = None
+    """None: nobody else works on it, as in tests."""
     approval: Approval | None = None
     """None: what passes the gate acts at once."""
     learning: Learning | None = None
