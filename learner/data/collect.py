@@ -25,7 +25,6 @@ from runtime.store.own_episodes import MOST_COUNTED, OwnEpisodes
 from runtime.store.step_log import StepLog
 
 
-
 @dataclass(frozen=True, slots=True)
 class LoggedEpisode:
     """One episode along its main line, from the first step to its newest."""

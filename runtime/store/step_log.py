@@ -56,7 +56,8 @@ _NOT_TAKEN_BACK = "NOT EXISTS (SELECT 1 FROM withdrawals WHERE fact_id = {id})"
 
 _LIVE_OUTCOMES = f"""
 WITH live AS (
-    SELECT id FROM episodes WHERE {LEARNABLE} AND adapter = ? AND is_assigned = 1 AND created_at >= ? ORDER BY id DESC LIMIT ?),
+    SELECT id FROM episodes
+    WHERE {LEARNABLE} AND adapter = ? AND is_assigned = 1 AND created_at >= ? ORDER BY id DESC LIMIT ?),
 said AS (
     SELECT outcomes.*, outcomes.rowid AS number, {_TRUST} AS trust, row_number() OVER (
         PARTITION BY episode_id ORDER BY {_TRUST} DESC, created_at DESC, outcomes.id DESC) AS place
@@ -216,7 +217,7 @@ class StepLog:
 
     def num_learnable_after(self, number: int, most: int) -> int:
         """The same, of those that were logged after the episode with this number: clocks may be set back."""
-        query = f"SELECT count(*) FROM (SELECT 1 FROM episodes WHERE {LEARNABLE} AND rowid > ? LIMIT ?)"
+        query = f"SELECT count(*) FROM (SELECT 1 FROM episodes NOT INDEXED WHERE {LEARNABLE} AND rowid > ? LIMIT ?)"
         return self._rows(query, number, most)[0][0]
 
     def num_episodes(self) -> int:
