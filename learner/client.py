@@ -153,15 +153,31 @@ class Endpoint:
         adapter: Any = await self.client.post("/adapters", cast_to=object, body=body)
         return adapter["name"]
 
-    async def promote(self, name: str, reason: str, expected_acting: str) -> None:
-        """Raises openai's ConflictError where another adapter than `expected_acting` acts by now."""
-        body = {"reason": reason, "expected_acting": expected_acting}
-        await self.client.post(f"/adapters/{name}/promote", cast_to=object, body=body)
+    async def promote(self, name: str, reason: str, expected_acting: str) -> Any:
+        """Propose an adapter; the record that comes back says whether it acts, is a canary, waits, or was refused.
 
-    async def start_canary(self, name: str, share: float, reason: str, expected_acting: str) -> None:
-        """Raises as `promote` does, and beside another canary."""
-        body = {"share": share, "reason": reason, "expected_acting": expected_acting}
-        await self.client.post(f"/adapters/{name}/canary", cast_to=object, body=body)
+        Raises openai's ConflictError where another adapter than `expected_acting` acts by now.
+        """
+        body = {"reason": reason, "expected_acting": expected_acting, "is_proposal": True}
+        return await self.client.post(f"/adapters/{name}/promote", cast_to=object, body=body)
+
+    async def start_canary(self, name: str, share: float, reason: str, expected_acting: str) -> Any:
+        """As `promote`; raises beside another canary."""
+        body = {"share": share, "reason": reason, "expected_acting": expected_acting, "is_proposal": True}
+        return await self.client.post(f"/adapters/{name}/canary", cast_to=object, body=body)
+
+    async def waiting(self) -> list[Any]:
+        """The adapters that wait for somebody's yes."""
+        listed: Any = await self.client.get("/adapters", cast_to=object)
+        return [adapter for adapter in listed["data"] if adapter["proposal"]]
+
+    async def approve(self, name: str) -> Any:
+        """Let act what waits."""
+        return await self.client.post(f"/adapters/{name}/promote", cast_to=object, body={"reason": "approved"})
+
+    async def decline(self, name: str, reason: str) -> Any:
+        """Refuse what waits."""
+        return await self.client.post(f"/adapters/{name}/refuse", cast_to=object, body={"reason": reason})
 
     async def refuse(self, name: str, reason: str) -> None:
         await self.client.post(f"/adapters/{name}/refuse", cast_to=object, body={"reason": reason})
@@ -171,7 +187,7 @@ class Endpoint:
         listed: Any = await self.client.get("/adapters", cast_to=object)
         names = []
         for adapter in listed["data"]:
-            if adapter["cycle"] in cycles and adapter["state"] in UNJUDGED:
+            if adapter["cycle"] in cycles and adapter["state"] in UNJUDGED and not adapter["proposal"]:
                 await self.refuse(adapter["name"], f"its cycle ended before it was judged ({adapter['cycle']})")
                 names.append(adapter["name"])
         return names

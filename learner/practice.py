@@ -14,6 +14,7 @@ import asyncio
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
@@ -24,6 +25,8 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from openai import AsyncOpenAI, OpenAIError
 from tqdm import tqdm
 
+from learner.api_key import api_key
+from policies.command_line import refuse_keys
 from tools.worlds import WORLDS, load_world
 from tools.worlds.world import Message, Task, World, WorldEpisode
 
@@ -213,11 +216,14 @@ class Record:
 
 
 def _arguments() -> argparse.Namespace:
+    refuse_keys(sys.argv[1:])
     parser = argparse.ArgumentParser(prog="python -m learner.practice", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--url", default=os.environ.get("STEPAGENT_URL", "http://127.0.0.1:8000/v1"), help="the endpoint"
     )
-    parser.add_argument("--api-key", default=os.environ.get("STEPAGENT_API_KEY", "none"), help="the server's API key")
+    parser.add_argument(
+        "--api-key-file", type=Path, default=None, help="file of the server's API key; default: STEPAGENT_API_KEY"
+    )
     parser.add_argument("--world", default="order_desk", help=f"{', '.join(sorted(WORLDS))}, or module:Class")
     parser.add_argument("--split", default="train", choices=("train", "validation", "heldout"))
     parser.add_argument("--episodes", type=int, default=100, help="how many tasks")
@@ -250,7 +256,7 @@ async def _main(arguments: argparse.Namespace) -> int:
     tasks = [world.task(arguments.split, (arguments.first + number) % size) for number in range(arguments.episodes)]
     known = [record.attempts[task.id] for task in tasks if task.id in record.attempts] if record else []
     missing = [task for task in tasks if record is None or task.id not in record.attempts]
-    client = AsyncOpenAI(base_url=arguments.url, api_key=arguments.api_key, max_retries=1)
+    client = AsyncOpenAI(base_url=arguments.url, api_key=api_key(arguments.api_key_file), max_retries=1)
 
     def done(attempt: Attempt) -> None:
         bar.update()

@@ -18,6 +18,7 @@ from policies.chat_protocol import TextDelta, action_message
 from policies.types import Action, FinalAnswer, FinishReason, MalformedAction, Message, ToolCalls
 from runtime.agent.budget import RunBudget, RunLimits
 from runtime.agent.conversation import digests_of
+from runtime.agent.rendering import rendered
 from runtime.agent.step import Progress, SampledStep, StepSampler
 from runtime.agent.tool_calls import run_tool_calls
 from runtime.agent.turn import Policy, Turn
@@ -66,7 +67,7 @@ class Run:
 async def _client_step(run: Run, log: StepLog) -> AsyncGenerator[RunEvent, None]:
     """One step; the client runs the tools it asks for. The step is durable when it is yielded."""
     turn, shown = run.turn, ""
-    sampler = StepSampler(run.policy, turn, turn.prompt(run.policy.protocol))
+    sampler = StepSampler(run.policy, turn, await rendered(turn, run.policy))
     async with aclosing(sampler.progress(run.choice)) as stream:
         async for progress in stream:
             shown += progress.text
@@ -86,7 +87,7 @@ async def _episode(
     """Steps with server-run tools until the policy answers or its budget is spent. Each is durable when yielded."""
     budget, transcript = RunBudget(limits), _Transcript()
     turn, is_new, stop_reason = run.turn, run.is_new, None
-    prompt = turn.prompt(run.policy.protocol)
+    prompt = await rendered(turn, run.policy)
     while stop_reason is None:
         sampler = StepSampler(run.policy, _within_budget(turn, budget), prompt, budget.deadline)
         async with aclosing(sampler.progress(run.choice)) as stream:
@@ -97,7 +98,7 @@ async def _episode(
         budget.spend(sampled)
         results = await _tool_results(sampled.action, server_tools, budget.tool_timeout_s)
         next_turn = turn.after(sampled.action, prompt + sampled.completion_token_ids, results)
-        prompt = next_turn.prompt(run.policy.protocol)
+        prompt = await rendered(next_turn, run.policy, is_first=False)
         stop_reason = budget.stop_reason(sampled, run.policy.room_after(prompt))
         digest = _digest(run.turn.client_messages, transcript.text, None) if stop_reason else ""
         step = sampled.led_to(stop_reason, digest, results)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 
@@ -10,20 +9,31 @@ from policies.grammars import json_grammar, tool_call_grammar
 from policies.types import BASE_ADAPTER, EngineError, Message, SamplingParams, TokenIds, ToolSchema
 from runtime.agent.conversation import Place, continued, locate
 from runtime.agent.loop import Run
+from runtime.agent.rendering import SMALL_LETTERS, num_letters
 from runtime.agent.turn import Policy, Turn
 from runtime.http.parts import Parts
 from runtime.http.schemas import ChatCompletionRequest, NamedToolChoice
+from runtime.off_loop import off_loop
 from runtime.store.episodes import Actor, Episode, Step, new_id
+from runtime.store.keys import Key
+
+FEW_MESSAGES = 20
+"""Of a conversation that is read on the event loop."""
 
 
 class UnknownModel(ValueError):
     """The request names a model that is not served here."""
 
 
+class ForeignEpisode(ValueError):
+    """The request names an episode, or a response, that belongs to another key."""
+
+
 async def admit(
     parts: Parts,
     request: ChatCompletionRequest,
     header_episode_id: str | None,
+    key: Key,
     lease: AsyncExitStack,
     previous: Step | None = None,
 ) -> list[Run]:
@@ -36,19 +46,33 @@ async def admit(
     """
     if not (health := parts.engine.health()).is_alive:
         raise EngineError(health.problem)  # before adapters are looked for, which a dead engine has none of
-    messages = tuple(message.as_message() for message in request.messages)
+    is_large = len(request.messages) > FEW_MESSAGES or previous is not None
+    messages = await off_loop(is_large, lambda: tuple(message.as_message() for message in request.messages))
+    is_large = is_large or num_letters(messages) > 10 * SMALL_LETTERS
     asked_id = request.metadata.episode_id or header_episode_id
-    place = locate(parts.log, messages, asked_id) if previous is None else continued(parts.log, messages, previous)
+    if previous is None:
+        place = await off_loop(is_large or asked_id is not None, locate, parts.log, messages, asked_id)
+    else:
+        place = await off_loop(True, continued, parts.log, messages, previous)
     known_id = place.path[-1].episode_id if place.path else asked_id
     logged = None if known_id is None else parts.log.episode(known_id)
+    if logged is not None and logged.owner != key.name and not (asked_id and key.sees(logged.owner)):
+        if asked_id or previous:
+            raise ForeignEpisode(f"episode {asked_id or logged.id!r} belongs to another key: choose another id")
+        place, logged = Place((), (), messages), None  # somebody else's conversation began alike
     pinned = _pinned_adapter(parts, request.model)
     episode_id = logged.id if logged else asked_id or new_id("ep")
     began_with = logged.adapter if logged else None
     adapter = await lease.enter_async_context(parts.swap.lease(episode_id, began_with=began_with, pinned=pinned))
     policy = Policy(parts.engine, parts.protocol, adapter)
-    episode = logged or _new_episode(parts, request, episode_id, policy, messages)
+    is_assigned = pinned is None
+    episode = logged or await off_loop(
+        is_large, _new_episode, parts, request, episode_id, policy, messages, key, is_assigned
+    )
     admitted = _Admitted(parts, request, policy, episode, logged is None, place, messages)
-    return [await admitted.run(choice) for choice in range(request.n)]
+    opens_world = request.tools is None and episode.task is not None  # which may take its time to replay what was done
+    is_large = is_large or len(place.path) > FEW_MESSAGES or request.asks_for_grammar or bool(request.tools)
+    return [await off_loop(is_large or opens_world, admitted.run, choice) for choice in range(request.n)]
 
 
 def _pinned_adapter(parts: Parts, model: str) -> str | None:
@@ -61,7 +85,13 @@ def _pinned_adapter(parts: Parts, model: str) -> str | None:
 
 
 def _new_episode(
-    parts: Parts, request: ChatCompletionRequest, episode_id: str, policy: Policy, messages: tuple[Message, ...]
+    parts: Parts,
+    request: ChatCompletionRequest,
+    episode_id: str,
+    policy: Policy,
+    messages: tuple[Message, ...],
+    key: Key,
+    is_assigned: bool,
 ) -> Episode:
     metadata = request.metadata
     return Episode(
@@ -71,6 +101,8 @@ def _new_episode(
         adapter=policy.adapter_name,
         task=parts.toolbox.task_of(metadata.task, messages),
         metadata=metadata.model_extra or {},
+        owner=key.name,
+        is_assigned=is_assigned,
     )
 
 
@@ -86,13 +118,11 @@ class _Admitted:
     place: Place
     messages: tuple[Message, ...]
 
-    async def run(self, choice: int) -> Run:
+    def run(self, choice: int) -> Run:
         """One of its choices. World tools are opened for each: one choice's calls are not the other's."""
         server_tools, schemas = None, self.body.tool_schemas
         if self.body.tools is None:
-            # On a thread: a world may take its time to open a task and to replay what was done in it.
-            opened = asyncio.to_thread(self.parts.toolbox.open, self.episode.task, self.place.path)
-            schemas, server_tools = await opened
+            schemas, server_tools = self.parts.toolbox.open(self.episode.task, self.place.path)
         offered = () if self.body.tool_choice == "none" else schemas
         parent = self.place.path[-1] if self.place.path else None
         turn = Turn(

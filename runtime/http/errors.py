@@ -12,13 +12,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from policies.adapters.files import AdapterRefused
 from policies.chat_protocol import ChatProtocolError
 from policies.types import EngineError
 from runtime.adapters.swap import SwapError
 from runtime.agent.step import ContextFull
-from runtime.http.admission import UnknownModel
+from runtime.http.admission import ForeignEpisode, UnknownModel
+from runtime.http.load import Refused
+from runtime.http.shutdown import ServerStopping
 from runtime.http.sse import ClientGone
 from runtime.learning.process import LearnerBusy
 from runtime.store.adapter_registry import RegistryError, UnknownAdapter
@@ -89,6 +92,8 @@ def as_api_error(error: Exception) -> ApiError:
             return _validation_error(error)
         case UnknownModel():
             return ApiError(404, str(error), "model_not_found", "model")
+        case ForeignEpisode():
+            return ApiError(409, str(error), "episode_taken", "metadata.episode_id")
         case ContextFull():
             return ApiError(400, str(error), "context_length_exceeded", "messages")
         case ChatProtocolError():
@@ -105,8 +110,12 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(404, f"{error}; GET /v1/adapters lists them", "adapter_not_found")
         case RegistryError():
             return ApiError(409, str(error), "adapter_conflict")
-        case ClientGone():
-            return ApiError(499, str(error), "client_gone")
+        case ClientGone() | ClientDisconnect():
+            return ApiError(499, str(error) or "the client has hung up", "client_gone")
+        case Refused():
+            return ApiError(429, str(error), error.code, headers={"Retry-After": str(error.retry_after_s)})
+        case ServerStopping():
+            return ApiError(503, str(error), "server_stopping", headers={"Retry-After": "5"})
         case sqlite3.Error():
             problem = f"the server's database, agent.db, could not be used: {error}"
             return ApiError(503, f"{problem}; is the disk full, or does another program hold a lock?", "database_error")
@@ -139,6 +148,15 @@ def install_error_handlers(app: FastAPI) -> None:
 
     refused = (ApiError, RequestValidationError, HTTPException, ValueError, ContextFull)
     of_adapters = (SwapError, AdapterRefused, RegistryError, LearnerBusy)
-    failed = (EngineError, StepLogError, sqlite3.Error, ClientGone, Exception)
+    failed = (
+        EngineError,
+        StepLogError,
+        sqlite3.Error,
+        ClientGone,
+        ClientDisconnect,
+        ServerStopping,
+        Refused,
+        Exception,
+    )
     for kind in (*refused, *of_adapters, *failed):
         app.add_exception_handler(kind, answer)

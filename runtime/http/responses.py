@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -13,6 +14,7 @@ from runtime.agent.conversation import history_of
 from runtime.agent.loop import RunEvent
 from runtime.http.chat import EPISODE_HEADER, asked_episode, episode_headers, gather, open_runs
 from runtime.http.errors import ApiError, as_api_error
+from runtime.http.keys import asking_key
 from runtime.http.parts import Parts
 from runtime.http.responses_answer import ResponseAnswer, first_step_id
 from runtime.http.responses_schemas import ResponsesRequest
@@ -37,9 +39,13 @@ def response_routes(parts: Parts) -> APIRouter:
     @router.post("/v1/responses", responses=_ANSWERS, openapi_extra={"parameters": [EPISODE_HEADER]})
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
         """Answer an input. Every step behind the answer is in the log before its last byte leaves."""
-        previous = last_step_of(parts.log, body.previous_response_id) if body.previous_response_id else None
-        history = history_of(parts.log.path_to(previous.id)) if previous else ()
-        runs, events = await open_runs(parts, body.as_chat(history), asked_episode(request), previous)
+        previous, history = None, ()
+        if body.previous_response_id:
+            previous = await asyncio.to_thread(last_step_of, parts.log, body.previous_response_id)
+            history = history_of(await asyncio.to_thread(parts.log.path_to, previous.id))
+        runs, events = await open_runs(
+            parts, body.as_chat(history), asked_episode(request), asking_key(request), previous
+        )
         answer = ResponseAnswer(body, runs[0].turn.step_id)
         if not body.stream:
             await until_gone(request.receive, gather(answer, events))

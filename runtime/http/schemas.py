@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import orjson
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from policies.types import Message, SamplingParams, ToolSchema
 from runtime.agent.demonstrations import Demonstration
-from runtime.store.episodes import Purpose
+from runtime.store.episodes import Purpose, Role
 
 _NAME = r"^[A-Za-z0-9_.-]{1,64}$"
 EPISODE_ID = r"^[A-Za-z0-9_.:-]{1,128}$"
+
+
+MAX_MESSAGES = 20_000
+MAX_METADATA_BYTES = 64 * 1024
 
 
 class WireModel(BaseModel):
@@ -139,6 +144,18 @@ class RequestMetadata(WireModel):
     """`world/split/index` of a world's task."""
     purpose: Purpose = Field(default=Purpose.SERVE, strict=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _bounded(cls, given: Any) -> Any:
+        _require_few_bytes("metadata", given)
+        return given
+
+
+def _require_few_bytes(what: str, value: Any) -> None:
+    """Lists show what a client says of an episode with each of them: it must not be a document."""
+    if isinstance(value, dict) and (size := len(orjson.dumps(value))) > MAX_METADATA_BYTES:
+        raise ValueError(f"{what} may have {MAX_METADATA_BYTES} bytes, this has {size}: keep the rest elsewhere")
+
 
 _StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -148,7 +165,7 @@ class ChatCompletionRequest(WireModel):
 
     model: str
     """The served name, or an adapter's name to pin it."""
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     stream: bool = False
     stream_options: StreamOptions | None = None
     tools: list[Tool] | None = None
@@ -228,6 +245,11 @@ class ChatCompletionRequest(WireModel):
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedToolChoice)
 
     @property
+    def asks_for_grammar(self) -> bool:
+        """The answer must have a form that sampling is held to."""
+        return self.requires_call or bool(self.response_format and self.response_format.schema_of_answer is not None)
+
+    @property
     def stop_texts(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
@@ -283,6 +305,12 @@ class DemonstrationEntry(WireModel):
     task: str | None = None
     """`world/split/index` of a world's task."""
 
+    @field_validator("provenance", mode="before")
+    @classmethod
+    def _bounded(cls, given: Any) -> Any:
+        _require_few_bytes("provenance", given)
+        return given
+
     def as_demonstration(self) -> Demonstration:
         return Demonstration(
             messages=tuple(message.as_message() for message in self.messages),
@@ -305,6 +333,12 @@ class PromotionRequest(WireModel):
 
     expert: str = Field(default="user", pattern=_NAME)
     """Who vouches for the episode."""
+
+
+class WithdrawalRequest(WireModel):
+    """Body of a DELETE of an outcome, a correction or a demonstration; may be left out."""
+
+    reason: str = Field("", max_length=10_000)
 
 
 class CorrectionRequest(WireModel):
@@ -338,6 +372,23 @@ class CycleRequest(WireModel):
         return [part for name, value in said.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
+# -------------------------------------------------------------------------------------------------- keys
+
+
+class KeyRequest(WireModel):
+    """Body of POST /v1/keys."""
+
+    name: str = Field(pattern=_NAME)
+    """Whose key it is; never given again."""
+    role: Role = Field(Role.USE, strict=False)
+    """Each includes those before it: use, feedback, teach, admin."""
+    requests_per_day: int | None = Field(None, ge=0, lt=2**62)
+    """In a day of UTC; None: no bound."""
+    steps_per_day: int | None = Field(None, ge=0, lt=2**62)
+    tokens_per_day: int | None = Field(None, ge=0, lt=2**62)
+    """Of prompts and completions together."""
+
+
 # ---------------------------------------------------------------------------------------------- adapters
 
 _Reason = Annotated[str, Field(max_length=10_000)]
@@ -364,6 +415,8 @@ class AdapterChange(WireModel):
 class AdapterPromotion(AdapterChange):
     """Body of POST /v1/adapters/{name}/promote; may be left out."""
 
+    is_proposal: bool = False
+    """A learner asks: what comes of it is for the server's `--promote` to say."""
     expected_acting: str | None = None
     """What it was found to be better than (`base`: the base network). Where another adapter acts by now, nothing is
     changed."""

@@ -58,6 +58,24 @@ class StopReason(StrEnum):
     MALFORMED = "malformed"  # client-run tools: the action could not be read; or too many in a row
 
 
+class Role(StrEnum):
+    """What a key may do; each role may also do what those before it may."""
+
+    USE = "use"  # ask the agent, and see its own episodes
+    FEEDBACK = "feedback"  # say how its episodes ended, and correct their steps
+    TEACH = "teach"  # import demonstrations, vouch for its episodes
+    ADMIN = "admin"  # everything: all episodes, adapters, cycles, keys
+
+    def may(self, needed: Role) -> bool:
+        """Whether this role includes the other one."""
+        return self.trust >= needed.trust
+
+    @property
+    def trust(self) -> int:
+        """0 for USE up to 3 for ADMIN."""
+        return list(Role).index(self)
+
+
 @dataclass(frozen=True, slots=True)
 class ToolResult:
     """What one tool call gave back. An error is an observation, not an exception."""
@@ -84,6 +102,10 @@ class Episode:
     """What the client sent as `metadata`, or an imported demonstration's provenance."""
     created_at: float = field(default_factory=time.time)
     """Unix seconds."""
+    owner: str = ""
+    """Name of the key that it belongs to (that imported it, for a demonstration); empty: nobody was asked for one."""
+    is_assigned: bool = True
+    """The server chose its adapter; False: the client asked for one by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +152,8 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How an episode ended for those who asked. Arrives later, may arrive more than once; the newest counts."""
+    """How an episode ended for those who asked. Arrives later, may arrive more than once: of those who are trusted
+    most, what was said last counts."""
 
     id: str
     episode_id: str
@@ -140,6 +163,10 @@ class Outcome:
     """Who says so: `user`, `world`, ..."""
     note: str = ""
     created_at: float = field(default_factory=time.time)
+    key: str = ""
+    """Name of the key that says so; empty: the server itself, or somebody who was asked for none."""
+    role: Role = Role.ADMIN
+    """The key's role then: how far it is trusted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +180,22 @@ class Correction:
     """The action as the chat protocol renders it after the step's prompt."""
     source: str
     created_at: float = field(default_factory=time.time)
+    key: str = ""
+    """Name of the key that says so; empty as in an outcome."""
 
 
-Fact = Episode | Step | Outcome | Correction
+@dataclass(frozen=True, slots=True)
+class Withdrawal:
+    """An outcome, a correction or a demonstration that no longer counts: it was wrong. What was said stays logged."""
+
+    id: str
+    fact_id: str
+    """Of the outcome or correction, or of the demonstration's episode."""
+    reason: str = ""
+    key: str = ""
+    """Name of the key that took it back."""
+    created_at: float = field(default_factory=time.time)
+
+
+Fact = Episode | Step | Outcome | Correction | Withdrawal
 """What the step log takes: appended, never edited."""

@@ -26,7 +26,18 @@ from policies.types import (
     ToolCalls,
     ToolSchema,
 )
-from runtime.store.episodes import Actor, Correction, Episode, Outcome, Purpose, Step, StopReason, ToolResult
+from runtime.store.episodes import (
+    Actor,
+    Correction,
+    Episode,
+    Outcome,
+    Purpose,
+    Role,
+    Step,
+    StopReason,
+    ToolResult,
+    Withdrawal,
+)
 
 Row = dict[str, Any]
 
@@ -119,6 +130,8 @@ def episode_to_row(episode: Episode) -> Row:
         "task": episode.task,
         "metadata": to_json(episode.metadata),
         "created_at": episode.created_at,
+        "owner": episode.owner,
+        "is_assigned": int(episode.is_assigned),
     }
 
 
@@ -131,6 +144,8 @@ def episode_from_row(row: sqlite3.Row) -> Episode:
         task=row["task"],
         metadata=json.loads(row["metadata"]),
         created_at=row["created_at"],
+        owner=row["owner"],
+        is_assigned=bool(row["is_assigned"]),
     )
 
 
@@ -198,11 +213,19 @@ def step_from_row(row: sqlite3.Row, prompt: bytes) -> Step:
 
 
 def outcome_to_row(outcome: Outcome) -> Row:
-    return fields_of(outcome)
+    return fields_of(outcome) | {"role": Role(outcome.role).value}
 
 
 def outcome_from_row(row: sqlite3.Row) -> Outcome:
-    return Outcome(**dict(row))
+    return Outcome(**{**dict(row), "role": Role(row["role"])})
+
+
+def withdrawal_to_row(withdrawal: Withdrawal) -> Row:
+    return fields_of(withdrawal)
+
+
+def withdrawal_from_row(row: sqlite3.Row) -> Withdrawal:
+    return Withdrawal(**dict(row))
 
 
 def correction_to_row(correction: Correction) -> Row:
@@ -213,6 +236,7 @@ def correction_to_row(correction: Correction) -> Row:
         "completion_token_ids": tokens_to_blob(correction.completion_token_ids),
         "source": correction.source,
         "created_at": correction.created_at,
+        "key": correction.key,
     }
 
 
@@ -224,4 +248,5 @@ def correction_from_row(row: sqlite3.Row) -> Correction:
         completion_token_ids=tokens_from_blob(row["completion_token_ids"]),
         source=row["source"],
         created_at=row["created_at"],
+        key=row["key"],
     )

@@ -15,7 +15,8 @@ from runtime.store.step_views import EPISODE_TEXT, STEP_SUMMARY
 
 STEP_LOG_MIGRATIONS = Migrations("step_log")
 
-FACT_TABLES = ("episodes", "steps", "outcomes", "corrections", "tool_sets")
+FACT_TABLES = ("episodes", "steps", "outcomes", "corrections", "tool_sets", "withdrawals")
+_FIRST_TABLES = FACT_TABLES[:5]
 
 
 @STEP_LOG_MIGRATIONS()
@@ -38,10 +39,33 @@ def create_facts(database: Database) -> None:
     _create(database, "corrections", CORRECTION_COLUMNS, foreign_keys=[("step_id", "steps", "id")])
     for table, columns in INDEXES:
         database.table(table).create_index(columns)
-    for table in FACT_TABLES:
+    for table in _FIRST_TABLES:
         _refuse_edits(database, table, database.table(table).pks[0])
     database.create_view("episode_text", EPISODE_TEXT)
     database.create_view("step_summary", STEP_SUMMARY)
+
+
+@STEP_LOG_MIGRATIONS()
+def say_who(database: Database) -> None:
+    """Whose an episode is, who said what of it, and what was taken back."""
+    for table, column in (
+        ("episodes", "owner TEXT NOT NULL DEFAULT ''"),
+        ("episodes", "is_assigned INTEGER NOT NULL DEFAULT 1"),
+        ("outcomes", "key TEXT NOT NULL DEFAULT ''"),
+        ("outcomes", "role TEXT NOT NULL DEFAULT 'admin'"),
+        ("corrections", "key TEXT NOT NULL DEFAULT ''"),
+    ):
+        database.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
+    _create(database, "withdrawals", WITHDRAWAL_COLUMNS)
+    _refuse_edits(database, "withdrawals", "id")
+    database.table("withdrawals").create_index(["fact_id"])
+    for columns in LIST_INDEXES:
+        database.table("episodes").create_index(columns)
+    for name, columns in (("by_adapter", "adapter, is_assigned, id"), ("by_time", "created_at")):
+        database.execute(
+            f"CREATE INDEX learnable_episodes_{name} ON episodes({columns}) "
+            "WHERE actor = 'policy' AND purpose <> 'evaluation'"
+        )
 
 
 EPISODE_COLUMNS = {
@@ -104,6 +128,14 @@ CORRECTION_COLUMNS = {
     "created_at": float,
 }
 
+WITHDRAWAL_COLUMNS = {
+    "id": str,
+    "fact_id": str,  # of an outcome, a correction, or a demonstration's episode
+    "reason": str,
+    "key": str,
+    "created_at": float,
+}
+
 INDEXES = (
     ("episodes", ["purpose", "id"]),
     ("episodes", ["actor", "id"]),
@@ -115,6 +147,18 @@ INDEXES = (
     ("outcomes", ["episode_id", "created_at"]),
     ("corrections", ["step_id"]),
 )
+
+
+LIST_INDEXES = (
+    ["owner", "id"],
+    ["owner", "purpose", "id"],
+    ["owner", "actor", "id"],
+    ["owner", "adapter", "id"],
+    ["purpose", "actor", "id"],
+    ["purpose", "adapter", "id"],
+    ["actor", "adapter", "id"],
+)
+"""A list with two filters is read off an index as one with a single filter is."""
 
 
 def _create(

@@ -13,7 +13,7 @@ import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from runtime.store.episodes import Correction, Episode, Fact, Outcome, Step
+from runtime.store.episodes import Correction, Episode, Fact, Outcome, Step, Withdrawal
 from runtime.store.prompt_chains import SequenceCache, common_prefix_len, sequence_of
 from runtime.store.step_rows import (
     Row,
@@ -23,6 +23,7 @@ from runtime.store.step_rows import (
     step_to_row,
     tokens_to_blob,
     tool_set_to_row,
+    withdrawal_to_row,
 )
 
 
@@ -139,8 +140,12 @@ class StepWriter:
                 self._insert("outcomes", outcome_to_row(fact))
             case Correction():
                 self._insert("corrections", correction_to_row(fact))
+            case Withdrawal():
+                self._insert("withdrawals", withdrawal_to_row(fact))
             case _:
-                raise TypeError(f"a fact is an Episode, Step, Outcome or Correction, got {type(fact).__name__}")
+                raise TypeError(
+                    f"a fact is an Episode, Step, Outcome, Correction or Withdrawal, got {type(fact).__name__}"
+                )
 
     def _insert_step(self, step: Step) -> None:
         parent_sequence = b""
