@@ -12,6 +12,7 @@ Not covered: Llama's built-in tools (`<|python_tag|>brave_search.call(...)`), wh
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,15 @@ CHATML_XML_CALLS = _template(
     thinking=_THINKING,
     tool_calls={
         "open_pattern": r"\s*<tool_call>\s*<function=(?P<name>[^>\n]+)>",
-        "close_pattern": r"</function>\s*</tool_call>",
+        # Behind anything but an argument, or no argument at all, the closing tags stand within an argument's text.
+        "close_pattern": r"(?<=</parameter>\s*|<function=[^>\n]+>\s*)</function>\s*</tool_call>",
         "repeats": True,
         "content": "xml-inline",
-        "content_args": {"tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"},
+        # An argument goes on to the last of its closing tags before the next argument.
+        "content_args": {
+            "tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"
+            r"(?=\s*(?:<parameter=[^>\n]+>|\Z))"
+        },
         "transform": ONE_CALL,
     },
 )
@@ -73,10 +79,11 @@ LLAMA_3 = _template(
     _until(r"<\|eot_id\|>|<\|eom_id\|>|<\|end_of_text\|>"),
     tool_calls={
         # A call is the whole turn: the same object after other words is an answer that shows one.
-        "open_pattern": r'\A\s*(?:<\|python_tag\|>)?\s*\{"name":\s*"(?P<name>[^"]+)",\s*"(?:parameters|arguments)":\s*',
-        "close_pattern": r"\}\s*(?:<\|eot_id\|>|<\|eom_id\|>)",
+        "open_pattern": r'\A\s*(?:<\|python_tag\|>\s*(?=\{)|(?=\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?'
+        r'"name"\s*:\s*"[^"]+"\s*,\s*"(?:parameters|arguments)"\s*:))',
+        "close_pattern": r"\s*(?:<\|eot_id\|>|<\|eom_id\|>)",
         "content": "json",
-        "transform": ONE_CALL,
+        "transform": {"type": "function", "function": "{content}"},
     },
 )
 
@@ -90,8 +97,6 @@ MISTRAL_LIST_OF_CALLS = _template(
         "open": "[TOOL_CALLS]",
         "close": "</s>",
         "content": "json",
-        "transform_each": True,
-        "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{arguments}"}},
     },
 )
 
@@ -109,6 +114,27 @@ MISTRAL_CALL_BY_CALL = _template(
 )
 
 GEMMA = _template("<start_of_turn>model\n", _until("<end_of_turn>|<eos>"))
+
+
+def thinking_begins_the_turn(template: ResponseTemplate) -> ResponseTemplate:
+    """The template, but a plain mark of thinking opens it at the turn's beginning alone.
+
+    Elsewhere it is a word of the answer: "The tag <think> opens thoughts."
+    """
+    fields = template.get("fields")
+    if not isinstance(fields, dict):
+        return template  # transformers says what is wrong with it
+    return {**template, "fields": {name: _at_the_beginning(name, field) for name, field in fields.items()}}
+
+
+def _at_the_beginning(name: str, field: Any) -> Any:
+    if name == "content" or not isinstance(field, dict) or field.get("content", "text") != "text":
+        return field
+    mark = field.get("open")
+    if not isinstance(mark, str) or not re.fullmatch(r"\s*[<\[]\w+[>\]]\s*", mark):
+        return field
+    others = {key: value for key, value in field.items() if key != "open"}
+    return {**others, "open_pattern": r"\A\s*" + re.escape(mark)}
 
 
 @dataclass(frozen=True, slots=True)
