@@ -132,6 +132,11 @@ class ActionReader:
         return self._written.removesuffix(self._rules.turn_end)
 
     @property
+    def num_calls(self) -> int:
+        """How many calls are complete."""
+        return self._calls.num_complete
+
+    @property
     def call_being_written(self) -> WrittenCall | None:
         """The call that is not complete yet; None where there is none, or it is not followed."""
         return self._calls.being_written
@@ -257,6 +262,10 @@ class _CallReader:
         """Text beside the calls."""
         if self._entries and self._is_bare_text and (tag := self._closing_tag_in(text)):
             self._problem = self._problem or f"{tag} stands behind a call: within an argument it ends the call"
+
+    @property
+    def num_complete(self) -> int:
+        return len(self._entries)
 
     def all(self) -> tuple[ToolCall, ...]:
         """Every call. Raises ValueError, in words that the policy can act on, where one cannot be read."""

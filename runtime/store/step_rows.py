@@ -98,6 +98,7 @@ def action_from_json(text: str) -> Action:
 def sampling_from_json(text: str) -> SamplingParams:
     fields = json.loads(text)
     fields["stop_token_ids"] = tuple(fields["stop_token_ids"])
+    fields["logit_bias"] = tuple((token_id, bias) for token_id, bias in fields.get("logit_bias", ()))
     return SamplingParams(**fields)
 
 
