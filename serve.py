@@ -68,7 +68,8 @@ async def _serve(settings: Settings) -> None:
             telling.cancel()
         print(welcome(parts, settings, sock), flush=True)
         if settings.demonstrations:
-            beside.append(asyncio.create_task(import_demonstrations(settings, url_of(sock))))
+            importing = import_demonstrations(settings, url_of(sock), parts.keys.learner_secret)
+            beside.append(asyncio.create_task(importing))
 
     starting = asyncio.create_task(start())
     try:
@@ -86,12 +87,14 @@ async def _serve(settings: Settings) -> None:
         await parts.engine.close()
         parts.log.close()
         parts.registry.close()
+        if parts.keys.store is not None:
+            parts.keys.store.close()
 
 
-async def import_demonstrations(settings: Settings, url: str) -> None:
+async def import_demonstrations(settings: Settings, url: str, secret: str) -> None:
     """Have the learner import them; it says what it refuses. Serving goes on meanwhile."""
     command = [sys.executable, "-m", "learner", "import", *map(str, settings.demonstrations), "--url", f"{url}/v1"]
-    importing = await asyncio.create_subprocess_exec(*command, env={**os.environ, **key_of(settings)})
+    importing = await asyncio.create_subprocess_exec(*command, env={**os.environ, "STEPAGENT_API_KEY": secret})
     try:
         await importing.wait()
     finally:
@@ -119,6 +122,7 @@ def build_parts(settings: Settings) -> Parts:
     from runtime.http.parts import Parts
     from runtime.learning.trigger import Learning
     from runtime.store.adapter_registry import AdapterRegistry
+    from runtime.store.keys import KeyRing, KeyStore
     from runtime.store.step_log import StepLog, StepLogError
     from tools import load_tools
     from tools.worlds import load_world
@@ -130,6 +134,7 @@ def build_parts(settings: Settings) -> Parts:
         settings.state.mkdir(parents=True, exist_ok=True)
         log = StepLog(settings.state / "agent.db")
         registry = AdapterRegistry(settings.state / "agent.db")
+        keys = KeyRing(KeyStore(settings.state / "agent.db"), key_of(settings))
         folder = model_folder(settings.model)
         network = read_base_network(folder)
         protocol = ChatProtocol.load(folder, settings.response_template)
@@ -154,14 +159,14 @@ def build_parts(settings: Settings) -> Parts:
             tool_timeout_s=settings.tool_timeout,
         ),
         metrics=Metrics(engine),
-        api_key=settings.api_key.get_secret_value() if settings.api_key else None,
+        keys=keys,
         learning=Learning.beside(
             settings.state,
             log,
             registry,
             swap,
             arguments=learner_arguments(settings, folder),
-            environment=learner_environment(settings, folder),
+            environment=learner_environment(settings, folder, keys.learner_secret),
             every_episodes=settings.learn_every,
         ),
     )
@@ -174,14 +179,18 @@ def learner_arguments(settings: Settings, folder: Path) -> list[str]:
     return ["--model", str(folder), "--world", settings.world, *template, *passed_on]
 
 
-def learner_environment(settings: Settings, folder: Path) -> dict[str, str]:
-    """The server's key, and beside vLLM the GPU it is left."""
-    return key_of(settings) | dict(gpu_share(settings, folder).learner_environment if settings.engine == "vllm" else {})
+def learner_environment(settings: Settings, folder: Path, secret: str) -> dict[str, str]:
+    """Its key, as a variable of the environment since others can read the arguments of a process; beside vLLM also the
+    GPU it is left."""
+    share = gpu_share(settings, folder).learner_environment if settings.engine == "vllm" else {}
+    return {"STEPAGENT_API_KEY": secret, **share}
 
 
-def key_of(settings: Settings) -> dict[str, str]:
-    """The API key as a variable of the environment: others can read the arguments of a process."""
-    return {"STEPAGENT_API_KEY": settings.api_key.get_secret_value()} if settings.api_key else {}
+def key_of(settings: Settings) -> str | None:
+    """The key that the server is started with, from the environment, the TOML file, or a file of its own."""
+    if settings.api_key_file is not None:
+        return settings.api_key_file.read_text("utf-8").strip()
+    return settings.api_key.get_secret_value() if settings.api_key else None
 
 
 def load_engine(settings: Settings, folder: Path, protocol: ChatProtocol) -> Engine:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from openai import APIStatusError, AsyncOpenAI, OpenAIError
 from tqdm import tqdm
 
+from learner.api_key import add_key_options, api_key
 from learner.client import Endpoint
 from runtime.store.episodes import new_id
 from runtime.store.learning_log import LearningLog
@@ -43,7 +44,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--url", default=os.environ.get("STEPAGENT_URL", "http://127.0.0.1:8000/v1"), help="the endpoint"
     )
-    parser.add_argument("--api-key", default=os.environ.get("STEPAGENT_API_KEY", "none"), help="the server's API key")
+    add_key_options(parser)
     parser.add_argument("--state", type=Path, default=Path("state"), help="the server's state folder")
     cycle = parser.add_argument_group("a cycle")
     cycle.add_argument("--cycle", default="", help="the cycle's name; default: a new one")
@@ -98,7 +99,7 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     if options.server_pid is not None:
         _live_beside(options.server_pid)  # before the slow imports: they too give way to the server, and end with it
-    endpoint = Endpoint(AsyncOpenAI(base_url=options.url, api_key=options.api_key))
+    endpoint = Endpoint(AsyncOpenAI(base_url=options.url, api_key=api_key(options)))
     try:
         match options.command:
             case "once":

@@ -20,6 +20,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from openai import AsyncOpenAI, OpenAIError
 from tqdm import tqdm
 
+from learner.api_key import add_key_options, api_key
 from tools.worlds import WORLDS, load_world
 from tools.worlds.world import Task, World
 
@@ -145,7 +146,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--url", default=os.environ.get("STEPAGENT_URL", "http://127.0.0.1:8000/v1"), help="the endpoint"
     )
-    parser.add_argument("--api-key", default=os.environ.get("STEPAGENT_API_KEY", "none"), help="the server's API key")
+    add_key_options(parser)
     parser.add_argument("--world", default="order_desk", choices=sorted(WORLDS))
     parser.add_argument("--split", default="train", choices=("train", "validation", "heldout"))
     parser.add_argument("--episodes", type=int, default=100, help="how many tasks")
@@ -166,7 +167,7 @@ async def _main(arguments: argparse.Namespace) -> int:
     # Only the training split is learned from; what reporting is done on must stay unseen.
     purpose = "practice" if arguments.split == "train" else "evaluation"
     options = PracticeOptions(arguments.model, arguments.temperature, purpose, arguments.concurrency, arguments.seed)
-    client = AsyncOpenAI(base_url=arguments.url, api_key=arguments.api_key, max_retries=1)
+    client = AsyncOpenAI(base_url=arguments.url, api_key=api_key(arguments), max_retries=1)
     try:
         with tqdm(total=len(tasks), unit="episode") as bar:
             attempts = await practise(client, world, tasks, options, lambda _: bar.update())

@@ -57,7 +57,10 @@ class Settings(BaseSettings):
     """JSON file of a response template, which reads the model's tool calls and thinking; default: the model's own, or
     a known one that fits its chat template."""
     api_key: SecretStr | None = Field(None, min_length=1)
-    """Clients must send it as a bearer token; unset: none is asked for."""
+    """The admin key, from STEPAGENT_API_KEY or the TOML file, never from the command line; unset, and none made by
+    `python -m runtime.keys`: nobody is asked for one."""
+    api_key_file: Path | None = None
+    """File that holds the admin key."""
     world: str = "order_desk"
     """World whose tasks the server knows and whose tools it runs; empty for none."""
     tools: Annotated[list[str], NoDecode] = []
@@ -114,9 +117,45 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _guard_public_bind(self) -> Settings:
-        if self.api_key is None and not _is_loopback(self.host):
-            raise ValueError(f"host {self.host} can be reached by others: set an API key (--api-key), or use 127.0.0.1")
+        if self.api_key or self.api_key_file or is_loopback(self.host):
+            return self
+        from runtime.store.keys import has_keys
+
+        if not has_keys(self.state / "agent.db"):
+            raise ValueError(
+                f"host {self.host} can be reached by others: set an API key (STEPAGENT_API_KEY, or --api-key-file FILE), "
+                "or use 127.0.0.1"
+            )
         return self
+
+    @model_validator(mode="after")
+    def _check_key_file(self) -> Settings:
+        if self.api_key_file is None:
+            return self
+        if self.api_key is not None:
+            raise ValueError("an API key and a file of one are both given: leave one of them out")
+        try:
+            key = self.api_key_file.read_text("utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"api_key_file {self.api_key_file} cannot be read: {error}") from error
+        if not key:
+            raise ValueError(f"api_key_file {self.api_key_file} is empty: write the key into it")
+        return self
+
+    @model_validator(mode="after")
+    def _keep_keys_out_of_arguments(self) -> Settings:
+        if any("key" in name for name in self.learner_arg):
+            raise ValueError(
+                "learner_arg would show a key to every user of this machine: the learner has one of its own"
+            )
+        return self
+
+
+KEY_OPTIONS = ("--api-key", "--api-ke", "--api-k")
+KEY_REFUSED = (
+    "--api-key: every user of this machine can read a key on a command line (ps shows it): "
+    "put it into STEPAGENT_API_KEY, or into a file: --api-key-file FILE"
+)
 
 
 def _config_file() -> Path:
@@ -127,7 +166,7 @@ def _config_file() -> Path:
     return Path(named or "stepagent.toml")
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
@@ -141,6 +180,8 @@ def parse_settings(arguments: list[str]) -> Settings:
 
     Ends the process with a sentence on stderr and exit code 2 where a value is wrong.
     """
+    if any(argument.partition("=")[0].replace("_", "-") in KEY_OPTIONS for argument in arguments):
+        _refuse([KEY_REFUSED])
     try:
         return CliApp.run(Settings, cli_args=arguments)
     except ValidationError as error:

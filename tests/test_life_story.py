@@ -20,6 +20,7 @@ from policies.chat_protocol import ChatProtocol
 from policies.types import FinalAnswer, ToolCalls
 from runtime.agent.tools import Toolbox
 from runtime.store.episodes import Purpose, StopReason
+from runtime.store.keys import KeyRing
 from tests.conftest import ServeScripted
 from tests.serving import MODEL, SayingEngine, Served
 from tools.worlds.order_desk import OrderDesk
@@ -539,7 +540,7 @@ def test_metrics_count_answers_and_steps(serve_scripted: ServeScripted) -> None:
 
 
 def test_with_an_api_key_nobody_else_is_answered(serve_scripted: ServeScripted) -> None:
-    served = serve_scripted("Hi.", api_key="s3cret")
+    served = serve_scripted("Hi.", keys=KeyRing(operator_secret="s3cret"))
     assert text_of(ask(served.client(api_key="s3cret"))) == "Hi."
     for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "s3cret"}):
         refused = httpx.get(f"{served.url}/v1/models", headers=headers)

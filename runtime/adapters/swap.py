@@ -128,19 +128,21 @@ class Swap:
         async with self._changes:
             return await self._bring_up(self._registry.adapter(name))
 
-    async def promote(self, name: str, reason: str = "", expected_acting: str | None = None) -> None:
+    async def promote(self, name: str, reason: str = "", expected_acting: str | None = None, key: str = "") -> None:
         """Let an adapter act for new episodes. One that is not up is brought up first, see `bring_up`.
 
         `expected_acting` is what it was found to be better than. Raises SwapError where that does not act any more
-        (None: whatever acts).
+        (None: whatever acts). `key` is the name of the key that asks for it, here and below.
         """
         async with self._changes:
             self._require_acting(expected_acting)
             await self._bring_up(self._registry.adapter(name))
             self._end_canary(name)
-            await self._write(self._registry.promote, name, reason)
+            await self._write(self._registry.promote, name, reason, key)
 
-    async def start_canary(self, name: str, share: float, reason: str = "", expected_acting: str | None = None) -> None:
+    async def start_canary(
+        self, name: str, share: float, reason: str = "", expected_acting: str | None = None, key: str = ""
+    ) -> None:
         """Give an adapter this share of the new episodes, chosen by their ids. Raises SwapError beside another canary,
         and as `promote` does."""
         if not 0.0 < share <= 1.0:
@@ -150,17 +152,17 @@ class Swap:
             if self._canary is not None:
                 raise SwapError(f"{self._canary[0]} is a canary already; promote or refuse it first")
             await self._bring_up(self._registry.adapter(name))
-            await self._write(self._registry.record, name, AdapterState.CANARY, reason or f"share {share:g}")
+            await self._write(self._registry.record, name, AdapterState.CANARY, reason or f"share {share:g}", key)
             self._canary = (name, share)
 
-    async def refuse(self, name: str, reason: str) -> None:
+    async def refuse(self, name: str, reason: str, key: str = "") -> None:
         """Turn a candidate or canary down for ever. Episodes that began with it end with it."""
         async with self._changes:
             self._end_canary(name)
-            await self._write(self._registry.record, name, AdapterState.REFUSED, reason)
+            await self._write(self._registry.record, name, AdapterState.REFUSED, reason, key)
             await self._sweep()
 
-    async def rollback(self, reason: str, expected_acting: str | None = None) -> Adapter | None:
+    async def rollback(self, reason: str, expected_acting: str | None = None, key: str = "") -> Adapter | None:
         """Let act again what acted before; None is the base network. A flip, where that is still loaded.
 
         Goes further down where that cannot be served any more. Raises SwapError where nothing is behind, or where
@@ -168,7 +170,7 @@ class Swap:
         """
         async with self._changes:
             self._require_acting(expected_acting)
-            return await self._roll_back(reason)
+            return await self._roll_back(reason, key)
 
     async def restore(self) -> Adapter | None:
         """Serve the acting adapter on an engine that has just started, with nothing loaded; None: the base network.
@@ -312,12 +314,12 @@ class Swap:
             return False
         return True
 
-    async def _roll_back(self, reason: str) -> Adapter | None:
+    async def _roll_back(self, reason: str, key: str = "") -> Adapter | None:
         acting, *behind = self._registry.rollback_chain()
         for num_back, target in enumerate(behind, start=1):
             if target is None or (target != acting and await self._comes_up(target)):
                 _log.warning("rolled back to %s: %s", "the base network" if target is None else target.name, reason)
-                return await self._write(self._registry.rollback, reason, num_back)
+                return await self._write(self._registry.rollback, reason, num_back, key)
         raise SwapError("the base network acts; there is nothing to roll back to")
 
     async def _write(self, change: Callable[P, T], *values: P.args, **more: P.kwargs) -> T:

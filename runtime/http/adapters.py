@@ -7,10 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body
+from fastapi import APIRouter, Body, Request
 
 from policies.types import BASE_ADAPTER, Adapter
 from runtime.http.errors import ApiError
+from runtime.http.keys import asking_key
 from runtime.http.parts import Parts
 from runtime.http.schemas import AdapterChange, AdapterPromotion, AdapterRefusal, AdapterRegistration, CanaryRequest
 from runtime.http.strict_json import StrictJsonRoute
@@ -30,45 +31,47 @@ def adapter_routes(parts: Parts) -> APIRouter:
         return {"object": "list", "data": [_record(registry, adapter) for adapter in registry.adapters()]}
 
     @router.post("", status_code=201)
-    async def register_adapter(body: AdapterRegistration) -> dict[str, Any]:
+    async def register_adapter(body: AdapterRegistration, request: Request) -> dict[str, Any]:
         """Copy in a PEFT folder of the server's machine, validate, load and verify it; it can be promoted then.
 
         The very same files again are the adapter that they already are. 409 with the reason where it is refused.
         """
-        adapter = await _register(registry, body)
+        adapter = await _register(registry, body, asking_key(request).name)
         await swap.bring_up(adapter.name)
         return _record(registry, adapter)
 
     @router.post("/rollback")
-    async def roll_back(body: Annotated[AdapterChange, Body()] = _NO_REASON) -> dict[str, Any]:
+    async def roll_back(request: Request, body: Annotated[AdapterChange, Body()] = _NO_REASON) -> dict[str, Any]:
         """Let act again what acted before; `base` is the base network. 409 where nothing is behind."""
-        acting = await swap.rollback(body.reason)
+        acting = await swap.rollback(body.reason, key=asking_key(request).name)
         return {"acting": acting.name if acting else BASE_ADAPTER}
 
     @router.post("/{name}/promote")
-    async def promote_adapter(name: str, body: Annotated[AdapterPromotion, Body()] = _PROMOTION) -> dict[str, Any]:
+    async def promote_adapter(
+        name: str, request: Request, body: Annotated[AdapterPromotion, Body()] = _PROMOTION
+    ) -> dict[str, Any]:
         """Let it act for new episodes; episodes that are running keep the adapter they began with."""
-        await swap.promote(name, body.reason, body.expected_acting)
+        await swap.promote(name, body.reason, body.expected_acting, asking_key(request).name)
         return _record(registry, registry.adapter(name))
 
     @router.post("/{name}/canary")
-    async def start_canary(name: str, body: CanaryRequest) -> dict[str, Any]:
+    async def start_canary(name: str, body: CanaryRequest, request: Request) -> dict[str, Any]:
         """Let it serve a share of the new episodes; it is promoted or refused by how they go. 409 beside another."""
-        await swap.start_canary(name, body.share, body.reason, body.expected_acting)
+        await swap.start_canary(name, body.share, body.reason, body.expected_acting, asking_key(request).name)
         return _record(registry, registry.adapter(name))
 
     @router.post("/{name}/refuse")
-    async def refuse_adapter(name: str, body: AdapterRefusal) -> dict[str, Any]:
+    async def refuse_adapter(name: str, body: AdapterRefusal, request: Request) -> dict[str, Any]:
         """Turn a candidate down for ever."""
-        await swap.refuse(name, body.reason)
+        await swap.refuse(name, body.reason, asking_key(request).name)
         return _record(registry, registry.adapter(name))
 
     return router
 
 
-async def _register(registry: AdapterRegistry, body: AdapterRegistration) -> Adapter:
+async def _register(registry: AdapterRegistry, body: AdapterRegistration, key: str) -> Adapter:
     try:
-        return await asyncio.to_thread(registry.register, Path(body.path), body.parent, body.reason)
+        return await asyncio.to_thread(registry.register, Path(body.path), body.parent, body.reason, key)
     except OSError as error:  # no permission, too long a name, a full disk
         raise ApiError(
             409, f"the adapter could not be copied in: {error.strerror}", "adapter_refused", "path"

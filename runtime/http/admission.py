@@ -13,16 +13,22 @@ from runtime.agent.turn import Policy, Turn
 from runtime.http.parts import Parts
 from runtime.http.schemas import ChatCompletionRequest, NamedToolChoice
 from runtime.store.episodes import Actor, Episode, Step, new_id
+from runtime.store.keys import Key
 
 
 class UnknownModel(ValueError):
     """The request names a model that is not served here."""
 
 
+class ForeignEpisode(ValueError):
+    """The request names an episode, or a response, that belongs to another key."""
+
+
 async def admit(
     parts: Parts,
     request: ChatCompletionRequest,
     header_episode_id: str | None,
+    key: Key,
     lease: AsyncExitStack,
     previous: Step | None = None,
 ) -> list[Run]:
@@ -40,12 +46,16 @@ async def admit(
     place = locate(parts.log, messages, asked_id) if previous is None else continued(parts.log, messages, previous)
     known_id = place.path[-1].episode_id if place.path else asked_id
     logged = None if known_id is None else parts.log.episode(known_id)
+    if logged is not None and logged.owner != key.name and not (asked_id and key.sees(logged.owner)):
+        if asked_id or previous:
+            raise ForeignEpisode(f"episode {asked_id or logged.id!r} belongs to another key: choose another id")
+        place, logged = Place((), (), messages), None  # somebody else's conversation began alike
     pinned = _pinned_adapter(parts, request.model)
     episode_id = logged.id if logged else asked_id or new_id("ep")
     began_with = logged.adapter if logged else None
     adapter = await lease.enter_async_context(parts.swap.lease(episode_id, began_with=began_with, pinned=pinned))
     policy = Policy(parts.engine, parts.protocol, adapter)
-    episode = logged or _new_episode(parts, request, episode_id, policy, messages)
+    episode = logged or _new_episode(parts, request, episode_id, policy, messages, key, is_assigned=pinned is None)
     admitted = _Admitted(parts, request, policy, episode, logged is None, place, messages)
     return [admitted.run(choice) for choice in range(request.n)]
 
@@ -60,7 +70,13 @@ def _pinned_adapter(parts: Parts, model: str) -> str | None:
 
 
 def _new_episode(
-    parts: Parts, request: ChatCompletionRequest, episode_id: str, policy: Policy, messages: tuple[Message, ...]
+    parts: Parts,
+    request: ChatCompletionRequest,
+    episode_id: str,
+    policy: Policy,
+    messages: tuple[Message, ...],
+    key: Key,
+    is_assigned: bool,
 ) -> Episode:
     metadata = request.metadata
     return Episode(
@@ -70,6 +86,8 @@ def _new_episode(
         adapter=policy.adapter_name,
         task=parts.toolbox.task_of(metadata.task, messages),
         metadata=metadata.model_extra or {},
+        owner=key.name,
+        is_assigned=is_assigned,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import hmac
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -17,19 +16,13 @@ from runtime.http.cycles import learner_routes
 from runtime.http.demonstrations import demonstration_routes
 from runtime.http.episodes import episode_routes
 from runtime.http.errors import ERROR_RESPONSES, ApiError, install_error_handlers
+from runtime.http.keys import KeyCheck, key_routes
 from runtime.http.metrics import Metrics
 from runtime.http.parts import Parts
 from runtime.http.responses import response_routes
 from runtime.http.server import server_routes
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
-_OPEN_PATHS = ("/health", "/")
-_UNAUTHORIZED = ApiError(
-    401,
-    "send the server's API key: Authorization: Bearer KEY",
-    "invalid_api_key",
-    headers={"WWW-Authenticate": "Bearer"},
-)
 
 
 def create_app(parts: Parts) -> FastAPI:
@@ -54,28 +47,12 @@ def create_app(parts: Parts) -> FastAPI:
     app = FastAPI(title="StepAgent", version="0.1.0", lifespan=lifespan, responses=ERROR_RESPONSES)
     install_error_handlers(app)
     of_agent = (chat_routes, response_routes, episode_routes, demonstration_routes)
-    for routes in (*of_agent, adapter_routes, learner_routes, server_routes):
+    for routes in (*of_agent, adapter_routes, learner_routes, key_routes, server_routes):
         app.include_router(routes(parts))
     app.add_middleware(_BodyLimit)
     app.add_middleware(_RequestCount, metrics=parts.metrics)
-    if parts.api_key:
-        app.add_middleware(_BearerToken, api_key=parts.api_key)
+    app.add_middleware(KeyCheck, ring=parts.keys)
     return app
-
-
-class _BearerToken:
-    """Refuses requests without the API key."""
-
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
-        self._app = app
-        self._expected = f"Bearer {api_key}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
-                return await _UNAUTHORIZED.response()(scope, receive, send)
-        await self._app(scope, receive, send)
 
 
 class _BodyLimit:

@@ -15,12 +15,14 @@ from runtime.agent.loop import Run, RunEvent, StepTaken
 from runtime.http.admission import admit
 from runtime.http.chat_answer import ChatAnswer, Choice, step_summary
 from runtime.http.errors import ApiError, as_api_error
+from runtime.http.keys import asking_key
 from runtime.http.parts import Parts
 from runtime.http.run_events import RunEvents
 from runtime.http.schemas import EPISODE_ID, ChatCompletionRequest
 from runtime.http.sse import EventStream, json_answer, sse_event, until_gone
 from runtime.http.strict_json import StrictJsonRoute
 from runtime.store.episodes import Step
+from runtime.store.keys import Key
 
 EPISODE_HEADER = {
     "name": "x-episode-id",
@@ -52,7 +54,7 @@ def chat_routes(parts: Parts) -> APIRouter:
     @router.post("/v1/chat/completions", responses=_ANSWERS, openapi_extra={"parameters": [EPISODE_HEADER]})
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation. Every step behind the answer is in the log before its last byte leaves."""
-        runs, events = await open_runs(parts, body, asked_episode(request))
+        runs, events = await open_runs(parts, body, asked_episode(request), asking_key(request))
         choices = [Choice(index, parts.protocol, body.logprobs) for index in range(len(runs))]
         answer = ChatAnswer(body.model, choices, runs[0].turn.step_id)
         if not body.stream:
@@ -76,11 +78,11 @@ def asked_episode(request: Request) -> str | None:
 
 
 async def open_runs(
-    parts: Parts, body: ChatCompletionRequest, episode_id: str | None, previous: Step | None = None
+    parts: Parts, body: ChatCompletionRequest, episode_id: str | None, key: Key, previous: Step | None = None
 ) -> tuple[list[Run], RunEvents]:
     """A request's runs, and their events, which hold the adapter's lease until they are closed. Raises as `admit`."""
     async with AsyncExitStack() as lease:
-        runs = await admit(parts, body, episode_id, lease, previous)
+        runs = await admit(parts, body, episode_id, key, lease, previous)
         return runs, RunEvents(parts, runs, lease.pop_all())
 
 

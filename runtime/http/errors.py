@@ -18,7 +18,7 @@ from policies.chat_protocol import ChatProtocolError
 from policies.types import EngineError
 from runtime.adapters.swap import SwapError
 from runtime.agent.step import ContextFull
-from runtime.http.admission import UnknownModel
+from runtime.http.admission import ForeignEpisode, UnknownModel
 from runtime.http.sse import ClientGone
 from runtime.learning.process import LearnerBusy
 from runtime.store.adapter_registry import RegistryError, UnknownAdapter
@@ -89,6 +89,8 @@ def as_api_error(error: Exception) -> ApiError:
             return _validation_error(error)
         case UnknownModel():
             return ApiError(404, str(error), "model_not_found", "model")
+        case ForeignEpisode():
+            return ApiError(409, str(error), "episode_taken", "metadata.episode_id")
         case ContextFull():
             return ApiError(400, str(error), "context_length_exceeded", "messages")
         case ChatProtocolError():

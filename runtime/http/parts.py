@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from policies.chat_protocol import ChatProtocol
 from policies.types import Engine
@@ -12,6 +12,7 @@ from runtime.agent.tools import Toolbox
 from runtime.http.metrics import Metrics
 from runtime.learning.trigger import Learning
 from runtime.store.adapter_registry import AdapterRegistry
+from runtime.store.keys import KeyRing
 from runtime.store.step_log import StepLog
 
 
@@ -29,6 +30,6 @@ class Parts:
     toolbox: Toolbox
     limits: RunLimits
     metrics: Metrics
-    api_key: str | None = None
+    keys: KeyRing = field(default_factory=KeyRing)
     learning: Learning | None = None
     """None: a server that only serves, as in benchmarks and tests."""

@@ -13,6 +13,7 @@ from runtime.agent.conversation import history_of
 from runtime.agent.loop import RunEvent
 from runtime.http.chat import EPISODE_HEADER, asked_episode, episode_headers, gather, open_runs
 from runtime.http.errors import ApiError, as_api_error
+from runtime.http.keys import asking_key
 from runtime.http.parts import Parts
 from runtime.http.responses_answer import ResponseAnswer, first_step_id
 from runtime.http.responses_schemas import ResponsesRequest
@@ -39,7 +40,9 @@ def response_routes(parts: Parts) -> APIRouter:
         """Answer an input. Every step behind the answer is in the log before its last byte leaves."""
         previous = last_step_of(parts.log, body.previous_response_id) if body.previous_response_id else None
         history = history_of(parts.log.path_to(previous.id)) if previous else ()
-        runs, events = await open_runs(parts, body.as_chat(history), asked_episode(request), previous)
+        runs, events = await open_runs(
+            parts, body.as_chat(history), asked_episode(request), asking_key(request), previous
+        )
         answer = ResponseAnswer(body, runs[0].turn.step_id)
         if not body.stream:
             await until_gone(request.receive, gather(answer, events))

@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from policies.types import Message, SamplingParams, ToolSchema
+from runtime.agent.conversation import LEGACY_CALL_ID
 from runtime.agent.demonstrations import Demonstration
 from runtime.http.fields import CHAT_FIELDS, check_fields
-from runtime.store.episodes import Purpose
+from runtime.store.episodes import Purpose, Role
 
 _NAME = r"^[A-Za-z0-9_.-]{1,64}$"
 EPISODE_ID = r"^[A-Za-z0-9_.:-]{1,128}$"
@@ -62,8 +63,7 @@ class ToolCallEntry(Nullable):
     function: FunctionCall
 
 
-LEGACY_CALL_ID = "function_call"
-"""Stands for the id of a call in OpenAI's older form (`function_call`), which has none."""
+
 
 
 class ChatMessage(WireModel):
@@ -474,6 +474,12 @@ class PromotionRequest(WireModel):
     """Who vouches for the episode."""
 
 
+class WithdrawalRequest(WireModel):
+    """Body of a DELETE of an outcome, a correction or a demonstration; may be left out."""
+
+    reason: str = Field("", max_length=10_000)
+
+
 class CorrectionRequest(WireModel):
     """Body of POST /v1/episodes/{id}/corrections: what should have been done at one of its steps."""
 
@@ -503,6 +509,23 @@ class CycleRequest(WireModel):
         if "objectives" in said:
             said["objectives"] = ",".join(said["objectives"])
         return [part for name, value in said.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+# -------------------------------------------------------------------------------------------------- keys
+
+
+class KeyRequest(WireModel):
+    """Body of POST /v1/keys."""
+
+    name: str = Field(pattern=_NAME)
+    """Whose key it is; never given again."""
+    role: Role = Field(Role.USE, strict=False)
+    """Each includes those before it: use, feedback, teach, admin."""
+    requests_per_day: int | None = Field(None, ge=0, lt=2**62)
+    """In a day of UTC; None: no bound."""
+    steps_per_day: int | None = Field(None, ge=0, lt=2**62)
+    tokens_per_day: int | None = Field(None, ge=0, lt=2**62)
+    """Of prompts and completions together."""
 
 
 # ---------------------------------------------------------------------------------------------- adapters

@@ -74,6 +74,8 @@ class AdapterEvent:
     reason: str
     created_at: float
     """Unix seconds."""
+    key: str = ""
+    """Name of the key that asked for it; empty: the server itself, or somebody who was asked for none."""
 
 
 MODEL_CARD = "README.md"
@@ -107,6 +109,13 @@ def create_tables(db: Database) -> None:
             )
 
 
+@migrations()
+def say_who(db: Database) -> None:
+    """Who asked for each change."""
+    for table in ("adapter_events", "acting"):
+        db.execute(f"ALTER TABLE {table} ADD COLUMN key TEXT NOT NULL DEFAULT ''")
+
+
 class AdapterRegistry:
     """The store. Its folders lie beside the database file: `adapters/agent-v0007`. May be used from any thread.
 
@@ -133,7 +142,7 @@ class AdapterRegistry:
 
     # ---------------------------------------------------------------------------------------------- write
 
-    def register(self, path: Path, parent: str | None = None, reason: str = "") -> Adapter:
+    def register(self, path: Path, parent: str | None = None, reason: str = "", key: str = "") -> Adapter:
         """Copy a PEFT folder in under the next version's name. The folder itself may go afterwards.
 
         Registering the very same files again gives the adapter they already are, so that a maker who did not hear
@@ -148,11 +157,11 @@ class AdapterRegistry:
             self._copy(path, incoming)
             rank, digest = adapter_rank(incoming), weights_digest(incoming)
             with self._lock:
-                return self._known(incoming, digest) or self._adopt(incoming, rank, digest, parent, reason)
+                return self._known(incoming, digest) or self._adopt(incoming, rank, digest, parent, reason, key)
         finally:
             shutil.rmtree(incoming, ignore_errors=True)
 
-    def record(self, adapter: Adapter | str, state: AdapterState, reason: str = "") -> None:
+    def record(self, adapter: Adapter | str, state: AdapterState, reason: str = "", key: str = "") -> None:
         """Append a change of state. Raises RegistryError where the transition table does not allow it.
 
         An adapter becomes acting here only if the pointer is on it already (its engine has started anew); else
@@ -164,15 +173,15 @@ class AdapterRegistry:
                 raise RegistryError(f"{name} cannot become acting without being promoted")
             self._require_transition(name, state)
             with write_transaction(self.db):
-                self._insert_event(name, state, reason)
+                self._insert_event(name, state, reason, key)
 
-    def promote(self, name: str, reason: str = "") -> None:
+    def promote(self, name: str, reason: str = "", key: str = "") -> None:
         """Let an adapter that is verified, or a canary, act from now on; the one before it drains."""
         with self._lock:
             current = self._acting_row()
-            self._flip(name, current["id"] if current else None, reason)
+            self._flip(name, current["id"] if current else None, reason, key)
 
-    def rollback(self, reason: str, num_back: int = 1) -> Adapter | None:
+    def rollback(self, reason: str, num_back: int = 1, key: str = "") -> Adapter | None:
         """Let act again what acted `num_back` promotions before; None is the base network.
 
         Raises RegistryError where nothing is behind, or where what is behind does not lie verified in the engine.
@@ -182,7 +191,7 @@ class AdapterRegistry:
             if not 1 <= num_back < len(chain):
                 raise RegistryError(f"nothing to roll back to: {self._chain_in_words()}")
             target = chain[num_back]
-            self._flip(target["adapter"], target["behind"], reason)
+            self._flip(target["adapter"], target["behind"], reason, key)
             return self.acting()
 
     # ----------------------------------------------------------------------------------------------- read
@@ -239,7 +248,7 @@ class AdapterRegistry:
                 return adapter
         return None
 
-    def _adopt(self, incoming: Path, rank: int, digest: str, parent: str | None, reason: str) -> Adapter:
+    def _adopt(self, incoming: Path, rank: int, digest: str, parent: str | None, reason: str, key: str) -> Adapter:
         version = 1 + len(self.adapters())
         name = f"agent-v{version:04d}"
         adapter = Adapter(name, version, self._folder / name, rank, parent, digest)
@@ -248,41 +257,41 @@ class AdapterRegistry:
             self.db.execute(
                 "INSERT INTO adapters VALUES (?, ?, ?, ?, ?, ?)", [version, name, rank, parent, digest, time.time()]
             )
-            self._insert_event(name, AdapterState.REGISTERED, reason)
+            self._insert_event(name, AdapterState.REGISTERED, reason, key)
             incoming.rename(adapter.path)
         return adapter
 
-    def _flip(self, name: str | None, behind: int | None, reason: str) -> None:
+    def _flip(self, name: str | None, behind: int | None, reason: str, key: str) -> None:
         """Move the acting pointer, with both changes of state, in one transaction."""
         before = self.acting()
         if name is not None:
             self._require_transition(name, AdapterState.ACTING)
         with write_transaction(self.db):
             self.db.execute(
-                "INSERT INTO acting (adapter, behind, reason, created_at) VALUES (?, ?, ?, ?)",
-                [name, behind, reason, time.time()],
+                "INSERT INTO acting (adapter, behind, reason, created_at, key) VALUES (?, ?, ?, ?, ?)",
+                [name, behind, reason, time.time(), key],
             )
             if before is not None and self.state(before.name) is AdapterState.ACTING:
-                self._insert_event(before.name, AdapterState.DRAINING, reason)
+                self._insert_event(before.name, AdapterState.DRAINING, reason, key)
             if name is not None:
-                self._insert_event(name, AdapterState.ACTING, reason)
+                self._insert_event(name, AdapterState.ACTING, reason, key)
 
     def _require_transition(self, name: str, state: AdapterState) -> None:
         now = self.state(name)
         if state not in TRANSITIONS[now]:
             raise RegistryError(f"{name} is {now} and cannot become {state}")
 
-    def _insert_event(self, name: str, state: AdapterState, reason: str) -> None:
+    def _insert_event(self, name: str, state: AdapterState, reason: str, key: str) -> None:
         self.db.execute(
-            "INSERT INTO adapter_events (adapter, state, reason, created_at) VALUES (?, ?, ?, ?)",
-            [name, state.value, reason, time.time()],
+            "INSERT INTO adapter_events (adapter, state, reason, created_at, key) VALUES (?, ?, ?, ?, ?)",
+            [name, state.value, reason, time.time(), key],
         )
 
     def _events(self, name: str, order: str) -> tuple[AdapterEvent, ...]:
         rows = self._rows(f"SELECT * FROM adapter_events WHERE adapter = ? {order}", name)
         if not rows:
             raise UnknownAdapter(f"there is no adapter {name!r}")
-        return tuple(AdapterEvent(name, AdapterState(r["state"]), r["reason"], r["created_at"]) for r in rows)
+        return tuple(AdapterEvent(name, AdapterState(r["state"]), r["reason"], r["created_at"], r["key"]) for r in rows)
 
     def _acting_row(self) -> dict[str, Any] | None:
         rows = self._rows("SELECT * FROM acting ORDER BY id DESC LIMIT 1")

@@ -11,18 +11,21 @@ memory, on which SQLite has no WAL.
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 import struct
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from sqlite_utils import Database
 
-from runtime.store.episodes import Actor, Correction, Episode, Fact, Outcome, Purpose, Step
+from runtime.store.episodes import Actor, Correction, Episode, Fact, Outcome, Purpose, Role, Step, Withdrawal
 from runtime.store.prompt_chains import SequenceCache, sequence_of
 from runtime.store.step_rows import (
     TOKEN_BYTES,
@@ -30,18 +33,23 @@ from runtime.store.step_rows import (
     episode_from_row,
     outcome_from_row,
     step_from_row,
+    withdrawal_from_row,
 )
 from runtime.store.step_schema import FACT_TABLES, STEP_LOG_MIGRATIONS
 from runtime.store.step_writer import StepLogError, StepWriter
 
-__all__ = ["StepLog", "StepLogError"]
+__all__ = ["Mark", "MarkedStep", "StepLog", "StepLogError", "Whose"]
 
 LOCK_TIMEOUT_S = 30.0
 """How long a write waits for another process that writes to the same file (the learner's tables live there too)."""
 
 _STEPS = "SELECT steps.*, tool_sets.tools FROM steps JOIN tool_sets ON tool_sets.digest = steps.tools_digest"
 
+_TRUST = "CASE role " + " ".join(f"WHEN '{role}' THEN {role.trust}" for role in Role) + " END"
+
 _LEARNABLE = "actor = 'policy' AND purpose <> 'evaluation'"
+
+_NOT_TAKEN_BACK = "NOT EXISTS (SELECT 1 FROM withdrawals WHERE fact_id = {id})"
 
 _ANCESTRY = """
 WITH RECURSIVE ancestry (id, parent_id) AS (
@@ -51,6 +59,36 @@ WITH RECURSIVE ancestry (id, parent_id) AS (
 _MISCOUNTED = """
 SELECT steps.id, steps.step_index FROM steps LEFT JOIN steps AS parents ON parents.id = steps.parent_id
 WHERE steps.step_index <> coalesce(parents.step_index + 1, 0)"""
+
+
+class Mark(Enum):
+    """What a step is recognised by: table and column."""
+
+    CONVERSATION = ("steps", "conversation_digest")
+    THREAD = ("steps", "thread_digest")
+    TAIL = ("steps", "tail_digest")
+    CALL = ("step_calls", "call_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Whose:
+    """Where a conversation is looked for: in one episode, or among those of a key's user."""
+
+    owner: str = ""
+    user: str = ""
+    episode_id: str | None = None
+    """Goes before the other two."""
+
+
+@dataclass(frozen=True, slots=True)
+class MarkedStep:
+    """A step that bears a mark that was looked for."""
+
+    mark: str
+    step_id: str
+    episode_id: str
+    is_continued: bool
+    """Another step stands on it."""
 
 
 class StepLog:
@@ -113,10 +151,23 @@ class StepLog:
         """From the first step to this one, along the parents."""
         return self._steps(f"{_ANCESTRY} {_STEPS} JOIN ancestry ON ancestry.id = steps.id ORDER BY step_index", step_id)
 
-    def find_step(self, conversation_digest: str) -> Step | None:
-        """The newest step that ended in this conversation."""
-        query = f"{_STEPS} WHERE conversation_digest = ? ORDER BY created_at DESC, steps.id DESC LIMIT 1"
-        return _first(self._steps(query, conversation_digest))
+    def marked_steps(self, mark: Mark, values: Iterable[str], whose: Whose) -> list[MarkedStep]:
+        """The steps that bear one of these marks, newest first, in an episode or among a user's."""
+        table, column = mark.value
+        if whose.episode_id is not None:
+            scope, of = "episode_id = ?", (whose.episode_id,)
+        else:
+            scope, of = "episodes.owner = ? AND episodes.user = ? AND actor = 'policy'", (whose.owner, whose.user)
+        calls = "" if table == "steps" else "JOIN step_calls ON step_calls.step_id = steps.id "
+        query = (
+            f"SELECT {table}.{column} AS mark, steps.id, episode_id, "
+            "EXISTS (SELECT 1 FROM steps AS child WHERE child.parent_id = steps.id) AS is_continued "
+            f"FROM steps {calls}JOIN episodes ON episodes.id = steps.episode_id "
+            f"WHERE {table}.{column} IN (SELECT value FROM json_each(?)) AND {scope} "
+            "ORDER BY steps.created_at DESC, steps.id DESC"
+        )
+        rows = self._rows(query, json.dumps(list(values)), *of)
+        return [MarkedStep(row["mark"], row["id"], row["episode_id"], bool(row["is_continued"])) for row in rows]
 
     def episodes(
         self,
@@ -126,21 +177,40 @@ class StepLog:
         actor: Actor | None = None,
         adapter: str | None = None,
         task_prefix: str | None = None,
+        owner: str | None = None,
     ) -> list[Episode]:
-        """One page, newest first. `after` is the last id of the page before, so that new arrivals shift nothing."""
+        """One page, newest first. `after` is the last id of the page before, so that new arrivals shift nothing.
+
+        Demonstrations that were taken back are not in it.
+        """
         conditions = {"id < ?": after, "purpose = ?": purpose, "actor = ?": actor, "adapter = ?": adapter}
+        conditions["owner = ?"] = owner
         if task_prefix is not None:  # a range, which an index serves; LIKE would trip over the prefix's own % and _
             conditions |= {"task >= ?": task_prefix, "task < ?": task_prefix + "\U0010ffff"}
         wanted = {condition: value for condition, value in conditions.items() if value is not None}
-        where = " AND ".join(wanted) or "TRUE"
+        where = " AND ".join([*wanted, _NOT_TAKEN_BACK.format(id="episodes.id")])
         page = f"SELECT id FROM episodes WHERE {where} ORDER BY id DESC LIMIT ?"  # sorts ids in an index, no whole rows
         rows = self._rows(f"SELECT * FROM episodes WHERE id IN ({page}) ORDER BY id DESC", *wanted.values(), limit)
         return [episode_from_row(row) for row in rows]
 
     def outcomes(self, episode_id: str) -> list[Outcome]:
-        """Oldest first: the last one counts."""
-        rows = self._rows("SELECT * FROM outcomes WHERE episode_id = ? ORDER BY created_at, id", episode_id)
+        """Those that were not taken back. The last one counts: the newest of those who are trusted most."""
+        query = f"SELECT * FROM outcomes WHERE episode_id = ? AND {_NOT_TAKEN_BACK.format(id='outcomes.id')}"
+        rows = self._rows(f"{query} ORDER BY {_TRUST}, created_at, id", episode_id)
         return [outcome_from_row(row) for row in rows]
+
+    def outcome(self, outcome_id: str) -> Outcome | None:
+        rows = self._rows("SELECT * FROM outcomes WHERE id = ?", outcome_id)
+        return outcome_from_row(rows[0]) if rows else None
+
+    def correction(self, correction_id: str) -> Correction | None:
+        rows = self._rows("SELECT * FROM corrections WHERE id = ?", correction_id)
+        return correction_from_row(rows[0]) if rows else None
+
+    def withdrawals(self, fact_id: str) -> list[Withdrawal]:
+        """Oldest first; the fact no longer counts where there is one."""
+        rows = self._rows("SELECT * FROM withdrawals WHERE fact_id = ? ORDER BY created_at, id", fact_id)
+        return [withdrawal_from_row(row) for row in rows]
 
     def num_learnable_since(self, created_at: float) -> int:
         """How many of the policy's own episodes, evaluations not counted, began after that moment."""
@@ -157,14 +227,16 @@ class StepLog:
         return [row[0] for row in self._rows(query, adapter, limit)]
 
     def corrections(self, step_id: str) -> list[Correction]:
-        """Oldest first."""
-        rows = self._rows("SELECT * FROM corrections WHERE step_id = ? ORDER BY created_at, id", step_id)
+        """Oldest first, without those that were taken back."""
+        query = f"SELECT * FROM corrections WHERE step_id = ? AND {_NOT_TAKEN_BACK.format(id='corrections.id')}"
+        rows = self._rows(f"{query} ORDER BY created_at, id", step_id)
         return [correction_from_row(row) for row in rows]
 
     def corrected_steps(self) -> list[str]:
         """Ids of the steps that have a correction, newest correction first."""
         rows = self._rows(
-            "SELECT step_id, max(created_at) AS newest FROM corrections GROUP BY step_id ORDER BY newest DESC"
+            "SELECT step_id, max(created_at) AS newest FROM corrections WHERE "
+            f"{_NOT_TAKEN_BACK.format(id='corrections.id')} GROUP BY step_id ORDER BY newest DESC"
         )
         return [row["step_id"] for row in rows]
 
@@ -313,7 +385,12 @@ def _file_problems(connection: sqlite3.Connection) -> Iterator[str]:
 
 
 def _record_problems(connection: sqlite3.Connection) -> Iterator[str]:
-    readers = {"episodes": episode_from_row, "outcomes": outcome_from_row, "corrections": correction_from_row}
+    readers = {
+        "episodes": episode_from_row,
+        "outcomes": outcome_from_row,
+        "corrections": correction_from_row,
+        "withdrawals": withdrawal_from_row,
+    }
     for table, from_row in readers.items():
         for row in _in_pages(connection, f"SELECT * FROM {table} WHERE id > ? ORDER BY id"):
             try:

@@ -15,7 +15,8 @@ from runtime.store.step_views import EPISODE_TEXT, STEP_SUMMARY
 
 STEP_LOG_MIGRATIONS = Migrations("step_log")
 
-FACT_TABLES = ("episodes", "steps", "outcomes", "corrections", "tool_sets")
+FACT_TABLES = ("episodes", "steps", "outcomes", "corrections", "tool_sets", "withdrawals")
+_FIRST_TABLES = FACT_TABLES[:5]
 
 
 @STEP_LOG_MIGRATIONS()
@@ -38,10 +39,48 @@ def create_facts(database: Database) -> None:
     _create(database, "corrections", CORRECTION_COLUMNS, foreign_keys=[("step_id", "steps", "id")])
     for table, columns in INDEXES:
         database.table(table).create_index(columns)
-    for table in FACT_TABLES:
+    for table in _FIRST_TABLES:
         _refuse_edits(database, table, database.table(table).pks[0])
     database.create_view("episode_text", EPISODE_TEXT)
     database.create_view("step_summary", STEP_SUMMARY)
+
+
+@STEP_LOG_MIGRATIONS()
+def say_who(database: Database) -> None:
+    """Whose an episode is, who said what of it, and what was taken back."""
+    for table, column in (
+        ("episodes", "owner TEXT NOT NULL DEFAULT ''"),
+        ("episodes", "is_assigned INTEGER NOT NULL DEFAULT 1"),
+        ("outcomes", "key TEXT NOT NULL DEFAULT ''"),
+        ("outcomes", "role TEXT NOT NULL DEFAULT 'admin'"),
+        ("corrections", "key TEXT NOT NULL DEFAULT ''"),
+    ):
+        database.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
+    _create(database, "withdrawals", WITHDRAWAL_COLUMNS)
+    _refuse_edits(database, "withdrawals", "id")
+    database.table("withdrawals").create_index(["fact_id"])
+    database.table("episodes").create_index(["owner", "id"])
+
+
+@STEP_LOG_MIGRATIONS()
+def recognise_rewritten_conversations(database: Database) -> None:
+    """Whom an episode is for, and what its steps are recognised by where a client rewrites its conversation."""
+    for table, column in (
+        ("episodes", "user TEXT NOT NULL DEFAULT ''"),
+        ("episodes", "agent TEXT NOT NULL DEFAULT ''"),
+        ("steps", "prompt_change TEXT"),
+        ("steps", "thread_digest TEXT NOT NULL DEFAULT ''"),
+        ("steps", "tail_digest TEXT NOT NULL DEFAULT ''"),
+    ):
+        database.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
+    _create(database, "step_calls", STEP_CALL_COLUMNS, pk=None, foreign_keys=[("step_id", "steps", "id")])
+    _refuse_edits(database, "step_calls", None)
+    database.execute(
+        "INSERT INTO step_calls SELECT json_extract(call.value, '$.id'), steps.id "
+        "FROM steps, json_each(steps.action, '$.calls') AS call"
+    )
+    for table, columns in (("step_calls", ["call_id"]), ("steps", ["thread_digest"]), ("steps", ["tail_digest"])):
+        database.table(table).create_index(columns)
 
 
 EPISODE_COLUMNS = {
@@ -104,6 +143,19 @@ CORRECTION_COLUMNS = {
     "created_at": float,
 }
 
+WITHDRAWAL_COLUMNS = {
+    "id": str,
+    "fact_id": str,  # of an outcome, a correction, or a demonstration's episode
+    "reason": str,
+    "key": str,
+    "created_at": float,
+}
+
+STEP_CALL_COLUMNS = {
+    "call_id": str,
+    "step_id": str,
+}
+
 INDEXES = (
     ("episodes", ["purpose", "id"]),
     ("episodes", ["actor", "id"]),
@@ -121,7 +173,7 @@ def _create(
     database: Database,
     table: str,
     columns: dict[str, Any],
-    pk: str = "id",
+    pk: str | None = "id",
     may_be_null: set[str] | None = None,
     foreign_keys: list[Any] | None = None,
 ) -> None:
@@ -129,13 +181,15 @@ def _create(
     database.table(table).create(columns, pk=pk, not_null=not_null, foreign_keys=foreign_keys or [], strict=True)
 
 
-def _refuse_edits(database: Database, table: str, pk: str) -> None:
+def _refuse_edits(database: Database, table: str, pk: str | None) -> None:
     for edit in ("UPDATE", "DELETE"):
         sentence = f"{table} are facts: they are appended, never edited. {edit} refused."
         database.execute(
             f"CREATE TRIGGER {table}_refuse_{edit.lower()} BEFORE {edit} ON {table} "
             f"BEGIN SELECT RAISE(ABORT, '{sentence}'); END"
         )
+    if pk is None:
+        return
     # INSERT OR REPLACE deletes the old row without waking the DELETE trigger, unless recursive_triggers is on.
     sentence = f"{table} are facts: what is logged once is never replaced. A second {pk} of the same name refused."
     database.execute(
