@@ -45,6 +45,10 @@ __all__ = [
 ]
 
 
+_MOST_VARIANTS = 8
+"""Of a protocol with other options of its template, kept because finding out about a template takes a while."""
+
+
 class ChatProtocolError(ValueError):
     """Messages that the model's chat template cannot render, or a model without the templates that are needed."""
 
@@ -79,6 +83,7 @@ class ChatProtocol:
         self.tokenizer = tokenizer
         self._given = (tuple(stop_token_ids), response_template)
         self._template_options = dict(template_options or {})
+        self._variants: dict[str, ChatProtocol] = {}
         given = _response_template_of(tokenizer) if response_template is None else response_template
         template = _load_response_template(thinking_begins_the_turn(given))
         self._marks = ControlMarks(tokenizer, f"{tokenizer.chat_template}{json.dumps(given, ensure_ascii=False)}")
@@ -116,8 +121,14 @@ class ChatProtocol:
         known = {name: value for name, value in options.items() if name in self.tokenizer.chat_template}
         if not known:
             return self
+        name = json.dumps(known, sort_keys=True)
         try:
-            return ChatProtocol(self.tokenizer, *self._given, {**self._template_options, **known})
+            if name not in self._variants:
+                while len(self._variants) >= _MOST_VARIANTS:
+                    self._variants.pop(next(iter(self._variants)))
+                options = {**self._template_options, **known}
+                self._variants[name] = ChatProtocol(self.tokenizer, *self._given, options)
+            return self._variants[name]
         except (TypeError, ValueError) as error:
             raise ChatProtocolError(f"the chat template cannot take these options: {error}") from error
 

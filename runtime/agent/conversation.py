@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import orjson
 
 from policies.chat_protocol import action_message, text_of
-from policies.types import Action, MalformedAction, Message, ToolCalls
+from policies.types import Action, MalformedAction, Message
 from runtime.store.episodes import PromptChange, Step, ToolResult, new_messages_along
 from runtime.store.step_log import Mark, MarkedStep, StepLog, Whose
 
@@ -58,8 +58,7 @@ def locate(log: StepLog, messages: Sequence[Message], whose: Whose) -> Place:
             return Place(path, history_of(path), tuple(messages[at + 1 :]))
         if kind is not Mark.THREAD:
             return Place(path, (), tuple(messages), PromptChange.HISTORY)
-        if (place := _with_other_system(path, messages, at)) is not None:
-            return place
+        return _with_other_system(path, messages, at)
     return _after_newest(log, messages, whose)
 
 
@@ -87,6 +86,20 @@ def history_of(path: Sequence[Step]) -> tuple[Message, ...]:
         for step, new_messages in new_messages_along(path)
         for message in (*new_messages, action_message(step.action))
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """What a follow-up of a step is recognised by; empty for a step that no answer ended with."""
+
+    conversation: str = ""
+    thread: str = ""
+    tail: str = ""
+
+    @classmethod
+    def of(cls, messages: Sequence[Message]) -> Digests:
+        """`messages` is the conversation as the client has it, up to and including the answer."""
+        return cls(digests_of(messages)[-1], thread_digests_of(messages)[-1], tail_digest_of(messages))
 
 
 # ------------------------------------------------------------------------------------------ finding the step
@@ -130,7 +143,8 @@ def _called(
 ) -> list[tuple[int, Mark, str]]:
     """The last answer that shows the id of a call that this server made, in whatever form."""
     ids = {at: _own_call_ids(messages[at]) for at in answers}
-    steps = log.marked_steps(Mark.CALL, {call_id for of in ids.values() for call_id in of}, whose) if any(ids.values()) else []
+    wanted = {call_id for of in ids.values() for call_id in of}
+    steps = log.marked_steps(Mark.CALL, wanted, whose) if wanted else []
     by_id = {step.mark: step.step_id for step in steps}
     known = [(at, by_id[call_id]) for at, of in ids.items() for call_id in of if call_id in by_id]
     return [(at, Mark.CALL, step_id) for at, step_id in known[-1:]]
@@ -149,8 +163,8 @@ def _only(steps: Sequence[MarkedStep]) -> MarkedStep | None:
     return _newest(steps) if len({step.episode_id for step in steps}) == 1 else None
 
 
-def _with_other_system(path: Sequence[Step], messages: Sequence[Message], at: int) -> Place | None:
-    """The logged conversation under the client's system messages; None where these do not simply stand first."""
+def _with_other_system(path: Sequence[Step], messages: Sequence[Message], at: int) -> Place:
+    """The logged conversation under the client's system messages; all as the client has it where others follow."""
     history = history_of(path)
     systems, others = _leading_systems(messages), _leading_systems(history)
     rest, logged = messages[len(systems) : at + 1], history[len(others) :]
@@ -200,7 +214,8 @@ def tail_digest_of(messages: Sequence[Message]) -> str:
     return _chained(_gist(message) for message in pair)[-1]
 
 
-def _chained(essences) -> list[str]:
+def _chained(essences: Iterable[list[object] | None]) -> list[str]:
+    """A digest for each, of all up to it; None adds nothing."""
     digests, chain = [], hashlib.sha256()
     for essence in essences:
         if essence is not None:
@@ -210,8 +225,8 @@ def _chained(essences) -> list[str]:
 
 
 def _essence(message: Message) -> list[object]:
-    answered = _id(message.get("tool_call_id"))
-    return [message["role"], text_of(message).strip(), answered, [[_id(call.get("id")), *_said(call)] for call in _calls(message)]]
+    calls = [[_id(call.get("id")), *_said(call)] for call in _calls(message)]
+    return [message["role"], text_of(message).strip(), _id(message.get("tool_call_id")), calls]
 
 
 def _gist(message: Message) -> list[object]:

@@ -202,6 +202,28 @@ class Withdrawal:
     created_at: float = field(default_factory=time.time)
 
 
+@dataclass(frozen=True, slots=True)
+class ResponseRecord:
+    """What was asked of a response that can be retrieved; what was answered are its steps."""
+
+    id: str
+    episode_id: str
+    step_id: str
+    """Its first step."""
+    request: dict[str, Any]
+    """The request's body."""
+    created_at: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseDeletion:
+    """A response that must not be retrieved any more. Its steps stay logged."""
+
+    id: str
+    """The response's."""
+    created_at: float = field(default_factory=time.time)
+
+
 def new_messages_along(path: Sequence[Step]) -> Iterator[tuple[Step, tuple[Message, ...]]]:
     """A path's steps with what was new at each, from the last one on at which the whole conversation was."""
     begins = max((number for number, step in enumerate(path) if step.prompt_change is not None), default=0)
@@ -209,5 +231,5 @@ def new_messages_along(path: Sequence[Step]) -> Iterator[tuple[Step, tuple[Messa
         yield step, step.new_messages
 
 
-Fact = Episode | Step | Outcome | Correction | Withdrawal
+Fact = Episode | Step | Outcome | Correction | Withdrawal | ResponseRecord | ResponseDeletion
 """What the step log takes: appended, never edited."""

@@ -25,13 +25,14 @@ from pathlib import Path
 
 from sqlite_utils import Database
 
-from runtime.store.episodes import Actor, Correction, Episode, Fact, Outcome, Purpose, Role, Step, Withdrawal
+from runtime.store.episodes import Actor, Correction, Episode, Fact, Outcome, Purpose, ResponseRecord, Role, Step, Withdrawal
 from runtime.store.prompt_chains import SequenceCache, sequence_of
 from runtime.store.step_rows import (
     TOKEN_BYTES,
     correction_from_row,
     episode_from_row,
     outcome_from_row,
+    response_from_row,
     step_from_row,
     withdrawal_from_row,
 )
@@ -78,6 +79,8 @@ class Whose:
     user: str = ""
     episode_id: str | None = None
     """Goes before the other two."""
+    is_anybodys: bool = False
+    """Everywhere; who asks must then be allowed to see what is found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +159,8 @@ class StepLog:
         table, column = mark.value
         if whose.episode_id is not None:
             scope, of = "episode_id = ?", (whose.episode_id,)
+        elif whose.is_anybodys:
+            scope, of = "TRUE", ()
         else:
             scope, of = "episodes.owner = ? AND episodes.user = ? AND actor = 'policy'", (whose.owner, whose.user)
         calls = "" if table == "steps" else "JOIN step_calls ON step_calls.step_id = steps.id "
@@ -192,6 +197,24 @@ class StepLog:
         page = f"SELECT id FROM episodes WHERE {where} ORDER BY id DESC LIMIT ?"  # sorts ids in an index, no whole rows
         rows = self._rows(f"SELECT * FROM episodes WHERE id IN ({page}) ORDER BY id DESC", *wanted.values(), limit)
         return [episode_from_row(row) for row in rows]
+
+    def response(self, response_id: str) -> ResponseRecord | None:
+        """None for one that is not known, or was deleted."""
+        rows = self._rows(
+            "SELECT * FROM responses WHERE id = ? AND id NOT IN (SELECT id FROM response_deletions)", response_id
+        )
+        return response_from_row(rows[0]) if rows else None
+
+    def run_from(self, step_id: str) -> list[Step]:
+        """The steps of an answer, from its first one to the one in which it ended; empty where it never did."""
+        step = self.step(step_id)
+        run = [] if step is None else [step]
+        while run and run[-1].stop_reason is None:
+            following = _first(self._steps(f"{_STEPS} WHERE parent_id = ? ORDER BY created_at LIMIT 1", run[-1].id))
+            if following is None:
+                return []
+            run.append(following)
+        return run
 
     def outcomes(self, episode_id: str) -> list[Outcome]:
         """Those that were not taken back. The last one counts: the newest of those who are trusted most."""

@@ -33,6 +33,7 @@ from runtime.store.episodes import (
     Outcome,
     PromptChange,
     Purpose,
+    ResponseRecord,
     Role,
     Step,
     StopReason,
@@ -262,3 +263,7 @@ def correction_from_row(row: sqlite3.Row) -> Correction:
         created_at=row["created_at"],
         key=row["key"],
     )
+
+
+def response_from_row(row: sqlite3.Row) -> ResponseRecord:
+    return ResponseRecord(**{**dict(row), "request": json.loads(row["request"])})

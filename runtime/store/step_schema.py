@@ -79,6 +79,10 @@ def recognise_rewritten_conversations(database: Database) -> None:
         "INSERT INTO step_calls SELECT json_extract(call.value, '$.id'), steps.id "
         "FROM steps, json_each(steps.action, '$.calls') AS call"
     )
+    _create(database, "responses", RESPONSE_COLUMNS, foreign_keys=[("step_id", "steps", "id")])
+    _create(database, "response_deletions", {"id": str, "created_at": float})
+    for table in ("responses", "response_deletions"):
+        _refuse_edits(database, table, "id")
     for table, columns in (("step_calls", ["call_id"]), ("steps", ["thread_digest"]), ("steps", ["tail_digest"])):
         database.table(table).create_index(columns)
 
@@ -148,6 +152,14 @@ WITHDRAWAL_COLUMNS = {
     "fact_id": str,  # of an outcome, a correction, or a demonstration's episode
     "reason": str,
     "key": str,
+    "created_at": float,
+}
+
+RESPONSE_COLUMNS = {
+    "id": str,
+    "episode_id": str,
+    "step_id": str,  # the first one
+    "request": str,  # JSON object
     "created_at": float,
 }
 

@@ -14,14 +14,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from policies.types import ToolCalls
-from runtime.store.episodes import Correction, Episode, Fact, Outcome, Step, Withdrawal
+from runtime.store.episodes import Correction, Episode, Fact, Outcome, Step, Withdrawal, ResponseDeletion, ResponseRecord
 from runtime.store.prompt_chains import SequenceCache, common_prefix_len, sequence_of
 from runtime.store.step_rows import (
     Row,
     correction_to_row,
     episode_to_row,
+    fields_of,
     outcome_to_row,
     step_to_row,
+    to_json,
     tokens_to_blob,
     tool_set_to_row,
     withdrawal_to_row,
@@ -143,6 +145,10 @@ class StepWriter:
                 self._insert("corrections", correction_to_row(fact))
             case Withdrawal():
                 self._insert("withdrawals", withdrawal_to_row(fact))
+            case ResponseRecord():
+                self._insert("responses", fields_of(fact) | {"request": to_json(fact.request)})
+            case ResponseDeletion():
+                self._insert("response_deletions", fields_of(fact))
             case _:
                 raise TypeError(
                     f"a fact is an Episode, Step, Outcome, Correction or Withdrawal, got {type(fact).__name__}"
