@@ -16,6 +16,7 @@ from policies.types import BASE_ADAPTER, EngineError, EngineLimits, Message, Sam
 from runtime.agent.conversation import Place, continued, locate
 from runtime.agent.loop import Run, ServerTools
 from runtime.agent.turn import Policy, Turn
+from runtime.http.fields import FieldRefused
 from runtime.http.parts import Parts
 from runtime.http.schemas import ChatCompletionRequest
 from runtime.store.episodes import Actor, Episode, Step, new_id
@@ -180,15 +181,18 @@ def _served_token_ids(step: Step) -> TokenIds:
     return step.prompt_token_ids + step.completion_token_ids
 
 
+_PENALTIES = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
+"""And the value of each that changes nothing."""
+
+
 def _require_possible(sampling: SamplingParams, limits: EngineLimits) -> None:
-    """Raises ValueError for a way of sampling that the engine does not have."""
+    """Raises FieldRefused for a way of sampling that the engine does not have."""
     if sampling.has_penalties and not limits.supports_penalties:
-        raise ValueError(
-            "this engine has no penalties: leave frequency_penalty, presence_penalty and repetition_penalty out, "
-            "or serve with --engine vllm"
-        )
+        name = next(name for name in _PENALTIES if getattr(sampling, name) != _PENALTIES[name])
+        raise FieldRefused(name, "this engine has no penalties: leave it out, or serve with --engine vllm")
     if wrong := [token_id for token_id, _ in sampling.logit_bias if token_id >= limits.vocab_size]:
-        raise ValueError(f"logit_bias names token {wrong[0]}; the model's vocabulary has {limits.vocab_size}")
+        problem = f"token {wrong[0]} is outside the model's vocabulary of {limits.vocab_size}"
+        raise FieldRefused("logit_bias", problem)
 
 
 def _grammar(parts: Parts, request: ChatCompletionRequest, offered: tuple[ToolSchema, ...]) -> str | None:

@@ -19,6 +19,7 @@ from policies.types import EngineError
 from runtime.adapters.swap import SwapError
 from runtime.agent.step import ContextFull
 from runtime.http.admission import ForeignEpisode, UnknownModel
+from runtime.http.fields import FieldRefused
 from runtime.http.sse import ClientGone
 from runtime.learning.process import LearnerBusy
 from runtime.store.adapter_registry import RegistryError, UnknownAdapter
@@ -118,6 +119,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(404, "nothing is served at this path; GET /openapi.json tells what is")
         case HTTPException():
             return ApiError(error.status_code, error.detail, headers=error.headers)
+        case FieldRefused(param=param):
+            return ApiError(400, str(error), None, param)
         case ValueError():
             return ApiError(400, str(error))
     logger.error("unexpected error", exc_info=error)
@@ -131,6 +134,8 @@ def _validation_error(error: RequestValidationError | ValidationError) -> ApiErr
         return ApiError(400, f"the body is not valid JSON: {problem.get('ctx', {})['error']} at character {where}")
     if problem["loc"] == ("body",) and problem["type"] in ("missing", "model_attributes_type"):
         return ApiError(400, "the body must be a JSON object, sent with content-type: application/json")
+    if isinstance(cause := problem.get("ctx", {}).get("error"), FieldRefused):
+        return as_api_error(cause)
     message = str(problem["msg"]).removeprefix("Value error, ")
     return ApiError(400, f"{where}: {message}" if where else message, None, where or None)
 

@@ -125,8 +125,16 @@ BESIDE_OPENAIS = {
 """Not in OpenAI's chat form, but usual."""
 
 
+class FieldRefused(ValueError):
+    """A field of a request that cannot be honoured, and why."""
+
+    def __init__(self, param: str, problem: str) -> None:
+        super().__init__(f"{param}: {problem}")
+        self.param = param
+
+
 def check_fields(body: Any, rules: Mapping[str, Rule]) -> Any:
-    """A request's body with its warnings under `warnings`. Raises ValueError for a field that is refused."""
+    """A request's body with its warnings under `warnings`. Raises FieldRefused."""
     if not isinstance(body, dict):
         return body
     warnings = []
@@ -134,7 +142,7 @@ def check_fields(body: Any, rules: Mapping[str, Rule]) -> Any:
         if not rule.asks_for_something(body.get(name)):
             continue
         if rule.treatment is Treatment.REFUSED:
-            raise ValueError(f"{name} is not supported here ({rule.note}): leave it out")
+            raise FieldRefused(name, f"it is not supported here ({rule.note}): leave it out")
         if rule.treatment is Treatment.WARNED:
             warnings.append(f"{name} has no effect: {rule.note}")
     tools, warning = split_tools(body.get("tools"))
