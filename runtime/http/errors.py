@@ -140,9 +140,21 @@ def _validation_error(error: RequestValidationError | ValidationError) -> ApiErr
     return ApiError(400, f"{where}: {message}" if where else message, None, where or None)
 
 
+_ANTHROPIC_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def anthropic_error(error: ApiError) -> dict[str, Any]:
+    """The body of an error in Anthropic's form."""
+    kind = _ANTHROPIC_TYPES.get(error.status_code, "invalid_request_error" if error.status_code < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.detail}}
+
+
 def install_error_handlers(app: FastAPI) -> None:
-    async def answer(_: Request, error: Exception) -> JSONResponse:
-        return as_api_error(error).response()
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        told = as_api_error(error)
+        if request.url.path.startswith("/v1/messages"):
+            return JSONResponse(anthropic_error(told), told.status_code, told.headers)
+        return told.response()
 
     refused = (ApiError, RequestValidationError, HTTPException, ValueError, ContextFull)
     of_adapters = (SwapError, AdapterRefused, RegistryError, LearnerBusy)

@@ -7,7 +7,7 @@ package nor this table knows is ignored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -116,6 +116,32 @@ RESPONSE_FIELDS: dict[str, Rule] = _IN_BOTH | {
     "truncation": _without_effect("a conversation that does not fit is refused, never shortened in silence"),
 }
 
+MESSAGE_FIELDS: dict[str, Rule] = {
+    "cache_control": _without_effect("the engine finds equal prefixes by itself"),
+    "container": _refused("no code is run here"),
+    "diagnostics": _without_effect("Anthropic's own"),
+    "inference_geo": _without_effect("there is one place"),
+    "max_tokens": _honoured("of all steps of the answer together"),
+    "messages": _honoured("text, thinking, tool calls and results; images and documents are refused"),
+    "metadata": _honoured("`user_id`: whose episode it is, within the key"),
+    "model": _honoured("the served name, a named agent, or an adapter's name to pin it"),
+    "output_config": _honoured("`format`, and `effort` where the chat template knows it"),
+    "service_tier": _without_effect("there is one tier"),
+    "speed": _without_effect("there is one speed"),
+    "stop_sequences": _honoured(),
+    "stream": _honoured(),
+    "system": _honoured(),
+    "temperature": _honoured(),
+    "thinking": _honoured("where the chat template knows `enable_thinking`; shown where it is asked for"),
+    "tool_choice": _honoured(),
+    "tools": _honoured("the client's own; Anthropic's are left out, with a warning"),
+    "top_k": _honoured(),
+    "top_p": _honoured(),
+    "user_profile_id": _without_effect("Anthropic's own"),
+    "workspace_id": _without_effect("Anthropic's own"),
+}
+"""Of Anthropic's form."""
+
 BESIDE_OPENAIS = {
     "chat_template_kwargs": _honoured("passed to the chat template, as vLLM does"),
     "min_p": _honoured("where the engine can (vLLM); else refused"),
@@ -133,7 +159,7 @@ class FieldRefused(ValueError):
         self.param = param
 
 
-def check_fields(body: Any, rules: Mapping[str, Rule]) -> Any:
+def check_fields(body: Any, rules: Mapping[str, Rule], tool_types: Sequence[str] = ("function",)) -> Any:
     """A request's body with its warnings under `warnings`. Raises FieldRefused."""
     if not isinstance(body, dict):
         return body
@@ -145,19 +171,16 @@ def check_fields(body: Any, rules: Mapping[str, Rule]) -> Any:
             raise FieldRefused(name, f"it is not supported here ({rule.note}): leave it out")
         if rule.treatment is Treatment.WARNED:
             warnings.append(f"{name} has no effect: {rule.note}")
-    tools, warning = split_tools(body.get("tools"))
+    tools, warning = split_tools(body.get("tools"), tool_types)
     return {**body, "tools": tools, "warnings": [*warnings, *warning]}
 
 
-def split_tools(tools: Any) -> tuple[Any, list[str]]:
-    """The tools that can be offered (functions), and a warning that names the types of the others."""
+def split_tools(tools: Any, types: Sequence[str]) -> tuple[Any, list[str]]:
+    """The tools that can be offered, and a warning that names the types of the others."""
     if not isinstance(tools, list):
         return tools, []
-    others = [tool["type"] for tool in tools if isinstance(tool, dict) and _is_of_another_type(tool)]
-    kept = [tool for tool in tools if not (isinstance(tool, dict) and _is_of_another_type(tool))]
-    left_out = ", ".join(sorted(set(others)))
+    others = [tool for tool in tools if isinstance(tool, dict) and isinstance(tool.get("type"), str)]
+    others = [tool for tool in others if tool["type"] not in types]
+    kept = [tool for tool in tools if not any(tool is other for other in others)]
+    left_out = ", ".join(sorted({tool["type"] for tool in others}))
     return kept or None, [f"tools of these types are not run here and were left out: {left_out}"] if others else []
-
-
-def _is_of_another_type(tool: dict[str, Any]) -> bool:
-    return isinstance(tool.get("type"), str) and tool["type"] != "function"
