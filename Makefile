@@ -1,7 +1,8 @@
-# make serve | make demo | make test | make setup | make check; everything lives in .venv.
+# make serve [MODEL=FOLDER] | make demo | make test | make setup | make check; everything lives in .venv.
 PYTHON ?= python3
 VENV := .venv
 ARGS ?=
+MODEL ?=
 
 .PHONY: setup serve demo test check
 
@@ -15,7 +16,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 setup: $(VENV)/.ready
 
 serve: setup
-	$(VENV)/bin/python serve.py $(ARGS)
+	$(VENV)/bin/python serve.py $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 demo: setup
 	$(VENV)/bin/python -m benchmarks.demo $(ARGS)

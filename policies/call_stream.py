@@ -112,15 +112,13 @@ class CallStream:
         if self._key in ARGUMENT_KEYS and self._text.startswith("{"):
             call.arguments += letter
         elif self._key == "name" and self._text.startswith('"') and not call.has_name:
-            call.name = self._text[1:]
+            call.has_name = self._in_string and letter == '"' and not self._is_escaped
+            call.name = _string(self._text) if call.has_name else self._text[1:]
 
     def _end_value(self) -> None:
         call = self.calls[-1] if self.calls else None
-        if call is not None and self._is_value:
-            if self._key == "name":
-                call.name, call.has_name = _string(self._text), True
-            elif self._key in ARGUMENT_KEYS and self._text.startswith('"'):
-                call.arguments = _string(self._text)  # an object's JSON text in a string
+        if call is not None and self._is_value and self._key in ARGUMENT_KEYS and self._text.startswith('"'):
+            call.arguments = _string(self._text)  # an object's JSON text in a string
         self._key, self._text, self._is_value = None, "", False
 
 

