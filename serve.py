@@ -43,17 +43,15 @@ async def _serve(settings: Settings) -> None:
     from runtime.startup import listen, url_of, welcome
 
     sock = listen(settings.host, settings.port)  # before the slow imports: a port in use is told at once
-    import uvicorn
-
     from policies.types import EngineError
     from runtime.engines.supervised import SupervisedEngine
     from runtime.http.app import create_app
+    from runtime.http.shutdown import server_of
 
     parts = build_parts(settings)
     assert parts.learning is not None
     parts.learning.process.url = url_of(sock)
-    config = uvicorn.Config(create_app(parts), log_level=settings.log_level, timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
+    server = server_of(create_app(parts), parts.cutting, log_level=settings.log_level, grace_s=settings.shutdown_grace)
 
     beside: list[asyncio.Task[None]] = []
 
@@ -118,8 +116,10 @@ def build_parts(settings: Settings) -> Parts:
     from runtime.adapters.swap import Swap
     from runtime.agent.budget import RunLimits
     from runtime.agent.tools import Toolbox
+    from runtime.http.load import Load
     from runtime.http.metrics import Metrics
     from runtime.http.parts import Parts
+    from runtime.http.shutdown import Cutting
     from runtime.learning.trigger import Learning
     from runtime.store.adapter_registry import AdapterRegistry
     from runtime.store.keys import KeyRing, KeyStore
@@ -144,6 +144,7 @@ def build_parts(settings: Settings) -> Parts:
     except (ValueError, OSError, StepLogError, BaseNetworkError, sqlite3.Error) as error:
         raise SystemExit(f"cannot start: {error}") from error
     swap = Swap(engine, registry, network)
+    metrics, cutting = Metrics(engine), Cutting()
     return Parts(
         served_name=settings.served_name or os.path.basename(os.path.normpath(settings.model)),
         engine=engine,
@@ -158,8 +159,11 @@ def build_parts(settings: Settings) -> Parts:
             deadline_s=settings.deadline,
             tool_timeout_s=settings.tool_timeout,
         ),
-        metrics=Metrics(engine),
+        metrics=metrics,
+        cutting=cutting,
+        load=Load(settings.max_batch_size, settings.max_waiting, cutting, metrics.registry),
         keys=keys,
+        cors_origins=tuple(settings.cors_origins),
         learning=Learning.beside(
             settings.state,
             log,

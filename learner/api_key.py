@@ -1,4 +1,4 @@
-"""The key with which the learner's commands ask a server: from the environment or a file, never from the command line."""
+"""The key with which the learner's commands ask a server: from the environment or a file, never from `ps`."""
 
 from __future__ import annotations
 

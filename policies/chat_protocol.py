@@ -187,7 +187,9 @@ class ChatProtocol:
 
     def encode(self, text: str) -> TokenIds:
         """Token ids of the model's own writing, whose marks become control tokens."""
-        return tuple(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+        # `encode` keeps the interpreter's lock as long as it runs, for a long text that is seconds; this does not.
+        [encoding] = self.tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return tuple(encoding.ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

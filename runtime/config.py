@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable
 from ipaddress import ip_address
@@ -61,6 +62,10 @@ class Settings(BaseSettings):
     `python -m runtime.keys`: nobody is asked for one."""
     api_key_file: Path | None = None
     """File that holds the admin key."""
+    cors_origins: Annotated[list[str], NoDecode] = []
+    """Origins of web pages that may use this server: https://chat.example.org. Repeat or separate by commas."""
+    shutdown_grace: float = Field(10.0, ge=0, allow_inf_nan=False)
+    """Seconds that running requests get to finish when the server is told to end."""
     world: str = "order_desk"
     """World whose tasks the server knows and whose tools it runs; empty for none."""
     tools: Annotated[list[str], NoDecode] = []
@@ -79,6 +84,8 @@ class Settings(BaseSettings):
     """Most tokens of prompt and answer together; default: what the model allows."""
     max_batch_size: int = Field(32, ge=1, le=1024)
     """Completions in the batch at a time; more wait."""
+    max_waiting: int = Field(1000, ge=0)
+    """Requests that wait for a place in the batch; more are answered 429."""
     threads: int | None = Field(None, ge=1)
     """Threads of the engine's arithmetic on a CPU; default: the engine's own choice."""
     learn_every: int = Field(200, ge=0)
@@ -101,7 +108,7 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, _config_file())
 
-    @field_validator("tools", "demonstrations", mode="before")
+    @field_validator("tools", "demonstrations", "cors_origins", mode="before")
     @classmethod
     def _split_commas(cls, given: object) -> list[str]:
         parts = given if isinstance(given, list) else [given]
@@ -115,6 +122,14 @@ class Settings(BaseSettings):
                 raise ValueError(f"{file} is not a file")
         return files
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _must_be_origins(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if not re.fullmatch(r"https?://[^/*\s]+", origin):
+                raise ValueError(f"{origin!r} is no origin of a web page: write it as https://chat.example.org")
+        return origins
+
     @model_validator(mode="after")
     def _guard_public_bind(self) -> Settings:
         if self.api_key or self.api_key_file or is_loopback(self.host):
@@ -123,8 +138,8 @@ class Settings(BaseSettings):
 
         if not has_keys(self.state / "agent.db"):
             raise ValueError(
-                f"host {self.host} can be reached by others: set an API key (STEPAGENT_API_KEY, or --api-key-file FILE), "
-                "or use 127.0.0.1"
+                f"host {self.host} can be reached by others: set an API key (STEPAGENT_API_KEY, or --api-key-file "
+                "FILE), or use 127.0.0.1"
             )
         return self
 
@@ -145,9 +160,7 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _keep_keys_out_of_arguments(self) -> Settings:
         if any("key" in name for name in self.learner_arg):
-            raise ValueError(
-                "learner_arg would show a key to every user of this machine: the learner has one of its own"
-            )
+            raise ValueError("learner_arg shows a key to every user of this machine: the learner has one of its own")
         return self
 
 

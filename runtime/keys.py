@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
 def _do(options: argparse.Namespace, store: KeyStore) -> int:
     match options.command:
         case "make":
-            if options.role is not Role.ADMIN and not store.keys():
+            if options.role is not Role.ADMIN and not store.all_keys():
                 print("from now on this server answers nobody without a key: make one with --role admin too, or start "
                       "it with one (STEPAGENT_API_KEY)", file=sys.stderr)  # fmt: skip
             quota = Quota(options.requests_per_day, options.steps_per_day, options.tokens_per_day)
@@ -65,18 +65,17 @@ def _do(options: argparse.Namespace, store: KeyStore) -> int:
             store.revoke(options.name, BY_COMMAND)
             print(f"{options.name} is revoked")
         case "list":
-            for key in store.keys():
+            for key in store.all_keys():
                 print(_line(key))
     return 0
 
 
 def _line(key: Key) -> str:
     made = time.strftime("%Y-%m-%d %H:%M", time.gmtime(key.created_at))
-    quota = [f"{value} {what} a day" for what, value in
-             (("requests", key.quota.requests), ("steps", key.quota.steps), ("tokens", key.quota.tokens)) if value]  # fmt: skip
-    return "  ".join(
-        (f"{key.name:<20}", "revoked " if key.is_revoked else f"{key.role:<8}", f"made {made} UTC", *quota)
-    )
+    bounds = {"requests": key.quota.requests, "steps": key.quota.steps, "tokens": key.quota.tokens}
+    quota = [f"{bound} {what} a day" for what, bound in bounds.items() if bound is not None]
+    state = "revoked" if key.is_revoked else key.role.value
+    return "  ".join((f"{key.name:<20}", f"{state:<8}", f"made {made} UTC", *quota))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_every_option_can_come_from_every_source(monkeypatch: pytest.MonkeyPatch
     """One value for each option that differs from its default, from each of the three sources."""
     values = {
         "host": "localhost", "port": "1", "state": "s", "engine": "vllm", "model": "m", "served_name": "n",
-        "world": "w", "tools": "t", "search_corpus": "c", "max_steps": "2", "max_run_tokens": "3",
+        "cors_origins": "http://a.example", "shutdown_grace": "9.5", "max_waiting": "9", "world": "w", "tools": "t", "search_corpus": "c", "max_steps": "2", "max_run_tokens": "3",
         "deadline": "4.5", "tool_timeout": "5.5", "max_context": "16", "max_batch_size": "6", "threads": "7",
         "log_level": "info", "response_template": "r", "learn_every": "8", "demonstrations": "demos.jsonl",
     }  # fmt: skip

@@ -224,14 +224,33 @@ def test_a_server_without_keys_answers_everybody_until_one_is_made_and_never_aga
     ring = KeyRing(KeyStore(tmp_path / "agent.db"))
     assert ring.key_of(None) == ANYBODY
     assert ring.key_of("whatever") == ANYBODY
-    assert (learner := ring.key_of(ring.learner_secret)) and learner.name == "learner"
+    learner = ring.key_of(ring.learner_secret)
+    assert learner is not None
+    assert learner.name == "learner"
     beside = KeyStore(tmp_path / "agent.db")
     secret = beside.make("ann", Role.ADMIN)
     assert ring.key_of(None) is None
-    assert (ann := ring.key_of(secret)) and ann.name == "ann"
+    ann = ring.key_of(secret)
+    assert ann is not None
+    assert ann.name == "ann"
     beside.revoke("ann")
     assert ring.key_of(secret) is None
     assert ring.key_of(None) is None, "revoking the last key opens nothing"
+
+
+def test_the_watch_shows_its_evidence_and_who_paused_it(house: House) -> None:
+    paused = house.ask("admin", "POST", "/v1/learner/watch/pause", json={"reason": "a poll went wrong"})
+    assert paused.status_code == 200, paused.text
+    shown = house.ask("admin", "GET", "/v1/learner/watch").json()
+    assert (shown["is_paused"], shown["key"], shown["reason"]) == (True, "admin", "a poll went wrong")
+    assert shown["evidence"] == [], "the base network acts"
+    assert not house.ask("admin", "POST", "/v1/learner/watch/resume").json()["is_paused"]
+
+
+def test_an_episode_says_whether_the_server_chose_its_adapter(house: House) -> None:
+    for model, is_assigned in ((MODEL, True), ("base", False)):
+        episode = house.episode("use", model=model)
+        assert house.ask("use", "GET", f"/v1/episodes/{episode}").json()["is_assigned"] is is_assigned
 
 
 def test_names_are_never_given_again_and_events_never_edited(tmp_path: Path) -> None:

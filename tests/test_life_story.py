@@ -243,7 +243,11 @@ def test_tool_choice_none_keeps_the_tools_in_the_prompt_and_takes_no_call(serve_
     served = serve_scripted(LOOK, "A globe.", LOOK)
     client = served.client()
     first = ask(client, tools=[LOOK_TOOL])
-    told = [USER, first.choices[0].message.to_dict(), {"role": "tool", "tool_call_id": call_in(first).id, "content": "?"}]
+    told = [
+        USER,
+        first.choices[0].message.to_dict(),
+        {"role": "tool", "tool_call_id": call_in(first).id, "content": "?"},
+    ]
     second = ask(client, *told, tools=[LOOK_TOOL], tool_choice="none")
     assert text_of(second) == "A globe."
     before, after = served.parts.log.steps(served.parts.log.episodes()[0].id)

@@ -13,9 +13,9 @@ from openai import APIError, BadRequestError, NotFoundError
 from openai.types.responses import Response, ResponseFunctionToolCall
 
 from policies.chat_protocol import ChatProtocol
+from runtime.agent.tools import Toolbox
 from tests.conftest import ServeScripted
 from tests.serving import MODEL, SayingEngine, Served, parts_of, served, wait_until
-from runtime.agent.tools import Toolbox
 from tools.calculator import calculator
 from tools.worlds.order_desk import OrderDesk
 

@@ -17,10 +17,12 @@ from policies.chat_protocol import CallDelta, ChatProtocol, TextDelta
 from policies.types import Action, FinalAnswer, FinishReason, MalformedAction, Message, ToolCalls
 from runtime.agent.budget import RunBudget, RunLimits
 from runtime.agent.conversation import Digests
+from runtime.agent.rendering import SMALL_LETTERS, num_letters, rendered
 from runtime.agent.shown import Shown
 from runtime.agent.step import Delta, Progress, SampledStep, StepSampler
 from runtime.agent.tool_calls import run_tool_calls
 from runtime.agent.turn import Policy, Turn
+from runtime.off_loop import off_loop
 from runtime.store.episodes import Episode, Fact, Outcome, Step, StopReason, ToolResult, new_id
 from runtime.store.step_log import StepLog, StepLogError
 
@@ -69,7 +71,7 @@ class Run:
 async def _client_step(run: Run, log: StepLog) -> AsyncGenerator[RunEvent, None]:
     """One step; the client runs the tools it asks for. The step is durable when it is yielded."""
     turn, shown = run.turn, Shown()
-    prompt = turn.prompt(run.policy.protocol)
+    prompt = await rendered(turn, run.policy)
     sampler = StepSampler(run.policy, turn, prompt, shows_calls=bool(turn.tools) and turn.may_call)
     async with aclosing(sampler.progress(run.choice)) as stream:
         async for progress in stream:
@@ -77,7 +79,7 @@ async def _client_step(run: Run, log: StepLog) -> AsyncGenerator[RunEvent, None]
     sampled = sampler.sampled
     if rest := _unshown(sampled, shown, run.policy.protocol):
         yield shown.add(Progress(run.choice, (), (rest,)))
-    digests = Digests.of([*turn.client_messages, shown.message(sampled.action, turn.shows_call_ids)])
+    digests = await _digests(turn, shown.message(sampled.action, turn.shows_call_ids))
     step = sampled.led_to(_client_stop(sampled), digests)
     await _commit(log, turn.episode if run.is_new else None, step, *run.beside)
     yield StepTaken(run.choice, step)
@@ -89,7 +91,7 @@ async def _episode(
     """Steps with server-run tools until the policy answers or its budget is spent. Each is durable when yielded."""
     budget, transcript = RunBudget(limits, run.max_tokens), _Transcript()
     turn, is_new, stop_reason = run.turn, run.is_new, None
-    prompt = turn.prompt(run.policy.protocol)
+    prompt = await rendered(turn, run.policy)
     while stop_reason is None:
         sampler = StepSampler(run.policy, _within_budget(turn, budget), prompt, budget.deadline)
         async with aclosing(sampler.progress(run.choice)) as stream:
@@ -100,9 +102,9 @@ async def _episode(
         budget.spend(sampled)
         results = await _tool_results(sampled.action, server_tools, budget.tool_timeout_s)
         next_turn = turn.after(sampled.action, prompt + sampled.completion_token_ids, results)
-        prompt = next_turn.prompt(run.policy.protocol)
+        prompt = await rendered(next_turn, run.policy)
         stop_reason = budget.stop_reason(sampled, run.policy.room_after(prompt))
-        digests = Digests.of([*run.turn.client_messages, transcript.message]) if stop_reason else Digests()
+        digests = await _digests(run.turn, transcript.message) if stop_reason else Digests()
         step = sampled.led_to(stop_reason, digests, results)
         beside = run.beside if stop_reason else ()
         await _commit(log, turn.episode if is_new else None, step, *_outcome(step, server_tools), *beside)
@@ -119,6 +121,12 @@ async def _commit(log: StepLog, new_episode: Episode | None, *facts: Fact) -> No
             if log.episode(new_episode.id) is None:
                 raise
     await log.commit(*facts)
+
+
+async def _digests(turn: Turn, answer: Message) -> Digests:
+    """Of the conversation as the client has it after this answer."""
+    messages = [*turn.client_messages, answer]
+    return await off_loop(num_letters(messages) > 10 * SMALL_LETTERS, Digests.of, messages)
 
 
 def _unshown(sampled: SampledStep, shown: Shown, protocol: ChatProtocol) -> Delta | None:

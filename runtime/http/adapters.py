@@ -28,7 +28,11 @@ def adapter_routes(parts: Parts) -> APIRouter:
     @router.get("")
     async def list_adapters() -> dict[str, Any]:
         """Every version that was ever registered, oldest first, with its history."""
-        return {"object": "list", "data": [_record(registry, adapter) for adapter in registry.adapters()]}
+
+        def listed() -> list[dict[str, Any]]:
+            return [_record(registry, adapter) for adapter in registry.adapters()]
+
+        return {"object": "list", "data": await asyncio.to_thread(listed)}
 
     @router.post("", status_code=201)
     async def register_adapter(body: AdapterRegistration, request: Request) -> dict[str, Any]:

@@ -15,13 +15,18 @@ from policies.grammars import (
 from policies.types import BASE_ADAPTER, EngineError, EngineLimits, Message, SamplingParams, TokenIds, ToolSchema
 from runtime.agent.conversation import Place, continued, locate
 from runtime.agent.loop import Run, ServerTools
+from runtime.agent.rendering import SMALL_LETTERS, num_letters
 from runtime.agent.turn import Policy, Turn
 from runtime.http.fields import FieldRefused
 from runtime.http.parts import Parts
 from runtime.http.schemas import ChatCompletionRequest
+from runtime.off_loop import off_loop
 from runtime.store.episodes import Actor, Episode, Step, new_id
 from runtime.store.keys import Key
 from runtime.store.step_log import Whose
+
+FEW_MESSAGES = 20
+"""Of a conversation that is read on the event loop."""
 
 
 class UnknownModel(ValueError):
@@ -59,27 +64,34 @@ async def admit(
     """
     if not (health := parts.engine.health()).is_alive:
         raise EngineError(health.problem)  # before adapters are looked for, which a dead engine has none of
-    messages = request.conversation
+    is_large = len(request.messages) > FEW_MESSAGES or previous is not None
+    messages = await off_loop(is_large, lambda: request.conversation)
+    is_large = is_large or num_letters(messages) > 10 * SMALL_LETTERS
     asked_id = request.metadata.episode_id or caller.episode_id
     named = None if asked_id is None else parts.log.episode(asked_id)
     if named is not None and not caller.key.sees(named.owner):
         raise ForeignEpisode(f"episode {asked_id!r} belongs to another key: choose another id")
     whose = Whose(caller.key.name, request.user_name, asked_id)
-    place = locate(parts.log, messages, whose) if previous is None else continued(parts.log, messages, previous)
+    if previous is None:
+        place = await off_loop(is_large or asked_id is not None, locate, parts.log, messages, whose)
+    else:
+        place = await off_loop(True, continued, parts.log, messages, previous)
     logged = parts.log.episode(place.path[-1].episode_id) if place.path else named
     pinned = _pinned_adapter(parts, request.model)
     episode_id = logged.id if logged else asked_id or new_id("ep")
     began_with = logged.adapter if logged else None
     adapter = await lease.enter_async_context(parts.swap.lease(episode_id, began_with=began_with, pinned=pinned))
-    policy = Policy(parts.engine, parts.protocol.with_options(request.template_options), adapter)
-    episode = logged or _new_episode(parts, request, episode_id, policy, messages, caller.key, pinned is None)
+    protocol = await off_loop(bool(request.template_options), parts.protocol.with_options, request.template_options)
+    policy, is_assigned = Policy(parts.engine, protocol, adapter), pinned is None
+    episode = logged or await off_loop(
+        is_large, _new_episode, parts, request, episode_id, policy, messages, caller.key, is_assigned
+    )
     admitted = _Admitted(parts, request, caller, policy, episode, logged is None, place, messages)
-    return [admitted.run(choice) for choice in range(request.n)]
+    is_large = is_large or len(place.path) > FEW_MESSAGES or request.asks_for_grammar or bool(request.tools)
+    return [await off_loop(is_large, admitted.run, choice) for choice in range(request.n)]
 
 
-def prompt_length(
-    parts: Parts, request: ChatCompletionRequest, caller: Caller, previous: Step | None = None
-) -> int:
+def prompt_length(parts: Parts, request: ChatCompletionRequest, caller: Caller, previous: Step | None = None) -> int:
     """Tokens of the prompt that a request would have, rendered afresh. Raises ValueError as `admit` does."""
     protocol, tools = parts.protocol.with_options(request.template_options), request.tool_schemas
     if not tools and previous is None and caller.tools != "client" and parts.toolbox.is_default:

@@ -22,6 +22,8 @@ from runtime.http.metrics import Metrics
 from runtime.http.parts import Parts
 from runtime.http.responses import response_routes
 from runtime.http.server import server_routes
+from runtime.http.watch import watch_routes
+from runtime.http.web_pages import LocalPagesOnly, with_cors
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
 
@@ -48,11 +50,14 @@ def create_app(parts: Parts) -> FastAPI:
     app = FastAPI(title="StepAgent", version="0.1.0", lifespan=lifespan, responses=ERROR_RESPONSES)
     install_error_handlers(app)
     of_agent = (chat_routes, response_routes, message_routes, episode_routes, demonstration_routes)
-    for routes in (*of_agent, adapter_routes, learner_routes, key_routes, server_routes):
+    for routes in (*of_agent, adapter_routes, learner_routes, watch_routes, key_routes, server_routes):
         app.include_router(routes(parts))
     app.add_middleware(_BodyLimit)
     app.add_middleware(_RequestCount, metrics=parts.metrics)
     app.add_middleware(KeyCheck, ring=parts.keys)
+    app.add_middleware(LocalPagesOnly, ring=parts.keys, cors_origins=parts.cors_origins)
+    if parts.cors_origins:
+        app.add_middleware(with_cors, cors_origins=parts.cors_origins)
     return app
 
 

@@ -105,8 +105,9 @@ async def open_runs(
     `beside` says what is logged together with a run's last step.
     """
     async with AsyncExitStack() as lease:
+        await lease.enter_async_context(parts.load.place(caller.key, body.n))
         runs = [replace(run, beside=beside(run)) for run in await admit(parts, body, caller, lease, previous)]
-        return runs, RunEvents(parts, runs, lease.pop_all())
+        return runs, RunEvents(parts, runs, lease.pop_all(), caller.key)
 
 
 async def gather(answer: Answer, events: RunEvents) -> None:

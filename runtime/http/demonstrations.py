@@ -7,15 +7,16 @@ is logged by itself, so that an import that was broken off can be sent again who
 from __future__ import annotations
 
 import asyncio
+from contextlib import closing
 from dataclasses import asdict, replace
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Query, Request
+from fastapi import APIRouter, Body, Query, Request, Response
 
 from runtime.agent.demonstrations import Demonstration, demonstrated_episode, demonstrated_steps
 from runtime.http.errors import ApiError
 from runtime.http.keys import asking_key
-from runtime.http.pages import episode_page
+from runtime.http.pages import episode_page, page
 from runtime.http.parts import Parts
 from runtime.http.schemas import DemonstrationsRequest, WithdrawalRequest
 from runtime.http.strict_json import StrictJsonRoute
@@ -48,11 +49,16 @@ def demonstration_routes(parts: Parts) -> APIRouter:
         limit: Annotated[int, Query(ge=1, le=1000)] = 50,
         adapter: str | None = None,
         task_prefix: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> Response:
         """By id, last one first. `after` is the `last_id` of the page before; `adapter` is an expert's name."""
         owner = asking_key(request).sees_only
-        found = parts.log.episodes(after, limit + 1, None, Actor.EXPERT, adapter, task_prefix, owner)
-        return episode_page(found, limit)
+
+        def found() -> dict[str, Any]:
+            wanted = (None, Actor.EXPERT, adapter, task_prefix, owner)
+            with closing(parts.log.each_episode(after, limit + 1, *wanted)) as episodes:
+                return episode_page(episodes, limit)
+
+        return await page(found)
 
     @router.delete("/{episode_id}")
     async def withdraw_demonstration(

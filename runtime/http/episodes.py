@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import closing
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Query, Request
+from fastapi import APIRouter, Body, Query, Request, Response
 
 from policies.chat_protocol import message_action
 from policies.types import Message
@@ -15,7 +16,7 @@ from runtime.http.chat_answer import step_summary
 from runtime.http.demonstrations import NO_REASON, import_demonstration, withdraw
 from runtime.http.errors import ApiError
 from runtime.http.keys import asking_key
-from runtime.http.pages import episode_page, shown_episode
+from runtime.http.pages import episode_page, page, shown_episode, that_fit
 from runtime.http.parts import Parts
 from runtime.http.schemas import CorrectionRequest, OutcomeRequest, PromotionRequest, WithdrawalRequest
 from runtime.http.strict_json import StrictJsonRoute
@@ -40,17 +41,43 @@ def episode_routes(parts: Parts) -> APIRouter:
         actor: Actor | None = None,
         adapter: str | None = None,
         task_prefix: str | None = None,
-    ) -> dict[str, Any]:
-        """Newest first, of the asking key's own; an admin key lists all. `after` is the `last_id` of the page before."""
-        found = log.episodes(after, limit + 1, purpose, actor, adapter, task_prefix, asking_key(request).sees_only)
-        return episode_page(found, limit)
+    ) -> Response:
+        """Newest first, the key's own; an admin key lists all. `after` is the `last_id` of the page before."""
+        owner = asking_key(request).sees_only
+
+        def found() -> dict[str, Any]:
+            wanted = (purpose, actor, adapter, task_prefix, owner)
+            with closing(log.each_episode(after, limit + 1, *wanted)) as episodes:
+                return episode_page(episodes, limit)
+
+        return await page(found)
 
     @router.get("/{episode_id}")
-    async def read_episode(episode_id: str, request: Request, with_tokens: bool = False) -> dict[str, Any]:
-        """One episode with its steps and outcomes; `with_tokens` adds token ids and logprobs."""
+    async def read_episode(
+        episode_id: str,
+        request: Request,
+        with_tokens: bool = False,
+        after_step: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
+    ) -> Response:
+        """One episode with its outcomes and its steps by time; `with_tokens` adds token ids and logprobs.
+
+        Of a long one a page of steps: `after_step` is the `last_step_id` of the page before.
+        """
         episode = _known(parts, asking_key(request), episode_id)
-        steps = [_step(step, with_tokens) for step in log.steps(episode.id)]
-        return {**shown_episode(episode), "steps": steps, "outcomes": [asdict(o) for o in log.outcomes(episode.id)]}
+
+        def read() -> dict[str, Any]:
+            steps = (_step(step, with_tokens) for step in log.steps_after(episode.id, after_step, limit + 1))
+            fitting, has_more = that_fit(steps, limit)
+            return {
+                **shown_episode(episode),
+                "steps": fitting,
+                "has_more": has_more,
+                "last_step_id": fitting[-1]["id"] if fitting else None,
+                "outcomes": [asdict(outcome) for outcome in log.outcomes(episode.id)],
+            }
+
+        return await page(read)
 
     @router.post("/{episode_id}/outcome", status_code=201)
     async def report_outcome(episode_id: str, body: OutcomeRequest, request: Request) -> dict[str, Any]:
@@ -84,10 +111,11 @@ def episode_routes(parts: Parts) -> APIRouter:
         """Make a demonstration of an episode: whoever asks vouches for every step of it. Twice adds nothing."""
         key = asking_key(request)
         episode = _known(parts, key, episode_id)
-        steps = log.steps(episode.id)
+        steps = await asyncio.to_thread(log.steps, episode.id)
         if not steps:
             raise ApiError(409, f"episode {episode.id!r} has no steps yet", "episode_empty")
-        demonstration = promoted_episode(episode, log.path_to(steps[-1].id), body.expert)
+        path = await asyncio.to_thread(log.path_to, steps[-1].id)
+        demonstration = promoted_episode(episode, path, body.expert)
         is_new = await import_demonstration(parts, demonstration, key)
         return {"object": "demonstration", "id": demonstration.episode_id, "is_new": is_new}
 
@@ -96,7 +124,7 @@ def episode_routes(parts: Parts) -> APIRouter:
         """Say what should have been done at a step. May be said again; the newest counts."""
         key = asking_key(request)
         episode = _known(parts, key, episode_id)
-        path = log.path_to(body.step_id)
+        path = await asyncio.to_thread(log.path_to, body.step_id)
         if not path or path[-1].episode_id != episode.id:
             raise ApiError(404, f"episode {episode.id!r} has no step {body.step_id!r}", "step_not_found", "step_id")
         if body.message.role != "assistant":

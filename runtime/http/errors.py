@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from policies.adapters.files import AdapterRefused
 from policies.chat_protocol import ChatProtocolError
@@ -20,6 +21,8 @@ from runtime.adapters.swap import SwapError
 from runtime.agent.step import ContextFull
 from runtime.http.admission import ForeignEpisode, UnknownModel
 from runtime.http.fields import FieldRefused
+from runtime.http.load import Refused
+from runtime.http.shutdown import ServerStopping
 from runtime.http.sse import ClientGone
 from runtime.learning.process import LearnerBusy
 from runtime.store.adapter_registry import RegistryError, UnknownAdapter
@@ -108,8 +111,12 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(404, f"{error}; GET /v1/adapters lists them", "adapter_not_found")
         case RegistryError():
             return ApiError(409, str(error), "adapter_conflict")
-        case ClientGone():
-            return ApiError(499, str(error), "client_gone")
+        case ClientGone() | ClientDisconnect():
+            return ApiError(499, str(error) or "the client has hung up", "client_gone")
+        case Refused():
+            return ApiError(429, str(error), error.code, headers={"Retry-After": str(error.retry_after_s)})
+        case ServerStopping():
+            return ApiError(503, str(error), "server_stopping", headers={"Retry-After": "5"})
         case sqlite3.Error():
             problem = f"the server's database, agent.db, could not be used: {error}"
             return ApiError(503, f"{problem}; is the disk full, or does another program hold a lock?", "database_error")
@@ -140,7 +147,12 @@ def _validation_error(error: RequestValidationError | ValidationError) -> ApiErr
     return ApiError(400, f"{where}: {message}" if where else message, None, where or None)
 
 
-_ANTHROPIC_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 
 
 def anthropic_error(error: ApiError) -> dict[str, Any]:
@@ -158,6 +170,15 @@ def install_error_handlers(app: FastAPI) -> None:
 
     refused = (ApiError, RequestValidationError, HTTPException, ValueError, ContextFull)
     of_adapters = (SwapError, AdapterRefused, RegistryError, LearnerBusy)
-    failed = (EngineError, StepLogError, sqlite3.Error, ClientGone, Exception)
+    failed = (
+        EngineError,
+        StepLogError,
+        sqlite3.Error,
+        ClientGone,
+        ClientDisconnect,
+        ServerStopping,
+        Refused,
+        Exception,
+    )
     for kind in (*refused, *of_adapters, *failed):
         app.add_exception_handler(kind, answer)

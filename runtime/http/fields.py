@@ -73,7 +73,9 @@ _IN_BOTH = {
 
 CHAT_FIELDS: dict[str, Rule] = _IN_BOTH | {
     "audio": _refused("only text is answered"),
-    "frequency_penalty": _honoured("where the engine can (vLLM); else refused: what is logged is the policy's own draw"),
+    "frequency_penalty": _honoured(
+        "where the engine can (vLLM); else refused: what is logged is the policy's own draw"
+    ),
     "function_call": _honoured("as `tool_choice`"),
     "functions": _honoured("as `tools`; the answer has `function_call`"),
     "logit_bias": _honoured("where the engine can (vLLM); else refused"),

@@ -54,6 +54,9 @@ NEEDS: Sequence[tuple[Role, str, str]] = (
     (Role.ADMIN, "GET", "/v1/learner/cycles"),
     (Role.ADMIN, "POST", "/v1/learner/cycles"),
     (Role.ADMIN, "GET", "/v1/learner/cycles/{cycle}"),
+    (Role.ADMIN, "GET", "/v1/learner/watch"),
+    (Role.ADMIN, "POST", "/v1/learner/watch/pause"),
+    (Role.ADMIN, "POST", "/v1/learner/watch/resume"),
     (Role.ADMIN, "GET", "/v1/keys"),
     (Role.ADMIN, "POST", "/v1/keys"),
     (Role.ADMIN, "POST", "/v1/keys/{name}/rotate"),
@@ -141,7 +144,7 @@ def key_routes(parts: Parts) -> APIRouter:
     @router.get("")
     async def list_keys() -> dict[str, Any]:
         """Every key that was ever made, oldest first, without its secret."""
-        return {"object": "list", "data": [shown_key(key) for key in _store(parts).keys()]}
+        return {"object": "list", "data": [shown_key(key) for key in _store(parts).all_keys()]}
 
     @router.post("", status_code=201)
     async def make_key(body: KeyRequest, request: Request) -> dict[str, Any]:
@@ -196,4 +199,4 @@ def _change(change: Any, *values: object) -> Any:
 
 
 def _named(store: KeyStore, name: str) -> dict[str, Any]:
-    return next(shown_key(key) for key in store.keys() if key.name == name)
+    return next(shown_key(key) for key in store.all_keys() if key.name == name)

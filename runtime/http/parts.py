@@ -9,7 +9,9 @@ from policies.types import Engine
 from runtime.adapters.swap import Swap
 from runtime.agent.budget import RunLimits
 from runtime.agent.tools import Toolbox
+from runtime.http.load import Load
 from runtime.http.metrics import Metrics
+from runtime.http.shutdown import Cutting
 from runtime.learning.trigger import Learning
 from runtime.store.adapter_registry import AdapterRegistry
 from runtime.store.keys import KeyRing
@@ -31,5 +33,9 @@ class Parts:
     limits: RunLimits
     metrics: Metrics
     keys: KeyRing = field(default_factory=KeyRing)
+    cors_origins: tuple[str, ...] = ()
+    """Of web pages that may use this server."""
+    cutting: Cutting = field(default_factory=Cutting)
+    load: Load = field(default_factory=Load)
     learning: Learning | None = None
     """None: a server that only serves, as in benchmarks and tests."""

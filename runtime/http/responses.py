@@ -14,7 +14,7 @@ from policies.messages import action_message
 from policies.types import Message, ToolCalls
 from runtime.agent.conversation import history_of
 from runtime.agent.loop import Run, RunEvent
-from runtime.http.admission import prompt_length
+from runtime.http.admission import FEW_MESSAGES, prompt_length
 from runtime.http.chat import CALLERS_HEADERS, caller_of, gather, headers_of, open_runs
 from runtime.http.errors import ApiError, as_api_error
 from runtime.http.keys import asking_key
@@ -25,6 +25,7 @@ from runtime.http.run_events import RunEvents
 from runtime.http.schemas import ChatCompletionRequest
 from runtime.http.sse import EventStream, json_answer, sse_event, until_gone
 from runtime.http.strict_json import StrictJsonRoute
+from runtime.off_loop import off_loop
 from runtime.store.episodes import ResponseDeletion, ResponseRecord, Step
 from runtime.store.keys import Key
 from runtime.store.step_log import Mark, Whose
@@ -60,8 +61,8 @@ def response_routes(parts: Parts) -> APIRouter:
     @router.post("/input_tokens")
     async def count_input_tokens(body: ResponsesRequest, request: Request) -> dict[str, Any]:
         """How many tokens the prompt of such a request has."""
-        chat, previous = _as_chat(parts, body, asking_key(request))
-        length = await asyncio.to_thread(prompt_length, parts, chat, caller_of(request), previous)
+        chat, previous = await off_loop(True, _as_chat, parts, body, asking_key(request))
+        length = await off_loop(True, prompt_length, parts, chat, caller_of(request), previous)
         return {"object": "response.input_tokens", "input_tokens": length}
 
     @router.get("/{response_id}", responses=_ANSWERS)
@@ -75,7 +76,8 @@ def response_routes(parts: Parts) -> APIRouter:
         if (running := background.answer(response_id)) is not None:
             return json_answer(running.whole(), {})
         record, steps = _stored(parts, response_id, asking_key(request))
-        events, answer = replayed(parts.protocol, ResponsesRequest.model_validate(record.request), steps)
+        asked = ResponsesRequest.model_validate(record.request)
+        events, answer = await off_loop(True, replayed, parts.protocol, asked, steps)
         if not stream:
             return json_answer(answer.whole(), {})
         body = _written([event for event in events if event["sequence_number"] > starting_after])
@@ -122,9 +124,13 @@ async def open_response(
 ) -> tuple[list[Run], RunEvents, ResponseAnswer]:
     """The run of a request, its events, and the answer that gathers them. Raises as `admit`."""
     caller = caller_of(request)
-    chat, previous = _as_chat(parts, body, caller.key)
+    chat, previous = await off_loop(_is_large(body), _as_chat, parts, body, caller.key)
     runs, events = await open_runs(parts, chat, caller, previous, lambda run: _record(run, body))
     return runs, events, ResponseAnswer(body, runs[0].turn.step_id, parts.protocol)
+
+
+def _is_large(body: ResponsesRequest) -> bool:
+    return body.previous_response_id is not None or len(body.input) > 10 * FEW_MESSAGES
 
 
 def _as_chat(parts: Parts, body: ResponsesRequest, key: Key) -> tuple[ChatCompletionRequest, Step | None]:
@@ -252,4 +258,3 @@ async def _stream(answer: ResponseAnswer, first: RunEvent, rest: RunEvents) -> A
 
 def _written(events: list[dict[str, Any]]) -> bytes:
     return b"".join(sse_event(each, each["type"]) for each in events)
-

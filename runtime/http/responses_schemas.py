@@ -176,7 +176,9 @@ def input_messages(items: Sequence[Any], item_of: Callable[[str], Message]) -> l
 def _add_to_turn(messages: list[Message], reasoning: str, part: Message) -> None:
     """Add to the policy's turn: a text begins a new one, unless the turn has said nothing yet; calls go on with it."""
     is_open = bool(messages) and messages[-1]["role"] == "assistant"
-    is_new_text = bool(part.get("content")) and is_open and bool(messages[-1]["content"] or "tool_calls" in messages[-1])
+    is_new_text = (
+        bool(part.get("content")) and is_open and bool(messages[-1]["content"] or "tool_calls" in messages[-1])
+    )
     if not is_open or is_new_text:
         messages.append({"role": "assistant", "content": ""})
     turn = messages[-1]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Annotated, Any, Literal
 
+import orjson
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from policies.types import Message, SamplingParams, ToolSchema
@@ -19,6 +20,10 @@ from runtime.store.episodes import Purpose, Role
 
 _NAME = r"^[A-Za-z0-9_.-]{1,64}$"
 EPISODE_ID = r"^[A-Za-z0-9_.:-]{1,128}$"
+
+
+MAX_MESSAGES = 20_000
+MAX_METADATA_BYTES = 64 * 1024
 
 
 class WireModel(BaseModel):
@@ -61,9 +66,6 @@ class ToolCallEntry(Nullable):
     id: str = ""
     type: Literal["function"] = "function"
     function: FunctionCall
-
-
-
 
 
 class ChatMessage(WireModel):
@@ -212,6 +214,18 @@ class RequestMetadata(WireModel):
     """`world/split/index` of a world's task."""
     purpose: Purpose = Field(default=Purpose.SERVE, strict=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _bounded(cls, given: Any) -> Any:
+        _require_few_bytes("metadata", given)
+        return given
+
+
+def _require_few_bytes(what: str, value: Any) -> None:
+    """Lists show what a client says of an episode with each of them: it must not be a document."""
+    if isinstance(value, dict) and (size := len(orjson.dumps(value))) > MAX_METADATA_BYTES:
+        raise ValueError(f"{what} may have {MAX_METADATA_BYTES} bytes, this has {size}: keep the rest elsewhere")
+
 
 _StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -225,7 +239,7 @@ class ChatCompletionRequest(WireModel):
 
     model: str
     """The served name, or an adapter's name to pin it."""
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     stream: bool = False
     stream_options: StreamOptions | None = None
     tools: list[Tool] | None = None
@@ -351,6 +365,12 @@ class ChatCompletionRequest(WireModel):
         return self.tool_choice != "none"
 
     @property
+    def asks_for_grammar(self) -> bool:
+        """The answer must have a form that sampling is held to."""
+        has_schema = self.response_format is not None and self.response_format.schema_of_answer is not None
+        return self.requires_call or has_schema or not self.may_call
+
+    @property
     def stop_texts(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
@@ -448,6 +468,12 @@ class DemonstrationEntry(WireModel):
     expert: str = Field(default="expert", pattern=_NAME)
     task: str | None = None
     """`world/split/index` of a world's task."""
+
+    @field_validator("provenance", mode="before")
+    @classmethod
+    def _bounded(cls, given: Any) -> Any:
+        _require_few_bytes("provenance", given)
+        return given
 
     def as_demonstration(self) -> Demonstration:
         return Demonstration(

@@ -78,6 +78,21 @@ class AdapterEvent:
     """Name of the key that asked for it; empty: the server itself, or somebody who was asked for none."""
 
 
+LOCK_TIMEOUT_S = 5.0
+"""How long a write waits for another process that writes to the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class WatchEvent:
+    """The watch over live adapters was paused, or goes on."""
+
+    is_paused: bool
+    reason: str = ""
+    key: str = ""
+    created_at: float = 0.0
+    """Unix seconds; 0: it was never paused."""
+
+
 MODEL_CARD = "README.md"
 
 INCOMING = ".incoming-"
@@ -116,6 +131,20 @@ def say_who(db: Database) -> None:
         db.execute(f"ALTER TABLE {table} ADD COLUMN key TEXT NOT NULL DEFAULT ''")
 
 
+@migrations()
+def pause_the_watch(db: Database) -> None:
+    """Whether live evidence may change what acts."""
+    db.execute(
+        "CREATE TABLE watch_events (id INTEGER PRIMARY KEY, is_paused INTEGER NOT NULL, reason TEXT NOT NULL, "
+        "key TEXT NOT NULL, created_at REAL NOT NULL) STRICT"
+    )
+    for verb in ("UPDATE", "DELETE"):
+        db.execute(
+            f"CREATE TRIGGER watch_events_no_{verb.lower()} BEFORE {verb} ON watch_events "
+            "BEGIN SELECT RAISE(ABORT, 'watch_events is append-only'); END"
+        )
+
+
 class AdapterRegistry:
     """The store. Its folders lie beside the database file: `adapters/agent-v0007`. May be used from any thread.
 
@@ -129,7 +158,7 @@ class AdapterRegistry:
         for left_by_a_crash in self._folder.glob(f"{INCOMING}*"):
             shutil.rmtree(left_by_a_crash, ignore_errors=True)
         self._lock = threading.RLock()
-        self.db = Database(sqlite3.connect(path, check_same_thread=False, timeout=30.0))
+        self.db = Database(sqlite3.connect(path, check_same_thread=False, timeout=LOCK_TIMEOUT_S))
         self.db.enable_wal()
         self.db.execute("PRAGMA synchronous=FULL")
         migrations.apply(self.db)
@@ -156,6 +185,8 @@ class AdapterRegistry:
         try:
             self._copy(path, incoming)
             rank, digest = adapter_rank(incoming), weights_digest(incoming)
+            if not 1 <= rank < 2**31:
+                raise AdapterRefused(f"its rank is {rank}, which no network has")
             with self._lock:
                 return self._known(incoming, digest) or self._adopt(incoming, rank, digest, parent, reason, key)
         finally:
@@ -194,7 +225,35 @@ class AdapterRegistry:
             self._flip(target["adapter"], target["behind"], reason, key)
             return self.acting()
 
+    def record_watch(self, is_paused: bool, reason: str, key: str = "") -> None:
+        """Append that the watch pauses, or goes on."""
+        with self._lock, write_transaction(self.db):
+            self.db.execute(
+                "INSERT INTO watch_events (is_paused, reason, key, created_at) VALUES (?, ?, ?, ?)",
+                [int(is_paused), reason, key, time.time()],
+            )
+
     # ----------------------------------------------------------------------------------------------- read
+
+    def watch(self) -> WatchEvent:
+        """Whether the watch is paused, and who said so."""
+        for row in self._rows("SELECT * FROM watch_events ORDER BY id DESC LIMIT 1"):
+            return WatchEvent(bool(row["is_paused"]), row["reason"], row["key"], row["created_at"])
+        return WatchEvent(False)
+
+    def state_since(self, name: str, state: AdapterState) -> float:
+        """When an adapter was last put into this state by a change; 0 for never. Unix seconds."""
+        rows = self._rows(
+            "SELECT created_at FROM adapter_events WHERE adapter = ? AND state = ? ORDER BY id DESC LIMIT 1",
+            name,
+            state.value,
+        )
+        return rows[0]["created_at"] if rows else 0.0
+
+    def acting_since(self) -> float:
+        """When what acts was last promoted, or rolled back to; 0 where nothing ever was. Unix seconds."""
+        row = self._acting_row()
+        return row["created_at"] if row else 0.0
 
     def adapter(self, name: str) -> Adapter:
         """Raises UnknownAdapter."""

@@ -64,7 +64,8 @@ class CycleLog:
         """Expert agreement of an adapter's own steps in the newest cycle that judged any: 1 or 0, newest step first."""
         rows = self._rows(
             "SELECT value FROM step_rewards JOIN steps ON steps.id = step_id JOIN episodes ON episodes.id = episode_id "
-            "WHERE source = 'expert_agreement' AND episodes.purpose <> 'evaluation' AND steps.adapter = ? "
+            "WHERE source = 'expert_agreement' AND episodes.purpose <> 'evaluation' AND episodes.is_assigned "
+            "AND steps.adapter = ? "
             "AND cycle = (SELECT cycle FROM cycles WHERE EXISTS (SELECT 1 FROM step_rewards WHERE "
             "step_rewards.cycle = cycles.cycle AND source = 'expert_agreement') ORDER BY id DESC LIMIT 1) "
             "ORDER BY steps.created_at DESC",

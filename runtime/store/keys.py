@@ -148,7 +148,7 @@ class KeyStore:
 
     # ----------------------------------------------------------------------------------------------- read
 
-    def keys(self) -> list[Key]:
+    def all_keys(self) -> list[Key]:
         """All that were ever made, oldest first."""
         return [key for key, _ in self.with_digests()]
 

@@ -25,7 +25,18 @@ from pathlib import Path
 
 from sqlite_utils import Database
 
-from runtime.store.episodes import Actor, Correction, Episode, Fact, Outcome, Purpose, ResponseRecord, Role, Step, Withdrawal
+from runtime.store.episodes import (
+    Actor,
+    Correction,
+    Episode,
+    Fact,
+    Outcome,
+    Purpose,
+    ResponseRecord,
+    Role,
+    Step,
+    Withdrawal,
+)
 from runtime.store.prompt_chains import SequenceCache, sequence_of
 from runtime.store.step_rows import (
     TOKEN_BYTES,
@@ -41,16 +52,36 @@ from runtime.store.step_writer import StepLogError, StepWriter
 
 __all__ = ["Mark", "MarkedStep", "StepLog", "StepLogError", "Whose"]
 
-LOCK_TIMEOUT_S = 30.0
+LOCK_TIMEOUT_S = 5.0
 """How long a write waits for another process that writes to the same file (the learner's tables live there too)."""
 
 _STEPS = "SELECT steps.*, tool_sets.tools FROM steps JOIN tool_sets ON tool_sets.digest = steps.tools_digest"
 
 _TRUST = "CASE role " + " ".join(f"WHEN '{role}' THEN {role.trust}" for role in Role) + " END"
 
+MOST_OF_A_KEY = 10
+"""Outcomes of one key that is trusted to give feedback and no more, of each adapter."""
+LIVE_EPISODES = 5000
+"""Of an adapter, newest first, that are looked through for outcomes."""
+
+_LIVE = "actor = 'policy' AND purpose <> 'evaluation' AND is_assigned = 1"
+"""Word for word that of an index."""
 _LEARNABLE = "actor = 'policy' AND purpose <> 'evaluation'"
 
 _NOT_TAKEN_BACK = "NOT EXISTS (SELECT 1 FROM withdrawals WHERE fact_id = {id})"
+
+_LIVE_OUTCOMES = f"""
+WITH live AS (
+    SELECT id FROM episodes WHERE {_LIVE} AND adapter = ? AND created_at >= ? ORDER BY id DESC LIMIT ?),
+said AS (
+    SELECT outcomes.*, outcomes.rowid AS number, {_TRUST} AS trust, row_number() OVER (
+        PARTITION BY episode_id ORDER BY {_TRUST} DESC, created_at DESC, outcomes.id DESC) AS place
+    FROM live JOIN outcomes ON outcomes.episode_id = live.id
+    WHERE {_NOT_TAKEN_BACK.format(id="outcomes.id")}),
+counted AS (
+    SELECT *, row_number() OVER (PARTITION BY key ORDER BY number DESC) AS nth_of_key FROM said WHERE place = 1)
+SELECT id, episode_id, value, source, note, created_at, key, role FROM counted
+WHERE trust >= {{least_trust}} OR nth_of_key <= ? ORDER BY number DESC LIMIT ?"""
 
 _ANCESTRY = """
 WITH RECURSIVE ancestry (id, parent_id) AS (
@@ -150,6 +181,15 @@ class StepLog:
         """An episode's steps by time of creation; its branches stand beside each other."""
         return self._steps(f"{_STEPS} WHERE episode_id = ? ORDER BY created_at, steps.id", episode_id)
 
+    def steps_after(self, episode_id: str, step_id: str | None, limit: int) -> Iterator[Step]:
+        """The same, page by page and read one by one: those after this step. Close the iterator where it is left."""
+        after = "AND (created_at, steps.id) > (SELECT created_at, id FROM steps WHERE id = ?)" if step_id else ""
+        query = f"SELECT id FROM steps WHERE episode_id = ? {after} ORDER BY created_at, id LIMIT ?"
+        values = (episode_id, step_id, limit) if step_id else (episode_id, limit)
+        for row in self._rows(query, *values):
+            if (step := self.step(row["id"])) is not None:
+                yield step
+
     def path_to(self, step_id: str) -> list[Step]:
         """From the first step to this one, along the parents."""
         return self._steps(f"{_ANCESTRY} {_STEPS} JOIN ancestry ON ancestry.id = steps.id ORDER BY step_index", step_id)
@@ -188,6 +228,19 @@ class StepLog:
 
         Demonstrations that were taken back are not in it.
         """
+        return list(self.each_episode(after, limit, purpose, actor, adapter, task_prefix, owner))
+
+    def each_episode(
+        self,
+        after: str | None = None,
+        limit: int = 50,
+        purpose: Purpose | None = None,
+        actor: Actor | None = None,
+        adapter: str | None = None,
+        task_prefix: str | None = None,
+        owner: str | None = None,
+    ) -> Iterator[Episode]:
+        """The same, read one by one: close the iterator where the rest is not needed."""
         conditions = {"id < ?": after, "purpose = ?": purpose, "actor = ?": actor, "adapter = ?": adapter}
         conditions["owner = ?"] = owner
         if task_prefix is not None:  # a range, which an index serves; LIKE would trip over the prefix's own % and _
@@ -195,8 +248,10 @@ class StepLog:
         wanted = {condition: value for condition, value in conditions.items() if value is not None}
         where = " AND ".join([*wanted, _NOT_TAKEN_BACK.format(id="episodes.id")])
         page = f"SELECT id FROM episodes WHERE {where} ORDER BY id DESC LIMIT ?"  # sorts ids in an index, no whole rows
-        rows = self._rows(f"SELECT * FROM episodes WHERE id IN ({page}) ORDER BY id DESC", *wanted.values(), limit)
-        return [episode_from_row(row) for row in rows]
+        query = f"SELECT * FROM episodes WHERE id IN ({page}) ORDER BY id DESC"
+        with self._reading() as connection, closing(connection.execute(query, (*wanted.values(), limit))) as rows:
+            for row in rows:
+                yield episode_from_row(row)
 
     def response(self, response_id: str) -> ResponseRecord | None:
         """None for one that is not known, or was deleted."""
@@ -239,15 +294,17 @@ class StepLog:
         """How many of the policy's own episodes, evaluations not counted, began after that moment."""
         return self._rows(f"SELECT count(*) FROM episodes WHERE {_LEARNABLE} AND created_at > ?", created_at)[0][0]
 
-    def outcome_values(self, adapter: str, limit: int) -> list[float]:
-        """How the newest of an adapter's own episodes went, evaluations not counted: the last outcome of each."""
-        newest = f"SELECT id FROM episodes WHERE {_LEARNABLE} AND adapter = ? ORDER BY id DESC"
-        query = (
-            "SELECT value FROM outcomes WHERE outcomes.rowid IN "
-            f"(SELECT max(rowid) FROM outcomes WHERE episode_id IN ({newest}) GROUP BY episode_id) "
-            "ORDER BY outcomes.rowid DESC LIMIT ?"
-        )
-        return [row[0] for row in self._rows(query, adapter, limit)]
+    def live_outcomes(self, adapter: str, limit: int, since: float = 0.0) -> list[Outcome]:
+        """How the newest of the episodes went that the server gave this adapter and that began since: one outcome each,
+        the newest first.
+
+        Neither evaluations count nor what a client pinned, and of a key that is only trusted to give feedback no more
+        than MOST_OF_A_KEY: it takes several of them to be evidence. Looks at the newest LIVE_EPISODES: its cost does
+        not grow with the log.
+        """
+        query = _LIVE_OUTCOMES.format(least_trust=Role.TEACH.trust)
+        rows = self._rows(query, adapter, since, LIVE_EPISODES, MOST_OF_A_KEY, limit)
+        return [outcome_from_row(row) for row in rows]
 
     def corrections(self, step_id: str) -> list[Correction]:
         """Oldest first, without those that were taken back."""

@@ -59,7 +59,12 @@ def say_who(database: Database) -> None:
     _create(database, "withdrawals", WITHDRAWAL_COLUMNS)
     _refuse_edits(database, "withdrawals", "id")
     database.table("withdrawals").create_index(["fact_id"])
-    database.table("episodes").create_index(["owner", "id"])
+    for columns in LIST_INDEXES:
+        database.table("episodes").create_index(columns)
+    database.execute(
+        "CREATE INDEX episodes_live ON episodes(adapter, id) "
+        "WHERE actor = 'policy' AND purpose <> 'evaluation' AND is_assigned = 1"
+    )
 
 
 @STEP_LOG_MIGRATIONS()
@@ -179,6 +184,18 @@ INDEXES = (
     ("outcomes", ["episode_id", "created_at"]),
     ("corrections", ["step_id"]),
 )
+
+
+LIST_INDEXES = (
+    ["owner", "id"],
+    ["owner", "purpose", "id"],
+    ["owner", "actor", "id"],
+    ["owner", "adapter", "id"],
+    ["purpose", "actor", "id"],
+    ["purpose", "adapter", "id"],
+    ["actor", "adapter", "id"],
+)
+"""A list with two filters is read off an index as one with a single filter is."""
 
 
 def _create(

@@ -14,7 +14,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from policies.types import ToolCalls
-from runtime.store.episodes import Correction, Episode, Fact, Outcome, Step, Withdrawal, ResponseDeletion, ResponseRecord
+from runtime.store.episodes import (
+    Correction,
+    Episode,
+    Fact,
+    Outcome,
+    ResponseDeletion,
+    ResponseRecord,
+    Step,
+    Withdrawal,
+)
 from runtime.store.prompt_chains import SequenceCache, common_prefix_len, sequence_of
 from runtime.store.step_rows import (
     Row,
