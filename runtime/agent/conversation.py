@@ -49,8 +49,26 @@ class Place:
     """What the client changed of the conversation that it continues."""
 
 
-def locate(log: StepLog, messages: Sequence[Message], whose: Whose) -> Place:
-    """Where a conversation goes on, in the named episode if one is named, else among its user's."""
+def locate(log: StepLog, messages: Sequence[Message], whose: Whose, stops: Sequence[str] = ()) -> Place:
+    """Where a conversation goes on, in the named episode if one is named, else among its user's.
+
+    `stops` are the client's stop texts: it may have gone on where they cut an answer.
+    """
+    as_cut = [_without_stop(message, stops) for message in messages] if stops else messages
+    place = _place(log, as_cut, whose)
+    if place.path and as_cut != messages:
+        return Place(place.path, (), tuple(messages), PromptChange.HISTORY)
+    return place
+
+
+def _without_stop(message: Message, stops: Sequence[str]) -> Message:
+    """An answer up to its first stop text: what follows, no answer of this server's has said."""
+    text = text_of(message)
+    ends = [at for stop in stops if (at := text.find(stop)) >= 0]
+    return {**message, "content": text[: min(ends)]} if ends and message["role"] == "assistant" else message
+
+
+def _place(log: StepLog, messages: Sequence[Message], whose: Whose) -> Place:
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     for at, kind, step_id in _recognised(log, messages, answers, whose):
         path = tuple(log.path_to(step_id))

@@ -73,7 +73,7 @@ async def admit(
         raise ForeignEpisode(f"episode {asked_id!r} belongs to another key: choose another id")
     whose = Whose(caller.key.name, request.user_name, asked_id)
     if previous is None:
-        place = await off_loop(is_large or asked_id is not None, locate, parts.log, messages, whose)
+        place = await off_loop(is_large or asked_id is not None, locate, parts.log, messages, whose, request.stop_texts)
     else:
         place = await off_loop(True, continued, parts.log, messages, previous)
     logged = parts.log.episode(place.path[-1].episode_id) if place.path else named
