@@ -30,3 +30,4 @@ check: setup
 	$(VENV)/bin/pyright
 
 include make/vllm.mk
+include make/clients.mk

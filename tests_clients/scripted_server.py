@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from runtime.startup import listen
 from runtime.store.episodes import Step
 from runtime.store.step_log import StepLog
 from tests.serving import LIMITS, NOVICE_FOLDER, SayingEngine, parts_of
-from dataclasses import replace
 
 
 def main() -> None:

@@ -28,7 +28,9 @@ def output_of(*command: str, **environment: str) -> str:
 def test_curl(server: Server) -> None:
     server.says("A globe.")
     body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "What is it?"}]})
-    said = output_of("curl", "-sS", f"{server.url}/v1/chat/completions", "-H", "content-type: application/json", "-d", body)
+    said = output_of(
+        "curl", "-sS", f"{server.url}/v1/chat/completions", "-H", "content-type: application/json", "-d", body
+    )
     assert json.loads(said)["choices"][0]["message"]["content"] == "A globe."
 
 

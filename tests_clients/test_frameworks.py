@@ -42,7 +42,9 @@ def test_openai_agents_runs_tools(server: Server, kind: str) -> None:
 
     server.says(call("look", at="shelf"), "A globe.")
     settings = ModelSettings(store=False, parallel_tool_calls=False)
-    agent = Agent("finder", instructions="Find it.", tools=[look], model=agents_model(server, kind), model_settings=settings)
+    agent = Agent(
+        "finder", instructions="Find it.", tools=[look], model=agents_model(server, kind), model_settings=settings
+    )
     result = Runner.run_sync(agent, "What is on the shelf?")
     assert result.final_output == "A globe."
     require_one_chain(server.steps, 2)
@@ -77,7 +79,9 @@ def test_openai_agents_with_a_clock_and_an_output_type(server: Server, kind: str
         return f"It is {next(hours)} o'clock."
 
     server.says(call("look", at="shelf"), FOUND)
-    agent = Agent("finder", instructions=instructions, tools=[look], output_type=Place, model=agents_model(server, kind))
+    agent = Agent(
+        "finder", instructions=instructions, tools=[look], output_type=Place, model=agents_model(server, kind)
+    )
     result = Runner.run_sync(agent, "Where is the miniature globe that I am looking for?")
     assert result.final_output == Place(name="shelf")
     require_one_chain(server.steps, 2, num_rewritten=1)
@@ -213,7 +217,7 @@ def test_smolagents_code_agent(server: Server) -> None:
 
     server.says(
         "Thought: I compute it first.\n<code>\nprint(6 * 7)\n</code>",
-        'Thought: That is the answer that was wanted.\n<code>\nfinal_answer(42)\n</code>',
+        "Thought: That is the answer that was wanted.\n<code>\nfinal_answer(42)\n</code>",
     )
     model = OpenAIServerModel(model_id=MODEL, api_base=f"{server.url}/v1", api_key="none")
     assert CodeAgent(tools=[], model=model, verbosity_level=0).run("What is 6 times 7?") == 42

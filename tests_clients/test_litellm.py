@@ -20,7 +20,10 @@ pytest.importorskip("litellm", reason="make test-clients runs this file in the e
 
 from tests_clients.conftest import MODEL, Server, call, require_one_chain
 
-LOOK: Any = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {"at": {}}}}}
+LOOK: Any = {
+    "type": "function",
+    "function": {"name": "look", "parameters": {"type": "object", "properties": {"at": {}}}},
+}
 PROXY_PORT = 41807
 PROXY_KEY = f"sk-{secrets.token_hex(32)}"
 

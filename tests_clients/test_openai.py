@@ -9,7 +9,10 @@ from openai import OpenAI
 
 from tests_clients.conftest import MODEL, Server, call, require_one_chain
 
-LOOK: Any = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {"at": {}}}}}
+LOOK: Any = {
+    "type": "function",
+    "function": {"name": "look", "parameters": {"type": "object", "properties": {"at": {}}}},
+}
 LOOK_AT: Any = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {"at": {}}}}
 
 

@@ -75,7 +75,11 @@ def _place(log: StepLog, messages: Sequence[Message], whose: Whose) -> Place:
         if kind is Mark.CONVERSATION:
             return Place(path, history_of(path), tuple(messages[at + 1 :]))
         if kind is not Mark.THREAD:
-            return Place(path, (), tuple(messages), PromptChange.HISTORY)
+            later = [messages[each] for each in answers if each > at]
+            followed = _followed(log, path, later)
+            if kind is Mark.TAIL and len(followed) < len(path) + len(later):
+                continue  # what comes after it is of another conversation
+            return Place(followed, (), tuple(messages), PromptChange.HISTORY)
         return _with_other_system(path, messages, at)
     return _after_newest(log, messages, whose)
 
@@ -179,6 +183,16 @@ def _newest(steps: Sequence[MarkedStep]) -> MarkedStep:
 def _only(steps: Sequence[MarkedStep]) -> MarkedStep | None:
     """The step, unless several conversations could be meant."""
     return _newest(steps) if len({step.episode_id for step in steps}) == 1 else None
+
+
+def _followed(log: StepLog, path: tuple[Step, ...], answers: Sequence[Message]) -> tuple[Step, ...]:
+    """Along the steps that gave these answers, too: ones that say too little to be recognised by themselves."""
+    for answer in answers:
+        given = [step for step in log.children(path[-1].id) if _gist(action_message(step.action)) == _gist(answer)]
+        if not given:
+            break
+        path = (*path, given[-1])
+    return path
 
 
 def _with_other_system(path: Sequence[Step], messages: Sequence[Message], at: int) -> Place:

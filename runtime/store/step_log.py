@@ -190,6 +190,10 @@ class StepLog:
             if (step := self.step(row["id"])) is not None:
                 yield step
 
+    def children(self, step_id: str) -> list[Step]:
+        """The steps that stand on it, by time of creation."""
+        return self._steps(f"{_STEPS} WHERE parent_id = ? ORDER BY created_at, steps.id", step_id)
+
     def path_to(self, step_id: str) -> list[Step]:
         """From the first step to this one, along the parents."""
         return self._steps(f"{_ANCESTRY} {_STEPS} JOIN ancestry ON ancestry.id = steps.id ORDER BY step_index", step_id)
@@ -265,10 +269,10 @@ class StepLog:
         step = self.step(step_id)
         run = [] if step is None else [step]
         while run and run[-1].stop_reason is None:
-            following = _first(self._steps(f"{_STEPS} WHERE parent_id = ? ORDER BY created_at LIMIT 1", run[-1].id))
-            if following is None:
+            following = self.children(run[-1].id)
+            if not following:
                 return []
-            run.append(following)
+            run.append(following[0])
         return run
 
     def outcomes(self, episode_id: str) -> list[Outcome]:
