@@ -34,3 +34,4 @@ check: setup
 
 include make/vllm.mk
 include make/worlds.mk
+include make/clients.mk

@@ -135,7 +135,9 @@ def build_parts(settings: Settings) -> Parts:
 
     try:
         toolbox = Toolbox(
-            load_tools(settings.tools, settings.search_corpus), load_world(settings.world) if settings.world else None
+            load_tools(settings.tools, settings.search_corpus),
+            load_world(settings.world_name) if settings.world_name else None,
+            is_default=settings.run_tools == "always",
         )
         folder_of_state = StateFolder(settings.state)
         log = StepLog(settings.state / "agent.db")
@@ -194,7 +196,7 @@ def learner_arguments(settings: Settings, folder: Path) -> list[str]:
     """What a learner that runs beside this server has to know of it."""
     template = ["--response-template", str(settings.response_template)] if settings.response_template else []
     passed_on = [part for name, value in settings.learner_arg.items() for part in option(name, value)]
-    return ["--model", str(folder), "--world", settings.world, *template, *passed_on]
+    return ["--model", str(folder), "--world", settings.world_name, *template, *passed_on]
 
 
 def option(name: str, value: object) -> list[str]:

@@ -20,7 +20,7 @@ from learner.data.training_data import NO_ANCESTOR
 from learner.options import CollectionOptions
 from policies.chat_protocol import action_message
 from policies.types import Message
-from runtime.store.episodes import Actor, Episode, Purpose, Step
+from runtime.store.episodes import Actor, Episode, Purpose, Step, new_messages_along
 from runtime.store.own_episodes import MOST_COUNTED, OwnEpisodes
 from runtime.store.step_log import StepLog
 from tools.worlds.world import World
@@ -67,8 +67,12 @@ class LoggedState:
     @property
     def messages(self) -> list[Message]:
         """The conversation before the step."""
-        said = [message for step in self.path[:-1] for message in (*step.new_messages, action_message(step.action))]
-        return [*said, *self.step.new_messages]
+        messages = list[Message]()
+        for step, new_messages in new_messages_along(self.path):
+            messages += new_messages
+            if step is not self.step:
+                messages.append(action_message(step.action))
+        return messages
 
 
 @dataclass(frozen=True, slots=True)

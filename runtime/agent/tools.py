@@ -22,7 +22,9 @@ from tools.worlds.world import World, WorldEpisode, is_of_world, task_named
 class Toolbox:
     """Opens the server's tools for one run."""
 
-    def __init__(self, tools: Sequence[BaseTool] = (), world: World | None = None) -> None:
+    def __init__(self, tools: Sequence[BaseTool] = (), world: World | None = None, is_default: bool = True) -> None:
+        """`is_default`: they are run for every request that brings no tools of its own; else for those that ask."""
+        self.is_default = is_default
         self._tools = tuple(tools)
         self._world = world
         self._schemas: dict[str, ToolSchema] = {}
