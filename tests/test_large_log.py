@@ -59,6 +59,7 @@ ASKED: dict[str, Callable[[StepLog], Any]] = {
     "list with an owner": lambda log: log.episodes(limit=50, owner="ann", adapter="base"),
     "watch": lambda log: log.live_outcomes("base", 100),
     "trigger": lambda log: log.num_learnable_since(0.0, 200),
+    "trigger after a cycle": lambda log: log.num_learnable_since(log.episodes(limit=100)[-1].created_at, 200),
     "trigger after a clock was set back": lambda log: log.num_learnable_after(log.num_episodes() - 300, 200),
     "first collection": lambda log: OwnEpisodes(log, ["base"], None).fresh(100),
     "collection with nothing new": lambda log: OwnEpisodes(log, ["base"], last_step(log)).fresh(100),
