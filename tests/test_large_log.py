@@ -63,6 +63,7 @@ ASKED: dict[str, Callable[[StepLog], Any]] = {
     "trigger after a clock was set back": lambda log: log.num_learnable_after(log.num_episodes() - 300, 200),
     "first collection": lambda log: OwnEpisodes(log, ["base"], None).fresh(100),
     "collection with nothing new": lambda log: OwnEpisodes(log, ["base"], last_step(log)).fresh(100),
+    "no replay in a first collection": lambda log: not OwnEpisodes(log, ["base"], None).old(20, random.Random(0)),
     "replay": lambda log: OwnEpisodes(log, ["base"], last_step(log)).old(20, random.Random(0)),
     "too old": lambda log: OwnEpisodes(log, ["base"], None).num_too_old(),
     "counts": lambda log: log.counts(),
