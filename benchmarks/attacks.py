@@ -180,7 +180,7 @@ def long_episode(server: Server) -> tuple[float, str]:
     return worst_while(server, go_on), ""
 
 
-def fill_long_episode(checkout: Path) -> Callable[[Path], None]:
+def fill_long_episode(checkout: Path) -> Callable[[Path], object]:
     """With the log of that checkout: its columns are its own affair."""
     program = """
 import sys
@@ -223,7 +223,7 @@ def flood(server: Server) -> tuple[float, str]:
             async def ask() -> int:
                 try:
                     return (await client.post(server.url + CHAT, json=body)).status_code
-                except httpx.HTTPError:
+                except (httpx.HTTPError, OSError):
                     return 0
 
             return await asyncio.gather(*(ask() for _ in range(1500)))
@@ -242,7 +242,7 @@ def ending(server: Server) -> tuple[float, str]:
 
     async def stream(client: httpx.AsyncClient) -> str:
         last = ""
-        body = message("Hello", stream=True, temperature=2.0)
+        body = message("Hello", stream=True, temperature=2.0, n=8)
         with suppress(httpx.HTTPError):
             async with client.stream("POST", server.url + CHAT, json=body) as answer:
                 async for line in answer.aiter_lines():
@@ -279,9 +279,9 @@ def main() -> None:
     for name in options.only:
         prepare = fill_long_episode(options.server) if name == "long_episode" else None
         with started(options.server, prepare) as server:
-            before = server.memory_mib()
+            before = most = server.memory_mib()
             waits, else_ = ATTACKS[name](server)
-            with suppress(OSError, AssertionError):
+            with suppress(OSError, AssertionError):  # where it has ended
                 most = server.memory_mib("VmHWM")
             print(f"| {ATTACKS[name].__doc__} | {waits:.2f} | {before:.0f} | {most:.0f} | {else_} |", flush=True)
 

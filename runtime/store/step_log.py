@@ -15,7 +15,7 @@ import sqlite3
 import struct
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -177,7 +177,7 @@ class StepLog:
         adapter: str | None = None,
         task_prefix: str | None = None,
         owner: str | None = None,
-    ) -> Iterator[Episode]:
+    ) -> Generator[Episode, None, None]:
         """The same, read one by one: close the iterator where the rest is not needed."""
         conditions = {"id < ?": after, "purpose = ?": purpose, "actor = ?": actor, "adapter = ?": adapter}
         conditions["owner = ?"] = owner
