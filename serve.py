@@ -135,7 +135,9 @@ def build_parts(settings: Settings) -> Parts:
 
     try:
         toolbox = Toolbox(
-            load_tools(settings.tools, settings.search_corpus), load_world(settings.world) if settings.world else None
+            load_tools(settings.tools, settings.search_corpus),
+            load_world(settings.world_name) if settings.world_name else None,
+            is_default=settings.run_tools == "always",
         )
         folder_of_state = StateFolder(settings.state)
         log = StepLog(settings.state / "agent.db")
@@ -194,7 +196,7 @@ def learner_arguments(settings: Settings, folder: Path) -> list[str]:
     """What a learner that runs beside this server has to know of it."""
     template = ["--response-template", str(settings.response_template)] if settings.response_template else []
     passed_on = [part for name, value in settings.learner_arg.items() for part in option(name, value)]
-    return ["--model", str(folder), "--world", settings.world, *template, *passed_on]
+    return ["--model", str(folder), "--world", settings.world_name, *template, *passed_on]
 
 
 def option(name: str, value: object) -> list[str]:
@@ -228,6 +230,8 @@ def load_engine(settings: Settings, folder: Path, protocol: ChatProtocol) -> Eng
         tokenizer=protocol.tokenizer,
         max_batch_size=settings.max_batch_size,
         max_context_tokens=settings.max_context,
+        kv_memory_bytes=settings.kv_memory,
+        precision=settings.precision,
         num_threads=settings.threads,
     )
 
@@ -236,7 +240,7 @@ def supervised_vllm(settings: Settings, folder: Path) -> Engine:
     from functools import partial
 
     from runtime.engines.supervised import SupervisedEngine
-    from runtime.engines.vllm import VllmEngine
+    from runtime.engines.vllm.engine import VllmEngine
 
     share = gpu_share(settings, folder)
     if share.told:
@@ -246,6 +250,7 @@ def supervised_vllm(settings: Settings, folder: Path) -> Engine:
         folder,
         max_batch_size=settings.max_batch_size,
         max_context_tokens=settings.max_context,
+        kv_memory_bytes=settings.kv_memory,
         num_threads=settings.threads,
         gpu_memory_fraction=share.engine_fraction,
         engine_args={name: spelled(value) for name, value in settings.engine_arg.items()},

@@ -23,10 +23,10 @@ from typing import Any
 from learner.data.collect import collect
 from learner.options import CollectionOptions
 from policies.types import FinalAnswer, FinishReason, SamplingParams, ToolCall, ToolCalls
-from runtime.agent.conversation import digests_of
+from runtime.agent.conversation import digests_of, locate
 from runtime.store.episodes import Actor, Episode, Outcome, Purpose, Role, Step, StopReason
 from runtime.store.own_episodes import OwnEpisodes
-from runtime.store.step_log import StepLog
+from runtime.store.step_log import StepLog, Whose
 from runtime.store.step_rows import episode_to_row, outcome_to_row, step_to_row, tokens_to_blob, tool_set_to_row
 
 STEPS_AN_EPISODE = 5
@@ -142,7 +142,7 @@ def measure(path: Path) -> dict[str, float]:
 
     asked: dict[str, Callable[[], object]] = {
         "append": append,
-        "find a conversation": lambda: log.find_step(digests_of(_conversation(newest // 2))[-1]),
+        "find a conversation": lambda: locate(log, _conversation(newest // 2), Whose()),
         "list": lambda: log.episodes(limit=50),
         "list, two filters": lambda: log.episodes(limit=50, purpose=Purpose.PRACTICE, actor=Actor.POLICY),
         "watch": lambda: log.live_outcomes("base", 500),

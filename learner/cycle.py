@@ -23,7 +23,7 @@ from learner.data.inspection import Inspection, inspect
 from learner.data.rewards import agreement_rewards
 from learner.data.training_data import TrainingData
 from learner.evaluation.judging import Verdict, best_of, judge
-from learner.evaluation.trials import Trials
+from learner.evaluation.trials import CycleTrials
 from learner.objectives.build import NothingToLearn
 from learner.options import CycleOptions
 from learner.report import CycleRecord
@@ -59,13 +59,14 @@ async def run_cycle(cycle: str, who: Collaborators, options: CycleOptions) -> Cy
 async def _run(record: CycleRecord, who: Collaborators, options: CycleOptions) -> Ending:
     parents = await _acting_and_parents(who, options)
     collected = _collect(record, who, options, parents)
+    trials = _look_ahead(record, who, options, collected, parents[0])
     inspection = await _inspect(record, who, options, collected, parents[0])
     discriminator = _reward(record, who, options, inspection.training_data)
     try:
         with _candidate_folders(who.state) as folders:
             training_data = inspection.training_data
             candidates = _train(record, who, options, parents[0], training_data, discriminator, folders)
-            verdicts = await _judge(record, who, options, collected, candidates, parents[0])
+            verdicts = await judge(record, who, trials, candidates, parents[0])
         return await _promote(record, who, options, verdicts, parents[0])
     finally:  # whatever happened: what is neither promoted nor refused would keep its slot in the engine
         with suppress(OpenAIError):
@@ -84,7 +85,7 @@ async def _acting_and_parents(who: Collaborators, options: CycleOptions) -> list
 def _collect(record: CycleRecord, who: Collaborators, options: CycleOptions, parents: Sequence[str]) -> Collected:
     with record.stage(CycleStage.COLLECT):
         since = who.learning_log.last_step_seen()
-        collected = collect(who.log, since, parents, options.collection, options.training.seed)
+        collected = collect(who.log, since, parents, options.collection, options.training.seed, who.world)
         record.add(acting=parents[0], collected=collected.counts)
         record.has_read_to(collected.last_step_id)
     if not collected.demonstrations and not collected.policy_episodes:
@@ -94,6 +95,15 @@ def _collect(record: CycleRecord, who: Collaborators, options: CycleOptions, par
             "(python -m learner import FILE)"
         )
     return collected
+
+
+def _look_ahead(
+    record: CycleRecord, who: Collaborators, options: CycleOptions, collected: Collected, acting: str
+) -> CycleTrials:
+    """The gate's trials, and in the report what they could show: said before anything is trained."""
+    trials = CycleTrials.of_cycle(acting, collected, who, options.gate_tasks)
+    record.add(outlook=trials.outlook(len(options.objectives)).to_json())
+    return trials
 
 
 async def _inspect(
@@ -140,18 +150,6 @@ def _train(
     """A candidate for each objective that can be trained. Raises why where none can."""
     settings = CandidateOptions(options.objectives, options.objective, options.training, options.device)
     return train_candidates(record, who, settings, acting, training_data, discriminator, folders)
-
-
-async def _judge(
-    record: CycleRecord,
-    who: Collaborators,
-    options: CycleOptions,
-    collected: Collected,
-    candidates: Sequence[Candidate],
-    acting: str,
-) -> list[Verdict]:
-    trials = Trials.of_cycle(record.cycle, who, collected, options.gate_tasks, options.num_samples)
-    return await judge(record, who, trials, candidates, acting)
 
 
 async def _promote(

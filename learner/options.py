@@ -27,6 +27,12 @@ class CollectionOptions:
     """Share of `max_own_episodes` that is kept for episodes which an earlier cycle has read already."""
     max_versions_old: int = 2
     """What an adapter did that is further behind the acting one is left out."""
+    anchors: tuple[str, ...] = ()
+    """Ids of episodes, demonstrations and tasks of the world that must not be forgotten: the gate tries them."""
+    anchor_share: float = 0.1
+    """Share of the own episodes that users were content with (outcome 1) which are anchors too."""
+    max_anchors: int = 16
+    """Most of those; the newest."""
 
 
 @dataclass(frozen=True, slots=True, config=_DOCUMENTED)

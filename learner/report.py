@@ -19,6 +19,8 @@ class CycleReport:
     """The adapter that acted when the cycle began."""
     collected: Mapping[str, int] = field(default_factory=dict)
     """Episodes by where they went: to train on, held out, left out and why."""
+    outlook: Mapping[str, Any] = field(default_factory=dict)
+    """What the gate's evidence could show, as it was known before anything was trained."""
     inspection: Mapping[str, Any] = field(default_factory=dict)
     """How the policy's actions compare with the experts', and which experts answered."""
     expert_problems: Mapping[str, int] = field(default_factory=dict)

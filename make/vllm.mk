@@ -1,7 +1,6 @@
 # make serve-vllm | make test-vllm | make setup-vllm: the engine for GPUs, here on its build for CPUs, in an environment
 # of its own, because it wants a torch of its own. pip must be able to find the CPU build of torch (torch ...+cpu).
 VENV_VLLM := .venv-vllm
-MODEL ?= policies/novice_model
 NOT_FOR_TEXT := torchvision torchaudio torchcodec triton
 
 .PHONY: setup-vllm serve-vllm test-vllm
@@ -17,7 +16,7 @@ $(VENV_VLLM)/.ready: pyproject.toml constraints-vllm.txt make/slim_requirements.
 setup-vllm: $(VENV_VLLM)/.ready
 
 serve-vllm: setup-vllm
-	$(VENV_VLLM)/bin/python serve.py --engine vllm --model $(MODEL) $(ARGS)
+	$(VENV_VLLM)/bin/python serve.py --engine vllm $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 test-vllm: setup-vllm
 	$(VENV_VLLM)/bin/python -m pytest tests_vllm $(ARGS)

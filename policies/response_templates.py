@@ -6,12 +6,13 @@ the chat template itself writes, not by a model's name: a fine-tuned model keeps
 own. transformers has a table too, but a private one of its server, by model type, for Qwen and Gemma 4 alone.
 
 Not covered: Llama's built-in tools (`<|python_tag|>brave_search.call(...)`), which are never offered here, and Gemma
-3's calls, for which its chat template has no marks: it is read as text.
+3's calls where its chat template has no marks for them: they are read as text.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,19 +41,16 @@ _CHATML_END = _until(r"(?:<\|im_end\|>|<\|endoftext\|>)\s*")
 
 CHATML = _template(_CHATML_TURN, _CHATML_END, thinking=_THINKING)
 
-CHATML_JSON_CALLS = _template(
-    _CHATML_TURN,
-    _CHATML_END,
-    thinking=_THINKING,
-    tool_calls={
-        "open_pattern": r"\s*<tool_call>",
-        # What is no JSON's end before it stands inside an argument's text, and ends nothing.
-        "close_pattern": r"(?<=[\s}])</tool_call>",
-        "repeats": True,
-        "content": "json",
-        "transform": {"type": "function", "function": "{content}"},
-    },
-)
+_JSON_CALLS: Field = {
+    "open_pattern": r"\s*<tool_call>",
+    # What is no JSON's end before it stands inside an argument's text, and ends nothing.
+    "close_pattern": r"(?<=[\s}])</tool_call>",
+    "repeats": True,
+    "content": "json",
+    "transform": {"type": "function", "function": "{content}"},
+}
+
+CHATML_JSON_CALLS = _template(_CHATML_TURN, _CHATML_END, thinking=_THINKING, tool_calls=_JSON_CALLS)
 
 CHATML_XML_CALLS = _template(
     _CHATML_TURN,
@@ -60,10 +58,15 @@ CHATML_XML_CALLS = _template(
     thinking=_THINKING,
     tool_calls={
         "open_pattern": r"\s*<tool_call>\s*<function=(?P<name>[^>\n]+)>",
-        "close_pattern": r"</function>\s*</tool_call>",
+        # Behind anything but an argument, or no argument at all, the closing tags stand within an argument's text.
+        "close_pattern": r"(?<=</parameter>\s*|<function=[^>\n]+>\s*)</function>\s*</tool_call>",
         "repeats": True,
         "content": "xml-inline",
-        "content_args": {"tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"},
+        # An argument goes on to the last of its closing tags before the next argument.
+        "content_args": {
+            "tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"
+            r"(?=\s*(?:<parameter=[^>\n]+>|\Z))"
+        },
         "transform": ONE_CALL,
     },
 )
@@ -73,10 +76,11 @@ LLAMA_3 = _template(
     _until(r"<\|eot_id\|>|<\|eom_id\|>|<\|end_of_text\|>"),
     tool_calls={
         # A call is the whole turn: the same object after other words is an answer that shows one.
-        "open_pattern": r'\A\s*(?:<\|python_tag\|>)?\s*\{"name":\s*"(?P<name>[^"]+)",\s*"(?:parameters|arguments)":\s*',
-        "close_pattern": r"\}\s*(?:<\|eot_id\|>|<\|eom_id\|>)",
+        "open_pattern": r'\A\s*(?:<\|python_tag\|>\s*(?=\{)|(?=\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?'
+        r'"name"\s*:\s*"[^"]+"\s*,\s*"(?:parameters|arguments)"\s*:))',
+        "close_pattern": r"\s*(?:<\|eot_id\|>|<\|eom_id\|>)",
         "content": "json",
-        "transform": ONE_CALL,
+        "transform": {"type": "function", "function": "{content}"},
     },
 )
 
@@ -90,8 +94,6 @@ MISTRAL_LIST_OF_CALLS = _template(
         "open": "[TOOL_CALLS]",
         "close": "</s>",
         "content": "json",
-        "transform_each": True,
-        "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{arguments}"}},
     },
 )
 
@@ -108,7 +110,32 @@ MISTRAL_CALL_BY_CALL = _template(
     },
 )
 
-GEMMA = _template("<start_of_turn>model\n", _until("<end_of_turn>|<eos>"))
+_GEMMA_TURN, _GEMMA_END = "<start_of_turn>model\n", _until(r"(?:<end_of_turn>|<eos>)\s*")
+
+GEMMA = _template(_GEMMA_TURN, _GEMMA_END)
+
+GEMMA_JSON_CALLS = _template(_GEMMA_TURN, _GEMMA_END, tool_calls=_JSON_CALLS)
+
+
+def thinking_begins_the_turn(template: ResponseTemplate) -> ResponseTemplate:
+    """The template, but a plain mark of thinking opens it at the turn's beginning alone.
+
+    Elsewhere it is a word of the answer: "The tag <think> opens thoughts."
+    """
+    fields = template.get("fields")
+    if not isinstance(fields, dict):
+        return template  # transformers says what is wrong with it
+    return {**template, "fields": {name: _at_the_beginning(name, field) for name, field in fields.items()}}
+
+
+def _at_the_beginning(name: str, field: Any) -> Any:
+    if name == "content" or not isinstance(field, dict) or field.get("content", "text") != "text":
+        return field
+    mark = field.get("open")
+    if not isinstance(mark, str) or not re.fullmatch(r"\s*[<\[]\w+[>\]]\s*", mark):
+        return field
+    others = {key: value for key, value in field.items() if key != "open"}
+    return {**others, "open_pattern": r"\A\s*" + re.escape(mark)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +155,7 @@ FAMILIES = (
     Family("Llama 3", ("<|start_header_id|>", "<|eot_id|>"), LLAMA_3),
     Family("Mistral with [ARGS]", ("[INST]", "[TOOL_CALLS]", "[ARGS]"), MISTRAL_CALL_BY_CALL),
     Family("Mistral", ("[INST]", "[/INST]"), MISTRAL_LIST_OF_CALLS),
+    Family("Gemma with calls in JSON", ("<start_of_turn>", "<end_of_turn>", "<tool_call>"), GEMMA_JSON_CALLS),
     Family("Gemma 2 and 3", ("<start_of_turn>", "<end_of_turn>"), GEMMA),
 )
 """The first whose marks are all there is taken: what has more marks stands before what has fewer."""

@@ -8,7 +8,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import ByteSize, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -19,6 +19,8 @@ from pydantic_settings import (
 
 from policies.command_line import Options, parse, split_commas
 from runtime import __version__
+
+NOVICE = "policies/novice_model"
 
 
 class Settings(Options):
@@ -40,7 +42,7 @@ class Settings(Options):
     """What runs the model: embedded (transformers + PEFT, CPU or GPU) or vllm."""
     engine_arg: dict[str, str | int | float | bool | list[Any] | dict[str, Any]] = Field(default_factory=dict)
     """Passed on to vLLM, by the names of its command line: tensor_parallel_size=2. Repeat for more."""
-    model: str = "policies/novice_model"
+    model: str = NOVICE
     """Folder (or hub name) of the base model; the default is the novice that comes with this repository."""
     served_name: str = ""
     """Model name that clients see; empty takes the model folder's name."""
@@ -56,8 +58,12 @@ class Settings(Options):
     """Origins of web pages that may use this server: https://chat.example.org. Repeat or separate by commas."""
     shutdown_grace: float = Field(10.0, ge=0, allow_inf_nan=False)
     """Seconds that running requests get to finish when the server is told to end."""
-    world: str = "order_desk"
-    """World whose tasks the server knows and whose tools it runs; empty for none."""
+    world: str | None = None
+    """World whose tasks the server knows and whose tools it runs; empty for none. Default: order_desk for the novice,
+    none for any other model."""
+    run_tools: Literal["always", "asked"] = "always"
+    """When the server runs its own tools: for every request without `tools`, or only for those that ask for it by the
+    header `x-stepagent-tools: server`."""
     tools: Annotated[list[str], NoDecode] = Field(default_factory=list)
     """Tools that the server runs for the agent: calculator, search. Repeat or separate by commas."""
     search_corpus: Path | None = None
@@ -78,6 +84,11 @@ class Settings(Options):
     """Requests that wait for a place in the batch; more are answered 429."""
     threads: int | None = Field(None, ge=1)
     """Threads of the engine's arithmetic on a CPU; default: the engine's own choice."""
+    kv_memory: ByteSize | None = Field(None, ge=1)
+    """Most memory for keys and values, such as 2GiB; it bounds the context. Default: a quarter of what is free."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Numbers that the embedded engine computes in: auto measures which are faster on this CPU where the model is not
+    small, and takes the model's own on a GPU."""
     learn_every: int = Field(200, ge=0)
     """Start a learning cycle by itself after so many new episodes; 0: only when asked."""
     promote: Literal["auto", "canary", "ask"] = "auto"
@@ -95,6 +106,13 @@ class Settings(Options):
     """Files of expert demonstrations to import once the server is up. Repeat or separate by commas."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """How much the server prints while it serves."""
+
+    @property
+    def world_name(self) -> str:
+        """The world that is served; empty for none."""
+        if self.world is None:
+            return "order_desk" if Path(self.model).resolve() == Path(NOVICE).resolve() else ""
+        return self.world
 
     @classmethod
     def settings_customise_sources(

@@ -8,9 +8,16 @@ from typing import Any
 import pytest
 
 from policies.chat_protocol import ChatProtocol
-from policies.grammars import GrammarError, json_grammar, tool_call_grammar
+from policies.grammars import (
+    GrammarError,
+    call_or_answer_grammar,
+    json_grammar,
+    no_call_grammar,
+    tool_call_grammar,
+)
 from policies.novice.tokenizer import CHAT_TEMPLATE, build_tokenizer
 from policies.types import FinalAnswer, ToolCall, ToolCalls, ToolSchema
+from tests.families import FAMILIES, WITH_JSON_CALLS, WITH_TOOLS, protocol_of
 from tests.grammar_checks import admits
 
 LOOK: ToolSchema = {
@@ -166,3 +173,108 @@ def test_marks_within_an_argument_do_not_end_the_call(protocol: ChatProtocol) ->
     action = protocol.parse(completion)
     assert isinstance(action, ToolCalls)
     assert action.calls[0].arguments == arguments
+
+
+# ------------------------------------------------------------------------- every family's way of writing turns
+
+CITY: dict[str, Any] = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+
+
+def says(name: str, action: ToolCalls | FinalAnswer) -> tuple[int, ...]:
+    """What a family's policy would write, without the stop token."""
+    protocol = protocol_of(name)
+    text = protocol.written([{"role": "user", "content": "?"}], action).removesuffix(protocol.turn_end)
+    return protocol.encode(text.replace(', "id": "abcdefghi"', ""))
+
+
+def call_of(name: str, *arguments: dict[str, Any], text: str = "") -> ToolCalls:
+    thought = "Hm." if FAMILIES[name].thinks else ""
+    return ToolCalls(tuple(ToolCall("abcdefghi", "look", a) for a in arguments), text, thought)
+
+
+def answer_of(name: str, text: str) -> FinalAnswer:
+    return FinalAnswer(text, "Hm." if FAMILIES[name].thinks else "")
+
+
+@pytest.mark.parametrize("name", WITH_JSON_CALLS)
+def test_with_tools_and_a_schema_it_is_a_call_or_an_answer_that_fits(name: str) -> None:
+    protocol = protocol_of(name)
+    grammar = call_or_answer_grammar(protocol, (LOOK, WAIT), CITY)
+    assert grammar is not None
+    assert admits(protocol, grammar, says(name, call_of(name, {"at": "é", "times": 2})))
+    assert admits(protocol, grammar, says(name, answer_of(name, '{"city": "Oslo"}')))
+    assert not admits(protocol, grammar, says(name, answer_of(name, '{"town": "Oslo"}')))
+    assert not admits(protocol, grammar, says(name, answer_of(name, "Oslo.")))
+    assert not admits(protocol, grammar, says(name, call_of(name, {"on": "x"})))
+
+
+@pytest.mark.parametrize("name", WITH_JSON_CALLS)
+def test_without_a_schema_it_is_any_answer_or_at_most_one_call(name: str) -> None:
+    protocol, family = protocol_of(name), FAMILIES[name]
+    grammar = call_or_answer_grammar(protocol, (LOOK, WAIT))
+    if grammar is None:
+        assert family.max_calls == 1
+        return
+    assert admits(protocol, grammar, says(name, answer_of(name, "Oslo.\nOr not? {}")))
+    assert admits(protocol, grammar, says(name, call_of(name, {"at": "x"})))
+    if family.max_calls > 1:
+        assert not admits(protocol, grammar, says(name, call_of(name, {"at": "x"}, {"at": "y"})))
+    if family.has_text_beside_calls and family.has_call_tokens:
+        assert admits(protocol, grammar, says(name, call_of(name, {"at": "x"}, text="Let me look.")))
+
+
+@pytest.mark.parametrize("name", WITH_TOOLS)
+def test_a_call_can_be_forbidden_though_tools_are_told(name: str) -> None:
+    protocol = protocol_of(name)
+    grammar = no_call_grammar(protocol)
+    assert grammar is not None
+    for text in ("Oslo.", "", "a < b, [1] {2}\n\n3", '{"name": "Bob", "age": 3}', "<tool"):
+        assert admits(protocol, grammar, says(name, answer_of(name, text))), text
+    assert not admits(protocol, grammar, says(name, call_of(name, {"at": "x"})))
+    if FAMILIES[name].has_text_beside_calls:
+        assert not admits(protocol, grammar, says(name, call_of(name, {"at": "x"}, text="Let me look.")))
+
+
+@pytest.mark.parametrize("name", WITH_TOOLS)
+def test_what_is_admitted_where_calls_are_forbidden_is_read_as_no_call(name: str) -> None:
+    """Not even one that is spelled in its own way."""
+    protocol = protocol_of(name)
+    grammar = no_call_grammar(protocol)
+    assert grammar is not None
+    template = protocol.decode(says(name, call_of(name, {"at": "x"})))
+    for text in (template, template.replace(" ", ""), template.replace(": ", " : "), f"Well.{template}"):
+        token_ids = protocol.encode(text)
+        if isinstance(protocol.parse(token_ids, tools=(LOOK,)), ToolCalls):
+            assert not admits(protocol, grammar, token_ids), text
+
+
+def test_where_call_and_answer_are_one_json_value_their_definitions_stay_apart() -> None:
+    protocol = protocol_of("llama")
+    parameters = {"type": "object", "properties": {"at": {"$ref": "#/$defs/place"}}, "required": ["at"]}
+    tool: ToolSchema = {
+        "type": "function",
+        "function": {"name": "look", "parameters": {**parameters, "$defs": {"place": {"enum": ["shelf"]}}}},
+    }
+    schema = {**parameters, "$defs": {"place": {"enum": ["moon"]}}}
+    grammar = call_or_answer_grammar(protocol, (tool,), schema)
+    assert grammar is not None
+    assert admits(protocol, grammar, says("llama", call_of("llama", {"at": "shelf"})))
+    assert not admits(protocol, grammar, says("llama", call_of("llama", {"at": "moon"})))
+    assert admits(protocol, grammar, says("llama", FinalAnswer('{"at": "moon"}')))
+    assert not admits(protocol, grammar, says("llama", FinalAnswer('{"at": "shelf"}')))
+
+
+def test_a_model_without_words_for_calls_needs_no_grammar_against_them() -> None:
+    assert no_call_grammar(protocol_of("gemma3")) is None
+
+
+def test_calls_in_xml_can_be_forbidden_but_not_required() -> None:
+    with pytest.raises(GrammarError, match="does not write tool calls as JSON objects"):
+        call_or_answer_grammar(protocol_of("qwen3-coder"), (LOOK,))
+
+
+def test_a_tool_without_parameters_takes_none(protocol: ChatProtocol) -> None:
+    tool: ToolSchema = {"type": "function", "function": {"name": "go"}}
+    grammar = tool_call_grammar(protocol, (tool,))
+    assert admits(protocol, grammar, written(protocol, ToolCall("c", "go", {})))
+    assert not admits(protocol, grammar, written(protocol, ToolCall("c", "go", {"fast": True})))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from policies.adapters.base_network import BaseNetworkError, model_folder, read_base_network
 from policies.adapters.probe import write_probe
-from policies.chat_protocol import ChatProtocol, ChatProtocolError, action_message
+from policies.chat_protocol import ChatProtocol, ChatProtocolError, action_message, plain_message
 from policies.grammars import json_grammar, tool_call_grammar
 from policies.response_templates import FAMILIES, known_response_template
 from policies.types import (
@@ -75,13 +76,13 @@ class Loaded:
     def tools(self) -> tuple[ToolSchema, ...]:
         return (LOOK,) if self.family.takes_tools else ()
 
-    def actions(self) -> Iterator[ToolCalls | FinalAnswer]:
+    def actions(self, call: ToolCall = CALL) -> Iterator[ToolCalls | FinalAnswer]:
         """Everything that this family's turns can be."""
         thoughts = ("Is it round?", "") if self.family.thinks else ("",)
         for thought in thoughts:
             yield FinalAnswer("It is a globe. Ça va?", thought)
             if self.family.takes_tools:
-                for calls in [(CALL,), (CALL, ANOTHER)][: self.family.max_calls]:
+                for calls in [(call,), (call, ANOTHER)][: self.family.max_calls]:
                     yield ToolCalls(calls, "", thought)
                     if self.family.has_text_beside_calls:
                         yield ToolCalls(calls, "Let me look.", thought)
@@ -175,10 +176,11 @@ def test_read_token_by_token_text_and_thinking_come_apart_as_they_come(loaded: L
 
 def test_prompt_and_completion_are_the_tokens_of_the_whole(loaded: Loaded) -> None:
     question = QUESTION[1:]  # Mistral's template moves the system's text about
-    for action in loaded.actions():
+    habits = loaded.protocol.traits.habits
+    for action in loaded.actions(replace(CALL, arguments={"at": "} é\n", "times": 2})):
         prompt, completion = loaded.protocol.completion_of(question, action, loaded.tools)
         whole = loaded.protocol.tokenizer.apply_chat_template(
-            [loaded.protocol._plain(message) for message in (*question, action_message(action))],
+            [plain_message(message, habits) for message in (*question, action_message(action))],
             tools=list(loaded.tools) or None, tokenize=True, return_dict=False,
         )  # fmt: skip
         assert (*prompt, *completion) == tuple(whole)[: len(prompt) + len(completion)]

@@ -47,7 +47,7 @@ def test_new_episodes_are_collected_and_a_share_of_the_old_ones_is_replayed(log:
     assert new <= ids
     assert len(ids & old) == 2  # a quarter of eight
     wanted = {"own_new": 3, "own_replayed": 2, "own_too_old": 0, "own_over_limit": 0, "own_held_out": 0}
-    assert second.counts == wanted | {"demonstrations": 0, "held_out": 0}
+    assert second.counts == wanted | {"demonstrations": 0, "held_out": 0, "anchors": 0}
 
 
 def test_an_episode_that_goes_on_is_new_again(log: StepLog) -> None:

@@ -41,7 +41,7 @@ def test_without_options_everything_has_a_default() -> None:
     settings = parse_settings([])
     assert (settings.host, settings.port, settings.engine) == ("127.0.0.1", 8000, "embedded")
     assert settings.model == "policies/novice_model"
-    assert settings.world == "order_desk"
+    assert settings.world_name == "order_desk"
     assert settings.api_key is None
 
 
@@ -51,6 +51,11 @@ def test_options_come_from_the_command_line() -> None:
     )
     assert (settings.port, settings.state, settings.tool_timeout) == (9, Path("s"), 1.5)
     assert (settings.tools, settings.max_context) == (["calculator", "search"], 512)
+
+
+def test_memory_is_given_in_bytes_or_with_a_unit() -> None:
+    assert parse_settings(["--kv-memory", "2GiB"]).kv_memory == 2 << 30
+    assert parse_settings(["--kv-memory", "1000000"]).kv_memory == 1_000_000
 
 
 def test_lists_are_repeated_or_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +84,8 @@ def test_every_option_can_come_from_every_source(monkeypatch: pytest.MonkeyPatch
         "learn": "dry-run", "canary_share": "0.5", "approval_days": "3.0", "world": "w", "tools": "t",
         "search_corpus": "c", "max_steps": "2", "max_run_tokens": "3", "deadline": "4.5", "tool_timeout": "5.5",
         "max_context": "16", "max_batch_size": "6", "threads": "7", "log_level": "info", "response_template": "r",
-        "learn_every": "8", "demonstrations": "demos.jsonl",
+        "learn_every": "8", "demonstrations": "demos.jsonl", "kv_memory": "2GiB", "precision": "bfloat16",
+        "run_tools": "asked",
     }  # fmt: skip
     (tmp_path / "demos.jsonl").touch()
     missing = set(Settings.model_fields) - set(values) - {"engine_arg", "learner_arg", "api_key", "api_key_file"}
@@ -128,6 +134,9 @@ def test_the_command_line_goes_before_the_environment_and_that_before_the_file(
         (["--deadline", "nan"], "deadline"),
         (["--tool-timeout", "inf"], "tool_timeout"),
         (["--log-level", "shout"], "log"),
+        (["--kv-memory", "much"], "kv_memory"),
+        (["--kv-memory", "0"], "kv_memory"),
+        (["--precision", "float8"], "precision"),
         (["--no-such-option", "1"], "no-such-option"),
         (["stray"], "stray"),
         (["--port"], "port"),
@@ -269,3 +278,9 @@ def test_demonstration_files_are_named_one_by_one_or_by_commas_and_must_be_there
     with pytest.raises(SystemExit):
         parse_settings(["--demonstrations", str(tmp_path / "nowhere.jsonl")])
     assert "nowhere.jsonl is not a file" in capsys.readouterr().err
+
+
+def test_only_the_novice_has_a_world_by_default() -> None:
+    assert parse_settings(["--model", "some/model"]).world_name == ""
+    assert parse_settings(["--model", "some/model", "--world", "order_desk"]).world_name == "order_desk"
+    assert parse_settings(["--world", ""]).world_name == ""

@@ -15,7 +15,7 @@ from learner.options import CollectionOptions, CycleOptions, TrainingOptions
 from policies.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.adapter_registry import AdapterState
-from runtime.store.episodes import Outcome, new_id
+from runtime.store.episodes import Outcome, Purpose, new_id
 from runtime.store.learning_log import CycleStage, RewardSource
 from tests.cycles import QUICK, collaborators, practised, run
 from tests.demonstrations import expert_demonstration, post
@@ -95,7 +95,7 @@ def test_without_a_world_held_out_demonstrations_are_the_gate(
         status = run(server, tmp_path, options=options, world=None, experts=())
     assert status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED), status.message
     (decision,) = status.report["gate"].values()
-    assert (decision["unit"], decision["num_trials"]) == (
+    assert (decision["unit"], decision["num_planned"]) == (
         "held-out demonstrations",
         status.report["collected"]["held_out"],
     )
@@ -250,7 +250,7 @@ def test_a_correction_of_an_episode_that_was_read_long_ago_is_learned(
         practised(server, first=400, number=6)
         options = replace(QUICK, collection=CollectionOptions(replay_share=0.0))
         assert run(server, tmp_path, options=options).report["collected"]["own_new"] == 6
-        episode = server.parts.log.episodes(limit=1)[0]
+        episode = server.parts.log.episodes(limit=1, purpose=Purpose.PRACTICE)[0]
         corrected = server.parts.log.steps(episode.id)[0]
         body = {"step_id": corrected.id, "message": {"role": "assistant", "content": "I cannot see to that."}}
         httpx.post(f"{server.url}/v1/episodes/{episode.id}/corrections", json=body, timeout=30).raise_for_status()

@@ -106,6 +106,10 @@ def test_a_promoted_episode_is_a_demonstration_once(novice_server: Served) -> No
     assert [step.completion_token_ids for step in learned] == [step.completion_token_ids for step in state.path]
 
 
+A_CALL = '<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call>'
+"""In the letters that the novice writes its own calls with."""
+
+
 def test_a_correction_that_cannot_be_is_refused_in_words(serve_scripted: ServeScripted) -> None:
     server = serve_scripted("Hello.")
     answer = server.client().chat.completions.with_raw_response.create(
@@ -116,7 +120,7 @@ def test_a_correction_that_cannot_be_is_refused_in_words(serve_scripted: ServeSc
     for body, status, words in (
         ({"step_id": "step_none", "message": good}, 404, "has no step"),
         ({"step_id": step_id, "message": {"role": "user", "content": "?"}}, 400, "assistant's message"),
-        ({"step_id": step_id, "message": {"role": "assistant", "content": "x<|im_end|>y"}}, 400, "ends a turn"),
+        ({"step_id": step_id, "message": {"role": "assistant", "content": A_CALL}}, 400, "another action"),
         ({"message": good}, 400, "step_id"),
     ):
         reply = httpx.post(f"{server.url}/v1/episodes/{episode_id}/corrections", json=body)

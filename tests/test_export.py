@@ -114,9 +114,8 @@ def test_an_export_is_imported_as_what_was_logged(
         for seen, action in conversation:
             steps.append(step(episode, steps[-1] if steps else None, seen, action))
         log.append(episode, *steps, Outcome(new_id("out"), episode.id, 1.0, "user")).result()
-        rows = {
-            form: list(export(log, LearningReader(state), ExportFilter(), form)) for form in ("atif", "openai", "hf")
-        }
+        reader = LearningReader(state)
+        rows = {form: list(export(log, reader, ExportFilter(), form)) for form in ("atif", "openai", "hf")}
     said = [message for seen, action in conversation for message in (*seen, action_message(action))]
     learned = tuple(index for index, message in enumerate(said) if message["role"] == "assistant")
     for form, exported in rows.items():
@@ -186,7 +185,7 @@ def test_atif_has_tokens_logprobs_adapter_and_step_rewards(log: StepLog, tmp_pat
     first = step(episode, None, [{"role": "user", "content": "q"}], call)
     last = step(episode, first, [{"role": "tool", "tool_call_id": "call_0", "content": "r"}], FinalAnswer("a"))
     log.append(episode, first, last).result()
-    learning_log = LearningLog(tmp_path / "agent.db")
+    learning_log = LearningLog(tmp_path)
     learning_log.add_rewards([StepReward(first.id, "c1", RewardSource.EXPERT_AGREEMENT, 0.0)])
     learning_log.close()
     (row,) = export(log, LearningReader(tmp_path), ExportFilter(), "atif")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from openai import APIStatusError
 
 from learner.client import Endpoint
 from learner.data.collaborators import Collaborators
-from learner.evaluation.gate import GateDecision, decide
-from learner.evaluation.trials import Trials
+from learner.evaluation import gate
+from learner.evaluation.gate import Contest, Contestants, GateDecision
+from learner.evaluation.trials import CycleTrials
 from learner.report import CycleRecord
 from learner.training.candidates import Candidate
 from runtime.store.learning_log import CycleStage
@@ -39,17 +41,17 @@ class Verdict:
 
 
 async def judge(
-    record: CycleRecord, who: Collaborators, trials: Trials, candidates: Sequence[Candidate], acting: str
+    record: CycleRecord, who: Collaborators, trials: CycleTrials, candidates: Sequence[Candidate], acting: str
 ) -> list[Verdict]:
     """Judge the candidates one after the other. Raises why where the runtime takes none of them in.
 
     At most two are in the engine at a time, the best one so far and the next: slots are few.
     """
     verdicts, best, problem = list[Verdict](), None, None
-    with record.counted(CycleStage.GATE, acting, trials.num) as count:
-        baseline = await trials.results(acting, count)
+    num_earlier = gate.num_earlier(who.learning_log.evidence_against(acting), len(trials.units))
+    level = gate.level_for(len(candidates), num_earlier)
     for candidate in candidates:
-        with record.counted(CycleStage.GATE, candidate.objective, trials.num) as count:
+        with record.counted(CycleStage.GATE, candidate.objective, len(trials.units)) as count:
             try:
                 reason = f"{candidate.objective}, {record.cycle}"
                 name = await who.endpoint.register(candidate.folder.absolute(), acting, reason, record.cycle)
@@ -57,7 +59,7 @@ async def judge(
                 problem = problem or error
                 record.add(not_registered={candidate.objective: error.message})
                 continue
-            decision = decide(await trials.results(name, count), baseline, trials.unit, len(candidates))
+            decision = await gate.judge(trials, _themselves(name, acting), level, count)
         verdict = Verdict(candidate, name, decision)
         _log(record, who, verdict, acting)
         verdicts.append(verdict)
@@ -65,6 +67,16 @@ async def judge(
     if problem is not None and not verdicts:
         raise problem
     return verdicts
+
+
+def _themselves(candidate: str, acting: str) -> Contest:
+    """Adapters that are trained without a fold are not made here: a fold's units are left out."""
+
+    @asynccontextmanager
+    async def contest(fold: int | None) -> AsyncIterator[Contestants | None]:
+        yield Contestants(candidate, acting) if fold is None else None
+
+    return contest
 
 
 def best_of(verdicts: Sequence[Verdict]) -> Verdict:

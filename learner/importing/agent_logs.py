@@ -68,7 +68,8 @@ def _atif_step(step: Any, number: int) -> list[Turn]:
     observation = fields.take("observation")
     is_copied = fields.take("is_copied_context") is True
     extra = fields.take("extra")
-    for unread in ("metrics", "llm_call_count", "step_id"):
+    is_copied |= fields.take("llm_call_count") == 0  # a program's step, not a model's
+    for unread in ("metrics", "step_id"):
         fields.take(unread)
     is_learned = close_message(fields, role == "assistant", frozenset({"extra"})) and not is_copied
     if isinstance(extra, dict):

@@ -113,7 +113,7 @@ _HARMLESS = frozenset(
 _HARMLESS_ENDINGS = (
     "_id", "_ids", "_uuid", "_guid", "_key_hash", "_hash", "_sha", "_at", "_time", "_timestamp", "_date", "_tokens",
     "_token_count", "_count", "_counts", "_url", "_urls", "_ms", "_s", "_sec", "_seconds", "_version", "_cost", "_len",
-    "_length", "_usage", "_index", "_idx", "_path", "_number",
+    "_length", "_usage", "_usd", "_index", "_idx", "_path", "_number",
 )  # fmt: skip
 _HARMLESS_BEGINNINGS = ("num_", "n_", "total_", "__index_level_")
 _OF_JUDGEMENT = re.compile(

@@ -222,7 +222,8 @@ def _mark_of_reason(value: Any) -> Mark:
 
 _LEARNED_WHERE_TRUE = frozenset(
     "weight loss_weight loss train training trainable loss_mask learn learned is_learned include_in_loss compute_loss "
-    "train_on_turn train_turn train_on_message in_loss sample_weight example_weight message_weight turn_weight".split()
+    "loss_scale train_on_turn train_turn train_on_message in_loss sample_weight example_weight message_weight "
+    "turn_weight".split()
 )
 _LEARNED_WHERE_FALSE = frozenset("masked is_masked ignore_loss no_loss exclude_from_loss skip_training".split())
 

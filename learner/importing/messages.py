@@ -18,6 +18,7 @@ from learner.importing.written_calls import (
     CALL_ID_NAMES,
     read_call,
     read_calls_text,
+    require_no_other_call,
     split_tagged_calls,
     split_thought,
     tagged_results,
@@ -201,6 +202,7 @@ def _completed(
         raise RefusedRecord(f"{where} begins with a result")
     written_thinking, text = split_thought(first.text, where)
     text, written_calls = split_tagged_calls(text, where)
+    require_no_other_call(text, where)
     thoughts = {thought for thought in (thinking, first.thinking, written_thinking) if thought.strip()}
     if len({thought.strip() for thought in thoughts}) > 1:
         raise RefusedRecord(f"{where} has different thinking in different places")
@@ -267,8 +269,12 @@ def _read_invocations(content: Any, invocations: Any, where: str) -> list[Turn]:
         raise RefusedRecord(f"{where}: toolInvocations is {kind(invocations)}, not a list")
     if not is_empty(content):
         raise RefusedRecord(f"{where} has toolInvocations and text, and nothing tells which came first")
-    parts = [{"type": "dynamic-tool", **each} if isinstance(each, dict) else each for each in invocations]
-    speech = read_content([{k: v for k, v in part.items() if k != "step"} for part in parts], "assistant", where)
+    parts = []
+    for each in invocations:
+        part = Fields(each, where)
+        part.take("step")
+        parts.append({"type": "dynamic-tool", **dict(part.left())})
+    speech = read_content(parts, "assistant", where)
     speech.end_turn()
     return speech.turns
 

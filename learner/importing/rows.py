@@ -42,7 +42,7 @@ _UNSEEN = (
     "builtin_tools",
 )
 """What the model saw and no message of ours can show."""
-_OF_REQUESTS = frozenset({"function_call", "task"})
+_OF_REQUESTS = frozenset({"function_call", "task", "remaining_steps", "is_last_step"})
 
 
 def take_beside(fields: Fields) -> tuple[list[Turn], list[Any], str | None]:
@@ -77,6 +77,7 @@ def read_conversation(record: dict[str, Any], name: str) -> Draft:
     system, tools, item_id = take_beside(fields)
     task = take_task(fields)
     learn_from = fields.take("learn_from")
+    _take_other_side(fields)
     repeated = [(key, fields.take(key)) for key in _REPEATED]
     _take_repeated(fields, messages)
     is_gym = "item_id" in record or _has_loss(messages)
@@ -125,6 +126,14 @@ def _take_setting(fields: Fields) -> None:
     left = dict(fields.left())
     for name in ("reasoning", "thinking"):
         if isinstance(left.get(name), dict):
+            fields.take(name)
+
+
+def _take_other_side(fields: Fields) -> None:
+    """An answer that was not chosen, beside a conversation that was: it is not put to use."""
+    left = dict(fields.left())
+    for name in ("rejected_response", "rejected_messages", "rejected"):
+        if isinstance(left.get(name), str | list | dict):
             fields.take(name)
 
 

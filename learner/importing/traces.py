@@ -173,8 +173,8 @@ def read_span(record: dict[str, Any]) -> Draft:
         raise RefusedRecord(f"finish_reasons is {reasons!r}: its answer was cut off")
     if flat.get("error.type"):
         raise RefusedRecord(f"error.type is {flat['error.type']!r}: the run failed")
-    if said is None:
-        raise RefusedRecord("the span has no gen_ai.output.messages")
+    if asked is None or said is None:
+        raise RefusedRecord("the span lacks gen_ai.input.messages or gen_ai.output.messages")
     system_turns, _, _ = take_beside(Fields({"system": system}, "the span"))
     turns, more = _read_answer_after(asked, said, inner)
     name = record.get("span_id") or record.get("spanId")
@@ -187,7 +187,7 @@ def read_span(record: dict[str, Any]) -> Draft:
 
 
 def _read_answer_after(asked: Any, said: Any, tools: list[Any]) -> tuple[list[Turn], list[Any]]:
-    before, _, found = _read_asked(asked) if asked is not None else ([], [], [])
+    before, _, found = _read_asked(asked)
     return [*before, *_read_answer(said, tools)], [*found, *tools]
 
 

@@ -125,6 +125,20 @@ def read_calls_text(text: str, where: str) -> tuple[Call, ...]:
     return tuple(read_call(call, where) for call in (value if isinstance(value, list) else [value]))
 
 
+_OTHER_MARKS = (
+    "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<functioncall>", "<function=", "<function_calls>", "<|tool_call",
+    "<｜tool▁call", "<tool_use>", "<|tool_calls_section_begin|>",
+)  # fmt: skip
+"""How models of other makers begin a call."""
+
+
+def require_no_other_call(text: str, where: str) -> None:
+    """Raises RefusedRecord for a text that is a call in the marks of a model: it would be learned as an answer."""
+    begun = next((mark for mark in _OTHER_MARKS if text.lstrip().startswith(mark)), None)
+    if begun is not None:
+        raise RefusedRecord(f"{where} begins with {begun}: write the call as tool_calls")
+
+
 def split_tagged_calls(text: str, where: str) -> tuple[str, tuple[Call, ...]]:
     """(text, calls) of what holds Hermes's tags; the text unchanged where there are none."""
     found = list(_HERMES_CALL.finditer(text))

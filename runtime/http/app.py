@@ -19,6 +19,7 @@ from runtime.http.episodes import episode_routes
 from runtime.http.errors import ERROR_RESPONSES, ApiError, install_error_handlers
 from runtime.http.export import export_routes
 from runtime.http.keys import KeyCheck, key_routes
+from runtime.http.messages import message_routes
 from runtime.http.metrics import Metrics
 from runtime.http.parts import Parts
 from runtime.http.responses import response_routes
@@ -52,7 +53,7 @@ def create_app(parts: Parts) -> FastAPI:
         parts.metrics.show_cycles(parts.learning.log)
     app = FastAPI(title="StepAgent", version=__version__, lifespan=lifespan, responses=ERROR_RESPONSES)
     install_error_handlers(app)
-    of_agent = (chat_routes, response_routes, episode_routes, demonstration_routes, export_routes)
+    of_agent = (chat_routes, response_routes, message_routes, episode_routes, demonstration_routes, export_routes)
     for routes in (*of_agent, adapter_routes, learner_routes, watch_routes, key_routes, server_routes):
         app.include_router(routes(parts))
     app.add_middleware(_BodyLimit)

@@ -20,6 +20,7 @@ from policies.types import EngineError
 from runtime.adapters.swap import SwapError
 from runtime.agent.step import ContextFull
 from runtime.http.admission import ForeignEpisode, UnknownModel
+from runtime.http.fields import FieldRefused
 from runtime.http.load import Refused
 from runtime.http.shutdown import ServerStopping
 from runtime.http.sse import ClientGone
@@ -125,6 +126,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(404, "nothing is served at this path; GET /openapi.json tells what is")
         case HTTPException():
             return ApiError(error.status_code, error.detail, headers=error.headers)
+        case FieldRefused(param=param):
+            return ApiError(400, str(error), None, param)
         case ValueError():
             return ApiError(400, str(error))
     logger.error("unexpected error", exc_info=error)
@@ -138,13 +141,32 @@ def _validation_error(error: RequestValidationError | ValidationError) -> ApiErr
         return ApiError(400, f"the body is not valid JSON: {problem.get('ctx', {})['error']} at character {where}")
     if problem["loc"] == ("body",) and problem["type"] in ("missing", "model_attributes_type"):
         return ApiError(400, "the body must be a JSON object, sent with content-type: application/json")
+    if isinstance(cause := problem.get("ctx", {}).get("error"), FieldRefused):
+        return as_api_error(cause)
     message = str(problem["msg"]).removeprefix("Value error, ")
     return ApiError(400, f"{where}: {message}" if where else message, None, where or None)
 
 
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+
+def anthropic_error(error: ApiError) -> dict[str, Any]:
+    """The body of an error in Anthropic's form."""
+    kind = _ANTHROPIC_TYPES.get(error.status_code, "invalid_request_error" if error.status_code < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.detail}}
+
+
 def install_error_handlers(app: FastAPI) -> None:
-    async def answer(_: Request, error: Exception) -> JSONResponse:
-        return as_api_error(error).response()
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        told = as_api_error(error)
+        if request.url.path.startswith("/v1/messages"):
+            return JSONResponse(anthropic_error(told), told.status_code, told.headers)
+        return told.response()
 
     refused = (ApiError, RequestValidationError, HTTPException, ValueError, ContextFull)
     of_adapters = (SwapError, AdapterRefused, RegistryError, LearnerBusy)

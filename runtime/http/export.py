@@ -43,9 +43,11 @@ def export_routes(parts: Parts) -> APIRouter:
             min_outcome,
             asking_key(request).sees_only,
         )
-        cycles = None if parts.learning is None else parts.learning.log
+        learning_log = None if parts.learning is None else parts.learning.log
         # A plain iterator is read in a thread: the log is, while answers go on.
-        return StreamingResponse(_lines(export(parts.log, cycles, wanted, format)), media_type="application/x-ndjson")
+        return StreamingResponse(
+            _lines(export(parts.log, learning_log, wanted, format)), media_type="application/x-ndjson"
+        )
 
     return router
 

@@ -26,6 +26,13 @@ NO_KEY: Sequence[tuple[str, str]] = (("GET", "/health"), ("GET", "/"))
 NEEDS: Sequence[tuple[Role, str, str]] = (
     (Role.USE, "POST", "/v1/chat/completions"),
     (Role.USE, "POST", "/v1/responses"),
+    (Role.USE, "POST", "/v1/responses/input_tokens"),
+    (Role.USE, "GET", "/v1/responses/{response_id}"),
+    (Role.USE, "DELETE", "/v1/responses/{response_id}"),
+    (Role.USE, "POST", "/v1/responses/{response_id}/cancel"),
+    (Role.USE, "GET", "/v1/responses/{response_id}/input_items"),
+    (Role.USE, "POST", "/v1/messages"),
+    (Role.USE, "POST", "/v1/messages/count_tokens"),
     (Role.USE, "GET", "/v1/models"),
     (Role.USE, "GET", "/v1/models/{model}"),
     (Role.USE, "GET", "/v1/episodes"),

@@ -16,6 +16,7 @@ from typing import Any
 
 from policies.chat_protocol import action_message, text_of
 from policies.types import MalformedAction, Message, ToolSchema
+from runtime import __version__
 from runtime.store.episodes import Actor, Episode, Outcome, Purpose, Step
 from runtime.store.learning_log import LearningReader
 from runtime.store.step_log import StepLog
@@ -62,11 +63,11 @@ class Branch:
         return list(self.path[-1].tools)
 
 
-def export(log: StepLog, cycles: LearningReader | None, wanted: ExportFilter, form: str) -> Iterator[Row]:
+def export(log: StepLog, learning_log: LearningReader | None, wanted: ExportFilter, form: str) -> Iterator[Row]:
     """The rows of a format, of the newest episode first. `form` is a key of FORMATS."""
     convert = FORMATS[form]
     for episode in _episodes(log, wanted):
-        for branch in _branches(log, cycles, episode):
+        for branch in _branches(log, learning_log, episode):
             yield from convert(branch, log)
 
 
@@ -83,12 +84,13 @@ def _episodes(log: StepLog, wanted: ExportFilter) -> Iterator[Episode]:
         after = page[-1].id
 
 
-def _branches(log: StepLog, cycles: LearningReader | None, episode: Episode) -> Iterator[Branch]:
+def _branches(log: StepLog, learning_log: LearningReader | None, episode: Episode) -> Iterator[Branch]:
     steps = log.steps(episode.id)
     outcomes = tuple(log.outcomes(episode.id))
     rewards: dict[str, list[Row]] = {}
-    for reward in cycles.rewards_of_episode(episode.id) if cycles is not None else ():
-        rewards.setdefault(reward.pop("step_id"), []).append(reward)
+    for reward in learning_log.rewards_of(episode.id) if learning_log is not None else ():
+        said = {"cycle": reward.cycle, "source": reward.source.value, "value": reward.value}
+        rewards.setdefault(reward.step_id, []).append(said)
     parents = {step.parent_id for step in steps}
     seen: set[str] = set()
     for end in (step for step in steps if step.id not in parents):
@@ -179,7 +181,7 @@ def _atif(branch: Branch, _: StepLog) -> Iterator[Row]:
         "adapter": episode.adapter,
         "outcomes": [{"value": o.value, "source": o.source, "note": o.note} for o in branch.outcomes],
     }
-    agent: Row = {"name": "stepagent", "version": "0.1.0", "model_name": episode.adapter}
+    agent: Row = {"name": "stepagent", "version": __version__, "model_name": episode.adapter}
     yield {
         "schema_version": "ATIF-v1.8",
         "session_id": episode.id,

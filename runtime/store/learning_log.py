@@ -169,6 +169,11 @@ class LearningReader:
         )
         return [{**row, "promote": bool(row["promote"]), "evidence": json.loads(row["evidence"])} for row in rows]
 
+    def evidence_against(self, acting: str) -> list[dict[str, Any]]:
+        """On what evidence candidates were held against an adapter, newest first."""
+        rows = self._rows("SELECT evidence FROM gate_decisions WHERE against = ? ORDER BY id DESC", [acting])
+        return [json.loads(row["evidence"]) for row in rows]
+
     def decisions_on(self, candidate: str) -> list[dict[str, Any]]:
         """What gates decided on an adapter, and on what evidence; oldest first."""
         rows = self._rows(
@@ -181,14 +186,6 @@ class LearningReader:
         rows = self._rows("SELECT step_id, cycle, source, value FROM step_rewards WHERE cycle = ?", [cycle])
         return [StepReward(r["step_id"], r["cycle"], RewardSource(r["source"]), r["value"]) for r in rows]
 
-    def rewards_of_episode(self, episode_id: str) -> list[dict[str, Any]]:
-        """The step rewards of an episode, of every cycle, oldest first: `step_id`, `cycle`, `source`, `value`."""
-        return self._rows(
-            "SELECT step_id, cycle, source, value FROM step_rewards JOIN steps ON steps.id = step_id "
-            "WHERE episode_id = ? ORDER BY step_rewards.created_at, source",
-            [episode_id],
-        )
-
     def reward_summary(self, cycle: str) -> dict[str, dict[str, float]]:
         """By source: how many steps a cycle rewarded, and how."""
         rows = self._rows(
@@ -197,6 +194,15 @@ class LearningReader:
             [cycle],
         )
         return {row.pop("source"): row for row in rows}
+
+    def rewards_of(self, episode_id: str) -> list[StepReward]:
+        """The step rewards of an episode, from every cycle, oldest first."""
+        rows = self._rows(
+            "SELECT step_id, cycle, source, value FROM step_rewards JOIN steps ON steps.id = step_id "
+            "WHERE episode_id = ? ORDER BY step_rewards.created_at, source",
+            [episode_id],
+        )
+        return [StepReward(r["step_id"], r["cycle"], RewardSource(r["source"]), r["value"]) for r in rows]
 
     def num_endings(self) -> dict[CycleStage, int]:
         """How many cycles ended how."""

@@ -11,31 +11,46 @@ memory, on which SQLite has no WAL.
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 import struct
 import zlib
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from sqlite_utils import Database
 
-from runtime.store.episodes import Actor, Correction, Episode, Fact, Outcome, Purpose, Role, Step, Withdrawal
+from runtime.store.episodes import (
+    Actor,
+    Correction,
+    Episode,
+    Fact,
+    Outcome,
+    Purpose,
+    ResponseRecord,
+    Role,
+    Step,
+    Withdrawal,
+)
 from runtime.store.prompt_chains import SequenceCache, sequence_of
 from runtime.store.step_rows import (
     TOKEN_BYTES,
     correction_from_row,
     episode_from_row,
     outcome_from_row,
+    response_from_row,
     step_from_row,
     withdrawal_from_row,
 )
 from runtime.store.step_schema import FACT_TABLES, STEP_LOG_MIGRATIONS
 from runtime.store.step_writer import StepLogError, StepWriter
 
-__all__ = ["StepLog", "StepLogError"]
+__all__ = ["Mark", "MarkedStep", "StepLog", "StepLogError", "Whose"]
 
 LOCK_TIMEOUT_S = 5.0
 """How long a write waits for another process that writes to the same file (the learner's tables live there too)."""
@@ -76,6 +91,38 @@ WITH RECURSIVE ancestry (id, parent_id) AS (
 _MISCOUNTED = """
 SELECT steps.id, steps.step_index FROM steps LEFT JOIN steps AS parents ON parents.id = steps.parent_id
 WHERE steps.step_index <> coalesce(parents.step_index + 1, 0)"""
+
+
+class Mark(Enum):
+    """What a step is recognised by: table and column."""
+
+    CONVERSATION = ("steps", "conversation_digest")
+    THREAD = ("steps", "thread_digest")
+    TAIL = ("steps", "tail_digest")
+    CALL = ("step_calls", "call_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Whose:
+    """Where a conversation is looked for: in one episode, or among those of a key's user."""
+
+    owner: str = ""
+    user: str = ""
+    episode_id: str | None = None
+    """Goes before the other two."""
+    is_anybodys: bool = False
+    """Everywhere; who asks must then be allowed to see what is found."""
+
+
+@dataclass(frozen=True, slots=True)
+class MarkedStep:
+    """A step that bears a mark that was looked for."""
+
+    mark: str
+    step_id: str
+    episode_id: str
+    is_continued: bool
+    """Another step stands on it."""
 
 
 class StepLog:
@@ -143,14 +190,33 @@ class StepLog:
             if (step := self.step(row["id"])) is not None:
                 yield step
 
+    def children(self, step_id: str) -> list[Step]:
+        """The steps that stand on it, by time of creation."""
+        return self._steps(f"{_STEPS} WHERE parent_id = ? ORDER BY created_at, steps.id", step_id)
+
     def path_to(self, step_id: str) -> list[Step]:
         """From the first step to this one, along the parents."""
         return self._steps(f"{_ANCESTRY} {_STEPS} JOIN ancestry ON ancestry.id = steps.id ORDER BY step_index", step_id)
 
-    def find_step(self, conversation_digest: str) -> Step | None:
-        """The newest step that ended in this conversation."""
-        query = f"{_STEPS} WHERE conversation_digest = ? ORDER BY created_at DESC, steps.id DESC LIMIT 1"
-        return _first(self._steps(query, conversation_digest))
+    def marked_steps(self, mark: Mark, values: Iterable[str], whose: Whose) -> list[MarkedStep]:
+        """The steps that bear one of these marks, newest first, in an episode or among a user's."""
+        table, column = mark.value
+        if whose.episode_id is not None:
+            scope, of = "episode_id = ?", (whose.episode_id,)
+        elif whose.is_anybodys:
+            scope, of = "TRUE", ()
+        else:
+            scope, of = "episodes.owner = ? AND episodes.user = ? AND actor = 'policy'", (whose.owner, whose.user)
+        calls = "" if table == "steps" else "JOIN step_calls ON step_calls.step_id = steps.id "
+        query = (
+            f"SELECT {table}.{column} AS mark, steps.id, episode_id, "
+            "EXISTS (SELECT 1 FROM steps AS child WHERE child.parent_id = steps.id) AS is_continued "
+            f"FROM steps {calls}JOIN episodes ON episodes.id = steps.episode_id "
+            f"WHERE {table}.{column} IN (SELECT value FROM json_each(?)) AND {scope} "
+            "ORDER BY steps.created_at DESC, steps.id DESC"
+        )
+        rows = self._rows(query, json.dumps(list(values)), *of)
+        return [MarkedStep(row["mark"], row["id"], row["episode_id"], bool(row["is_continued"])) for row in rows]
 
     def episodes(
         self,
@@ -190,6 +256,24 @@ class StepLog:
         with self._reading() as connection, closing(connection.execute(query, (*wanted.values(), limit))) as rows:
             for row in rows:
                 yield episode_from_row(row)
+
+    def response(self, response_id: str) -> ResponseRecord | None:
+        """None for one that is not known, or was deleted."""
+        rows = self._rows(
+            "SELECT * FROM responses WHERE id = ? AND id NOT IN (SELECT id FROM response_deletions)", response_id
+        )
+        return response_from_row(rows[0]) if rows else None
+
+    def run_from(self, step_id: str) -> list[Step]:
+        """The steps of an answer, from its first one to the one in which it ended; empty where it never did."""
+        step = self.step(step_id)
+        run = [] if step is None else [step]
+        while run and run[-1].stop_reason is None:
+            following = self.children(run[-1].id)
+            if not following:
+                return []
+            run.append(following[0])
+        return run
 
     def outcomes(self, episode_id: str) -> list[Outcome]:
         """Those that were not taken back. The last one counts: the newest of those who are trusted most."""

@@ -31,7 +31,9 @@ from runtime.store.episodes import (
     Correction,
     Episode,
     Outcome,
+    PromptChange,
     Purpose,
+    ResponseRecord,
     Role,
     Step,
     StopReason,
@@ -109,6 +111,7 @@ def action_from_json(text: str) -> Action:
 def sampling_from_json(text: str) -> SamplingParams:
     fields = json.loads(text)
     fields["stop_token_ids"] = tuple(fields["stop_token_ids"])
+    fields["logit_bias"] = tuple((token_id, bias) for token_id, bias in fields.get("logit_bias", ()))
     return SamplingParams(**fields)
 
 
@@ -132,6 +135,8 @@ def episode_to_row(episode: Episode) -> Row:
         "created_at": episode.created_at,
         "owner": episode.owner,
         "is_assigned": int(episode.is_assigned),
+        "user": episode.user,
+        "agent": episode.agent,
     }
 
 
@@ -146,6 +151,8 @@ def episode_from_row(row: sqlite3.Row) -> Episode:
         created_at=row["created_at"],
         owner=row["owner"],
         is_assigned=bool(row["is_assigned"]),
+        user=row["user"],
+        agent=row["agent"],
     )
 
 
@@ -182,6 +189,9 @@ def step_to_row(step: Step, tools_digest: str, prompt: bytes, completion: bytes,
         "created_at": step.created_at,
         "first_token_ms": step.first_token_ms,
         "latency_ms": step.latency_ms,
+        "prompt_change": None if step.prompt_change is None else PromptChange(step.prompt_change).value,
+        "thread_digest": step.thread_digest,
+        "tail_digest": step.tail_digest,
     }
 
 
@@ -209,6 +219,9 @@ def step_from_row(row: sqlite3.Row, prompt: bytes) -> Step:
         created_at=row["created_at"],
         first_token_ms=row["first_token_ms"],
         latency_ms=row["latency_ms"],
+        prompt_change=None if row["prompt_change"] is None else PromptChange(row["prompt_change"]),
+        thread_digest=row["thread_digest"],
+        tail_digest=row["tail_digest"],
     )
 
 
@@ -250,3 +263,7 @@ def correction_from_row(row: sqlite3.Row) -> Correction:
         created_at=row["created_at"],
         key=row["key"],
     )
+
+
+def response_from_row(row: sqlite3.Row) -> ResponseRecord:
+    return ResponseRecord(**{**dict(row), "request": json.loads(row["request"])})

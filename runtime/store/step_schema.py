@@ -68,6 +68,31 @@ def say_who(database: Database) -> None:
         )
 
 
+@STEP_LOG_MIGRATIONS()
+def recognise_rewritten_conversations(database: Database) -> None:
+    """Whom an episode is for, and what its steps are recognised by where a client rewrites its conversation."""
+    for table, column in (
+        ("episodes", "user TEXT NOT NULL DEFAULT ''"),
+        ("episodes", "agent TEXT NOT NULL DEFAULT ''"),
+        ("steps", "prompt_change TEXT"),
+        ("steps", "thread_digest TEXT NOT NULL DEFAULT ''"),
+        ("steps", "tail_digest TEXT NOT NULL DEFAULT ''"),
+    ):
+        database.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
+    _create(database, "step_calls", STEP_CALL_COLUMNS, pk=None, foreign_keys=[("step_id", "steps", "id")])
+    _refuse_edits(database, "step_calls", None)
+    database.execute(
+        "INSERT INTO step_calls SELECT json_extract(call.value, '$.id'), steps.id "
+        "FROM steps, json_each(steps.action, '$.calls') AS call"
+    )
+    _create(database, "responses", RESPONSE_COLUMNS, foreign_keys=[("step_id", "steps", "id")])
+    _create(database, "response_deletions", {"id": str, "created_at": float})
+    for table in ("responses", "response_deletions"):
+        _refuse_edits(database, table, "id")
+    for table, columns in (("step_calls", ["call_id"]), ("steps", ["thread_digest"]), ("steps", ["tail_digest"])):
+        database.table(table).create_index(columns)
+
+
 EPISODE_COLUMNS = {
     "id": str,
     "actor": str,
@@ -136,6 +161,19 @@ WITHDRAWAL_COLUMNS = {
     "created_at": float,
 }
 
+RESPONSE_COLUMNS = {
+    "id": str,
+    "episode_id": str,
+    "step_id": str,  # the first one
+    "request": str,  # JSON object
+    "created_at": float,
+}
+
+STEP_CALL_COLUMNS = {
+    "call_id": str,
+    "step_id": str,
+}
+
 INDEXES = (
     ("episodes", ["purpose", "id"]),
     ("episodes", ["actor", "id"]),
@@ -165,7 +203,7 @@ def _create(
     database: Database,
     table: str,
     columns: dict[str, Any],
-    pk: str = "id",
+    pk: str | None = "id",
     may_be_null: set[str] | None = None,
     foreign_keys: list[Any] | None = None,
 ) -> None:
@@ -173,13 +211,15 @@ def _create(
     database.table(table).create(columns, pk=pk, not_null=not_null, foreign_keys=foreign_keys or [], strict=True)
 
 
-def _refuse_edits(database: Database, table: str, pk: str) -> None:
+def _refuse_edits(database: Database, table: str, pk: str | None) -> None:
     for edit in ("UPDATE", "DELETE"):
         sentence = f"{table} are facts: they are appended, never edited. {edit} refused."
         database.execute(
             f"CREATE TRIGGER {table}_refuse_{edit.lower()} BEFORE {edit} ON {table} "
             f"BEGIN SELECT RAISE(ABORT, '{sentence}'); END"
         )
+    if pk is None:
+        return
     # INSERT OR REPLACE deletes the old row without waking the DELETE trigger, unless recursive_triggers is on.
     sentence = f"{table} are facts: what is logged once is never replaced. A second {pk} of the same name refused."
     database.execute(
