@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 
 from benchmarks.client_traffic import ANSWERS, PLACES, REWRITES, SYSTEMS, Conversation
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from runtime.agent.tools import Toolbox
 from runtime.http.app import create_app
 from runtime.store.episodes import Step

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import orjson
 
-from policies.chat_protocol import action_message, text_of
+from policies.chat.chat_protocol import action_message, text_of
 from policies.types import Action, MalformedAction, Message
 from runtime.store.episodes import PromptChange, Step, ToolResult, new_messages_along
 from runtime.store.step_log import Mark, MarkedStep, StepLog, Whose

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from policies.chat_protocol import CallDelta, action_message
+from policies.chat.chat_protocol import CallDelta, action_message
 from policies.types import Action, Message, ToolCalls
 from runtime.agent.conversation import LEGACY_CALL_ID
 from runtime.agent.step import Progress

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 
-from policies.grammars import (
+from policies.chat.grammars import (
     GrammarError,
     call_or_answer_grammar,
     json_grammar,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from policies.types import SampledToken
 from runtime.agent.step import Progress
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 from openai.types.responses import Response as ResponseBody
 
-from policies.messages import action_message
+from policies.chat.messages import action_message
 from policies.types import Message, ToolCalls
 from runtime.agent.conversation import history_of
 from runtime.agent.loop import Run, RunEvent
