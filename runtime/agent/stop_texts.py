@@ -23,8 +23,10 @@ class StopTexts:
             return tuple(deltas)
         text, kept = list[str](), list[TextDelta | CallDelta]()
         for delta in deltas:
-            is_text = isinstance(delta, TextDelta) and delta.kind == "text"
-            text.append(delta.text) if is_text else kept.append(delta)
+            if isinstance(delta, TextDelta) and delta.kind == "text":
+                text.append(delta.text)
+            else:
+                kept.append(delta)
         self._held += "".join(text)
         passed = "" if self.is_reached else self._pass(is_last)
         self.text += passed

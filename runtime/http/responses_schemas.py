@@ -140,7 +140,7 @@ _KNOWN_KINDS = ("message", "function_call", "function_call_output", "reasoning",
 
 
 def _split_items(items: Any) -> tuple[Any, list[str]]:
-    """The items that can be read, and a warning that names the kinds of the others: hosted tools' calls and the like."""
+    """The items that can be read, and a warning that names the kinds of the others, such as hosted tools' calls."""
     if not isinstance(items, list):
         return items, []
     others = sorted({str(_kind(item)) for item in items if isinstance(item, dict) and _kind(item) not in _KNOWN_KINDS})

@@ -323,9 +323,8 @@ class ChatCompletionRequest(WireModel):
             raise ValueError("two tools have the same name")
         for chosen in self.chosen_tools or ():
             if chosen not in names:
-                raise ValueError(
-                    f"tool_choice names {chosen!r}, which is not among the tools: {', '.join(names) or 'none were given'}"
-                )
+                there_are = ", ".join(names) or "none were given"
+                raise ValueError(f"tool_choice names {chosen!r}, which is not among the tools: {there_are}")
         if self.tool_choice == "required" and not names:
             raise ValueError("tool_choice is 'required' but there are no tools")
         return self
