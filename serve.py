@@ -64,6 +64,8 @@ async def _serve(settings: Settings) -> None:
             raise
         finally:
             telling.cancel()
+        if parts.state is not None:
+            parts.state.say(f"process {os.getpid()}, {url_of(sock)}")
         print(welcome(parts, settings, sock), flush=True)
         if settings.demonstrations:
             importing = import_demonstrations(settings, url_of(sock), parts.keys.learner_secret)
@@ -87,6 +89,8 @@ async def _serve(settings: Settings) -> None:
         parts.registry.close()
         if parts.keys.store is not None:
             parts.keys.store.close()
+        if parts.state is not None:
+            parts.state.close()
 
 
 async def import_demonstrations(settings: Settings, url: str, secret: str) -> None:
@@ -113,6 +117,7 @@ def build_parts(settings: Settings) -> Parts:
 
     from policies.adapters.base_network import BaseNetworkError, model_folder, read_base_network
     from policies.chat_protocol import ChatProtocol
+    from runtime.adapters.approval import Approval, PromotionMode
     from runtime.adapters.swap import Swap
     from runtime.agent.budget import RunLimits
     from runtime.agent.tools import Toolbox
@@ -120,9 +125,10 @@ def build_parts(settings: Settings) -> Parts:
     from runtime.http.metrics import Metrics
     from runtime.http.parts import Parts
     from runtime.http.shutdown import Cutting
-    from runtime.learning.trigger import Learning
+    from runtime.learning.learning import Learning
     from runtime.store.adapter_registry import AdapterRegistry
     from runtime.store.keys import KeyRing, KeyStore
+    from runtime.store.state_folder import StateFolder
     from runtime.store.step_log import StepLog, StepLogError
     from tools import load_tools
     from tools.worlds import load_world
@@ -133,7 +139,7 @@ def build_parts(settings: Settings) -> Parts:
             load_world(settings.world_name) if settings.world_name else None,
             is_default=settings.run_tools == "always",
         )
-        settings.state.mkdir(parents=True, exist_ok=True)
+        folder_of_state = StateFolder(settings.state)
         log = StepLog(settings.state / "agent.db")
         registry = AdapterRegistry(settings.state / "agent.db")
         keys = KeyRing(KeyStore(settings.state / "agent.db"), key_of(settings))
@@ -163,8 +169,16 @@ def build_parts(settings: Settings) -> Parts:
         ),
         metrics=metrics,
         cutting=cutting,
+        approval=Approval(
+            swap,
+            registry,
+            PromotionMode.DRY_RUN if settings.learn == "dry-run" else PromotionMode(settings.promote),
+            settings.canary_share,
+            settings.approval_days * 86400,
+        ),
         load=Load(settings.max_batch_size, settings.max_waiting, cutting, metrics.registry),
         keys=keys,
+        state=folder_of_state,
         cors_origins=tuple(settings.cors_origins),
         learning=Learning.beside(
             settings.state,
@@ -181,8 +195,15 @@ def build_parts(settings: Settings) -> Parts:
 def learner_arguments(settings: Settings, folder: Path) -> list[str]:
     """What a learner that runs beside this server has to know of it."""
     template = ["--response-template", str(settings.response_template)] if settings.response_template else []
-    passed_on = [part for name, value in settings.learner_arg.items() for part in (f"--{name}", str(value))]
+    passed_on = [part for name, value in settings.learner_arg.items() for part in option(name, value)]
     return ["--model", str(folder), "--world", settings.world_name, *template, *passed_on]
+
+
+def option(name: str, value: object) -> list[str]:
+    """One option as a command line spells it: a switch has no value."""
+    if str(value).lower() in ("true", "false"):
+        return [f"--{name}" if str(value).lower() == "true" else f"--no-{name}"]
+    return [f"--{name}", str(value)]
 
 
 def learner_environment(settings: Settings, folder: Path, secret: str) -> dict[str, str]:
@@ -209,6 +230,8 @@ def load_engine(settings: Settings, folder: Path, protocol: ChatProtocol) -> Eng
         tokenizer=protocol.tokenizer,
         max_batch_size=settings.max_batch_size,
         max_context_tokens=settings.max_context,
+        kv_memory_bytes=settings.kv_memory,
+        precision=settings.precision,
         num_threads=settings.threads,
     )
 
@@ -217,7 +240,7 @@ def supervised_vllm(settings: Settings, folder: Path) -> Engine:
     from functools import partial
 
     from runtime.engines.supervised import SupervisedEngine
-    from runtime.engines.vllm import VllmEngine
+    from runtime.engines.vllm.engine import VllmEngine
 
     share = gpu_share(settings, folder)
     if share.told:
@@ -227,6 +250,7 @@ def supervised_vllm(settings: Settings, folder: Path) -> Engine:
         folder,
         max_batch_size=settings.max_batch_size,
         max_context_tokens=settings.max_context,
+        kv_memory_bytes=settings.kv_memory,
         num_threads=settings.threads,
         gpu_memory_fraction=share.engine_fraction,
         engine_args={name: spelled(value) for name, value in settings.engine_arg.items()},

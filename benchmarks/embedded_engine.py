@@ -4,11 +4,12 @@ and continuous batching (`ContinuousBatchingManager`, which `generate_batch` run
 All do equal work: the same prompts (40-200 tokens) and the same forced completion lengths (8-128 tokens), sampled at
 temperature 1. They take turns in every repeat, so that a slow moment of the machine meets them all. Static batches
 group the requests by arrival; as many requests as `concurrency` are in flight for the others. The network is a
-random-weight Qwen2 (3 layers, hidden 128, vocabulary 1000, float32), one thread. Peers serve adapters as PEFT loads
+random-weight Qwen2 (3 layers, hidden 128, vocabulary 1000, float32), or that of `--model`, in the numbers that our
+engine chooses for it, one thread. Peers serve adapters as PEFT loads
 them, not merged. Rows of mixed adapters go through PEFT's `adapter_names` in static batches; continuous batching packs
 all rows into one, where those names have no place, so it runs a manager for each adapter side by side.
 
-Run: python -m benchmarks.embedded_engine [--repeats 5] [--json FILE]
+Run: python -m benchmarks.embedded_engine [--model FOLDER] [--rows base,adapter,mixed] [--repeats 5] [--json FILE]
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -32,8 +33,10 @@ from transformers.utils import logging as transformers_logging
 
 from policies.types import Adapter, SamplingParams
 from runtime.engines.embedded.engine import EmbeddedEngine
+from runtime.engines.embedded.precision import Precision, choose_dtype
 
 VOCAB_SIZE = 1000
+"""Prompts are drawn from so many tokens; every network that is measured has them."""
 NUM_REQUESTS = {1: 4, 8: 16, 32: 64}
 """By concurrency: enough for two rounds of static batches."""
 ADAPTERS = {"base": 0, "adapter": 1, "mixed": 3}
@@ -48,6 +51,9 @@ class Work:
     num_tokens: int
     adapter: int | None
 
+
+LoadNetwork = Callable[[], Any]
+"""A fresh copy of the network, as transformers loads it."""
 
 Contestant = Callable[[Sequence[Work], int], None]
 """Serves all the work, with at most so many requests at once."""
@@ -68,9 +74,9 @@ def draw_work(seed: int, concurrency: int, adapters: str) -> list[Work]:
 class Embedded:
     """Ours, through its public interface, on an event loop as in the server."""
 
-    def __init__(self, folder: Path, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, folder: Path, adapters: Sequence[Adapter], precision: Precision) -> None:
         self._loop = asyncio.new_event_loop()
-        self._engine = EmbeddedEngine(folder, num_threads=1, device="cpu", max_context_tokens=512)
+        self._engine = EmbeddedEngine(folder, num_threads=1, device="cpu", max_context_tokens=512, precision=precision)
         self._adapters = adapters
         for adapter in adapters:
             self._loop.run_until_complete(self._engine.load_adapter(adapter))
@@ -96,9 +102,9 @@ class Embedded:
 class Static:
     """`generate` in batches of the concurrency, padded on the left; all rows run as long as the longest."""
 
-    def __init__(self, folder: Path, adapters: Sequence[Adapter]) -> None:
-        self._base: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
-        self._peft = with_adapters(AutoModelForCausalLM.from_pretrained(folder), adapters)
+    def __init__(self, load: LoadNetwork, adapters: Sequence[Adapter]) -> None:
+        self._base = load()
+        self._peft: Any = with_adapters(load(), adapters) if adapters else None
 
     @torch.inference_mode()
     def __call__(self, work: Sequence[Work], concurrency: int) -> None:
@@ -133,10 +139,10 @@ class OneByOne(Static):
 class Continuous:
     """transformers' continuous batching, a manager for each adapter; they are started before the clock is."""
 
-    def __init__(self, folder: Path, adapters: Sequence[Adapter]) -> None:
-        self._networks: dict[int | None, Any] = {None: AutoModelForCausalLM.from_pretrained(folder).eval()}
+    def __init__(self, load: LoadNetwork, adapters: Sequence[Adapter]) -> None:
+        self._networks: dict[int | None, Any] = {None: load()}
         for number, adapter in enumerate(adapters):
-            peft_model = with_adapters(AutoModelForCausalLM.from_pretrained(folder), [adapter])
+            peft_model = with_adapters(load(), [adapter])
             self._networks[number] = peft_model.get_base_model()
         self._managers: dict[tuple[int | None, int], Any] = {}
 
@@ -188,7 +194,7 @@ def with_adapters(network: Any, adapters: Sequence[Adapter]) -> Any:
 # ------------------------------------------------------------------------------------------------ the network
 
 
-def make_network(folder: Path) -> None:
+def make_network(folder: Path) -> Path:
     config = Qwen2Config(
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
@@ -199,6 +205,7 @@ def make_network(folder: Path) -> None:
         max_position_embeddings=1024,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
 
 
 def make_adapter(network_folder: Path, folder: Path, version: int) -> Adapter:
@@ -218,11 +225,11 @@ Rates = dict[tuple[str, int, str], list[float]]
 """Tokens/s of each repeat, by (adapters, concurrency, contestant)."""
 
 
-def measure(contestants: dict[str, Contestant], repeats: int) -> Rates:
+def measure(contestants: dict[str, Contestant], kinds: Sequence[str], repeats: int) -> Rates:
     """All contestants in turn on the same work, which is fresh in every repeat: no cache knows its prompts."""
     rates: Rates = {}
     for seed in range(-1, repeats):  # -1 warms up
-        for adapters in ADAPTERS:
+        for adapters in kinds:
             for concurrency in NUM_REQUESTS:
                 work = draw_work(seed, concurrency, adapters)
                 for name, contestant in contestants.items():
@@ -269,7 +276,7 @@ def print_goals(rates: Rates) -> None:
             (1.2, 32, "static", 32),
             (1.5, 32, "continuous", 32),
         ):
-            if (adapters, concurrency, "embedded") not in rates:
+            if not {(adapters, concurrency, "embedded"), (adapters, peer_concurrency, peer)} <= rates.keys():
                 continue
             ours, theirs = rates[adapters, concurrency, "embedded"], rates[adapters, peer_concurrency, peer]
             ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
@@ -279,24 +286,35 @@ def print_goals(rates: Rates) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The embedded engine beside transformers, in tokens/s.")
+    parser.add_argument("--model", type=Path, help="a network's folder; default: a small one with random weights")
+    parser.add_argument("--rows", default=",".join(ADAPTERS), help="kinds of rows to measure, separated by commas")
+    parser.add_argument("--precision", default="auto", choices=get_args(Precision))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write every repeat's tokens/s to this file")
     options = parser.parse_args()
+    kinds = options.rows.split(",")
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        network = Path(folder) / "network"
-        make_network(network)
-        adapters = [make_adapter(network, Path(folder) / str(version), version) for version in (1, 2, 3)]
-        ours, continuous = Embedded(network, adapters), Continuous(network, adapters)
+        network = options.model or make_network(Path(folder) / "network")
+        dtype = choose_dtype(network, options.precision, "cpu")
+        precision: Precision = "bfloat16" if dtype == torch.bfloat16 else "float32"
+        versions = range(1, 1 + max(ADAPTERS[kind] for kind in kinds))
+        adapters = [make_adapter(network, Path(folder) / str(version), version) for version in versions]
+
+        def load() -> Any:
+            return AutoModelForCausalLM.from_pretrained(network, dtype=dtype).eval()
+
+        ours, continuous = Embedded(network, adapters, precision), Continuous(load, adapters)
         contestants: dict[str, Contestant] = {
-            "one by one": OneByOne(network, adapters),
-            "static": Static(network, adapters),
+            "one by one": OneByOne(load, adapters),
+            "static": Static(load, adapters),
             "continuous": continuous,
             "embedded": ours,
         }
-        rates = measure(contestants, options.repeats)
+        print(f"{network.name}, {precision}")
+        rates = measure(contestants, kinds, options.repeats)
         ours.close()
         continuous.close()
     print_table(rates, list(contestants))

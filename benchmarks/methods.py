@@ -33,9 +33,10 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.desk_rollouts import WORLD, Desk, load_policy
 from learner.data.training_data import TrainingData, Trajectory
-from learner.objectives.build import NothingToLearn, ObjectiveOptions, objective_of
-from learner.training.discriminator import DiscriminatorOptions, train_discriminator
-from learner.training.trainer import Trainer, TrainingOptions
+from learner.objectives.build import NothingToLearn, objective_of
+from learner.options import ObjectiveOptions, TrainingOptions
+from learner.training.discriminator import DiscriminatorOptions, discriminate
+from learner.training.trainer import Trainer
 from policies.adapters.base_network import read_base_network
 from policies.chat_protocol import ChatProtocol
 from policies.novice.build import NOVICE_PATH
@@ -289,7 +290,7 @@ class Run:
         discriminator, diagnostics = None, dict[str, float]()
         if method.objective == "inverse":
             options = DiscriminatorOptions(training=replace(training, lr=DISCRIMINATOR_LR))
-            discriminator = train_discriminator(training_data, NOVICE_PATH, method.objective_options, options)
+            discriminator = discriminate(training_data, NOVICE_PATH, method.objective_options, options)
             if discriminator.accuracy is not None:
                 diagnostics["discriminator_held_out_accuracy"] = discriminator.accuracy
         objective = objective_of(method.objective, training_data, method.objective_options, discriminator)

@@ -101,7 +101,7 @@ def their_server(network: Path, folder: Path) -> Iterator[Server]:
 
 def their_options(network: Path) -> list[str]:
     """Our engine's arguments, as vLLM's server reads them, and no logs."""
-    from runtime.engines.vllm import own_engine_args
+    from runtime.engines.vllm.settings import own_engine_args
 
     words = [
         f"--served-model-name={NAME}",
@@ -109,7 +109,7 @@ def their_options(network: Path) -> list[str]:
         "--uvicorn-log-level=error",
         "--host=127.0.0.1",
     ]
-    settings = own_engine_args(str(network), None, MAX_BATCH_SIZE, 4, 64, MAX_CONTEXT, 1)
+    settings = own_engine_args(str(network), None, MAX_BATCH_SIZE, 4, 64, MAX_CONTEXT, None, 1)
     settings["structured_outputs_config"] = json.dumps({"backend": settings["structured_outputs_config"].backend})
     for name, value in settings.items():
         option = "--" + name.replace("_", "-")

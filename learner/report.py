@@ -1,36 +1,85 @@
-"""Where a cycle is, in the learning log, and what is known of it so far."""
+"""What is known of a cycle: one frozen report that grows by stages, and where the cycle is, in the learning log."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from runtime.store.learning_log import CycleStage, LearningLog
 
 
-class CycleNotes:
-    """Of one cycle."""
+@dataclass(frozen=True, slots=True)
+class CycleReport:
+    """Everything a cycle tells of itself. Empty fields: the cycle did not get there."""
+
+    acting: str = ""
+    """The adapter that acted when the cycle began."""
+    collected: Mapping[str, int] = field(default_factory=dict)
+    """Episodes by where they went: to train on, held out, left out and why."""
+    outlook: Mapping[str, Any] = field(default_factory=dict)
+    """What the gate's evidence could show, as it was known before anything was trained."""
+    inspection: Mapping[str, Any] = field(default_factory=dict)
+    """How the policy's actions compare with the experts', and which experts answered."""
+    expert_problems: Mapping[str, int] = field(default_factory=dict)
+    """Why a model expert did not answer, counted."""
+    no_discriminator: str = ""
+    """Why there is none; empty where there is one."""
+    diagnostics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """What was measured, by what it is of: the training data, the discriminator, an objective."""
+    not_trained: Mapping[str, str] = field(default_factory=dict)
+    """Why, for each objective that no candidate was trained for."""
+    not_registered: Mapping[str, str] = field(default_factory=dict)
+    """Why, for each objective whose candidate the runtime did not take in."""
+    gate: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By candidate: the evidence, the decision and its reason."""
+    promoted: str | None = None
+    """The adapter that acts since, or is a canary."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """By stage."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class CycleRecord:
+    """The rows of one cycle: each stage, its progress, and the report so far."""
 
     PROGRESS_EVERY_S = 1.0
 
     def __init__(self, cycle: str, log: LearningLog) -> None:
         self.cycle = cycle
-        self.report: dict[str, Any] = {"seconds": {}, "diagnostics": {}}
+        self.report = CycleReport()
         self._log = log
+        self._last_step_id: str | None = None
         self._noted_at = 0.0
+
+    def add(self, **fields: Any) -> None:
+        """Set fields of the report; mappings are merged into what they hold already."""
+        held = {name: getattr(self.report, name) for name in fields}
+        merged = {n: {**held[n], **v} if isinstance(v, Mapping) else v for n, v in fields.items()}
+        self.report = replace(self.report, **merged)
+
+    def measure(self, of: str, values: Mapping[str, float]) -> None:
+        """Add diagnostics, for the report and the server's metrics."""
+        self.add(diagnostics={of: {name: round(value, 6) for name, value in values.items()}})
+
+    def has_read_to(self, last_step_id: str | None) -> None:
+        """The log was read up to this step: the next cycle goes on from there if this one comes to an end."""
+        self._last_step_id = last_step_id
 
     @contextmanager
     def stage(self, stage: CycleStage, message: str = "", total: int = 0) -> Iterator[None]:
         """Note that a stage is reached, and how long it took."""
-        self._log.note(self.cycle, stage, message, 0, total, self.report)
+        self._note(stage, message, 0, total)
         began = time.monotonic()
         try:
             yield
         finally:
-            seconds = self.report["seconds"]
-            seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - began, 3)
+            spent = self.report.seconds.get(stage, 0.0) + time.monotonic() - began
+            self.add(seconds={str(stage): round(spent, 3)})
 
     @contextmanager
     def counted(self, stage: CycleStage, message: str, total: int) -> Iterator[Callable[[], None]]:
@@ -49,8 +98,10 @@ class CycleNotes:
         """Note how far a stage is, at most once a second: rows are for ever."""
         if done == total or time.monotonic() - self._noted_at > self.PROGRESS_EVERY_S:
             self._noted_at = time.monotonic()
-            self._log.note(self.cycle, stage, message, done, total, self.report)
+            self._note(stage, message, done, total)
 
-    def measure(self, of: str, values: dict[str, float]) -> None:
-        """Learner diagnostics, for the report and the server's metrics."""
-        self.report["diagnostics"][of] = {name: round(value, 6) for name, value in values.items()}
+    def end(self, ending: CycleStage, message: str) -> None:
+        self._note(ending, message, 0, 0)
+
+    def _note(self, stage: CycleStage, message: str, done: int, total: int) -> None:
+        self._log.note(self.cycle, stage, message, done, total, self.report.to_json(), self._last_step_id)

@@ -229,6 +229,8 @@ class _CallReader:
         self._stream = CallStream()
         self._mender = Mender()
         self._body = ""
+        self._text_behind = ""
+        """What was said after the first call, where a call may have ended too early."""
         self._problem = ""
 
     @property
@@ -260,8 +262,8 @@ class _CallReader:
 
     def take_text(self, text: str) -> None:
         """Text beside the calls."""
-        if self._entries and self._is_bare_text and (tag := self._closing_tag_in(text)):
-            self._problem = self._problem or f"{tag} stands behind a call: within an argument it ends the call"
+        if self._entries and self._is_bare_text:
+            self._text_behind += text
 
     @property
     def num_complete(self) -> int:
@@ -271,6 +273,8 @@ class _CallReader:
         """Every call. Raises ValueError, in words that the policy can act on, where one cannot be read."""
         if self._problem:
             raise ValueError(self._problem)
+        if tag := self._closing_tag_in(self._text_behind):
+            raise ValueError(f"{tag} stands behind a call: within an argument it ends the call")
         return tuple(self._call(number) for number in range(len(self._entries)))
 
     def _call(self, number: int) -> ToolCall:
@@ -305,11 +309,13 @@ class _CallReader:
         rest = re.sub(pattern, "", self._body, flags=re.DOTALL).strip()
         arguments = value.get("function", {}).get("arguments") if isinstance(value, dict) else None
         if rest:
-            self._problem = self._problem or f"what is written in a call is no argument: {rest[:80]!r}"
+            self._problem = self._problem or f"what is written in a call is no argument: {mended(rest)[:80]!r}"
         elif isinstance(arguments, dict) and len(arguments) < len(found):
             self._problem = self._problem or "an argument is written twice"
 
     def _closing_tag_in(self, text: str) -> str | None:
+        if not text:
+            return None
         patterns = f"{self._field.close_re.pattern if self._field.close_re else ''}{self._field.content_args}"
         return next((tag for tag in re.findall(r"</\w+>", patterns) if tag in text), None)
 

@@ -3,9 +3,8 @@
 A tokenizer makes a control token of `<|im_end|>` wherever it reads it: in a chat template's own writing, where it ends
 a turn, and in a tool's result, where whoever wrote that result would end the turn. So what messages say is broken
 before it goes through the template: one sign that no text uses is put into each mark, which is then none, and the
-template sees nothing else change. What comes out is encoded as always, but for the stretches that hold a broken mark:
-those are mended and encoded by a copy of the tokenizer that knows no marks. Rendering with placeholders for whole
-contents would be simpler, but templates trim, cut and compare what messages say.
+template sees nothing else change. What comes out is encoded as always, and the tokens of that sign are left out.
+Rendering with placeholders for whole contents would be simpler, but templates trim, cut and compare what messages say.
 
 The way back is the same: what the policy spelled in ordinary tokens is broken for the response parser, and mended in
 what it read.
@@ -13,20 +12,19 @@ what it read.
 
 from __future__ import annotations
 
-import json
 import re
-import secrets
 from collections.abc import Callable, Iterable
-from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 
 from policies.types import TokenIds
 
 _BREAK = "\ufdd0"
 """Unicode's first noncharacter: for use within programs. A text that has it all the same gets it doubled."""
+
+_BREAKS = re.compile(f"{_BREAK}{_BREAK}?")
 
 _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 
@@ -53,12 +51,10 @@ class ControlMarks:
             token_id for token_id, mark in marks.items() if added[token_id].special or _TAG.fullmatch(mark.strip())
         )
         """Tokens that are marks and nothing else."""
-        self._added_ids = frozenset(tokenizer.added_tokens_decoder)
-        self._forbidden_ids = frozenset(marks)
+        self._anchor = next((token.content for token in added.values() if token.special and not token.rstrip), "")
         self._in_messages = _starts_of(marks.values())
         pure = [marks[token_id] for token_id in self.ids]
         self._in_answers = _starts_of(pure)
-        self._pure = frozenset(pure)
         self._beginnings = frozenset(mark[:end] for mark in pure for end in range(1, len(mark)))
         self._longest = max(map(len, pure), default=0)
 
@@ -76,48 +72,29 @@ class ControlMarks:
         encoding = self._backend.encode(text, add_special_tokens=False)
         if _BREAK not in text:
             return tuple(encoding.ids)
-        ids: list[int] = []
-        stretch: list[int] = []
-        began = 0
+        breaks = {at.start() for at in _BREAKS.finditer(text) if len(at.group()) == 1}
+        breaks |= {at.start() + 1 for at in _BREAKS.finditer(text) if len(at.group()) == 2}
+        ids = []
         for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if token_id not in self._added_ids:
-                stretch.append(token_id)
+            if end - start == 1 and start in breaks:
                 continue
-            ids += self._stretch(text[began:start], stretch, is_first=began == 0)
+            if any(at in breaks for at in range(start, end)):  # one token for the break and a neighbour, or for none
+                return self._encode_cut(text, sorted(breaks))
             ids.append(token_id)
-            stretch, began = [], end
-        return (*ids, *self._stretch(text[began:], stretch, is_first=began == 0))
+        return tuple(ids)
 
-    def _stretch(self, text: str, as_encoded: list[int], is_first: bool) -> Iterable[int]:
-        """Token ids of the text between two added tokens."""
-        return self.encode_plain(mended(text), is_first) if _BREAK in text else as_encoded
+    def _encode_cut(self, text: str, breaks: list[int]) -> TokenIds:
+        """The same by pieces, behind an anchor each: without one, some tokenizers put a space before a first word."""
+        ids: list[int] = []
+        for start, end in pairwise([-1, *breaks, len(text)]):
+            anchor = self._anchor if start >= 0 else ""
+            piece = self._backend.encode(anchor + text[start + 1 : end], add_special_tokens=False).ids
+            ids += piece[1:] if anchor else piece
+        return tuple(ids)
 
-    def encode_plain(self, text: str, is_first: bool = False) -> TokenIds:
-        """Token ids of a text without any mark among them, whatever it says. `is_first`: nothing stands before it."""
-        if not text:
-            return ()
-        # Behind the anchor, which is a token of its own, no space is put before the first word.
-        ids = self._plain.encode(text if is_first else self._anchor + text, add_special_tokens=False).ids
-        ids = ids if is_first else ids[1:]
-        if self._forbidden_ids.isdisjoint(ids):
-            return tuple(ids)
-        # The vocabulary holds the mark as a word too: its letters are encoded apart.
-        cut = next((found.end() for found in self._in_messages.finditer(text)), len(text) // 2) or 1
-        assert len(text) > 1, f"{text!r} is a control token whatever it stands in"
-        return self.encode_plain(text[:cut], is_first) + self.encode_plain(text[cut:])
-
-    @cached_property
-    def _anchor(self) -> str:
-        return f"<{secrets.token_hex(16)}>"
-
-    @cached_property
-    def _plain(self) -> Tokenizer:
-        """The tokenizer without its added tokens."""
-        definition = json.loads(self._backend.to_str())
-        definition |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-        plain = Tokenizer.from_str(json.dumps(definition))
-        plain.add_special_tokens([AddedToken(self._anchor, normalized=False)])
-        return plain
+    def encode_plain(self, text: str) -> TokenIds:
+        """Token ids of a text without any mark among them, whatever it says."""
+        return self.encode(self.broken_text(text))
 
     # ------------------------------------------------------------------------------------------ tokens to text
 

@@ -240,11 +240,11 @@ class Engine(Protocol):
     def limits(self) -> EngineLimits: ...
 
     def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, adapter: Adapter | None, *, whole: bool = False
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, adapter: Adapter | None, *, stream: bool = True
     ) -> AsyncIterator[SampledToken]:
         """Stream one completion. Closing the iterator cancels it and frees its place in the batch.
 
-        `whole` says that nobody reads along: an engine may then keep all tokens after the first until the last.
+        `stream` False says that nobody reads along: an engine may then keep all tokens after the first until the last.
         Raises EngineError for an empty or too long prompt, an id outside the vocabulary, or an adapter that is
         not loaded, before the first token; and if the engine dies, at any point.
         """

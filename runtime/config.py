@@ -4,43 +4,33 @@ from __future__ import annotations
 
 import os
 import re
-import sys
-from collections.abc import Iterable
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import ByteSize, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
-    CliApp,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    SettingsError,
     TomlConfigSettingsSource,
 )
+
+from policies.command_line import Options, parse, split_commas
+from runtime import __version__
 
 NOVICE = "policies/novice_model"
 
 
-class Settings(BaseSettings):
+class Settings(Options):
     """Serve an agent over OpenAI-compatible HTTP and log every step it takes.
 
     Every option can also be given as an environment variable (--tool-timeout is STEPAGENT_TOOL_TIMEOUT) or as a key
     of a TOML file (tool_timeout), named by STEPAGENT_CONFIG or else stepagent.toml in the working directory.
     """
 
-    model_config = SettingsConfigDict(
-        env_prefix="STEPAGENT_",
-        extra="forbid",
-        cli_prog_name="python serve.py",
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        cli_avoid_json=True,
-        use_attribute_docstrings=True,
-    )
+    model_config = SettingsConfigDict(env_prefix="STEPAGENT_")
 
     host: str = "127.0.0.1"
     """Address to listen on. One that others can reach needs an API key."""
@@ -50,7 +40,7 @@ class Settings(BaseSettings):
     """Folder of the step log (agent.db) and the adapters; made if missing."""
     engine: Literal["embedded", "vllm"] = "embedded"
     """What runs the model: embedded (transformers + PEFT, CPU or GPU) or vllm."""
-    engine_arg: dict[str, str | int | float | bool | list[Any] | dict[str, Any]] = {}
+    engine_arg: dict[str, str | int | float | bool | list[Any] | dict[str, Any]] = Field(default_factory=dict)
     """Passed on to vLLM, by the names of its command line: tensor_parallel_size=2. Repeat for more."""
     model: str = NOVICE
     """Folder (or hub name) of the base model; the default is the novice that comes with this repository."""
@@ -64,7 +54,7 @@ class Settings(BaseSettings):
     `python -m runtime.keys`: nobody is asked for one."""
     api_key_file: Path | None = None
     """File that holds the admin key."""
-    cors_origins: Annotated[list[str], NoDecode] = []
+    cors_origins: Annotated[list[str], NoDecode] = Field(default_factory=list)
     """Origins of web pages that may use this server: https://chat.example.org. Repeat or separate by commas."""
     shutdown_grace: float = Field(10.0, ge=0, allow_inf_nan=False)
     """Seconds that running requests get to finish when the server is told to end."""
@@ -74,7 +64,7 @@ class Settings(BaseSettings):
     run_tools: Literal["always", "asked"] = "always"
     """When the server runs its own tools: for every request without `tools`, or only for those that ask for it by the
     header `x-stepagent-tools: server`."""
-    tools: Annotated[list[str], NoDecode] = []
+    tools: Annotated[list[str], NoDecode] = Field(default_factory=list)
     """Tools that the server runs for the agent: calculator, search. Repeat or separate by commas."""
     search_corpus: Path | None = None
     """JSONL file of {"title", "text"} objects for the search tool."""
@@ -94,11 +84,25 @@ class Settings(BaseSettings):
     """Requests that wait for a place in the batch; more are answered 429."""
     threads: int | None = Field(None, ge=1)
     """Threads of the engine's arithmetic on a CPU; default: the engine's own choice."""
+    kv_memory: ByteSize | None = Field(None, ge=1)
+    """Most memory for keys and values, such as 2GiB; it bounds the context. Default: a quarter of what is free."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Numbers that the embedded engine computes in: auto measures which are faster on this CPU where the model is not
+    small, and takes the model's own on a GPU."""
     learn_every: int = Field(200, ge=0)
     """Start a learning cycle by itself after so many new episodes; 0: only when asked."""
-    learner_arg: dict[str, str | int | float | bool] = {}
+    promote: Literal["auto", "canary", "ask"] = "auto"
+    """What passed the gate: acts at once; serves a share of the new episodes first; or waits for somebody's yes
+    (python -m learner approve)."""
+    learn: Literal["on", "dry-run"] = "on"
+    """dry-run: cycles run and are reported, and nothing is ever promoted."""
+    canary_share: float = Field(0.1, gt=0, le=1)
+    """Of the new episodes, with --promote canary."""
+    approval_days: float = Field(14.0, gt=0, allow_inf_nan=False)
+    """Days that a candidate waits for somebody's yes."""
+    learner_arg: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """Passed on to python -m learner, by the names of its command line: objectives=sft,implicit. Repeat for more."""
-    demonstrations: Annotated[list[Path], NoDecode] = []
+    demonstrations: Annotated[list[Path], NoDecode] = Field(default_factory=list)
     """Files of expert demonstrations to import once the server is up. Repeat or separate by commas."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """How much the server prints while it serves."""
@@ -124,8 +128,7 @@ class Settings(BaseSettings):
     @field_validator("tools", "demonstrations", "cors_origins", mode="before")
     @classmethod
     def _split_commas(cls, given: object) -> list[str]:
-        parts = given if isinstance(given, list) else [given]
-        return [part.strip() for each in parts for part in str(each).split(",") if part.strip()]
+        return split_commas(given)
 
     @field_validator("demonstrations")
     @classmethod
@@ -177,13 +180,6 @@ class Settings(BaseSettings):
         return self
 
 
-KEY_OPTIONS = ("--api-key", "--api-ke", "--api-k")
-KEY_REFUSED = (
-    "--api-key: every user of this machine can read a key on a command line (ps shows it): "
-    "put it into STEPAGENT_API_KEY, or into a file: --api-key-file FILE"
-)
-
-
 def _config_file() -> Path:
     """Raises FileNotFoundError for a file that is named but is not there."""
     named = os.environ.get("STEPAGENT_CONFIG")
@@ -204,21 +200,9 @@ def is_loopback(host: str) -> bool:
 def parse_settings(arguments: list[str]) -> Settings:
     """Settings from the command line, the environment and the TOML file, in this order of precedence.
 
-    Ends the process with a sentence on stderr and exit code 2 where a value is wrong.
+    Ends the process with a sentence on stderr and exit code 2 where a value is wrong; `--version` prints and ends it.
     """
-    if any(argument.partition("=")[0].replace("_", "-") in KEY_OPTIONS for argument in arguments):
-        _refuse([KEY_REFUSED])
-    try:
-        return CliApp.run(Settings, cli_args=arguments)
-    except ValidationError as error:
-        problems = (f"{'.'.join(map(str, e['loc'])) or 'options'}: {e['msg']}" for e in error.errors())
-        _refuse(problem.replace("Value error, ", "") for problem in problems)
-    except SettingsError as error:
-        _refuse([str(error)])
-    except (ValueError, OSError) as error:
-        _refuse([f"{os.environ.get('STEPAGENT_CONFIG', 'stepagent.toml')} cannot be read: {error}"])
-
-
-def _refuse(problems: Iterable[str]) -> NoReturn:
-    print("these options cannot be used:", *(f"  {problem}" for problem in problems), sep="\n", file=sys.stderr)
-    raise SystemExit(2)
+    if "--version" in arguments:
+        print(f"StepAgent {__version__}")
+        raise SystemExit(0)
+    return parse(Settings, arguments, "python serve.py", os.environ.get("STEPAGENT_CONFIG", "stepagent.toml"))

@@ -42,7 +42,7 @@ class ScriptedEngine:
         self._running: Counter[str] = Counter()
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, adapter: Adapter | None, *, whole: bool = False
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, adapter: Adapter | None, *, stream: bool = True
     ) -> AsyncIterator[SampledToken]:
         name = BASE_ADAPTER if adapter is None else adapter.name
         self._require_servable(prompt_token_ids, adapter)

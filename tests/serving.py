@@ -26,7 +26,7 @@ from runtime.http.connections import DEFAULT_LIMITS, ConnectionLimits
 from runtime.http.metrics import Metrics
 from runtime.http.parts import Parts
 from runtime.http.shutdown import DrainingServer, server_of
-from runtime.learning.trigger import Learning
+from runtime.learning.learning import Learning
 from runtime.startup import listen, url_of
 from runtime.store.adapter_registry import AdapterRegistry
 from runtime.store.step_log import StepLog
@@ -68,13 +68,13 @@ class SayingEngine(ScriptedEngine):
         return said if not isinstance(said, str) else self._protocol.encode(said + "<|im_end|>")
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, adapter: Adapter | None, *, whole: bool = False
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, adapter: Adapter | None, *, stream: bool = True
     ) -> AsyncIterator[SampledToken]:
         self.prompts.append(tuple(prompt_token_ids))
         self.samplings.append(sampling)
         self.num_said.append(0)
         number = len(self.num_said) - 1
-        async with aclosing(super().generate(prompt_token_ids, sampling, adapter, whole=whole)) as tokens:
+        async with aclosing(super().generate(prompt_token_ids, sampling, adapter, stream=stream)) as tokens:
             async for token in tokens:
                 await asyncio.sleep(self.pause_s)
                 self.num_said[number] += 1

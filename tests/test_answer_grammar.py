@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import llguidance
-import llguidance.hf
 import pytest
 
 from policies.chat_protocol import ChatProtocol
@@ -20,6 +18,7 @@ from policies.grammars import (
 from policies.novice.tokenizer import CHAT_TEMPLATE, build_tokenizer
 from policies.types import FinalAnswer, ToolCall, ToolCalls, ToolSchema
 from tests.families import FAMILIES, WITH_JSON_CALLS, WITH_TOOLS, protocol_of
+from tests.grammar_checks import admits
 
 LOOK: ToolSchema = {
     "type": "function",
@@ -38,14 +37,6 @@ WAIT: ToolSchema = {
     "type": "function",
     "function": {"name": "wait", "parameters": {"type": "object", "properties": {}}},
 }
-
-
-def admits(protocol: ChatProtocol, grammar: str, token_ids: tuple[int, ...]) -> bool:
-    """Whether the grammar lets a completion be exactly these tokens, the stop token left away."""
-    tokenizer = llguidance.hf.from_tokenizer(protocol.tokenizer, n_vocab=len(protocol.tokenizer))
-    matcher = llguidance.LLMatcher(tokenizer, llguidance.LLMatcher.grammar_from_lark(grammar))
-    assert not matcher.is_error(), matcher.get_error()
-    return all(matcher.consume_token(token_id) for token_id in token_ids) and matcher.is_accepting()
 
 
 def written(protocol: ChatProtocol, *calls: ToolCall, text: str = "") -> tuple[int, ...]:

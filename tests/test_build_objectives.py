@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
-from learner.objectives.build import OBJECTIVES, NothingToLearn, ObjectiveOptions, objective_of
+from learner.objectives.build import OBJECTIVES, NothingToLearn, objective_of
 from learner.objectives.objectives import Likelihood, Objective, PolicyGradient, StepPreference, TrajectoryPreference
+from learner.options import ObjectiveOptions
 from learner.packing.prefix_tree import ScoredSequence, pack_sequences
 from learner.packing.scoring import SequenceLogprobs, score, to_batch
-from tests.test_batch import NETWORKS, plain_logprobs
+from tests.networks import NETWORKS, plain_logprobs
 
 torch.set_num_threads(1)
 

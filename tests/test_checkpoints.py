@@ -38,8 +38,8 @@ from runtime.config import Settings
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.adapter_registry import AdapterRegistry, AdapterState
 from serve import build_parts
+from tests.grammar_checks import admits
 from tests.serving import MODEL, SayingEngine, Served, parts_of, served
-from tests.test_answer_grammar import admits
 from tests.tiny_adapters import randomise_lora, true_probe
 from tests.tiny_checkpoints import CHECKPOINTS, Checkpoint
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from learner.data.collect import CollectionOptions, collect, main_line
+from learner.data.collect import collect, main_line
 from learner.data.training_data import NO_ANCESTOR
-from policies.types import FinalAnswer, FinishReason, SamplingParams
-from runtime.store.episodes import Actor, Correction, Episode, Outcome, Purpose, Step, StopReason, new_id
+from learner.options import CollectionOptions
+from policies.types import FinalAnswer
+from runtime.store.episodes import Actor, Correction, Episode, Outcome, Purpose, new_id
 from runtime.store.step_log import StepLog
+from tests.logged_episodes import step
 
 LINEAGE = ("agent-v0004", "agent-v0003", "agent-v0001", "base")
 OPTIONS = CollectionOptions(held_out_share=0.5, max_own_episodes=8, replay_share=0.25, max_versions_old=2)
@@ -23,17 +25,6 @@ def log(tmp_path: Path) -> Iterator[StepLog]:
     log = StepLog(tmp_path / "agent.db")
     yield log
     log.close()
-
-
-def step(episode_id: str, parent: Step | None = None, step_id: str = "", asked: str = "") -> Step:
-    question = {"role": "user", "content": asked or f"What next in {episode_id}?"}
-    return Step(
-        id=step_id or new_id("step"), episode_id=episode_id, parent_id=parent.id if parent else None,
-        index=parent.index + 1 if parent else 0, new_messages=(question,), tools=(), prompt_token_ids=(1, 2),
-        completion_token_ids=(3, 4), behavior_logprobs=(-0.1, -0.2), sampling=SamplingParams(), adapter="base",
-        action=FinalAnswer("This."), finish_reason=FinishReason.STOP, stop_reason=StopReason.FINAL_ANSWER,
-        tool_results=(), conversation_digest=new_id("digest"), created_at=0.0, first_token_ms=0.0, latency_ms=0.0,
-    )  # fmt: skip
 
 
 def episode(
@@ -56,7 +47,7 @@ def test_new_episodes_are_collected_and_a_share_of_the_old_ones_is_replayed(log:
     assert new <= ids
     assert len(ids & old) == 2  # a quarter of eight
     wanted = {"own_new": 3, "own_replayed": 2, "own_too_old": 0, "own_over_limit": 0, "own_held_out": 0}
-    assert second.counts == wanted | {"demonstrations": 0, "held_out": 0}
+    assert second.counts == wanted | {"demonstrations": 0, "held_out": 0, "anchors": 0}
 
 
 def test_an_episode_that_goes_on_is_new_again(log: StepLog) -> None:

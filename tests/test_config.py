@@ -53,6 +53,11 @@ def test_options_come_from_the_command_line() -> None:
     assert (settings.tools, settings.max_context) == (["calculator", "search"], 512)
 
 
+def test_memory_is_given_in_bytes_or_with_a_unit() -> None:
+    assert parse_settings(["--kv-memory", "2GiB"]).kv_memory == 2 << 30
+    assert parse_settings(["--kv-memory", "1000000"]).kv_memory == 1_000_000
+
+
 def test_lists_are_repeated_or_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = ["calculator", "search"]
     assert parse_settings(["--tools", "calculator", "--tools", "search"]).tools == wanted
@@ -75,10 +80,12 @@ def test_every_option_can_come_from_every_source(monkeypatch: pytest.MonkeyPatch
     """One value for each option that differs from its default, from each of the three sources."""
     values = {
         "host": "localhost", "port": "1", "state": "s", "engine": "vllm", "model": "m", "served_name": "n",
-        "cors_origins": "http://a.example", "shutdown_grace": "9.5", "max_waiting": "9",
-        "world": "w", "tools": "t", "search_corpus": "c", "max_steps": "2", "max_run_tokens": "3", "run_tools": "asked",
-        "deadline": "4.5", "tool_timeout": "5.5", "max_context": "16", "max_batch_size": "6", "threads": "7",
-        "log_level": "info", "response_template": "r", "learn_every": "8", "demonstrations": "demos.jsonl",
+        "cors_origins": "http://a.example", "shutdown_grace": "9.5", "max_waiting": "9", "promote": "ask",
+        "learn": "dry-run", "canary_share": "0.5", "approval_days": "3.0", "world": "w", "tools": "t",
+        "search_corpus": "c", "max_steps": "2", "max_run_tokens": "3", "deadline": "4.5", "tool_timeout": "5.5",
+        "max_context": "16", "max_batch_size": "6", "threads": "7", "log_level": "info", "response_template": "r",
+        "learn_every": "8", "demonstrations": "demos.jsonl", "kv_memory": "2GiB", "precision": "bfloat16",
+        "run_tools": "asked",
     }  # fmt: skip
     (tmp_path / "demos.jsonl").touch()
     missing = set(Settings.model_fields) - set(values) - {"engine_arg", "learner_arg", "api_key", "api_key_file"}
@@ -127,6 +134,9 @@ def test_the_command_line_goes_before_the_environment_and_that_before_the_file(
         (["--deadline", "nan"], "deadline"),
         (["--tool-timeout", "inf"], "tool_timeout"),
         (["--log-level", "shout"], "log"),
+        (["--kv-memory", "much"], "kv_memory"),
+        (["--kv-memory", "0"], "kv_memory"),
+        (["--precision", "float8"], "precision"),
         (["--no-such-option", "1"], "no-such-option"),
         (["stray"], "stray"),
         (["--port"], "port"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,58 +10,16 @@ import httpx
 from openai import APIConnectionError
 
 from learner.client import Endpoint
-from learner.cycle import CycleOptions, CycleParts, run_cycle
-from learner.data.collect import CollectionOptions
-from learner.data.experts import Corrections, Expert, ModelExpert, WorldExpert
-from learner.practice import PracticeOptions, practise
-from learner.training.trainer import TrainingOptions
+from learner.data.experts import Corrections, ModelExpert
+from learner.options import CollectionOptions, CycleOptions, TrainingOptions
 from policies.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.adapter_registry import AdapterState
-from runtime.store.episodes import Outcome, new_id
-from runtime.store.learning_log import CycleStage, CycleStatus, LearningLog, RewardSource
-from runtime.store.step_log import StepLog
-from tests.serving import MODEL, NOVICE_FOLDER, SayingEngine, Served, parts_of, served
-from tests.test_demonstration_routes import expert_demonstration, post
-from tools.worlds.order_desk import OrderDesk
-
-WORLD = OrderDesk()
-QUICK = CycleOptions(
-    gate_tasks=8,
-    collection=CollectionOptions(held_out_share=0.0),
-    training=TrainingOptions(epochs=1, min_gradient_steps=0),
-)
-
-
-def cycle_parts(
-    server: Served, folder: Path, experts: tuple[Expert, ...] = (WorldExpert(WORLD),), **changes: Any
-) -> CycleParts:
-    parts = CycleParts(
-        endpoint=Endpoint(server.async_client()),
-        log=StepLog(folder / "agent.db", read_only=True),
-        learning_log=LearningLog(folder / "agent.db"),
-        protocol=server.parts.protocol,
-        world=WORLD,
-        experts=experts,
-        base=NOVICE_FOLDER,
-        state=folder,
-        options=QUICK,
-    )
-    return replace(parts, **changes)
-
-
-def run(server: Served, folder: Path, cycle: str = "cycle_1", **changes: Any) -> CycleStatus:
-    """Run one cycle to its end."""
-    parts = cycle_parts(server, folder, **changes)
-    asyncio.run(run_cycle(cycle, parts))
-    status = parts.learning_log.status(cycle)
-    assert status is not None
-    return status
-
-
-def practised(server: Served, first: int, number: int) -> None:
-    tasks = [WORLD.task("train", first + index) for index in range(number)]
-    asyncio.run(practise(server.async_client(), WORLD, tasks, PracticeOptions(MODEL, seed=3)))
+from runtime.store.episodes import Outcome, Purpose, new_id
+from runtime.store.learning_log import CycleStage, RewardSource
+from tests.cycles import QUICK, collaborators, practised, run
+from tests.demonstrations import expert_demonstration, post
+from tests.serving import MODEL, SayingEngine, Served, parts_of, served
 
 
 def test_a_log_with_nothing_in_it_ends_with_a_reason(
@@ -104,9 +61,9 @@ def test_one_cycle_rewards_every_own_action_from_every_source_and_answers_own_st
         practised(server, first=100, number=6)
         options = replace(QUICK, objectives=("sft", "implicit", "inverse", "eto", "rft", "ppo"))
         status = run(server, tmp_path, options=options)
-        parts = cycle_parts(server, tmp_path)
+        who = collaborators(server, tmp_path)
         assert status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED), status.message
-        rewards = parts.learning_log.rewards("cycle_1")
+        rewards = who.learning_log.rewards("cycle_1")
         taken = {
             step.id
             for episode in server.parts.log.episodes(limit=100, task_prefix="order_desk/train/10")
@@ -125,7 +82,7 @@ def test_one_cycle_rewards_every_own_action_from_every_source_and_answers_own_st
         assert "no own episode failed on a demonstrated task" in report["not_trained"]["eto"]
         gate = report["gate"]
         assert {each["objective"] for each in gate.values()} >= {"sft", "implicit", "inverse"}
-        assert len(parts.learning_log.decisions("cycle_1")) == len(gate)
+        assert len(who.learning_log.decisions("cycle_1")) == len(gate)
         assert not list((tmp_path / "candidates").glob("*"))
 
 
@@ -138,7 +95,7 @@ def test_without_a_world_held_out_demonstrations_are_the_gate(
         status = run(server, tmp_path, options=options, world=None, experts=())
     assert status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED), status.message
     (decision,) = status.report["gate"].values()
-    assert (decision["unit"], decision["num_trials"]) == (
+    assert (decision["unit"], decision["num_planned"]) == (
         "held-out demonstrations",
         status.report["collected"]["held_out"],
     )
@@ -271,7 +228,7 @@ def test_one_demonstration_is_learned_from_and_judged(
         status = run(server, tmp_path)
     assert status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED), status.message
     assert status.report["diagnostics"]["training_data"]["num_informative"] > 0
-    assert "a discriminator needs" in status.report["discriminator"]["none"]
+    assert "a discriminator needs" in status.report["no_discriminator"]
 
 
 def test_outcomes_that_are_all_equal_teach_no_policy_gradient_and_say_so(
@@ -293,7 +250,7 @@ def test_a_correction_of_an_episode_that_was_read_long_ago_is_learned(
         practised(server, first=400, number=6)
         options = replace(QUICK, collection=CollectionOptions(replay_share=0.0))
         assert run(server, tmp_path, options=options).report["collected"]["own_new"] == 6
-        episode = server.parts.log.episodes(limit=1)[0]
+        episode = server.parts.log.episodes(limit=1, purpose=Purpose.PRACTICE)[0]
         corrected = server.parts.log.steps(episode.id)[0]
         body = {"step_id": corrected.id, "message": {"role": "assistant", "content": "I cannot see to that."}}
         httpx.post(f"{server.url}/v1/episodes/{episode.id}/corrections", json=body, timeout=30).raise_for_status()

@@ -18,10 +18,10 @@ import pytest
 from learner.__main__ import main as learner
 from policies.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
-from runtime.store.cycle_log import CycleLog
 from runtime.store.episodes import Actor, Episode, Purpose
+from runtime.store.learning_log import LearningReader
+from tests.demonstrations import expert_demonstration
 from tests.serving import MODEL, Served, parts_of, served, wait_until
-from tests.test_demonstration_routes import expert_demonstration
 
 ENDINGS = {"promoted", "refused", "no_lesson", "failed"}
 
@@ -128,16 +128,16 @@ def test_a_learner_may_die_at_any_stage_and_the_next_one_clears_up(
             died = subprocess.run([sys.executable, "-c", DYING_LEARNER, stage, *where, *options], timeout=240)
             assert died.returncode == 9, stage
             assert asks_well(server)
-            newest = CycleLog(tmp_path).cycles()[0]
-            assert (newest["stage"], stage in newest["message"]) == ("failed", True)
+            newest = LearningReader(tmp_path).cycles()[0]
+            assert newest.stage == stage
         assert len(engine.loaded_adapters()) == 1, "the last one died with a candidate in the engine"
         assert learner([*where, "--gate-tasks", "8", "--epochs", "1"]) == 0
-        newest, *killed = CycleLog(tmp_path).cycles()
-        assert [stage in told["message"] for stage, told in zip(reversed(stages), killed, strict=True)] == [True] * 6
-        assert newest["stage"] in ("promoted", "refused")
+        newest, *killed = LearningReader(tmp_path).cycles()
+        assert [stage in told.message for stage, told in zip(reversed(stages), killed, strict=True)] == [True] * 6
+        assert newest.stage in ("promoted", "refused")
         registry = server.parts.registry
         assert {registry.state(adapter.name) for adapter in registry.adapters()} <= {"refused", "acting"}
-        assert [adapter.name for adapter in engine.loaded_adapters()] in ([], [newest["report"].get("promoted")])
+        assert [adapter.name for adapter in engine.loaded_adapters()] in ([], [newest.report["promoted"]])
 
 
 def test_a_learner_that_cannot_even_start_is_told(server: Served, tmp_path: Path) -> None:
@@ -155,10 +155,10 @@ def test_a_learner_by_hand_and_one_of_the_servers_do_not_meet(server: Served, tm
 
     with (tmp_path / "learner.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert CycleLog(tmp_path).is_learner_alive()
+        assert LearningReader(tmp_path).is_learner_alive()
         answer = start(server)
         assert (answer.status_code, "by hand" in answer.json()["error"]["message"]) == (409, True)
-    assert not CycleLog(tmp_path).is_learner_alive()
+    assert not LearningReader(tmp_path).is_learner_alive()
 
 
 @pytest.mark.parametrize(

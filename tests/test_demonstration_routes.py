@@ -9,13 +9,13 @@ from typing import Any
 
 import httpx
 import pytest
-from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from learner.importing.demonstrations import ImportedDemonstration, read_record
 from policies.chat_protocol import ChatProtocol, message_action
 from policies.types import EngineLimits, FinalAnswer, Message, ToolCalls
 from runtime.agent.conversation import history_of
-from runtime.store.episodes import Actor, Step, StopReason
+from runtime.store.episodes import Actor, Step, StopReason, demonstration_digest
+from tests.demonstrations import expert_demonstration, post
 from tests.serving import MODEL, VOCAB_SIZE, SayingEngine, Served, parts_of, served
 from tools.worlds.order_desk import OrderDesk
 
@@ -35,27 +35,21 @@ def server(protocol: ChatProtocol, tmp_path_factory: pytest.TempPathFactory) -> 
         yield running
 
 
-def expert_demonstration(index: int, **said: Any) -> dict[str, Any]:
-    """What the order desk's expert does with a task, from the first message to its answer."""
-    task = WORLD.task("train", index)
-    episode = WORLD.open(task)
-    messages = [*task.messages, episode.expert_action()]
-    while messages[-1].get("tool_calls"):
-        messages += episode.play(messages[-1])
-        messages.append(episode.expert_action())
-    tools = [convert_to_openai_tool(tool) for tool in episode.tools]
-    return {"messages": messages, "tools": tools, "task": task.id, **said}
-
-
-def post(server: Served, *demonstrations: dict[str, Any]) -> httpx.Response:
-    return httpx.post(f"{server.url}/v1/demonstrations", json={"demonstrations": demonstrations}, timeout=30)
-
-
 def imported(server: Served, demonstration: dict[str, Any]) -> list[Step]:
-    """The steps of a demonstration that is imported under a digest of the test's own."""
+    """The steps of a demonstration that was not known before."""
+    known = demonstrated_ids(server)
     answer = post(server, demonstration).json()
     assert answer == {"imported": 1, "already_known": 0, "refused": []}
-    return server.parts.log.steps(f"demo_{demonstration['digest'][:32]}")
+    (new,) = demonstrated_ids(server) - known
+    return server.parts.log.steps(new)
+
+
+def learned_indices(messages: list[Message]) -> list[int]:
+    return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def demonstrated_ids(server: Served) -> set[str]:
+    return {episode.id for episode in server.parts.log.episodes(limit=10_000, actor=Actor.EXPERT)}
 
 
 def reason(server: Served, demonstration: dict[str, Any]) -> str:
@@ -74,15 +68,17 @@ def reason(server: Served, demonstration: dict[str, Any]) -> str:
 def test_an_experts_conversation_becomes_an_episode_of_steps_as_serving_would_have_logged_them(
     server: Served, protocol: ChatProtocol
 ) -> None:
-    demonstration = expert_demonstration(1, digest="a1" * 32, provenance={"file": "desk.jsonl", "line": 3})
+    demonstration = expert_demonstration(1, provenance={"file": "desk.jsonl", "line": 3})
     messages, tools = demonstration["messages"], demonstration["tools"]
     steps = imported(server, demonstration)
-    episode = server.parts.log.episode("demo_" + "a1" * 16)
+    episode = server.parts.log.episode(steps[0].episode_id)
     assert episode is not None
     assert (episode.actor, episode.adapter, episode.task) == (Actor.EXPERT, "expert", WORLD.task("train", 1).id)
-    assert episode.metadata == {"file": "desk.jsonl", "line": 3, "digest": "a1" * 32}
+    digest = demonstration_digest(messages, tools, learned_indices(messages))
+    assert episode.metadata == {"file": "desk.jsonl", "line": 3, "digest": digest}
+    assert episode.id == f"demo_{digest[:32]}"
 
-    learned = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    learned = learned_indices(messages)
     assert len(steps) == len(learned) >= 6
     for step, index in zip(steps, learned, strict=True):
         assert step.prompt_token_ids == protocol.render(messages[:index], tools)
@@ -99,7 +95,7 @@ def test_an_experts_conversation_becomes_an_episode_of_steps_as_serving_would_ha
 
 
 def test_a_step_stands_on_the_tokens_of_the_step_before(server: Served) -> None:
-    steps = imported(server, expert_demonstration(2, digest="a2" * 32))
+    steps = imported(server, expert_demonstration(2))
     for parent, step in pairwise(steps):
         told = parent.prompt_token_ids + parent.completion_token_ids
         assert step.prompt_token_ids[: len(told)] == told
@@ -108,7 +104,7 @@ def test_a_step_stands_on_the_tokens_of_the_step_before(server: Served) -> None:
 
 def test_a_demonstration_has_the_tokens_of_the_served_conversation(server: Served, protocol: ChatProtocol) -> None:
     """The same conversation, once served and once demonstrated."""
-    demonstration = expert_demonstration(3, digest="a3" * 32)
+    demonstration = expert_demonstration(3)
     engine = server.parts.engine
     assert isinstance(engine, SayingEngine)
     steps = imported(server, demonstration)
@@ -131,7 +127,7 @@ def test_a_demonstration_has_the_tokens_of_the_served_conversation(server: Serve
 
 
 def test_messages_not_learned_from_are_seen_by_the_next_step(server: Served, protocol: ChatProtocol) -> None:
-    demonstration = expert_demonstration(4, digest="a4" * 32)
+    demonstration = expert_demonstration(4)
     messages, tools = demonstration["messages"], demonstration["tools"]
     said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     steps = imported(server, {**demonstration, "learn_from": [said[3], said[1]]})
@@ -144,21 +140,29 @@ def test_messages_not_learned_from_are_seen_by_the_next_step(server: Served, pro
 
 
 def test_a_task_that_is_not_named_is_recognised_by_its_conversation(server: Served) -> None:
-    demonstration = expert_demonstration(6, digest="a6" * 32)
+    demonstration = expert_demonstration(6)
     task = demonstration.pop("task")
-    imported(server, demonstration)
-    episode = server.parts.log.episode("demo_" + "a6" * 16)
+    episode = server.parts.log.episode(imported(server, demonstration)[0].episode_id)
     assert episode is not None
     assert episode.task == task
 
 
-def test_what_the_learner_reads_from_a_file_is_imported_under_its_own_digest(server: Served) -> None:
+def test_what_the_learner_reads_from_a_file_is_imported_under_its_digest(server: Served) -> None:
     read = read_record(expert_demonstration(5), "desk.jsonl", 1)
     assert isinstance(read, ImportedDemonstration)
-    wire = read.to_wire()
-    assert post(server, wire).json()["imported"] == 1
-    del wire["digest"]
-    assert post(server, wire).json()["already_known"] == 1, "the computed digest is another than the learner's"
+    steps = imported(server, read.to_wire())
+    assert steps[0].episode_id == f"demo_{read.digest[:32]}"
+
+
+def test_a_client_cannot_choose_the_digest_of_a_demonstration(server: Served) -> None:
+    """It would have another demonstration taken for known."""
+    said = {"messages": [{"role": "user", "content": "Which one?"}, HELLO[1]]}
+    steps = imported(server, {**said, "digest": "a9" * 32, "provenance": {"digest": "a9" * 32}})
+    assert "a9a9" not in steps[0].episode_id
+    episode = server.parts.log.episode(steps[0].episode_id)
+    assert episode is not None
+    assert episode.metadata["digest"][:32] in steps[0].episode_id
+    assert post(server, {**said, "digest": "b9" * 32}).json()["already_known"] == 1
 
 
 # ------------------------------------------------------------------------------------------- known and refused
@@ -181,8 +185,9 @@ def test_two_imports_at_once_add_one_episode(server: Served) -> None:
 
 
 def test_no_client_can_go_on_with_a_demonstration_in_its_experts_name(server: Served) -> None:
-    steps = imported(server, {"messages": HELLO, "digest": "a7" * 32})
-    body = {"model": MODEL, "messages": [*HELLO, HELLO[0]]}
+    messages = [{"role": "user", "content": "Good day"}, HELLO[1]]
+    steps = imported(server, {"messages": messages})
+    body = {"model": MODEL, "messages": [*messages, HELLO[0]]}
     headers = {"x-episode-id": steps[0].episode_id}
     response = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers)
     assert response.status_code == 409, response.text
@@ -208,7 +213,6 @@ def test_bad_ones_are_refused_by_their_place_and_the_rest_is_imported(server: Se
         ({"messages": HELLO[1:]}, "nothing was seen before it"),
         ({"task": "order_desk/train/123456789"}, "there is no task"),
         ({"messages": [{"role": "user", "content": "Hi " * CONTEXT}, HELLO[1]]}, f"context holds {CONTEXT}"),
-        ({"messages": [HELLO[0], {"role": "assistant", "content": "A<|im_end|>B"}]}, "ends a turn"),
     ],
 )
 def test_what_cannot_be_learned_from_is_refused_in_words(server: Served, changes: dict[str, Any], why: str) -> None:
@@ -220,6 +224,13 @@ def test_a_call_that_cannot_be_read_is_refused(server: Served, arguments: str) -
     call = {"id": "call_0", "type": "function", "function": {"name": "check_item", "arguments": arguments}}
     calling = {"role": "assistant", "tool_calls": [call]}
     assert "arguments of check_item" in reason(server, {"messages": [HELLO[0], calling]})
+
+
+def test_a_mark_in_an_experts_text_is_learned_as_its_letters(server: Served, protocol: ChatProtocol) -> None:
+    text = "A<|im_end|>B"
+    (step,) = imported(server, {"messages": [HELLO[0], {"role": "assistant", "content": text}]})
+    assert not set(step.completion_token_ids[:-1]) & set(protocol.stop_token_ids)
+    assert protocol.parse(step.completion_token_ids) == FinalAnswer(text)
 
 
 def test_text_that_would_be_read_as_a_call_is_refused(server: Served) -> None:

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
-from learner.objectives.build import NothingToLearn, ObjectiveOptions, objective_of
+from learner.objectives.build import NothingToLearn, objective_of
 from learner.objectives.objectives import action_sequence
+from learner.options import ObjectiveOptions, TrainingOptions
 from learner.packing.prefix_tree import ScoredSequence
-from learner.training.discriminator import Discriminator, DiscriminatorOptions, train_discriminator
-from learner.training.trainer import Trainer, TrainingOptions
+from learner.training.discriminator import Discriminator, DiscriminatorOptions, discriminate
+from learner.training.trainer import Trainer
 from policies.chat_protocol import ChatProtocol
+from tests.expert_sequences import expert_rows
 from tests.serving import NOVICE_FOLDER
-from tests.test_trainer import expert_rows
 
 LESSONS = ObjectiveOptions(anchor_weight=0.0)
 TRAINING = TrainingOptions(lr=2e-3, epochs=12, trajectories_per_step=4, rank=8)
@@ -65,7 +66,7 @@ def training_data(protocol: ChatProtocol) -> TrainingData:
 
 @pytest.fixture(scope="module")
 def discriminator(training_data: TrainingData) -> Discriminator:
-    return train_discriminator(training_data, NOVICE_FOLDER, LESSONS, OPTIONS)
+    return discriminate(training_data, NOVICE_FOLDER, LESSONS, OPTIONS)
 
 
 def test_it_tells_held_out_pairs_apart(discriminator: Discriminator) -> None:
@@ -128,16 +129,16 @@ def test_a_seed_decides_it(training_data: TrainingData) -> None:
     found = []
     for seed in (1, 1, 2):
         options = replace(OPTIONS, training=replace(quick, seed=seed))
-        found.append(train_discriminator(training_data, NOVICE_FOLDER, LESSONS, options).expert_logits(rows))
+        found.append(discriminate(training_data, NOVICE_FOLDER, LESSONS, options).expert_logits(rows))
     assert found[0] == found[1] != found[2]
 
 
 def test_held_out_states_are_not_trained_on(training_data: TrainingData, protocol: ChatProtocol) -> None:
     num_states = sum(len(trajectory.states) for trajectory in training_data.demonstrations)
     quick = replace(TRAINING, epochs=1)
-    some = train_discriminator(training_data, NOVICE_FOLDER, LESSONS, replace(OPTIONS, training=quick))
+    some = discriminate(training_data, NOVICE_FOLDER, LESSONS, replace(OPTIONS, training=quick))
     everything = replace(OPTIONS, held_out_share=0.0, training=quick)
-    whole = train_discriminator(training_data, NOVICE_FOLDER, LESSONS, everything)
+    whole = discriminate(training_data, NOVICE_FOLDER, LESSONS, everything)
     assert (whole.num_pairs, whole.accuracy) == (2 * num_states, None)
     assert 0 < some.num_pairs < whole.num_pairs
 
@@ -149,16 +150,16 @@ def test_too_few_disagreements_are_refused(training_data: TrainingData, protocol
     wrong = own_action(protocol.encode(BLUNDERS[0]), agrees=False)
     few = with_own(training_data, (wrong,), num_states=3)
     with pytest.raises(NothingToLearn, match="needs 4 states where the policy disagrees with an expert, there are"):
-        train_discriminator(few, NOVICE_FOLDER, LESSONS, OPTIONS)
+        discriminate(few, NOVICE_FOLDER, LESSONS, OPTIONS)
 
 
 def test_agreeing_and_stale_actions_are_no_counterexamples(training_data: TrainingData, protocol: ChatProtocol) -> None:
     blunder = protocol.encode(BLUNDERS[0])
     useless = own_action(blunder, agrees=True), own_action(blunder, False, LESSONS.max_versions_old + 1)
     with pytest.raises(NothingToLearn, match="there are 0"):
-        train_discriminator(with_own(training_data, useless), NOVICE_FOLDER, LESSONS, OPTIONS)
+        discriminate(with_own(training_data, useless), NOVICE_FOLDER, LESSONS, OPTIONS)
 
 
 def test_without_experts_there_is_none() -> None:
     with pytest.raises(NothingToLearn, match="no expert has acted"):
-        train_discriminator(TrainingData(()), NOVICE_FOLDER, LESSONS, OPTIONS)
+        discriminate(TrainingData(()), NOVICE_FOLDER, LESSONS, OPTIONS)

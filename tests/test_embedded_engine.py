@@ -4,82 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from policies.types import Adapter, EngineError, FinishReason, SamplingParams
+from runtime.engines.embedded.engine import EmbeddedEngine
+from tests.small_networks import (
+    CONFIGS,
+    VOCAB_SIZE,
+    assert_as_plain,
+    complete,
+    engine_on,
+    ids_of,
+    make_adapter,
+    make_network,
+    prompt_of,
+    rewrite,
+    until,
 )
-
-from policies.types import Adapter, EngineError, FinishReason, SampledToken, SamplingParams
-from runtime.engines.embedded.batch import Batch, Row
-from runtime.engines.embedded.engine import EmbeddedEngine, load_network
-from runtime.engines.embedded.lora import LoraRows
-
-VOCAB_SIZE = 300
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-WINDOW: dict[str, Any] = {"sliding_window": 12}
-CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
-    "qwen2": lambda: Qwen2Config(**SIZES),
-    "qwen2-window": lambda: Qwen2Config(**SIZES, **WINDOW, use_sliding_window=True, max_window_layers=1),
-    "qwen3": lambda: Qwen3Config(**SIZES),
-    "llama": lambda: LlamaConfig(**SIZES),
-    "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
-    "mistral-window": lambda: MistralConfig(**SIZES, **WINDOW),
-    "gemma3": lambda: Gemma3TextConfig(
-        **SIZES, **WINDOW, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8
-    ),
-}
-
-
-def make_network(config: PreTrainedConfig, folder: Path) -> Path:
-    torch.manual_seed(0)
-    network = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.mul_(3.0)  # sharper distributions: a wrong mask or position shows in the logprobs
-    network.save_pretrained(folder)
-    return folder
-
-
-def make_adapter(network_folder: Path, folder: Path, version: int, **options: Any) -> Adapter:
-    torch.manual_seed(version)
-    network = AutoModelForCausalLM.from_pretrained(network_folder)
-    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], **options}
-    peft_model = get_peft_model(network, LoraConfig(**options))
-    for name, parameter in peft_model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    peft_model.save_pretrained(str(folder))
-    return Adapter(f"agent-v{version:04d}", version, folder, options["r"], None, "0" * 64)
 
 
 @pytest.fixture(scope="module")
@@ -94,49 +44,8 @@ def adapters(network_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return [
         make_adapter(network_folder, folder / "1", 1),
         make_adapter(network_folder, folder / "2", 2, r=6, use_rslora=True, target_modules=["o_proj", "gate_proj"]),
-        make_adapter(network_folder, folder / "3", 3, rank_pattern={"down_proj": 2}),
+        make_adapter(network_folder, folder / "3", 3, r=2, lora_alpha=3),
     ]
-
-
-@asynccontextmanager
-async def engine_on(folder: Path, *adapters: Adapter, **options: Any) -> AsyncIterator[EmbeddedEngine]:
-    engine = EmbeddedEngine(folder, device="cpu", num_threads=1, **options)
-    try:
-        for adapter in adapters:
-            await engine.load_adapter(adapter)
-        yield engine
-    finally:
-        await engine.close()
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    return random.Random(seed).choices(range(3, VOCAB_SIZE), k=length)
-
-
-async def complete(
-    engine: EmbeddedEngine, prompt: list[int], sampling: SamplingParams, adapter: Adapter | None = None
-) -> list[SampledToken]:
-    return [token async for token in engine.generate(prompt, sampling, adapter)]
-
-
-def ids_of(tokens: list[SampledToken]) -> list[int]:
-    return [token.token_id for token in tokens]
-
-
-@torch.no_grad()
-def plain_logprobs(folder: Path, adapter: Adapter | None, prompt: list[int], completion: list[int]) -> list[float]:
-    """What transformers and PEFT say of a completion, in one forward without a cache."""
-    network: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
-    if adapter is not None:
-        network = PeftModel.from_pretrained(network, str(adapter.path)).eval()
-    logits = network(input_ids=torch.tensor([prompt + completion])).logits[0]
-    logprobs = torch.log_softmax(logits.float(), dim=-1)[len(prompt) - 1 : -1]
-    return logprobs.gather(1, torch.tensor(completion)[:, None])[:, 0].tolist()
-
-
-def assert_as_plain(folder: Path, adapter: Adapter | None, prompt: list[int], tokens: list[SampledToken]) -> None:
-    expected = plain_logprobs(folder, adapter, prompt, ids_of(tokens))
-    assert [token.logprob for token in tokens] == pytest.approx(expected, abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ numerics
@@ -160,7 +69,7 @@ async def test_every_family_serves_base_and_adapters_in_one_batch_as_plain_forwa
         assert_as_plain(folder, adapter, prompt_of(length, seed), tokens)
 
 
-async def test_adapters_with_patterns_and_scalings_of_their_own_are_served_as_peft_does(
+async def test_adapters_with_scalings_of_their_own_are_served_as_peft_does(
     network_folder: Path, adapters: list[Adapter]
 ):
     async with engine_on(network_folder, *adapters) as engine:
@@ -281,12 +190,12 @@ async def test_closing_the_stream_frees_its_row_at_the_next_step(network_folder:
     async with engine_on(network_folder, max_batch_size=1) as engine:
         with forward_by_forward(engine) as allowed:
             stream = engine.generate(prompt_of(5), SamplingParams(max_tokens=500), None)
-            allowed.release(2)  # its prompt, and the decoding step that comes with it
+            allowed.release()
             await anext(stream)
             waiting = asyncio.create_task(complete(engine, prompt_of(6), SamplingParams(max_tokens=2)))
             await until(lambda: engine.health().num_waiting == 1)
             await stream.aclose()
-            allowed.release(1 + 2)  # the step that may have begun already, then the prompt and step of the next
+            allowed.release(1 + 2)  # the step that may have begun already, then the two of the next
             assert len(await asyncio.wait_for(waiting, 10)) == 2
         await until(lambda: engine.health().num_running == 0)
 
@@ -306,12 +215,6 @@ async def test_a_request_cancelled_while_it_waits_never_runs(network_folder: Pat
         await complete(engine, prompt_of(7), SamplingParams(max_tokens=1))  # its turn would have come after
         assert engine.num_prefilled_tokens == 5 + 7
         await stream.aclose()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - the engine's health is polled, by design
-            await asyncio.sleep(0.001)
 
 
 async def test_more_requests_than_rows_wait_in_order_and_all_finish(network_folder: Path):
@@ -362,23 +265,9 @@ async def test_samples_of_one_prompt_compute_it_once(network_folder: Path):
             *(complete(engine, prompt, SamplingParams(max_tokens=6, seed=seed)) for seed in range(4))
         )
         assert engine.num_prefilled_tokens == 60 + 3
+        assert engine.num_reused_tokens == 3 * 59
     for tokens in samples:
         assert_as_plain(network_folder, None, prompt, tokens)
-
-
-async def test_a_prompt_that_continues_a_running_row_recomputes_the_token_it_has_not_fed(network_folder: Path):
-    network = load_network(network_folder, "cpu")
-    batch: Batch[Row] = Batch(network, LoraRows(network), None, max_rows=2, max_context_tokens=64)
-    sampling = SamplingParams(max_tokens=9, seed=1)
-    with torch.inference_mode():
-        running = Row(tuple(prompt_of(30)), sampling, None, None)
-        batch.join([running])
-        batch.step()
-        prompt = [*running.token_ids, 7]
-        (token,) = batch.join([Row(tuple(prompt), sampling, None, None)])
-    assert batch.num_reused_tokens == 31
-    assert isinstance(token, SampledToken)
-    assert_as_plain(network_folder, None, prompt, [token])
 
 
 async def test_kept_prefixes_make_room_for_newer_ones(network_folder: Path):
@@ -455,6 +344,8 @@ async def test_broken_adapter_folders_are_refused_and_the_engine_lives(network_f
         "not finite": [not_finite],
         "rank 8": [broken("too_big", r=8)],
         "use_dora": [broken("dora", use_dora=True)],
+        "rank_pattern": [broken("ranks", rank_pattern={"down_proj": 2})],
+        "alpha_pattern": [broken("alphas", alpha_pattern={"down_proj": 2})],
         "modules_to_save": [broken("saved", modules_to_save=["lm_head"])],
     }
     async with engine_on(network_folder, max_rank=4) as engine:
@@ -466,13 +357,6 @@ async def test_broken_adapter_folders_are_refused_and_the_engine_lives(network_f
         assert engine.loaded_adapters() == ()
         assert await complete(engine, prompt_of(30, 5), SamplingParams(max_tokens=5, seed=1))
         assert_as_plain(network_folder, None, prompt_of(30), before)
-
-
-def rewrite(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    from safetensors.torch import load_file, save_file
-
-    file = folder / "adapter_model.safetensors"
-    save_file({name: change(tensor).contiguous() for name, tensor in load_file(file).items()}, file)
 
 
 # ------------------------------------------------------------------------------------------------- failures

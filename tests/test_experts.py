@@ -15,8 +15,8 @@ from policies.types import FinalAnswer, ToolCalls
 from runtime.store.episodes import Step
 from runtime.store.step_log import StepLog
 from tests.conftest import ServeScripted
+from tests.demonstrations import expert_demonstration
 from tests.serving import MODEL, SayingEngine, Served, parts_of, served
-from tests.test_demonstration_routes import expert_demonstration
 from tools.worlds.order_desk import OrderDesk
 
 WORLD = OrderDesk()

@@ -21,10 +21,11 @@ MODULES = sorted(
 ATTIC = Path("serve.py")
 
 HEAVY = {
-    "vllm": ("runtime/engines/vllm.py",),
+    "vllm": ("runtime/engines/vllm/",),
     "peft": ("learner/training/", "runtime/engines/embedded/"),
     "torch": (
-        "learner/packing/", "learner/objectives/", "learner/training/", "runtime/engines/embedded/", "policies/novice/",
+        "learner/packing/", "learner/objectives/", "learner/training/", "runtime/engines/embedded/",
+        "runtime/engines/vllm/on_cpu.py", "policies/novice/",
     ),
     "sqlite_utils": ("runtime/store/", "tools/search.py"),
 }  # fmt: skip

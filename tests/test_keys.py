@@ -283,7 +283,7 @@ def test_the_state_of_every_release_still_opens(release: Path, tmp_path: Path) -
     database.executescript(release.read_text())
     database.close()
     log, registry = StepLog(tmp_path / "agent.db"), AdapterRegistry(tmp_path / "agent.db")
-    LearningLog(tmp_path / "agent.db").close()
+    LearningLog(tmp_path).close()
     KeyStore(tmp_path / "agent.db").close()
     assert log.verify() == []
     old = log.episode("ep_old")

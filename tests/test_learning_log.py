@@ -15,7 +15,7 @@ from runtime.store.step_log import StepLog
 
 @pytest.fixture
 def log(tmp_path: Path) -> LearningLog:
-    return LearningLog(tmp_path / "agent.db")
+    return LearningLog(tmp_path)
 
 
 def test_a_cycle_shows_its_newest_stage_and_when_it_began(log: LearningLog) -> None:
@@ -34,10 +34,10 @@ def test_an_ended_cycle_cannot_go_on(log: LearningLog) -> None:
 
 
 def test_a_killed_learners_cycle_is_failed_at_the_next_start(tmp_path: Path) -> None:
-    first = LearningLog(tmp_path / "agent.db")
+    first = LearningLog(tmp_path)
     first.note("c1", CycleStage.PROMOTED)
     first.note("c2", CycleStage.GATE)
-    second = LearningLog(tmp_path / "agent.db")
+    second = LearningLog(tmp_path)
     assert second.fail_unfinished() == ["c2"]
     status = second.status("c2")
     assert status is not None
@@ -65,15 +65,15 @@ def test_no_fact_can_be_edited(log: LearningLog) -> None:
 
 def test_the_cursor_is_that_of_the_last_cycle_that_did_not_fail(log: LearningLog) -> None:
     assert log.last_step_seen() is None
-    log.note("c1", CycleStage.REFUSED, report={"last_step_id": "step_7"})
-    log.note("c2", CycleStage.FAILED, report={"last_step_id": "step_9"})
+    log.note("c1", CycleStage.REFUSED, last_step_id="step_7")
+    log.note("c2", CycleStage.FAILED, last_step_id="step_9")
     assert log.last_step_seen() == "step_7"
 
 
 def test_two_writers_of_one_file_wait_for_each_other(tmp_path: Path) -> None:
     """A cycle once failed, "database is locked": its transaction had read before it wrote, and the server wrote."""
     path = tmp_path / "agent.db"
-    log = LearningLog(path)
+    log = LearningLog(tmp_path)
     step_log = StepLog(path)
     episodes = (Episode(new_id("ep"), Actor.POLICY, Purpose.SERVE, "base") for _ in range(400))
     with ThreadPoolExecutor(2) as pool:

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from learner.cycle import CycleOptions
-from learner.training.trainer import TrainingOptions
+from learner.options import CycleOptions, TrainingOptions
 from policies.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.learning_log import CycleStage, RewardSource
+from tests.cycles import collaborators, run
+from tests.demonstrations import expert_demonstration, post
 from tests.serving import MODEL, parts_of, served
-from tests.test_cycle import cycle_parts, run
-from tests.test_demonstration_routes import expert_demonstration, post
 
 TRAINING = TrainingOptions(lr=2e-3, epochs=6, trajectories_per_step=8)
 
@@ -30,11 +29,11 @@ def test_the_served_agent_gets_better_and_can_go_back(
         status = run(server, tmp_path, options=options)
         assert status.stage is CycleStage.PROMOTED, status.message
 
-        parts, promoted = cycle_parts(server, tmp_path), status.report["promoted"]
-        (decision,) = parts.learning_log.decisions("cycle_1")
+        who, promoted = collaborators(server, tmp_path), status.report["promoted"]
+        (decision,) = who.learning_log.decisions("cycle_1")
         assert decision["candidate"] == promoted
         assert decision["evidence"]["gain_low"] > 0
-        rewards = parts.learning_log.rewards("cycle_1")
+        rewards = who.learning_log.rewards("cycle_1")
         agreement = {reward.value for reward in rewards if reward.source is RewardSource.EXPERT_AGREEMENT}
         assert agreement == {0.0, 1.0}
 
@@ -45,5 +44,5 @@ def test_the_served_agent_gets_better_and_can_go_back(
             model=MODEL, messages=[{"role": "user", "content": "Order 1000 has come in. Please see to it."}]
         )
         assert served_by.headers["x-adapter"] == promoted
-        asyncio.run(parts.endpoint.rollback("a test"))
+        asyncio.run(who.endpoint.rollback("a test"))
         assert server.parts.registry.acting() is None

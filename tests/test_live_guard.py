@@ -11,12 +11,11 @@ import pytest
 from runtime.adapters.live_guard import Watch, WatchOptions, is_worse
 from runtime.adapters.swap import Swap, SwapError
 from runtime.store.adapter_registry import AdapterRegistry, AdapterState
-from runtime.store.cycle_log import CycleLog
 from runtime.store.episodes import Actor, Episode, Outcome, Purpose, Role, Withdrawal, new_id
-from runtime.store.learning_log import CycleStage, LearningLog, RewardSource, StepReward
+from runtime.store.learning_log import CycleStage, LearningLog, LearningReader, RewardSource, StepReward
 from runtime.store.step_log import StepLog
+from tests.logged_episodes import step
 from tests.scripted_engine import ScriptedEngine
-from tests.test_collection import step
 from tests.tiny_adapters import TinyNetwork, faithful_script
 
 OPTIONS = WatchOptions(least_values=20, canary_values=40)
@@ -34,8 +33,8 @@ class Desk:
         self.log = StepLog(folder / "agent.db")
         self.registry = AdapterRegistry(folder / "agent.db")
         self.swap = Swap(ScriptedEngine(faithful_script(self.registry)), self.registry, tiny.network)
-        self.learning_log = LearningLog(folder / "agent.db")
-        self.watch = Watch(self.log, CycleLog(folder), self.registry, self.swap, OPTIONS)
+        self.learning_log = LearningLog(folder)
+        self.watch = Watch(self.log, LearningReader(folder), self.registry, self.swap, OPTIONS)
         self._tiny = tiny
 
     async def promoted(self, seed: int, parent: str | None = None) -> str:

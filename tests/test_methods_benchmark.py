@@ -14,10 +14,11 @@ from benchmarks.desk_rollouts import WORLD, Desk, load_policy
 from benchmarks.methods import METHODS, Answers, FinishedRuns, Run, Scene, run
 from learner.data.training_data import Trajectory
 from learner.objectives.objectives import action_sequence
-from learner.training.trainer import Trainer, TrainingOptions
+from learner.options import TrainingOptions
+from learner.training.trainer import Trainer
 from policies.chat_protocol import ChatProtocol, action_message, message_action
 from policies.novice.build import NOVICE_PATH, roll_out
-from tests.test_trainer import expert_rows
+from tests.expert_sequences import expert_rows
 
 torch.set_num_threads(1)
 TASKS = [WORLD.task("train", index) for index in range(12)]

@@ -22,10 +22,11 @@ from learner.objectives.objectives import (
     TrajectoryPreference,
     action_sequence,
 )
+from learner.options import TrainingOptions
 from learner.packing.prefix_tree import ScoredSequence
 from learner.packing.scoring import SequenceLogprobs
 from learner.training.discriminator import Discrimination
-from learner.training.trainer import Trainer, TrainingOptions
+from learner.training.trainer import Trainer
 
 VOCAB_SIZE = 40
 LONGEST_ROW = 60

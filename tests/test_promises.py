@@ -18,16 +18,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen2ForCausalLM
 
 from learner.objectives.objectives import action_sequence
+from learner.options import TrainingOptions
 from learner.packing.prefix_tree import pack_sequences
-from learner.training.trainer import TrainingOptions
 from policies.adapters.base_network import read_base_network
 from policies.adapters.probe import write_probe
 from policies.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.learning_log import CycleStage
+from tests.cycles import QUICK, WORLD, run
+from tests.demonstrations import expert_demonstration
 from tests.serving import NOVICE_FOLDER, Served, parts_of, served, wait_until
-from tests.test_cycle import QUICK, WORLD, run
-from tests.test_demonstration_routes import expert_demonstration
 from tests.tiny_adapters import randomise_lora, true_probe
 
 QUESTION = {"role": "user", "content": "Order 1000 has come in. Please see to it."}

@@ -298,6 +298,10 @@ def test_what_cannot_be_read_right_is_malformed_and_never_less_than_it_was(text:
     assert isinstance(action, MalformedAction)
     assert action.text == text
     assert action.problem
+    reader = protocol_of(CODER).reader(TOOLS)
+    for token_id in protocol_of(CODER).encode(f"{text}<|im_end|>"):
+        reader.feed(token_id)
+    assert reader.finish(FinishReason.STOP)[0] == action, "the same as it is sampled"
 
 
 def test_a_call_in_xml_without_arguments_is_none_of_a_tool_that_needs_some() -> None:

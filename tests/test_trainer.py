@@ -29,36 +29,19 @@ from learner.objectives.objectives import (
     action_sequence,
     normalised,
 )
+from learner.options import TrainingOptions
 from learner.packing.prefix_tree import ScoredSequence
 from learner.packing.scoring import SequenceLogprobs
-from learner.training.trainer import Trainer, TrainingFailed, TrainingOptions
+from learner.training.trainer import Trainer, TrainingFailed
 from policies.adapters.base_network import read_base_network
 from policies.adapters.files import TENSOR_NAME, WEIGHTS_FILE, weights_digest
 from policies.adapters.probe import read_probe
-from policies.chat_protocol import ChatProtocol, message_action
-from policies.types import FinalAnswer
+from policies.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
+from tests.expert_sequences import expert_rows
 from tests.serving import NOVICE_FOLDER, ROOT, parts_of
-from tools.worlds.order_desk import OrderDesk
 
 QUICK = TrainingOptions(lr=2e-3, epochs=2, min_gradient_steps=0, trajectories_per_step=2, rank=4)
-
-
-def expert_rows(protocol: ChatProtocol, split: str, num_tasks: int) -> list[ScoredSequence]:
-    """The expert's actions on some tasks, one row each."""
-    world, rows = OrderDesk(), []
-    for index in range(num_tasks):
-        task = world.task(split, index)
-        episode, messages = world.open(task), list(task.messages)
-        while True:
-            message = episode.expert_action()
-            action = message_action(message)
-            prompt, completion = protocol.completion_of(messages, action)
-            rows.append(action_sequence(prompt, completion, (task.id, len(rows))))
-            if isinstance(action, FinalAnswer):
-                break
-            messages += [message, *episode.play(message)]
-    return rows
 
 
 def blunder(protocol: ChatProtocol, row: ScoredSequence) -> ScoredSequence:

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from learner.objectives.objectives import Likelihood, action_sequence
+from learner.options import TrainingOptions
 from learner.packing.prefix_tree import ScoredSequence
-from learner.training.trainer import Trainer, TrainingFailed, TrainingOptions
+from learner.training.trainer import Trainer, TrainingFailed
 from tests.serving import NOVICE_FOLDER
 
 MIB = 2**20

@@ -19,7 +19,7 @@ from policies.adapters.base_network import read_base_network
 from policies.adapters.files import WEIGHTS_FILE, weights_digest
 from policies.adapters.probe import write_probe
 from policies.types import Adapter, Engine, SampledToken, SamplingParams
-from runtime.engines.vllm import VllmEngine
+from runtime.engines.vllm.engine import VllmEngine
 from tests.tiny_adapters import randomise_lora, true_probe
 
 TOLERANCE = 1e-3

@@ -20,7 +20,7 @@ import torch
 from policies.adapters.files import AdapterRefused
 from policies.types import Adapter, EngineError, SamplingParams
 from runtime.adapters.swap import Swap, SwapError
-from runtime.engines.vllm import VllmEngine
+from runtime.engines.vllm.engine import VllmEngine
 from runtime.store.adapter_registry import AdapterRegistry, AdapterState
 from tests_vllm.novice_adapters import NoviceAdapters, complete, engine_on, ids_of, rewrite
 

@@ -7,16 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
-from benchmarks.desk_rollouts import WORLD, Desk
-from benchmarks.methods import METHODS, Run, Scene
-from learner.training.probing import make_probe
 from policies.adapters.base_network import read_base_network
 from policies.adapters.files import AdapterRefused
-from policies.adapters.probe import HALF_TOLERANCE, write_probe
+from policies.adapters.probe import HALF_TOLERANCE
 from policies.chat_protocol import ChatProtocol
 from policies.grammars import tool_call_grammar
 from policies.novice.build import NOVICE_PATH
@@ -24,6 +18,7 @@ from policies.types import FinishReason, MalformedAction, SamplingParams, ToolCa
 from runtime.adapters.swap import Swap
 from runtime.store.adapter_registry import AdapterRegistry, AdapterState
 from tests.tiny_checkpoints import CHECKPOINTS
+from tests.trained_adapters import trained_in_32_bits
 from tests_vllm.novice_adapters import NoviceAdapters, complete, engine_on, ids_of, rewrite
 
 QUESTION = [{"role": "user", "content": "What is it?"}]
@@ -71,18 +66,6 @@ async def test_a_familys_checkpoint_is_served_with_adapters_and_required_calls(f
                 assert action.calls[0].arguments["times"] in (1, 2, 3)
             else:
                 assert not isinstance(action, MalformedAction)
-
-
-def trained_in_32_bits(folder: Path) -> Path:
-    """An adapter of the novice that has learned something: noise on random weights is chaos in 16 bits."""
-    torch.set_num_threads(1)
-    desk = Desk(ChatProtocol.load(NOVICE_PATH))
-    Run(desk, METHODS["sft"], Scene(1, 8, "validation", 1, 2), folder).cycle(0)
-    network = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(NOVICE_PATH), str(folder / "cycle-0"))
-    (demonstration,) = desk.demonstrations([WORLD.task("train", 0)])
-    prompts = [state.prompt for state in demonstration.states]
-    write_probe(folder / "cycle-0", make_probe(network.eval(), read_base_network(NOVICE_PATH).fingerprint, prompts))
-    return folder / "cycle-0"
 
 
 async def test_what_was_trained_in_32_bits_is_verified_when_served_in_16_and_the_base_is_not(tmp_path: Path):

@@ -15,7 +15,8 @@ import torch
 from policies.chat_protocol import ChatProtocol
 from policies.grammars import json_grammar, tool_call_grammar
 from policies.types import EngineError, FinishReason, SamplingParams, ToolCalls
-from runtime.engines.vllm import VllmEngine, parse_engine_args
+from runtime.engines.vllm.engine import VllmEngine
+from runtime.engines.vllm.settings import parse_engine_args
 from tests.serving import NOVICE_FOLDER
 from tests_vllm.novice_adapters import TOLERANCE, NoviceAdapters, complete, engine_on, ids_of, until
 
@@ -255,13 +256,13 @@ async def test_a_completion_that_nobody_reads_along_is_the_same_and_comes_in_two
 ):
     sampling = SamplingParams(max_tokens=30, seed=4, num_top_logprobs=3)
     streamed = await complete(engine, [5, 6], sampling, novice.adapter(1))
-    loop, arrivals, whole = asyncio.get_running_loop(), [], []
-    async for token in engine.generate([5, 6], sampling, novice.adapter(1), whole=True):
+    loop, arrivals, at_once = asyncio.get_running_loop(), [], []
+    async for token in engine.generate([5, 6], sampling, novice.adapter(1), stream=False):
         arrivals.append(loop.time())
-        whole.append(token)
-    assert ids_of(whole) == ids_of(streamed)
-    assert [token.finish_reason for token in whole] == [token.finish_reason for token in streamed]
-    for one, other in zip(whole, streamed, strict=True):
+        at_once.append(token)
+    assert ids_of(at_once) == ids_of(streamed)
+    assert [token.finish_reason for token in at_once] == [token.finish_reason for token in streamed]
+    for one, other in zip(at_once, streamed, strict=True):
         assert one.logprob == pytest.approx(other.logprob, abs=TOLERANCE)
         assert [token_id for token_id, _ in one.top_logprobs] == [token_id for token_id, _ in other.top_logprobs]
     waits = [after - before for before, after in itertools.pairwise(arrivals)]

@@ -16,7 +16,7 @@ import pytest_asyncio
 from policies.types import EngineError, SamplingParams
 from runtime.adapters.swap import Swap
 from runtime.engines.supervised import SupervisedEngine
-from runtime.engines.vllm import VllmEngine
+from runtime.engines.vllm.engine import VllmEngine
 from runtime.store.adapter_registry import AdapterRegistry
 from tests_vllm.novice_adapters import NoviceAdapters, complete, ids_of, until
 from tests_vllm.server_process import engine_processes_of, is_running, serving, wait_until

@@ -4,42 +4,29 @@ Own episodes are those with steps that no cycle has read yet, and a replay share
 LoRA forgets (CLaaS, arXiv 2606.05559). What a policy of long ago did is left out: its importance ratios say nothing.
 But what a person took the trouble to correct is always learned, whoever acted there and however long ago.
 
-A task is held out as a whole, for the gate: its demonstrations are never trained on, nor what the policy did at it.
+A task is held out as a whole, for the gate: its demonstrations are never trained on, nor what the policy did at it. So
+are anchors, at which the gate sees whether a candidate forgets: those that the user lists, and a share of what users
+were content with.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from learner.data.held_out import is_held_out
+from learner.data.held_out import Conversation, HeldOut, is_held_out, split_of
 from learner.data.training_data import NO_ANCESTOR
+from learner.options import CollectionOptions
 from policies.chat_protocol import action_message
 from policies.types import Message
 from runtime.store.episodes import Actor, Episode, Purpose, Step, new_messages_along
+from runtime.store.own_episodes import MOST_COUNTED, OwnEpisodes
 from runtime.store.step_log import StepLog
+from tools.worlds.world import World
 
-LEARNED_FROM = (Purpose.SERVE, Purpose.PRACTICE)
-_PAGE = 2000
-
-
-@dataclass(frozen=True, slots=True)
-class CollectionOptions:
-    """What is collected."""
-
-    held_out_share: float = 0.2
-    """Of the demonstrations; never trained on."""
-    max_demonstrations: int = 256
-    """Of those to train on, drawn anew each cycle, and of those held out: each of their states is sampled at."""
-    max_own_episodes: int = 256
-    """Of the policy's own; the newest count."""
-    replay_share: float = 0.25
-    """Of `max_own_episodes`: kept for episodes that an earlier cycle has read already."""
-    max_versions_old: int = 2
-    """An own episode whose adapter is further behind the acting one is left out."""
+_NEWEST = 500
+"""Episodes of an adapter among which anchors are looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +42,11 @@ class LoggedEpisode:
     or where only the corrections along the path count."""
 
     @property
-    def held_out_name(self) -> str:
-        """What decides whether it is held out: its task, or where that has no name all that the agent was told in it.
-
-        An episode and the demonstration that it was promoted to have the same one. What the user began with was
-        refused as a name: many agents are always greeted alike.
-        """
-        if self.episode.task is not None:
-            return self.episode.task
-        messages = [message for step in self.path for message in step.new_messages]
-        told = [message.get("content") for message in messages if message["role"] in ("user", "tool")]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    def conversation(self) -> Conversation:
+        """What tells its task."""
+        said = (message for step in self.path for message in (*step.new_messages, action_message(step.action)))
+        episode = self.episode
+        return Conversation(episode.id, episode.task, episode.metadata, tuple(said), episode.created_at)
 
     def states(self) -> list[LoggedState]:
         return [LoggedState(self.episode.task, self.path[: number + 1]) for number in range(len(self.path))]
@@ -102,69 +83,108 @@ class Collected:
     held_out: list[LoggedEpisode]
     """Demonstrations that are never trained on; the gate's."""
     policy_episodes: list[LoggedEpisode]
+    anchors: list[LoggedEpisode]
+    """What went well, or is to go well: never trained on either."""
+    anchor_tasks: list[str]
+    """Ids of the world's tasks."""
     last_step_id: str | None
     """The log was read up to this step."""
+    groups_of: dict[str, frozenset[str]] = field(default_factory=dict)
+    """By an episode, the names of the demonstrated tasks that it is of: what a fold keeps together."""
     counts: dict[str, int] = field(default_factory=dict)
     """Of episodes: collected, replayed, and left out by reason."""
 
 
 def collect(
-    log: StepLog, last_step_id: str | None, parents: Sequence[str], options: CollectionOptions, seed: int
+    log: StepLog,
+    last_step_id: str | None,
+    parents: Sequence[str],
+    options: CollectionOptions,
+    seed: int,
+    world: World | None = None,
 ) -> Collected:
-    """Read the log. `parents` names the acting adapter and its ancestors, newest first, `base` last."""
-    demonstrations, held_out, counts = _demonstrations(log, options, seed)
-    fresh, last_step_id = _episodes_since(log, last_step_id)
+    """Read the log. `parents` names the acting adapter and its ancestors, newest first, `base` last.
+
+    `world`: whose tasks the gate may try; what is of them is held out, whatever names it.
+    """
+    experts = [_logged(log, episode) for episode in log.episodes(limit=1_000_000, actor=Actor.EXPERT)]
+    anchors, anchor_tasks = _listed_anchors(log, options.anchors, world)
+    anchors += _contented(log, parents, options)
+    apart = HeldOut.among(
+        [expert.conversation for expert in experts],
+        world,
+        options.held_out_share,
+        [anchor.conversation for anchor in anchors],
+        anchor_tasks,
+    )
+    demonstrations, held_out, counts = _dealt(experts, apart, options, seed)
     behind = {name: number for number, name in enumerate(parents)}
-    own, own_counts = _own(log, fresh, behind, options, seed)
+    own, last_step_id, own_counts = _own(log, last_step_id, behind, options, seed)
     own += _corrected(log, own)
-    kept_apart = {expert.held_out_name for expert in held_out}
-    trained = [each for each in own if each.held_out_name not in kept_apart]
-    counts |= own_counts | {"own_held_out": len(own) - len(trained)}
-    return Collected(demonstrations, held_out, trained, last_step_id, counts)
+    trained = [each for each in own if not apart.covers(each.conversation)]
+    counts |= own_counts | {"own_held_out": len(own) - len(trained), "anchors": len(anchors) + len(anchor_tasks)}
+    groups_of = {each.episode.id: apart.groups(each.conversation) for each in (*demonstrations, *trained)}
+    return Collected(demonstrations, held_out, trained, anchors, anchor_tasks, last_step_id, groups_of, counts)
 
 
-def _demonstrations(
-    log: StepLog, options: CollectionOptions, seed: int
+def _listed_anchors(log: StepLog, listed: Sequence[str], world: World | None) -> tuple[list[LoggedEpisode], list[str]]:
+    """(episodes, the world's tasks). Raises ValueError for what is neither."""
+    episodes, tasks = list[LoggedEpisode](), list[str]()
+    for name in listed:
+        if world is not None and split_of(name, world):
+            tasks.append(name)
+        elif (episode := log.episode(name)) is not None:
+            episodes.append(_logged(log, episode))
+        else:
+            raise ValueError(f"the anchor {name!r} is neither a logged episode nor a task of the world")
+    return episodes, tasks
+
+
+def _contented(log: StepLog, parents: Sequence[str], options: CollectionOptions) -> list[LoggedEpisode]:
+    """The newest own episodes of the anchors' share that users were content with, and nobody corrected."""
+    corrected = set(log.corrected_steps())
+    found = list[LoggedEpisode]()
+    for adapter in parents[: options.max_versions_old + 1]:
+        for episode in log.episodes(limit=_NEWEST, purpose=Purpose.SERVE, actor=Actor.POLICY, adapter=adapter):
+            if len(found) >= options.max_anchors:
+                return found
+            if not is_held_out(f"anchor {episode.id}", options.anchor_share):
+                continue
+            logged = _logged(log, episode)
+            if logged.outcome == 1.0 and corrected.isdisjoint(step.id for step in logged.path):
+                found.append(logged)
+    return found
+
+
+def _dealt(
+    experts: Sequence[LoggedEpisode], apart: HeldOut, options: CollectionOptions, seed: int
 ) -> tuple[list[LoggedEpisode], list[LoggedEpisode], dict[str, int]]:
     """Those to train on, those held out, and how many there are."""
-    experts = [_logged(log, episode) for episode in log.episodes(limit=1_000_000, actor=Actor.EXPERT)]
-    sides = {True: list[LoggedEpisode](), False: list[LoggedEpisode]()}
-    for expert in experts:
-        sides[is_held_out(expert.held_out_name, options.held_out_share)].append(expert)
-    counts = {"demonstrations": len(sides[False]), "held_out": len(sides[True])}
+    held_out = [expert for expert in experts if expert.episode.id in apart.held_out_episodes - set(options.anchors)]
+    demonstrations = [expert for expert in experts if expert.episode.id not in apart.held_out_episodes]
+    counts = {"demonstrations": len(demonstrations), "held_out": len(held_out)}
     draw, most = random.Random(seed), options.max_demonstrations
-    demonstrations, held_out = (draw.sample(side, most) if len(side) > most else side for side in sides.values())
-    return held_out, demonstrations, counts
-
-
-def _episodes_since(log: StepLog, last_step_id: str | None) -> tuple[set[str], str | None]:
-    """Ids of the episodes with steps logged after that one, and the last step there is."""
-    found: set[str] = set()
-    while steps := log.steps_since(last_step_id, _PAGE):
-        found |= {step.episode_id for step in steps}
-        last_step_id = steps[-1].id
-    return found, last_step_id
+    held_out, demonstrations = (
+        draw.sample(side, most) if len(side) > most else side for side in (held_out, demonstrations)
+    )
+    return demonstrations, held_out, counts
 
 
 def _own(
-    log: StepLog, fresh: set[str], behind: Mapping[str, int], options: CollectionOptions, seed: int
-) -> tuple[list[LoggedEpisode], dict[str, int]]:
-    learnable = [
-        episode
-        for purpose in LEARNED_FROM
-        for episode in log.episodes(limit=1_000_000, purpose=purpose, actor=Actor.POLICY)
-    ]
+    log: StepLog, since: str | None, behind: Mapping[str, int], options: CollectionOptions, seed: int
+) -> tuple[list[LoggedEpisode], str | None, dict[str, int]]:
+    """The newest with steps that no cycle has read, and a share of the others; the last step there is; counts."""
     # What was rolled back is no ancestor of what acts, however short the line is: it is left out.
-    recent = [e for e in learnable if e.adapter in behind and behind[e.adapter] <= options.max_versions_old]
-    new = sorted((e for e in recent if e.id in fresh), key=lambda e: e.id, reverse=True)
-    old = sorted((e for e in recent if e.id not in fresh), key=lambda e: e.id)
-    num_replayed = min(len(old), max(int(options.max_own_episodes * options.replay_share), 0))
-    kept = new[: options.max_own_episodes - num_replayed]
-    replayed = random.Random(seed).sample(old, num_replayed)
-    own = [_logged(log, episode, behind[episode.adapter]) for episode in (*kept, *replayed)]
+    recent = [name for name, number in behind.items() if number <= options.max_versions_old]
+    own = OwnEpisodes(log, recent, since)
+    last_step_id = own.last_step_id()
+    num_replayed = max(int(options.max_own_episodes * options.replay_share), 0)
+    replayed = own.old(num_replayed, random.Random(seed))
+    new = own.fresh(options.max_own_episodes + MOST_COUNTED)
+    kept = new[: options.max_own_episodes - len(replayed)]
     counts = {"own_new": len(kept), "own_replayed": len(replayed)}
-    counts |= {"own_too_old": len(learnable) - len(recent), "own_over_limit": len(new) - len(kept)}
-    return own, counts
+    counts |= {"own_too_old": own.num_too_old(), "own_over_limit": len(new) - len(kept)}
+    return [_logged(log, episode, behind[episode.adapter]) for episode in (*kept, *replayed)], last_step_id, counts
 
 
 def _corrected(log: StepLog, own: Sequence[LoggedEpisode]) -> list[LoggedEpisode]:

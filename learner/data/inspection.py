@@ -13,31 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from learner.client import Endpoint
-from learner.data.collect import LoggedEpisode, LoggedState
+from learner.data.collaborators import Collaborators
+from learner.data.collect import Collected, LoggedEpisode, LoggedState
 from learner.data.comparison import ComparedState, compare_state, report_on
-from learner.data.experts import Expert, ask, same_effect_at
+from learner.data.experts import ask, same_effect_at
 from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
 from policies.chat_protocol import ChatProtocol, ChatProtocolError
+from policies.read_back import misreading
 from policies.types import Action, MalformedAction, TokenIds
 from runtime.store.episodes import Step
-from runtime.store.step_log import StepLog
-from tools.worlds.world import World
-
-
-@dataclass(frozen=True, slots=True)
-class Inspector:
-    """Asks the acting policy and the experts."""
-
-    endpoint: Endpoint
-    log: StepLog
-    protocol: ChatProtocol
-    world: World | None
-    experts: Sequence[Expert]
-    acting: str
-    """The adapter that is sampled."""
-    num_samples: int
-    """Actions of the acting policy at each state of a demonstration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,34 +51,43 @@ class Inspection:
 
 
 async def inspect(
-    demonstrations: Sequence[LoggedEpisode],
-    own: Sequence[LoggedEpisode],
-    inspector: Inspector,
+    who: Collaborators,
+    collected: Collected,
+    acting: str,
+    num_samples: int,
     on_done: Callable[[], object] = lambda: None,
 ) -> Inspection:
-    """Compare everywhere; `on_done` is called after each state. Raises openai's errors where the endpoint does not
-    answer."""
-    demonstrated, compared = await inspect_demonstrations(demonstrations, inspector, on_done)
-    own_trajectories, own_compared, num_answers = await _inspect_own(own, inspector, on_done)
-    training_data = TrainingData(tuple(demonstrated), tuple(own_trajectories))
-    return Inspection(training_data, compared, own_compared, num_answers)
+    """Compare everywhere; `on_done` is called after each state.
+
+    `num_samples` actions of the acting adapter are sampled at each state of a demonstration. Raises openai's errors
+    where the endpoint does not answer.
+    """
+    demonstrations = collected.demonstrations
+    demonstrated, at_expert_states = await inspect_demonstrations(who, demonstrations, acting, num_samples, on_done)
+    episodes, at_policy_states, num_answers = await _inspect_policy_states(who, collected.policy_episodes, on_done)
+    training_data = TrainingData(tuple(demonstrated), tuple(episodes))
+    return Inspection(training_data, at_expert_states, at_policy_states, num_answers)
 
 
 # ------------------------------------------------------------------------------------------- demonstrations
 
 
 async def inspect_demonstrations(
-    demonstrations: Sequence[LoggedEpisode], inspector: Inspector, on_done: Callable[[], object] = lambda: None
+    who: Collaborators,
+    demonstrations: Sequence[LoggedEpisode],
+    adapter: str,
+    num_samples: int,
+    on_done: Callable[[], object] = lambda: None,
 ) -> tuple[list[Trajectory], list[ComparedState]]:
-    """Sample the acting policy at every state of the experts' episodes, and compare."""
+    """Sample an adapter at every state of the experts' episodes, and compare."""
     places = [state for demonstration in demonstrations for state in demonstration.states()]
-    asked = [(state.messages, state.step.tools) for state in places]
-    sampled = await inspector.endpoint.sample(asked, inspector.acting, inspector.num_samples, on_done)
+    asked = [(state.messages, state.step.tools, most_tokens(state.step)) for state in places]
+    sampled = await who.endpoint.sample(asked, adapter, num_samples, on_done)
     states: dict[str, State] = {}
     compared = []
     for place, step_ids in zip(places, sampled, strict=True):
-        samples = [step for step_id in step_ids if (step := inspector.log.step(step_id)) is not None]
-        judge = same_effect_at(inspector.world, place)
+        samples = [step for step_id in step_ids if (step := who.log.step(step_id)) is not None]
+        judge = same_effect_at(who.world, place)
         compared.append(compare_state([sample.action for sample in samples], place.step.action, judge))
         states[place.step.id] = _demonstrated_state(place.step, samples, compared[-1])
     trajectories = [
@@ -103,16 +96,22 @@ async def inspect_demonstrations(
     return trajectories, compared
 
 
+def most_tokens(expert: Step) -> int:
+    """Of an action that is held against an expert's: an untrained policy may go on for ever, and is wrong before."""
+    return 4 * len(expert.completion_token_ids) + 64
+
+
 def _demonstrated_state(expert: Step, samples: Sequence[Step], compared: ComparedState) -> State:
     own = tuple(
-        _own_action(sample, comparison.agrees) for sample, comparison in zip(samples, compared.comparisons, strict=True)
+        _policy_action(sample, comparison.agrees)
+        for sample, comparison in zip(samples, compared.comparisons, strict=True)
     )
     # The prompt as it is served now: a template may write a history afresh that the demonstration continued.
     prompt = samples[0].prompt_token_ids if samples else expert.prompt_token_ids
     return State(expert.id, prompt, expert.completion_token_ids, own)
 
 
-def _own_action(step: Step, agrees: bool | None, num_versions_old: int = 0) -> PolicyAction:
+def _policy_action(step: Step, agrees: bool | None, num_versions_old: int = 0) -> PolicyAction:
     behavior = step.behavior_logprobs if step.behavior_logprobs and step.sampling.is_policy else ()
     return PolicyAction(step.id, step.completion_token_ids, behavior, agrees, num_versions_old)
 
@@ -120,29 +119,30 @@ def _own_action(step: Step, agrees: bool | None, num_versions_old: int = 0) -> P
 # ---------------------------------------------------------------------------------------------- own states
 
 
-async def _inspect_own(
-    own: Sequence[LoggedEpisode], inspector: Inspector, on_done: Callable[[], object]
+async def _inspect_policy_states(
+    who: Collaborators, policy_episodes: Sequence[LoggedEpisode], on_done: Callable[[], object]
 ) -> tuple[list[Trajectory], list[ComparedState], Counter[str]]:
-    places = [(episode, state) for episode in own for state in episode.states()]
-    answers = await asyncio.gather(*(ask(inspector.experts, place) for _, place in places))
+    places = [(episode, state) for episode in policy_episodes for state in episode.states()]
+    answers = await asyncio.gather(*(ask(who.experts, place) for _, place in places))
     states: dict[str, State] = {}
     compared, num_answers = [], Counter[str]()
     for (episode, place), answer in zip(places, answers, strict=True):
         on_done()
         step = place.step
-        expert = None if answer is None else _in_tokens(inspector.protocol, place, answer.action)
+        expert = None if answer is None else _in_tokens(who.protocol, place, answer.action)
         agrees = None
         if answer is None or expert is None:
             num_answers["nobody" if answer is None else "unwritable"] += 1
         else:
             num_answers[answer.source] += 1
-            judge = same_effect_at(inspector.world, place)
+            judge = same_effect_at(who.world, place)
             compared.append(compare_state([step.action], answer.action, judge))
             agrees = compared[-1].comparisons[0].agrees
-        action = _own_action(step, agrees, episode.num_versions_old)
+        action = _policy_action(step, agrees, episode.num_versions_old)
         states[step.id] = State(step.id, step.prompt_token_ids, expert, (action,))
     trajectories = [
-        Trajectory(e.episode.id, tuple(states[step.id] for step in e.path), e.episode.task, e.outcome) for e in own
+        Trajectory(e.episode.id, tuple(states[step.id] for step in e.path), e.episode.task, e.outcome)
+        for e in policy_episodes
     ]
     return trajectories, compared, num_answers
 
@@ -155,5 +155,4 @@ def _in_tokens(protocol: ChatProtocol, place: LoggedState, action: Action) -> To
         _, completion = protocol.completion_of(place.messages, action, place.step.tools)
     except (ChatProtocolError, ValueError):
         return None
-    read = protocol.parse(completion, tools=place.step.tools)
-    return completion if type(read) is type(action) else None
+    return None if misreading(protocol, completion, action, place.step.tools) else completion

@@ -1,79 +1,165 @@
-"""The trials of a cycle's gate: the same for every adapter.
+"""What a cycle's gate tries: tasks of the server's world, or demonstrations, and what must not be forgotten.
 
-They are tasks of the server's world where the demonstrations are of that world, and held-out demonstrations where they
-are of something else: doing well at tasks that nobody teaches would decide nothing.
+Tasks where the demonstrations are of that world, and demonstrations where they are of something else: doing well at
+tasks that nobody teaches would decide nothing.
 """
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
+from learner.data.collaborators import Collaborators
 from learner.data.collect import Collected, LoggedEpisode
-from learner.data.comparison import ComparedState, Verdict
-from learner.data.inspection import Inspector, inspect_demonstrations
-from learner.evaluation.gate import Trial
+from learner.evaluation.evidence import Pair, Trial, paired
+from learner.evaluation.folds import fold_of, needs_folds
+from learner.evaluation.gate import Contestants
+from learner.evaluation.outlook import Outlook, evidence_outlook
+from learner.evaluation.past_trials import PastTrials
+from learner.evaluation.state_trials import score, try_states
 from policies.types import ToolCalls
 from tools.worlds.world import Task, World
 
 TEMPERATURE = 1.0
 """The policy itself is judged, as users sample from it by default."""
+SEED = 0
+"""Of tasks, at which both adapters have the same luck."""
 
 
 @dataclass(frozen=True, slots=True)
-class Trials:
-    """What each adapter is tried on; nothing of it was trained on."""
+class Unit:
+    """A task, or a demonstration with all its states: one piece of evidence."""
 
-    inspector: Inspector
-    world: World | None
-    """None: held-out demonstrations are tried."""
-    tasks: Sequence[Task]
-    held_out: Sequence[LoggedEpisode]
+    subject: Task | LoggedEpisode
+    fold: int | None = None
+    """None: nobody was trained on it, and the candidate itself tries it."""
+
+    @property
+    def name(self) -> str:
+        return self.subject.id if isinstance(self.subject, Task) else self.subject.episode.id
+
+    @property
+    def num_states(self) -> int:
+        return 0 if isinstance(self.subject, Task) else len(self.subject.path)
+
+
+@dataclass(frozen=True, slots=True)
+class CycleTrials:
+    """What each adapter is tried on. Nothing of it was trained on by the adapters that try it."""
+
+    who: Collaborators
+    units: tuple[Unit, ...]
+    """Those that need no fold first, then fold by fold; else in an order that only names decide."""
+    anchors: tuple[Unit, ...]
+    past: PastTrials
 
     @classmethod
-    def of_cycle(cls, cycle: str, collected: Collected, inspector: Inspector, num_tasks: int) -> Trials:
-        """`cycle` draws the validation tasks: always the same ones would in time be learned by selection."""
-        world = fitting_world(inspector.world, [*collected.demonstrations, *collected.held_out])
-        if world is None:
-            return cls(inspector, None, (), collected.held_out)
-        size = world.splits["validation"]
-        places = random.Random(cycle).sample(range(size), min(num_tasks, size))
-        return cls(inspector, world, [world.task("validation", place) for place in places], ())
+    def of_cycle(
+        cls, acting: str, collected: Collected, who: Collaborators, num_tasks: int, by_folds: bool = False
+    ) -> CycleTrials:
+        """The acting adapter draws the world's tasks: its trials can be used again until another one acts, and no line
+        of adapters is selected on the same tasks. `by_folds`: adapters of folds can be had."""
+        world = who.world
+        fitting = fitting_world(world, [*collected.demonstrations, *collected.held_out])
+        anchors = [Unit(anchor) for anchor in collected.anchors]
+        anchors += [Unit(task_named(name, world)) for name in collected.anchor_tasks if world]
+        if fitting is None:
+            units = _demonstrations(collected, by_folds)
+        else:
+            size = fitting.splits["validation"]
+            places = random.Random(acting).sample(range(size), min(num_tasks, size))
+            units = [Unit(fitting.task("validation", place)) for place in places]
+        return cls(who, tuple(units), tuple(anchors), PastTrials(who.log, world))
 
     @property
-    def unit(self) -> str:
-        return "tasks" if self.world else "held-out demonstrations"
+    def kind(self) -> str:
+        if any(isinstance(unit.subject, Task) for unit in self.units):
+            return "tasks"
+        return "demonstrations" if any(unit.fold is not None for unit in self.units) else "held-out demonstrations"
 
     @property
-    def num(self) -> int:
-        """Units of `on_done`: tasks, or states of demonstrations."""
-        return len(self.tasks) if self.world else sum(len(each.path) for each in self.held_out)
+    def folds(self) -> list[int]:
+        """For which adapters are needed that were trained without them."""
+        return sorted({unit.fold for unit in self.units if unit.fold is not None})
 
-    async def results(self, adapter: str, on_done: Callable[[], object]) -> list[Trial | None]:
-        """How an adapter does, trial by trial; None where a trial did not come to an end."""
-        if self.world is None:
-            return await self._demonstrations(adapter, on_done)
-        endpoint = self.inspector.endpoint
-        attempts = await endpoint.evaluate(self.world, self.tasks, adapter, TEMPERATURE, on_done)
-        return [None if attempt.error else Trial(attempt.outcome, attempt.num_malformed) for attempt in attempts]
+    def outlook(self, num_candidates: int, spread: float | None = None) -> Outlook:
+        """What they could show. `spread`: of the gain from pair to pair, where an earlier gate has seen it."""
+        num_states = sum(unit.num_states for unit in self.units)
+        return evidence_outlook(len(self.units), num_states, self.kind, num_candidates=num_candidates, spread=spread)
 
-    async def _demonstrations(self, adapter: str, on_done: Callable[[], object]) -> list[Trial | None]:
-        """A demonstration's score is the share of the sampled actions that agree with its expert's."""
-        inspector = replace(self.inspector, acting=adapter)
-        _, compared = await inspect_demonstrations(self.held_out, inspector, on_done)
-        states = iter(compared)
-        return [_agreement(list(islice(states, len(demonstration.path)))) for demonstration in self.held_out]
+    async def pairs(self, units: Sequence[Unit], contestants: Contestants) -> list[Pair]:
+        """Try units under both adapters; those that the acting adapter could not finish are left out."""
+        tasks = [unit for unit in units if isinstance(unit.subject, Task)]
+        demonstrations = [unit for unit in units if not isinstance(unit.subject, Task)]
+        pairs = await self._try_tasks(tasks, contestants) + await self._try_demonstrations(demonstrations, contestants)
+        return [pair for pair in pairs if pair is not None]
+
+    async def _try_tasks(self, units: Sequence[Unit], contestants: Contestants) -> list[Pair | None]:
+        tasks = [unit.subject for unit in units if isinstance(unit.subject, Task)]
+        candidate, acting = await asyncio.gather(
+            self._task_trials(tasks, contestants.candidate), self._task_trials(tasks, contestants.acting)
+        )
+        return [paired(unit.name, new, old, unit.fold) for unit, new, old in zip(units, candidate, acting, strict=True)]
+
+    async def _task_trials(self, tasks: Sequence[Task], adapter: str) -> list[Trial | None]:
+        """Tried anew only where the log does not tell how it went."""
+        if self.who.world is None:
+            return []
+        trials = {task.id: self.past.of_task(adapter, task, SEED) for task in tasks}
+        missing = [task for task in tasks if trials[task.id] is None]
+        attempts = await self.who.endpoint.evaluate(self.who.world, missing, adapter, TEMPERATURE, lambda: None, SEED)
+        for attempt in attempts:
+            if not attempt.error:
+                trials[attempt.task_id] = Trial(attempt.outcome, attempt.num_malformed)
+                self.past.remember(adapter, attempt.task_id, attempt.episode_id)
+        return [trials[task.id] for task in tasks]
+
+    async def _try_demonstrations(self, units: Sequence[Unit], contestants: Contestants) -> list[Pair | None]:
+        subjects = [unit.subject for unit in units if not isinstance(unit.subject, Task)]
+        states = [state for subject in subjects for state in subject.states()]
+        candidate, acting = await try_states(states, contestants, self.who, self.past)
+        pairs, begin = list[Pair | None](), 0
+        for unit in units:
+            own = slice(begin, begin := begin + unit.num_states)
+            pairs.append(paired(unit.name, score(candidate[own]), score(acting[own]), unit.fold))
+        return pairs
+
+
+def task_named(name: str, world: World) -> Task:
+    """Raises IndexError for an index beyond the split's end."""
+    _, split, index = name.split("/")
+    return world.task(split, int(index))
+
+
+def _demonstrations(collected: Collected, by_folds: bool) -> list[Unit]:
+    """Those held out; and by folds the others, where these are too few."""
+    units = sorted((Unit(each) for each in collected.held_out), key=_order)
+    if by_folds and needs_folds(len(units)):
+        folded = [Unit(each, _fold(each, collected)) for each in collected.demonstrations]
+        units += sorted(folded, key=lambda unit: (unit.fold, _order(unit)))
+    return units
+
+
+def _fold(demonstration: LoggedEpisode, collected: Collected) -> int:
+    (group,) = collected.groups_of[demonstration.episode.id]
+    return fold_of(group)
+
+
+def _order(unit: Unit) -> str:
+    return hashlib.sha256(unit.name.encode()).hexdigest()
 
 
 def fitting_world(world: World | None, demonstrations: Sequence[LoggedEpisode]) -> World | None:
-    """The world, unless every demonstration has tools that are not the world's."""
-    if world is None or not demonstrations:
+    """The world, unless most demonstrations that have tools have other ones than the world's."""
+    tools_of = [tools for each in demonstrations if (tools := _tools_of(each))]
+    if world is None or not tools_of:
         return world
     names = {tool.name for tool in world.open(world.task("validation", 0)).tools}
-    return world if any(_tools_of(each) <= names for each in demonstrations) else None
+    return world if fmean(tools <= names for tools in tools_of) >= 0.5 else None
 
 
 def _tools_of(demonstration: LoggedEpisode) -> set[str]:
@@ -81,11 +167,3 @@ def _tools_of(demonstration: LoggedEpisode) -> set[str]:
     offered = {tool["function"]["name"] for step in demonstration.path for tool in step.tools}
     actions = [step.action for step in demonstration.path]
     return offered | {call.name for action in actions if isinstance(action, ToolCalls) for call in action.calls}
-
-
-def _agreement(states: Sequence[ComparedState]) -> Trial | None:
-    comparisons = [comparison for state in states for comparison in state.comparisons]
-    if not comparisons:
-        return None
-    num_malformed = sum(comparison.verdict is Verdict.MALFORMED for comparison in comparisons)
-    return Trial(fmean(comparison.agrees for comparison in comparisons), num_malformed)

@@ -4,27 +4,26 @@ A demonstration in that shape can be replayed as an episode: it begins with what
 assistant's message, every call has its results right behind it, no two actions follow each other with nothing seen
 between, and arguments are JSON objects. Records that break this are refused rather than mended: a guess at what an
 expert meant would be learned. Only what is lost without harm is brought into line: ids of calls are numbered anew,
-fields that no server takes are dropped, and so is what follows the last action.
+nulls that pad the arguments are left out, and so is what follows the last action.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
+from learner.importing.exact_json import dumps, holds_rounded, loads
+from learner.importing.fields import RefusedRecord, kind
+from learner.importing.formats import read_draft, records_of
+from learner.importing.json_lines import Record, Refusal, read_values
+from learner.importing.tool_schemas import NAME_RULE, TOOL_NAME, holds_null, without_padding
+from learner.importing.turns import Call, Draft, SourceFormat, Turn
+from policies.types import Message, ToolSchema
+from runtime.store.episodes import demonstration_digest
 
-from learner.importing.formats import Draft, RefusedRecord, SourceFormat, Turn, is_message, read_draft
-from learner.importing.json_lines import Record, Refusal, read_records
-from policies.chat_protocol import action_message, message_action
-from policies.types import FinalAnswer, Message, ToolCalls, ToolSchema
-
-_TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MOST_REFUSED = 1000
 """So many refused records and not one imported: the file is something else."""
 
@@ -52,23 +51,18 @@ class ImportedDemonstration:
     learn_from: tuple[int, ...]
     """Indices of the assistant messages that are to be learned: all, unless the source says otherwise. Never empty."""
     provenance: Provenance
-    rejected: tuple[Message, ...] | None = None
-    """The whole conversation of a preference row's other side; None where there is none."""
+    task: str | None = None
+    """`world/split/index`, where the source tells."""
 
     @property
     def digest(self) -> str:
-        """SHA-256 in hex of messages, tools and what is learned: equal for whatever teaches the same.
-
-        Does not cover provenance, so that the same file under another name adds nothing, nor the rejected side, so
-        that one demonstration can never be held out in one row and trained on in the next.
-        """
-        content = [self.messages, self.tools, self.learn_from]
-        return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
+        """Equal for whatever teaches the same, as the server computes it."""
+        return demonstration_digest(self.messages, self.tools, self.learn_from)
 
     def to_wire(self) -> dict[str, Any]:
-        """The JSON object that `POST /v1/demonstrations` takes; `rejected` only where there is one."""
+        """The JSON object that `POST /v1/demonstrations` takes."""
         source = self.provenance
-        wire: dict[str, Any] = {
+        return {
             "messages": list(self.messages),
             "tools": list(self.tools),
             "learn_from": list(self.learn_from),
@@ -78,45 +72,22 @@ class ImportedDemonstration:
                 "item_id": source.item_id,
                 "format": source.format.value,
             },
-            "digest": self.digest,
+            **({} if self.task is None else {"task": self.task}),
         }
-        if self.rejected is not None:
-            wire["rejected"] = list(self.rejected)
-        return wire
-
-
-@dataclass(frozen=True, slots=True)
-class ImportReport:
-    """What came of one file."""
-
-    imported: list[ImportedDemonstration] = field(default_factory=list)
-    refused: list[Refusal] = field(default_factory=list)
-    num_repeated: int = 0
-    """Demonstrations left out because they were known already, or stand in the file twice."""
 
 
 # ------------------------------------------------------------------------------------------------- reading
 
 
-def import_file(path: str | os.PathLike[str], known_digests: Collection[str] = ()) -> ImportReport:
-    """Read a whole file, without what is known already. For files that do not fit into memory: read_demonstrations."""
-    imported: dict[str, ImportedDemonstration] = {}
-    refused: list[Refusal] = []
-    num_repeated = 0
-    for read in read_demonstrations(path):
-        if isinstance(read, Refusal):
-            refused.append(read)
-        elif (digest := read.digest) in known_digests or digest in imported:
-            num_repeated += 1
-        else:
-            imported[digest] = read
-    return ImportReport(list(imported.values()), refused, num_repeated)
+def read_demonstrations(
+    path: str | os.PathLike[str], ignored: Collection[str] = ()
+) -> Iterator[ImportedDemonstration | Refusal]:
+    """What a file holds, one at a time and in its order. Never raises for what is in the file, or for no file.
 
-
-def read_demonstrations(path: str | os.PathLike[str]) -> Iterator[ImportedDemonstration | Refusal]:
-    """What a file holds, one at a time and in its order. Never raises for what is in the file, or for no file."""
+    `ignored` are keys that the user calls harmless.
+    """
     num_imported = num_refused = 0
-    for read in _read_records(Path(path)):
+    for read in _read_records(Path(path), ignored):
         result = read if isinstance(read, Refusal) else read_record(read.value, str(path), read.line)
         yield result
         num_imported += isinstance(result, ImportedDemonstration)
@@ -128,11 +99,11 @@ def read_demonstrations(path: str | os.PathLike[str]) -> Iterator[ImportedDemons
         yield Refusal(0, "the file holds no records")
 
 
-def _read_records(path: Path) -> Iterator[Record | Refusal]:
+def _read_records(path: Path, ignored: Collection[str]) -> Iterator[Record | Refusal]:
     line = 0
     try:
         with path.open("rb") as stream:
-            for read in read_records(stream, is_message):
+            for read in records_of(read_values(stream), ignored):
                 line = read.line
                 yield read
     except OSError as error:
@@ -155,167 +126,149 @@ def read_record(record: Any, file: str, line: int) -> ImportedDemonstration | Re
 
 def _check(draft: Draft, provenance: Provenance) -> ImportedDemonstration:
     """The canonical shape of a draft. Raises RefusedRecord."""
-    tools = _check_tools(draft.tools)
-    names = [tool["function"]["name"] for tool in tools]
-    messages, learn_from = _check_turns(draft.turns, names)
-    if not learn_from:
-        raise RefusedRecord("nothing in it is to be learned: every assistant message is marked as not")
-    rejected = None
-    if draft.rejected is not None:
-        try:
-            rejected, _ = _check_turns(draft.rejected, names)
-        except RefusedRecord as refused:
-            raise RefusedRecord(f"in the rejected side, {refused}") from refused
-    return ImportedDemonstration(messages, tools, learn_from, provenance, rejected)
-
-
-def _check_turns(turns: Sequence[Turn], tool_names: Sequence[str]) -> tuple[tuple[Message, ...], tuple[int, ...]]:
-    """(messages, learn_from), without what follows the last action. Raises RefusedRecord."""
-    transcript = _Transcript(tool_names)
-    for number, turn in enumerate(turns, 1):
+    transcript = _Transcript(draft.tools)
+    for number, turn in enumerate(draft.turns, 1):
         try:
             transcript.add(turn)
         except RefusedRecord as refused:
             raise RefusedRecord(f"message {number}: {refused}") from refused
     if not transcript.num_until_action:
         raise RefusedRecord("no message of the assistant: there is nothing to learn")
-    return tuple(transcript.messages[: transcript.num_until_action]), tuple(transcript.learn_from)
+    if not transcript.learn_from:
+        hidden = "; the thinking of the others is encrypted, and a model would learn not to think"
+        is_hidden = any(turn.hides_thinking for turn in draft.turns)
+        reason = "nothing in it is to be learned: every assistant message is marked as not"
+        raise RefusedRecord(reason + (hidden if is_hidden else ""))
+    messages = tuple(transcript.messages[: transcript.num_until_action])
+    return ImportedDemonstration(messages, draft.tools, tuple(transcript.learn_from), provenance, draft.task)
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A call that has no result yet."""
+
+    new_id: str
+    source_id: str | None
+    name: str
 
 
 class _Transcript:
     """A conversation as it grows, turn by turn; knows which calls still wait for their results."""
 
-    def __init__(self, tool_names: Sequence[str]) -> None:
+    def __init__(self, tools: Sequence[ToolSchema]) -> None:
         self.messages: list[Message] = []
         self.learn_from: list[int] = []
         self.num_until_action = 0
         """How many messages there are up to the last action, itself included."""
-        self._tool_names = tool_names
+        self._schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
         self._num_calls = 0
-        self._waiting: dict[str, str] = {}
-        """Calls without a result yet: our id by the source's."""
+        self._waiting: list[_Waiting] = []
 
     def add(self, turn: Turn) -> None:
         """Take the next turn. Raises RefusedRecord where it cannot follow."""
-        role = turn.message.get("role")
-        if role in ("tool", "function"):
-            self.messages.append(self._result(turn.message))
-            return
-        if self._waiting:
+        if turn.role == "tool":
+            self._add_result(turn)
+        elif self._waiting:
             raise RefusedRecord(f"{len(self._waiting)} of the calls before have no result")
-        if role == "assistant":
+        elif turn.role == "assistant":
             self._add_action(turn)
-        elif role in ("user", "system", "developer"):
-            role = "user" if role == "user" else "system"
-            self.messages.append({"role": role, "content": _text(turn.message)})
         else:
-            raise RefusedRecord(f"the role {role!r} is not known")
+            self.messages.append({"role": turn.role, "content": _sound(turn.text)})
 
-    def _result(self, message: Message) -> Message:
+    def _add_result(self, turn: Turn) -> None:
+        call = self._answered(turn)
+        self._waiting.remove(call)
+        self.messages.append({"role": "tool", "tool_call_id": call.new_id, "content": _sound(turn.text)})
+
+    def _answered(self, turn: Turn) -> _Waiting:
+        """The call that a result belongs to: by its id, else by the tool's name, else the only one that waits."""
         if not self._waiting:
             raise RefusedRecord("a tool result, but no call waits for one")
-        # Formats without ids give results in the order of the calls.
-        source_id = str(message.get("tool_call_id") or next(iter(self._waiting)))
-        if source_id not in self._waiting:
-            raise RefusedRecord(f"a tool result for the call {source_id!r}, which does not wait for one")
-        return {"role": "tool", "tool_call_id": self._waiting.pop(source_id), "content": _text(message)}
+        if turn.result_of is not None:
+            named = [call for call in self._waiting if call.source_id == turn.result_of]
+            if named:
+                return named[0]
+            if any(call.source_id is not None for call in self._waiting):
+                raise RefusedRecord(f"a tool result for the call {turn.result_of!r}, which does not wait for one")
+        if turn.tool_name is not None:
+            named = [call for call in self._waiting if call.name == turn.tool_name]
+            if len(named) == 1:
+                return named[0]
+            if not named and len(self._waiting) > 1:
+                raise RefusedRecord(f"a result of the tool {turn.tool_name!r}, which was not called")
+        if len(self._waiting) > 1:
+            raise RefusedRecord(
+                f"a tool result without the id of its call, while {len(self._waiting)} calls wait: "
+                "nothing tells which one it belongs to"
+            )
+        return self._waiting[0]
 
     def _add_action(self, turn: Turn) -> None:
         if not self.messages:
             raise RefusedRecord("the assistant speaks first: there is no state to act in")
         if self.messages[-1]["role"] == "assistant":
             raise RefusedRecord("two messages of the assistant in a row: nothing was seen between them")
-        action = _read_action(turn.message)
-        if isinstance(action, ToolCalls):
-            action = self._number_calls(action)
-        if turn.is_learned:
+        if not turn.calls and not turn.text.strip():
+            raise RefusedRecord("the assistant says nothing and calls nothing")
+        message: Message = {"role": "assistant", "content": _sound(turn.text)}
+        if turn.calls:
+            message["tool_calls"] = [self._entry(call, number) for number, call in enumerate(turn.calls, 1)]
+        if turn.thinking.strip():
+            message["reasoning_content"] = _sound(turn.thinking)
+        if turn.is_learned and not turn.hides_thinking:
             self.learn_from.append(len(self.messages))
-        self.messages.append(action_message(action))
+        self.messages.append(message)
         self.num_until_action = len(self.messages)
 
-    def _number_calls(self, action: ToolCalls) -> ToolCalls:
-        calls = []
-        for call in action.calls:
-            if self._tool_names and call.name not in self._tool_names:
-                raise RefusedRecord(f"it calls {call.name!r}, which is not among its tools")
-            new_id = f"call_{self._num_calls}"
-            if call.id and call.id in self._waiting:
-                raise RefusedRecord(f"two of its calls have the id {call.id!r}")
-            self._waiting[call.id or new_id] = new_id
-            self._num_calls += 1
-            calls.append(replace(call, id=new_id))
-        return replace(action, calls=tuple(calls))
+    def _entry(self, call: Call, number: int) -> dict[str, Any]:
+        """A call in OpenAI's form, under an id of ours."""
+        name = call.name
+        if not isinstance(name, str) or not name:
+            raise RefusedRecord(f"tool call {number} has no name")
+        if not TOOL_NAME.fullmatch(name):
+            raise RefusedRecord(f"it calls {name!r}; {NAME_RULE}")
+        if self._schemas and name not in self._schemas:
+            raise RefusedRecord(f"it calls {name!r}, which is not among its tools")
+        if call.id is not None and any(waiting.source_id == call.id for waiting in self._waiting):
+            raise RefusedRecord(f"two of its calls have the id {call.id!r}")
+        arguments = _arguments(call, self._schemas.get(name))
+        new_id = f"call_{self._num_calls}"
+        self._waiting.append(_Waiting(new_id, call.id, name))
+        self._num_calls += 1
+        return {"id": new_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def _read_action(message: Message) -> ToolCalls | FinalAnswer:
-    calls, reasoning = message.get("tool_calls") or [], message.get("reasoning_content") or ""
-    if not isinstance(calls, list):
-        raise RefusedRecord("tool_calls is not a list")
-    if not isinstance(reasoning, str):
-        raise RefusedRecord("reasoning_content is not text")
-    plain = {"content": _text(message), "tool_calls": calls, "reasoning_content": reasoning}
+def _sound(text: str) -> str:
+    """Raises RefusedRecord for text that no file and no tokenizer takes."""
     try:
-        action = message_action(plain)
-    except ValueError as error:
-        raise RefusedRecord(str(error)) from error
-    if isinstance(action, FinalAnswer) and not action.text.strip():
-        raise RefusedRecord("the assistant says nothing and calls nothing")
-    return action
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RefusedRecord("its text holds half a character") from error
+    return text
 
 
-def _text(message: Message) -> str:
-    """A message's text; parts of text are joined, thinking that stands among them is left out."""
-    content = message.get("content")
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise RefusedRecord("its content is neither text nor a list of parts")
-    return "".join(map(_text_of_part, content))
-
-
-def _text_of_part(part: Any) -> str:
-    if isinstance(part, str):
-        return part
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind in ("thinking", "reasoning", "redacted_thinking"):
-        return ""
-    if kind != "text" or not isinstance(part.get("text"), str):
-        raise RefusedRecord(f"its content has a part of type {kind!r}; only text is read")
-    return part["text"]
-
-
-# --------------------------------------------------------------------------------------------------- tools
-
-
-def _check_tools(tools: Any) -> tuple[ToolSchema, ...]:
-    """Tools in OpenAI's form, from a list, from its JSON text, or from the bare functions. Raises RefusedRecord."""
-    if isinstance(tools, str):
+def _arguments(call: Call, schema: dict[str, Any] | None) -> str:
+    """A call's arguments as JSON text, its numbers as they were written. Raises RefusedRecord."""
+    value, where = call.arguments, f"the arguments of {call.name}"
+    is_text = isinstance(value, str)
+    if isinstance(value, str):
         try:
-            tools = orjson.loads(tools) if tools.strip() else []
-        except orjson.JSONDecodeError as error:
-            raise RefusedRecord(f"its tools are not JSON: {error}") from error
-    if tools is None:
-        return ()
-    if not isinstance(tools, list):
-        raise RefusedRecord("its tools are not a list")
-    checked = tuple(_check_tool(tool, number) for number, tool in enumerate(tools, 1))
-    names = [tool["function"]["name"] for tool in checked]
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise RefusedRecord(f"two of its tools are called {min(repeated)!r}")
-    return checked
-
-
-def _check_tool(tool: Any, number: int) -> ToolSchema:
-    """Only what a server renders is kept, so that a demonstration's prompt reads as a served one does."""
-    function = tool.get("function", tool) if isinstance(tool, dict) else None
-    if not isinstance(function, dict):
-        raise RefusedRecord(f"tool {number} is not an object")
-    name, description = function.get("name"), function.get("description") or ""
-    parameters = function.get("parameters") or {"type": "object", "properties": {}}
-    if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
-        raise RefusedRecord(f"tool {number} is called {name!r}; a name has 1 to 64 of A-Z, a-z, 0-9, '_', '-' and '.'")
-    if not isinstance(description, str) or not isinstance(parameters, dict):
-        raise RefusedRecord(f"the description of tool {name} must be text, its parameters an object")
-    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+            value = loads(value) if value.strip() else {}
+        except (ValueError, RecursionError) as error:
+            raise RefusedRecord(f"{where} are not JSON: {error}") from error
+    value = {} if value is None else value
+    if not isinstance(value, dict):
+        raise RefusedRecord(f"{where} must be a JSON object, not {kind(value)}")
+    if holds_rounded(value):
+        raise RefusedRecord(f"{where} hold a number with more digits than can be kept: write it as text")
+    if schema is not None:
+        value = without_padding(value, schema, where)
+    elif holds_null(value) and not is_text:
+        raise RefusedRecord(
+            f"{where} hold a null, and without the tool's schema nothing tells whether it only pads a column: "
+            "add the tools, or write the arguments as JSON text"
+        )
+    try:
+        return dumps(value)
+    except (ValueError, RecursionError) as error:
+        raise RefusedRecord(f"{where} hold NaN, infinity, half a character, or are nested too deeply") from error

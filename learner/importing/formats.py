@@ -1,271 +1,198 @@
-"""Tells a record's format and reads it as turns: messages in OpenAI's form, each with whether it is to be learned.
+"""Tells a record's format, and hands it to its reader.
 
-What is read:
-- OpenAI fine-tuning: `messages`, `tools`, and `weight` 0 or 1 by message; also the older `functions`, `function_call`.
-- ShareGPT and ETO: `conversations` of `from` and `value`, `tools` and `system` beside them. The text of a
-  `function_call` is JSON, a call or a list of calls; Hermes's `<tool_call>` tags in the assistant's text are calls too.
-- AgentGym: the same, with `item_id` and `loss` by message.
-- LangChain: a list of `messages_to_dict` or `dumpd`, on its own or as `messages`.
-- TRL preferences: `prompt`, `chosen`, `rejected`, as messages or plain text; the chosen side is the demonstration.
-
-What is not: actions written out as text (ReAct's Thought and Action lines) stay text, an answer and not a tool call,
-because every data set writes them its own way; and images and sound are refused. The whole checking of a conversation
-is done elsewhere, once for all formats.
+What is read is one line of `SourceFormat` each. What is not: actions written out as text (ReAct's lines that no tool
+answers) stay text, an answer and not a tool call; images and sound are refused. The conversation is checked elsewhere,
+once for all formats.
 """
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from enum import StrEnum
+from itertools import chain
 from typing import Any
 
-import orjson
+from learner.importing.agent_logs import is_smolagents_step, read_atif, read_inspect_sample, read_smolagents
+from learner.importing.fields import RefusedRecord, is_empty, kind
+from learner.importing.json_lines import Record, Refusal
+from learner.importing.messages import is_langchain, is_message
+from learner.importing.rows import (
+    read_completion,
+    read_conversation,
+    read_gemini,
+    read_openai_preference,
+    read_preference,
+    read_xlam,
+)
+from learner.importing.sessions import read_session, session_format
+from learner.importing.traces import is_span, read_span, read_trace
+from learner.importing.turns import Draft, SourceFormat
 
-from policies.types import Message
-
-
-class SourceFormat(StrEnum):
-    """How a demonstration was written down."""
-
-    OPENAI = "openai"  # `messages` of `role` and `content`
-    SHAREGPT = "sharegpt"  # `conversations` of `from` and `value`; ETO's too
-    AGENTGYM = "agentgym"  # the same with `item_id`, and `loss` by message
-    LANGCHAIN = "langchain"  # messages_to_dict, dumpd
-    PREFERENCE = "preference"  # TRL's `prompt`, `chosen`, `rejected`
-
-
-class RefusedRecord(ValueError):
-    """A record that is no demonstration; its text says why, in plain words."""
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One message, in OpenAI's form but not yet checked."""
-
-    message: Message
-    is_learned: bool = True
-    """Of use for the assistant's messages alone."""
+_LANGSMITH = ("run_type", "dotted_order", "session_id", "app_path", "reference_example_id", "example_id", "dataset_id")
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
-    """A record as its format says it, before its conversation is checked."""
+class Session:
+    """The lines of a session file: they are one record."""
 
     format: SourceFormat
-    turns: list[Turn]
-    tools: Any = None
-    """As it came: a list, the JSON text of one, or None."""
-    item_id: str | None = None
-    rejected: list[Turn] | None = None
-    """The whole conversation that was not chosen."""
+    lines: list[Any]
 
 
 def read_draft(record: Any) -> Draft:
-    """Read one JSON value. Raises RefusedRecord where it is of no known format."""
+    """Read one record. Raises RefusedRecord where it is of no known format, or not to be learned from."""
+    if isinstance(record, Session):
+        return read_session(record.format, record.lines)
     if isinstance(record, list):
+        if record and is_smolagents_step(record[0]):
+            return read_smolagents(record)
         record = {"messages": record}
     if not isinstance(record, dict):
-        raise RefusedRecord(f"it is {_kind(record)}, not a JSON object")
-    if "chosen" in record:
-        return _read_preference(record)
-    if "messages" in record:
-        return _read_openai(record)
-    if "conversations" in record:
-        return _read_sharegpt(record)
+        raise RefusedRecord(f"it is {kind(record)}, not a JSON object")
+    return _read_object({key: value for key, value in record.items() if value is not None})
+
+
+def _read_object(record: dict[str, Any]) -> Draft:
+    if isinstance(record.get("steps"), list) and ("schema_version" in record or "agent" in record):
+        return read_atif(record)
+    if isinstance(record.get("steps"), list) and record["steps"] and is_smolagents_step(record["steps"][0]):
+        return read_smolagents(record["steps"])
+    if is_span(record):
+        return read_span(record)
+    if "preferred_output" in record or "non_preferred_output" in record:
+        return read_openai_preference(record)
+    if "chosen" in record and not isinstance(record["chosen"], bool):
+        return read_preference(record)
+    if "messages" in record and "epoch" in record and "scores" in record:
+        return read_inspect_sample(record)
+    if isinstance(record.get("values"), dict) and "messages" in record["values"]:
+        return read_conversation(
+            {**{k: v for k, v in record.items() if k not in _OF_STATES}, **record["values"]}, "messages"
+        )
+    for name in ("messages", "conversations", "conversation", "dialogue", "trajectory"):
+        if name in record:
+            return read_conversation(record, name)
+    if "contents" in record:
+        return read_gemini(record)
+    if isinstance(record.get("request"), dict) and "contents" in record["request"]:
+        return read_gemini({**record["request"], **{k: v for k, v in record.items() if k != "request"}})
+    if "query" in record and "answers" in record:
+        return read_xlam(record)
+    if any(name in record for name in ("prompt", "instruction", "question")) and any(
+        name in record for name in ("completion", "response", "output", "answer", "target")
+    ):
+        return read_completion(record)
+    if any(name in record for name in ("input", "inputs", "request")):
+        return read_trace(record, _trace_format(record))
     keys = ", ".join(map(repr, list(record)[:8])) or "none"
     raise RefusedRecord(f"no known format: it has no messages, conversations or chosen; its keys are {keys}")
 
 
-def is_message(value: Any) -> bool:
-    """Whether a JSON value is one message of a conversation, and not a record of its own."""
-    return isinstance(value, dict) and ("role" in value or "from" in value or _is_langchain(value))
+_OF_STATES = frozenset("values next config created_at parent_config tasks interrupts checkpoint checkpoint_id".split())
+"""What LangGraph keeps beside the values of a state."""
 
 
-# ------------------------------------------------------------------------------------------------- formats
+def _trace_format(record: dict[str, Any]) -> SourceFormat:
+    if "inputs" in record or any(name in record for name in _LANGSMITH):
+        return SourceFormat.LANGCHAIN
+    if str(record.get("type", "")).isupper() or "traceId" in record or "expectedOutput" in record:
+        return SourceFormat.LANGFUSE
+    return SourceFormat.OPENAI if "request" in record else SourceFormat.ITEMS
 
 
-def _read_openai(record: dict[str, Any]) -> Draft:
-    messages = record["messages"]
-    is_langchain = isinstance(messages, list) and any(_is_langchain(message) for message in messages)
-    return Draft(
-        format=SourceFormat.LANGCHAIN if is_langchain else SourceFormat.OPENAI,
-        turns=_read_turns(messages, "messages"),
-        tools=record.get("tools") or record.get("functions"),
-        item_id=_item_id(record),
-    )
+# -------------------------------------------------------------------------------------- records of a file
 
 
-def _read_sharegpt(record: dict[str, Any]) -> Draft:
-    turns = _read_turns(record["conversations"], "conversations")
-    if record.get("system"):
-        turns.insert(0, Turn({"role": "system", "content": record["system"]}))
-    return Draft(
-        format=SourceFormat.AGENTGYM if "item_id" in record else SourceFormat.SHAREGPT,
-        turns=turns,
-        tools=record.get("tools"),
-        item_id=_item_id(record),
-    )
+def records_of(values: Iterator[Record | Refusal], ignored: Collection[str] = ()) -> Iterator[Record | Refusal]:
+    """The records that the values of a file make: one by one, or as lines of a session, or messages of a conversation.
+
+    An evaluation's log, a trace with its observations and a batch of spans hold several records in one value.
+    """
+    for read in values:
+        if isinstance(read, Refusal):
+            yield read
+        elif (source := session_format(read.value)) is not None:
+            yield from _sessions(source, read, values, ignored)
+        elif is_message(read.value) or is_smolagents_step(read.value):
+            yield _gathered(read.line, list(chain([read], values)), ignored)
+        else:
+            yield from (Record(read.line, without_ignored(value, ignored)) for value in _contained(read.value))
 
 
-def _read_preference(record: dict[str, Any]) -> Draft:
-    prompt = _read_side(record["prompt"], "prompt", role="user") if record.get("prompt") else []
-    if isinstance(record["chosen"], str) and not prompt:
-        raise RefusedRecord("chosen is plain text without a prompt: nothing tells where the answer begins")
-    chosen = _with_prompt(prompt, _read_side(record["chosen"], "chosen", role="assistant"))
-    rejected = None
-    if record.get("rejected"):
-        rejected = _with_prompt(prompt, _read_side(record["rejected"], "rejected", role="assistant"))
-        if rejected == chosen:
-            raise RefusedRecord("chosen and rejected are the same")
-    # Without a prompt of its own, TRL takes what both sides begin with for it.
-    num_shared = len(prompt) or _num_equal(chosen, rejected or [])
-    return Draft(
-        format=SourceFormat.PREFERENCE,
-        turns=[Turn(turn.message, turn.is_learned and number >= num_shared) for number, turn in enumerate(chosen)],
-        tools=record.get("tools"),
-        item_id=_item_id(record),
-        rejected=rejected,
-    )
+def _gathered(
+    line: int, parts: list[Record | Refusal], ignored: Collection[str], source: SourceFormat | None = None
+) -> Record | Refusal:
+    """One conversation out of its lines. A line that cannot be read is a hole in it."""
+    hole = next((part for part in parts if isinstance(part, Refusal)), None)
+    if hole is not None:
+        return Refusal(hole.line, f"{hole.reason}; the conversation has a hole there")
+    values = without_ignored([part.value for part in parts if isinstance(part, Record)], ignored)
+    return Record(line, values if source is None else Session(source, values))
 
 
-def _read_side(side: Any, name: str, role: str) -> list[Turn]:
-    return [Turn({"role": role, "content": side})] if isinstance(side, str) else _read_turns(side, name)
+def _sessions(
+    source: SourceFormat, first: Record, rest: Iterator[Record | Refusal], ignored: Collection[str]
+) -> Iterator[Record | Refusal]:
+    """A file's sessions: a header of Hugging Face's format begins the next one."""
+    parts: list[Record | Refusal] = [first]
+    for read in rest:
+        is_header = isinstance(read, Record) and isinstance(read.value, dict) and read.value.get("type") == "session"
+        if source is SourceFormat.SESSION and is_header:
+            yield _gathered(parts[0].line, parts, ignored, source)
+            parts = []
+        parts.append(read)
+    yield _gathered(parts[0].line, parts, ignored, source)
 
 
-def _with_prompt(prompt: list[Turn], side: list[Turn]) -> list[Turn]:
-    """Some data sets repeat the prompt in each side, some do not."""
-    return side if _num_equal(prompt, side) == len(prompt) else [*prompt, *side]
-
-
-def _num_equal(left: list[Turn], right: list[Turn]) -> int:
-    """How many turns two conversations share from their beginning on."""
-    pairs = zip(left, right, strict=False)
-    return next((n for n, (a, b) in enumerate(pairs) if a.message != b.message), min(len(left), len(right)))
-
-
-def _item_id(record: dict[str, Any]) -> str | None:
-    """What the data set calls the record."""
-    found = next((record[key] for key in ("item_id", "id", "prompt_id") if record.get(key) is not None), None)
-    return str(found) if isinstance(found, str | int) else None
-
-
-# --------------------------------------------------------------------------------------------------- turns
-
-
-def _read_turns(messages: Any, name: str) -> list[Turn]:
-    if not isinstance(messages, list):
-        raise RefusedRecord(f"{name} is {_kind(messages)}, not a list")
-    if not messages:
-        raise RefusedRecord(f"{name} is empty")
-    if any(_is_langchain(message) for message in messages):
-        messages = _from_langchain(messages)
-    return [turn for number, message in enumerate(messages, 1) for turn in _read_message(message, number)]
-
-
-def _read_message(message: Any, number: int) -> Iterator[Turn]:
-    if not isinstance(message, dict):
-        raise RefusedRecord(f"message {number} is {_kind(message)}, not an object")
-    if "from" in message:
-        yield from _read_sharegpt_message(message, number)
-    elif "role" in message:
-        yield _read_openai_message(message, number)
+def _contained(value: Any) -> Iterator[Any]:
+    """The records within a value."""
+    if isinstance(value, list) and not _is_one_conversation(value):
+        for each in value:
+            yield from _contained(each)
+    elif isinstance(value, dict) and isinstance(value.get("samples"), list) and "eval" in value:  # Inspect's log
+        if value.get("status") not in (None, "success"):
+            value = {
+                **value,
+                "samples": [{**s, "status": value["status"]} for s in value["samples"] if isinstance(s, dict)],
+            }
+        yield from value["samples"]
+    elif isinstance(value, dict) and "resourceSpans" in value:  # OTLP
+        scopes = [each for resource in _objects(value, "resourceSpans") for each in _objects(resource, "scopeSpans")]
+        yield from (span for scope in scopes for span in _objects(scope, "spans") if is_span(span))
+    elif isinstance(value, dict) and _objects(
+        value, "observations"
+    ):  # Langfuse; what is said of a trace holds for each
+        beside = {name: value[name] for name in ("scores", "tags", "metadata") if name in value}
+        generations = [each for each in _objects(value, "observations") if each.get("type") == "GENERATION"]
+        whole = {key: held for key, held in value.items() if key != "observations"}
+        yield from ({**beside, **each} for each in generations) if generations else (whole,)
     else:
-        raise RefusedRecord(f"message {number} has no role")
+        yield value
 
 
-def _is_learned(message: dict[str, Any], number: int) -> bool:
-    """OpenAI's `weight` is 0 or 1, AgentGym's `loss` true or false; null and nothing say nothing."""
-    for key in ("weight", "loss"):
-        value = message.get(key)
-        if value is not None and value not in (0, 1):
-            raise RefusedRecord(f"message {number}: {key} must be 0 or 1, not {value!r}")
-        if value is not None and not value:
-            return False
-    return True
+def _objects(value: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    held = value.get(name)
+    return [each for each in held if isinstance(each, dict)] if isinstance(held, list) else []
 
 
-def _read_openai_message(message: dict[str, Any], number: int) -> Turn:
-    if message.get("function_call"):
-        message = {**message, "tool_calls": [{"type": "function", "function": message["function_call"]}]}
-    return Turn(message, _is_learned(message, number))
+def _is_one_conversation(value: list[Any]) -> bool:
+    first = value[0] if value else None
+    return is_message(first) or is_langchain(first) or is_smolagents_step(first) or session_format(first) is not None
 
 
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
-_HERMES_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
-_HERMES_RESULT = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
+_NOT_WITHIN = frozenset("arguments args parameters input_schema inputSchema tools functions properties".split())
 
 
-def _read_sharegpt_message(message: dict[str, Any], number: int) -> Iterator[Turn]:
-    speaker, text = message["from"], message.get("value")
-    role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
-    if role is None:
-        raise RefusedRecord(f"message {number} is from {speaker!r}; known are {', '.join(_SHAREGPT_ROLES)}")
-    if not isinstance(text, str):
-        raise RefusedRecord(f"message {number} has {_kind(text)} as its value, not text")
-    is_learned = _is_learned(message, number)
-    if speaker == "function_call":
-        yield Turn({"role": role, "content": "", "tool_calls": _read_calls(text, number)}, is_learned)
-    elif role == "assistant" and (tagged := _HERMES_CALL.findall(text)):
-        calls = [call for written in tagged for call in _read_calls(written, number)]
-        yield Turn({"role": role, "content": _HERMES_CALL.sub("", text), "tool_calls": calls}, is_learned)
-    else:
-        results = (_HERMES_RESULT.findall(text) if role == "tool" else []) or [text]
-        yield from (Turn({"role": role, "content": result}, is_learned) for result in results)
-
-
-def _read_calls(text: str, number: int) -> list[dict[str, Any]]:
-    try:
-        calls = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise RefusedRecord(f"message {number}: the call is not JSON: {error}") from error
-    return [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
-
-
-# ----------------------------------------------------------------------------------------------- LangChain
-
-
-def _is_langchain(message: Any) -> bool:
-    return isinstance(message, dict) and ("lc" in message or ("type" in message and "data" in message))
-
-
-def _from_langchain(dumps: list[Any]) -> list[Message]:
-    # Imported late: only few files need it, and it takes half a second.
-    from langchain_core.load import load
-    from langchain_core.messages import AIMessage, BaseMessage, convert_to_openai_messages, messages_from_dict
-
-    messages: list[Message] = []
-    for number, dump in enumerate(dumps, 1):
-        if not _is_langchain(dump):
-            raise RefusedRecord(f"message {number} is no LangChain message, but others are")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # `load` is in beta and says so each time
-                loaded = load(dump, allowed_objects="messages") if "lc" in dump else messages_from_dict([dump])[0]
-            converted = convert_to_openai_messages([loaded]) if isinstance(loaded, BaseMessage) else []
-        except Exception as error:  # pydantic, KeyError, TypeError, NotImplementedError: as the dump may have it
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise RefusedRecord(f"message {number} is refused by LangChain: {reason}") from error
-        if isinstance(loaded, AIMessage) and loaded.invalid_tool_calls:
-            raise RefusedRecord(f"message {number} has a tool call that LangChain could not read")
-        messages.extend(converted)
-    return messages
-
-
-def _kind(value: Any) -> str:
-    """What a JSON value is, in words."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+def without_ignored(value: Any, ignored: Collection[str]) -> Any:
+    """A record without the keys that the user calls harmless. Arguments and tools are left whole."""
+    if not ignored:
+        return value
+    if isinstance(value, list):
+        return [without_ignored(each, ignored) for each in value]
+    if isinstance(value, dict):
+        return {
+            key: held if key in _NOT_WITHIN else without_ignored(held, ignored)
+            for key, held in value.items()
+            if key not in ignored or is_empty(held)
+        }
+    return value

@@ -24,34 +24,13 @@ from learner.objectives.objectives import (
     action_sequence,
     normalised,
 )
+from learner.options import ObjectiveOptions
 from learner.packing.prefix_tree import ScoredSequence
 from policies.types import TokenIds
 
 
 class NothingToLearn(Exception):
     """No objective can be made of this training data, and why."""
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectiveOptions:
-    """How training data becomes an objective."""
-
-    beta: float = 0.3
-    """Of the implicit reward, `implicit` for actions and `eto` for trajectories: smaller lets the policy go further."""
-    anchor_weight: float = 1.0
-    """Of the likelihood of experts' actions, beside the preferences of `implicit` and the rewards of `inverse` and
-    `ppo`."""
-    kl_weight: float = 0.02
-    """Of the distance from the reference, in `inverse` and `ppo`."""
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    """How far the ratio to the behavior policy may fall and rise before an action stops pushing."""
-    own_states: bool = True
-    """Also learn the experts' answers at the policy's own logged states."""
-    informative_only: bool = False
-    """In `sft` and `implicit`, leave out states at which no own action disagrees with the expert's."""
-    max_versions_old: int = 2
-    """Own actions of a policy further behind the acting one than this are left out."""
 
 
 class ActionRewards(Protocol):

@@ -19,19 +19,16 @@ import torch
 from torch import Tensor
 
 from learner.data.held_out import is_held_out
+from learner.data.rewards import discriminator_rewards, policy_actions_of
 from learner.data.training_data import TrainingData
-from learner.objectives.build import (
-    LabelledState,
-    NothingToLearn,
-    ObjectiveOptions,
-    labelled_states,
-    without_stale_actions,
-)
+from learner.objectives.build import LabelledState, NothingToLearn, labelled_states, without_stale_actions
 from learner.objectives.losses import expert_logits, length_controlled, pairwise_discriminator_loss
-from learner.objectives.objectives import Loss, Pair
+from learner.objectives.objectives import Loss, Pair, action_sequence
+from learner.options import ObjectiveOptions, TrainingOptions
 from learner.packing.prefix_tree import ScoredSequence
 from learner.packing.scoring import SequenceLogprobs
-from learner.training.trainer import Trainer, TrainingOptions
+from learner.training.trainer import Trainer
+from runtime.store.learning_log import StepReward
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +93,17 @@ class Discriminator:
         num_tokens = torch.tensor([sum(span.stop - span.start for span in sequence.spans) for sequence in sequences])
         return length_controlled(self._logits(sequences, self._bias), num_tokens).tolist()
 
+    def rewards_of(self, cycle: str, training_data: TrainingData) -> list[StepReward]:
+        """The reward of every action of the policy in the training data."""
+        found = policy_actions_of(training_data)
+        sequences = [action_sequence(state.prompt, action.token_ids, (state.id,)) for state, action in found]
+        return discriminator_rewards(cycle, [action for _, action in found], self.rewards(sequences))
+
+    def measures(self) -> dict[str, float]:
+        """For the cycle's report."""
+        accuracy = {} if self.accuracy is None else {"accuracy": self.accuracy}
+        return {"num_pairs": float(self.num_pairs), **accuracy}
+
     def _logits(self, sequences: Sequence[ScoredSequence], bias: float) -> Tensor:
         q, base = (
             torch.stack([tokens.sum() for tokens in self._trainer.logprobs(sequences, is_base)])
@@ -108,7 +116,7 @@ class Discriminator:
         return [(logits[pair.chosen[0]], logits[pair.rejected[0]]) for pair in pairs.pairs]
 
 
-def train_discriminator(
+def discriminate(
     training_data: TrainingData,
     base: Path,
     objectives: ObjectiveOptions,

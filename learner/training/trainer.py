@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from learner.objectives.objectives import Loss, Objective, trajectories_of
+from learner.options import TrainingOptions
 from learner.packing.prefix_tree import Pack, ScoredSequence, num_packed_tokens, pack_sequences
 from learner.packing.scoring import SequenceLogprobs, reference, score, to_batch
 from learner.packing.tree_attention import TREE_ATTENTION
@@ -44,28 +45,6 @@ T = TypeVar("T")
 class TrainingFailed(Exception):
     """Training came to nothing: a loss that is not a number, no memory, no room on the disk; the message says where
     and, where something can be done about it, what to change."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingOptions:
-    """How a candidate is trained."""
-
-    lr: float | None = None
-    """Peak learning rate of AdamW; warmed up over a tenth of the gradient steps, then cosine to a tenth. None: as the
-    network's width wants it, see `lr_for`."""
-    epochs: int = 2
-    """How often every trajectory is gone through."""
-    min_gradient_steps: int = 24
-    """Where the epochs make fewer, the trajectories are gone through again until there are so many."""
-    trajectories_per_step: int = 4
-    """Trajectories whose sequences make one gradient step."""
-    rank: int = 16
-    """Of a fresh adapter; one that goes on keeps its own."""
-    token_budget: int = 4096
-    """Most tokens of one packed forward pass: what bounds the memory. A sequence that is longer goes alone."""
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    """Decides the adapter to the byte, on a CPU; a GPU adds up in another order each time."""
 
 
 def lr_for(hidden_size: int) -> float:

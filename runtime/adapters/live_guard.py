@@ -23,7 +23,7 @@ from policies.types import BASE_ADAPTER
 from runtime.adapters.swap import Swap
 from runtime.background import keep_doing
 from runtime.store.adapter_registry import AdapterRegistry, AdapterState
-from runtime.store.cycle_log import CycleLog
+from runtime.store.learning_log import LearningReader
 from runtime.store.step_log import StepLog
 
 _log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class Watch:
     def __init__(
         self,
         log: StepLog,
-        cycles: CycleLog,
+        cycles: LearningReader,
         registry: AdapterRegistry,
         swap: Swap,
         options: WatchOptions = WatchOptions(),
@@ -137,12 +137,12 @@ class Watch:
         most = self._options.most_values
         said = self._log.live_outcomes(adapter, most, since)
         others = [outcome.value for outcome in self._log.live_outcomes(against, most)]
-        agreement = [self._cycles.agreement(name)[:most] for name in (adapter, against)]
+        agrees, others_agree = (self._cycles.agreement(name)[:most] for name in (adapter, against))
+        values, by_key = [outcome.value for outcome in said], Counter(outcome.key for outcome in said)
         return [
-            self._evidence("live outcome", adapter, against, [outcome.value for outcome in said], others,
-                           Counter(outcome.key for outcome in said)),
-            self._evidence("step reward", adapter, against, *agreement, {}),
-        ]  # fmt: skip
+            self._evidence("live outcome", adapter, against, values, others, by_key),
+            self._evidence("step reward", adapter, against, agrees, others_agree, {}),
+        ]
 
     def _evidence(
         self,

@@ -39,7 +39,7 @@ async def verify_adapter(engine: Engine, adapter: Adapter, probe: Probe) -> None
 
 async def _go_on(engine: Engine, adapter: Adapter, prompt: ProbePrompt) -> list[SampledToken]:
     sampling = SamplingParams(max_tokens=len(prompt.continuation), temperature=0.0, num_top_logprobs=MAX_LIKELIEST)
-    return [token async for token in engine.generate(prompt.prompt_token_ids, sampling, adapter, whole=True)]
+    return [token async for token in engine.generate(prompt.prompt_token_ids, sampling, adapter, stream=False)]
 
 
 def _compare(prompt: ProbePrompt, served: Sequence[SampledToken], tolerance: float) -> None:

@@ -7,16 +7,14 @@ teaches what the expert did not do, and is refused. Mending such conversations w
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import orjson
-
 from policies.chat_protocol import ChatProtocol, action_message, message_action
+from policies.read_back import misreading
 from policies.types import (
     Action,
     FinalAnswer,
@@ -28,7 +26,7 @@ from policies.types import (
     ToolCalls,
     ToolSchema,
 )
-from runtime.store.episodes import Actor, Episode, Purpose, Step, StopReason, new_id
+from runtime.store.episodes import Actor, Episode, Purpose, Step, StopReason, demonstration_digest, new_id
 
 
 class DemonstrationRefused(ValueError):
@@ -43,8 +41,6 @@ class Demonstration:
     tools: tuple[ToolSchema, ...] = ()
     asked_indices: tuple[int, ...] | None = None
     """Indices of the assistant messages to learn from; None: all."""
-    asked_digest: str | None = None
-    """What its source calls it by; None: computed."""
     expert: str = "expert"
     task: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -67,9 +63,8 @@ class Demonstration:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 in hex of messages, tools and what is learned: equal for whatever teaches the same."""
-        content = [self.messages, self.tools, self.learn_from]
-        return self.asked_digest or hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
+        """Equal for whatever teaches the same."""
+        return demonstration_digest(self.messages, self.tools, self.learn_from)
 
     @property
     def episode_id(self) -> str:
@@ -166,18 +161,8 @@ def _require_learnable(
     protocol: ChatProtocol, completion: TokenIds, action: Action, tools: Sequence[ToolSchema], index: int
 ) -> None:
     """Raises DemonstrationRefused where the model, saying just this, would have been understood otherwise."""
-    if any(token_id in protocol.stop_token_ids for token_id in completion[:-1]):
-        raise DemonstrationRefused(f"message {index} holds the mark that ends a turn in the midst of its text")
-    read = protocol.parse(completion, tools=tools)
-    if type(read) is not type(action) or _calls_of(read) != _calls_of(action):
-        raise DemonstrationRefused(
-            f"message {index}, written in the model's own form, is read back as another action; "
-            "its text may hold marks of that form"
-        )
-
-
-def _calls_of(action: Action) -> list[tuple[str, dict[str, Any]]]:
-    return [(call.name, call.arguments) for call in action.calls] if isinstance(action, ToolCalls) else []
+    if problem := misreading(protocol, completion, action, tools):
+        raise DemonstrationRefused(f"message {index} {problem}")
 
 
 def _step(

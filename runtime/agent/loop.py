@@ -7,6 +7,7 @@ and an unfinished step is not logged: it was not answered.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -45,7 +46,8 @@ class ServerTools:
     """The tools that the server runs for an episode, and who judges where it led (a world, or nobody)."""
 
     tools: Mapping[str, BaseTool]
-    outcome: Callable[[], float] | None = None
+    judge: Callable[[Action], float] | None = None
+    """How good the end is that the last action makes; called once, on a thread of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +104,12 @@ async def _episode(
         budget.spend(sampled)
         results = await _tool_results(sampled.action, server_tools, budget.tool_timeout_s)
         next_turn = turn.after(sampled.action, prompt + sampled.completion_token_ids, results)
-        prompt = await rendered(next_turn, run.policy)
+        prompt = await rendered(next_turn, run.policy, is_first=False)
         stop_reason = budget.stop_reason(sampled, run.policy.room_after(prompt))
         digests = await _digests(run.turn, transcript.message) if stop_reason else Digests()
         step = sampled.led_to(stop_reason, digests, results)
         beside = run.beside if stop_reason else ()
-        await _commit(log, turn.episode if is_new else None, step, *_outcome(step, server_tools), *beside)
+        await _commit(log, turn.episode if is_new else None, step, *await _outcome(step, server_tools), *beside)
         turn, is_new = next_turn, False
         yield StepTaken(run.choice, step)
 
@@ -189,7 +191,8 @@ async def _tool_results(action: Action, server_tools: ServerTools, timeout_s: fl
     return tuple(await run_tool_calls(action.calls, server_tools.tools, timeout_s))
 
 
-def _outcome(step: Step, server_tools: ServerTools) -> list[Outcome]:
-    if step.stop_reason is None or server_tools.outcome is None:
+async def _outcome(step: Step, server_tools: ServerTools) -> list[Outcome]:
+    if step.stop_reason is None or server_tools.judge is None:
         return []
-    return [Outcome(new_id("out"), step.episode_id, server_tools.outcome(), source="world")]
+    value = await asyncio.to_thread(server_tools.judge, step.action)
+    return [Outcome(new_id("out"), step.episode_id, value, source="world")]

@@ -13,8 +13,8 @@ from runtime.off_loop import off_loop
 SMALL_LETTERS = 2000
 """Of a conversation that is rendered on the event loop: about a millisecond."""
 _PIECE = 16 * 1024
-_LETTERS_PER_TOKEN = 2
-"""A conversation with fewer for each place in the context may fit: there is nothing to count beforehand."""
+_LETTERS_PER_TOKEN = 16
+"""A conversation with fewer for each place in the context is rendered, and then said to be too long if it is."""
 
 
 def num_letters(messages: Iterable[Message]) -> int:
@@ -22,10 +22,11 @@ def num_letters(messages: Iterable[Message]) -> int:
     return sum(len(message.get("content") or "") + 100 * len(message.get("tool_calls") or ()) for message in messages)
 
 
-async def rendered(turn: Turn, policy: Policy) -> TokenIds:
-    """The turn's prompt. Raises ContextFull where the conversation is longer than the context, and ChatProtocolError."""
+async def rendered(turn: Turn, policy: Policy, is_first: bool = True) -> TokenIds:
+    """The turn's prompt. `is_first`: nothing was done yet that a refusal would lose. Raises ContextFull where it is far
+    longer than the context, and ChatProtocolError."""
     letters = num_letters(turn.messages) + 200 * len(turn.messages)
-    return await off_loop(letters > SMALL_LETTERS, _render, turn, policy, letters)
+    return await off_loop(letters > SMALL_LETTERS, _render, turn, policy, letters if is_first else 0)
 
 
 def _render(turn: Turn, policy: Policy, letters: int) -> TokenIds:

@@ -138,7 +138,7 @@ class StepSampler:
         created_at, began, first_token_ms = time.time(), time.perf_counter(), 0.0
         # A stop text and a deadline may end the step before its last token: then each token is wanted at once.
         stream = self._turn.stream or self._may_be_cut or self._deadline is not None
-        tokens = self._policy.engine.generate(self._prompt, self._sampling, self._policy.adapter, whole=not stream)
+        tokens = self._policy.engine.generate(self._prompt, self._sampling, self._policy.adapter, stream=stream)
         async with aclosing(Bursts(tokens, BURST_S, self._deadline)) as bursts:
             async for burst in bursts:
                 first_token_ms = first_token_ms or (time.perf_counter() - began) * 1000

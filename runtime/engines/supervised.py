@@ -78,11 +78,11 @@ class SupervisedEngine:
         return self._limits
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, adapter: Adapter | None, *, whole: bool = False
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, adapter: Adapter | None, *, stream: bool = True
     ) -> AsyncIterator[SampledToken]:
         """See `Engine.generate`."""
-        stream = self._usable().generate(prompt_token_ids, sampling, adapter, whole=whole)
-        async with contextlib.aclosing(stream) as tokens:  # type: ignore[type-var]
+        completion = self._usable().generate(prompt_token_ids, sampling, adapter, stream=stream)
+        async with contextlib.aclosing(completion) as tokens:  # type: ignore[type-var]
             async for token in tokens:
                 yield token
 

@@ -87,8 +87,9 @@ async def admit(
         is_large, _new_episode, parts, request, episode_id, policy, messages, caller.key, is_assigned
     )
     admitted = _Admitted(parts, request, caller, policy, episode, logged is None, place, messages)
+    opens_world = request.tools is None and episode.task is not None  # which may take its time to replay what was done
     is_large = is_large or len(place.path) > FEW_MESSAGES or request.asks_for_grammar or bool(request.tools)
-    return [await off_loop(is_large, admitted.run, choice) for choice in range(request.n)]
+    return [await off_loop(is_large or opens_world, admitted.run, choice) for choice in range(request.n)]
 
 
 def prompt_length(parts: Parts, request: ChatCompletionRequest, caller: Caller, previous: Step | None = None) -> int:

@@ -10,12 +10,14 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from runtime import __version__
 from runtime.http.adapters import adapter_routes
 from runtime.http.chat import chat_routes
 from runtime.http.cycles import learner_routes
 from runtime.http.demonstrations import demonstration_routes
 from runtime.http.episodes import episode_routes
 from runtime.http.errors import ERROR_RESPONSES, ApiError, install_error_handlers
+from runtime.http.export import export_routes
 from runtime.http.keys import KeyCheck, key_routes
 from runtime.http.messages import message_routes
 from runtime.http.metrics import Metrics
@@ -37,6 +39,8 @@ def create_app(parts: Parts) -> FastAPI:
         gc.collect()
         gc.freeze()
         beside = [asyncio.create_task(parts.swap.keep_draining())]
+        if parts.approval is not None:
+            beside.append(asyncio.create_task(parts.approval.keep_expiring()))
         if parts.learning is not None:
             beside.append(asyncio.create_task(parts.learning.keep_watching()))
         yield
@@ -46,10 +50,10 @@ def create_app(parts: Parts) -> FastAPI:
             await parts.learning.process.close()
 
     if parts.learning is not None:
-        parts.metrics.show_cycles(parts.learning.cycles)
-    app = FastAPI(title="StepAgent", version="0.1.0", lifespan=lifespan, responses=ERROR_RESPONSES)
+        parts.metrics.show_cycles(parts.learning.log)
+    app = FastAPI(title="StepAgent", version=__version__, lifespan=lifespan, responses=ERROR_RESPONSES)
     install_error_handlers(app)
-    of_agent = (chat_routes, response_routes, message_routes, episode_routes, demonstration_routes)
+    of_agent = (chat_routes, response_routes, message_routes, episode_routes, demonstration_routes, export_routes)
     for routes in (*of_agent, adapter_routes, learner_routes, watch_routes, key_routes, server_routes):
         app.include_router(routes(parts))
     app.add_middleware(_BodyLimit)

@@ -11,7 +11,7 @@ from runtime.http.errors import ApiError
 from runtime.http.parts import Parts
 from runtime.http.schemas import CycleRequest
 from runtime.http.strict_json import StrictJsonRoute
-from runtime.learning.trigger import Learning
+from runtime.learning.learning import Learning
 
 _AS_STARTED = CycleRequest.model_validate({})
 
@@ -24,22 +24,20 @@ def learner_routes(parts: Parts) -> APIRouter:
         """Start a cycle beside the serving, and answer at once. 409 while another one runs."""
         learning = learning_of(parts)
         cycle = await learning.process.start(body.as_options())
-        return _shown({"cycle": cycle, "stage": "starting", "message": "", "report": {}})
+        return {"object": "learner.cycle", "id": cycle, "stage": "starting", "message": "", "report": {}}
 
     @router.get("")
     async def list_cycles(limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> dict[str, Any]:
         """Newest first."""
-        cycles = await asyncio.to_thread(learning_of(parts).cycles.cycles, limit)
-        return {"object": "list", "data": [_shown(cycle) for cycle in cycles]}
+        return {"object": "list", "data": await asyncio.to_thread(learning_of(parts).cycles.newest, limit)}
 
     @router.get("/{cycle}")
     async def read_cycle(cycle: str) -> dict[str, Any]:
         """One cycle: where it is, its report, the gate's decisions and a summary of its step rewards."""
-        learning = learning_of(parts)
-        found = await asyncio.to_thread(learning.cycles.cycle, cycle) or learning.process.status(cycle)
+        found = await asyncio.to_thread(learning_of(parts).cycles.cycle, cycle)
         if found is None:
             raise ApiError(404, f"there is no cycle {cycle!r}; GET /v1/learner/cycles lists them", "cycle_not_found")
-        return _shown(found)
+        return found
 
     return router
 
@@ -48,9 +46,3 @@ def learning_of(parts: Parts) -> Learning:
     if parts.learning is None:
         raise ApiError(409, "this server was wired without a learner", "no_learner")
     return parts.learning
-
-
-def _shown(status: dict[str, Any]) -> dict[str, Any]:
-    """A cycle as clients see it."""
-    shown = {key: value for key, value in status.items() if key != "cycle"}
-    return {"object": "learner.cycle", "id": status["cycle"], **shown}

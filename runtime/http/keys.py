@@ -45,6 +45,7 @@ NEEDS: Sequence[tuple[Role, str, str]] = (
     (Role.TEACH, "POST", "/v1/demonstrations"),
     (Role.TEACH, "GET", "/v1/demonstrations"),
     (Role.TEACH, "DELETE", "/v1/demonstrations/{episode_id}"),
+    (Role.USE, "GET", "/v1/export"),
     (Role.ADMIN, "GET", "/v1/adapters"),
     (Role.ADMIN, "POST", "/v1/adapters"),
     (Role.ADMIN, "POST", "/v1/adapters/rollback"),

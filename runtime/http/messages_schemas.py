@@ -63,7 +63,7 @@ Block = Annotated[
     Discriminator(
         _kind,
         custom_error_type="unknown_block",
-        custom_error_message="a block is text, thinking, tool_use or tool_result here; leave others out",
+        custom_error_message="only text, thinking, tool_use and tool_result are understood here; leave others out",
     ),
 ]
 

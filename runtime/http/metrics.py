@@ -9,8 +9,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from policies.types import Engine, MalformedAction
-from runtime.store.cycle_log import CycleLog
 from runtime.store.episodes import Step
+from runtime.store.learning_log import LearningReader
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -56,7 +56,7 @@ class Metrics:
         for result in step.tool_results:
             self._tool.observe(result.latency_ms / 1000)
 
-    def show_cycles(self, cycles: CycleLog) -> None:
+    def show_cycles(self, cycles: LearningReader) -> None:
         """Also tell of the learner, from now on."""
         self._registry.register(_LearnerCollector(cycles))
 
@@ -67,7 +67,7 @@ class Metrics:
 class _LearnerCollector(Collector):
     """The learner's cycles as they stand in the log: nothing of them is kept in memory."""
 
-    def __init__(self, cycles: CycleLog) -> None:
+    def __init__(self, cycles: LearningReader) -> None:
         self._cycles = cycles
 
     def collect(self) -> Iterator[Metric]:

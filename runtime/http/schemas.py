@@ -462,8 +462,6 @@ class DemonstrationEntry(WireModel):
     """Indices of the assistant messages to learn from; without it, all."""
     provenance: dict[str, Any] = Field(default_factory=dict)
     """Where it comes from: logged as the episode's metadata."""
-    digest: str | None = Field(default=None, pattern=r"^[0-9a-f]{32,128}$")
-    """What tells it from every other, in hex; without it, the SHA-256 of messages, tools and learn_from."""
     expert: str = Field(default="expert", pattern=_NAME)
     task: str | None = None
     """`world/split/index` of a world's task."""
@@ -479,7 +477,6 @@ class DemonstrationEntry(WireModel):
             messages=tuple(message.as_message() for message in self.messages),
             tools=tuple(tool.model_dump() for tool in self.tools),
             asked_indices=None if self.learn_from is None else tuple(self.learn_from),
-            asked_digest=self.digest,
             expert=self.expert,
             task=self.task,
             provenance=self.provenance,
@@ -566,6 +563,8 @@ class AdapterRegistration(WireModel):
     parent: str | None = None
     """Name of the adapter it was trained from; without it, from the base network."""
     reason: _Reason = ""
+    cycle: str | None = Field(None, max_length=128)
+    """The learner's cycle that made it; without it, somebody else did."""
 
 
 class AdapterChange(WireModel):
@@ -577,6 +576,8 @@ class AdapterChange(WireModel):
 class AdapterPromotion(AdapterChange):
     """Body of POST /v1/adapters/{name}/promote; may be left out."""
 
+    is_proposal: bool = False
+    """A learner asks: what comes of it is for the server's `--promote` to say."""
     expected_acting: str | None = None
     """What it was found to be better than (`base`: the base network). Where another adapter acts by now, nothing is
     changed."""

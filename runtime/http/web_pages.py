@@ -90,7 +90,7 @@ def _form_problem(headers: _Headers) -> ApiError | None:
     if content_type == "application/json" or content_type.endswith("+json") or not (content_type or has_body):
         return None
     said = f"not as {content_type}" if content_type else "and say so"
-    return ApiError(415, f"send the body as JSON, {said}: content-type: application/json", "not_json")
+    return ApiError(400, f"send the body as JSON, {said}: content-type: application/json", "not_json")
 
 
 def _refusal(message: str) -> ApiError:

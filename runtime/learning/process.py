@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import sys
-import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from runtime.background import keep_doing
-from runtime.store.cycle_log import ENDINGS, CycleLog
 from runtime.store.episodes import new_id
-from runtime.store.step_log import StepLog
-
-_log = logging.getLogger(__name__)
+from runtime.store.learning_log import LearningReader
 
 LOG_FILE = "learner.log"
 """In the state folder: what the learner prints."""
@@ -43,12 +39,12 @@ class LearnerProcess:
         self._arguments = tuple(arguments)
         """Options of `python -m learner`, beyond where the server is."""
         self._environment = dict(environment or {})
-        self._cycles = CycleLog(state)
+        self._cycles = LearningReader(state)
         self._process: asyncio.subprocess.Process | None = None
         self._running: str | None = None
         self._starting = asyncio.Lock()
-        self._started: set[str] = set()
-        """Every cycle we have started."""
+        self._started: deque[str] = deque(maxlen=50)
+        """The cycles that we started last, oldest first."""
 
     @property
     def running(self) -> str | None:
@@ -72,7 +68,7 @@ class LearnerProcess:
         if self._cycles.is_learner_alive():
             raise LearnerBusy("a learner that was started by hand runs a cycle already; wait for its end")
         cycle = self._running = new_id("cycle")
-        self._started.add(cycle)
+        self._started.append(cycle)
         where = ("--url", f"{self.url}/v1", "--state", str(self._state), "--server-pid", str(os.getpid()))
         command = (sys.executable, "-m", "learner", "once", "--cycle", cycle, *where, *self._arguments, *options)
         with (self._state / LOG_FILE).open("ab") as output:
@@ -89,19 +85,33 @@ class LearnerProcess:
         """Where our cycle has ended, wait for the end of its process, which takes a moment more."""
         if self._process is None or (cycle := self.running) is None:
             return
-        told = await asyncio.to_thread(self._cycles.cycle, cycle)
-        if told is not None and told["stage"] in ENDINGS:
+        status = await asyncio.to_thread(self._cycles.status, cycle)
+        if status is not None and status.has_ended:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), GRACE_S)
 
-    def status(self, cycle: str) -> dict[str, object] | None:
-        """What is known of one of our cycles that has not written a line yet."""
-        if cycle not in self._started:
-            return None
-        is_running = cycle == self.running
+    def problem(self, cycle: str) -> str:
+        """Why a cycle of ours has ended without a line in the log; empty while its process runs."""
+        if cycle == self.running:
+            return ""
         code = self._process.returncode if self._process is not None and cycle == self._running else None
-        message = "" if is_running else f"the learner ended before its cycle began (exit code {code}): see {LOG_FILE}"
-        return {"cycle": cycle, "stage": "starting" if is_running else "failed", "message": message, "report": {}}
+        return f"the learner ended before its cycle began (exit code {code}): see {LOG_FILE}"
+
+    def unlogged(self) -> list[dict[str, Any]]:
+        """Our cycles that have logged nothing yet, newest first."""
+        waiting = [
+            (cycle, self.problem(cycle)) for cycle in reversed(self._started) if self._cycles.status(cycle) is None
+        ]
+        return [
+            {
+                "object": "learner.cycle",
+                "id": cycle,
+                "stage": "failed" if problem else "starting",
+                "message": problem,
+                "report": {},
+            }
+            for cycle, problem in waiting
+        ]
 
     async def close(self) -> None:
         """End the learner; its cycle is marked as failed by the next one."""
@@ -114,52 +124,3 @@ class LearnerProcess:
         except TimeoutError:
             self._process.kill()
             await self._process.wait()
-
-
-class CycleTrigger:
-    """Starts a cycle whenever enough episodes have come since the last one began."""
-
-    EVERY_S = 2.0
-    FIRST_PAUSE_S, LONGEST_PAUSE_S = 60.0, 3600.0
-    """After a learner that ended without a word in the log: they double, else it would be started for ever."""
-
-    def __init__(self, learner: LearnerProcess, log: StepLog, cycles: CycleLog, every_episodes: int) -> None:
-        self._learner = learner
-        self._log = log
-        self._cycles = cycles
-        self.every_episodes = every_episodes
-        """0: never by itself."""
-        self._started: str | None = None
-        """The cycle that we started last."""
-        self._pause_s = 0.0
-        self._not_before = 0.0
-        """time.monotonic()"""
-
-    async def keep_watching(self) -> None:
-        """For ever: the server's background task."""
-        if self.every_episodes:
-            await keep_doing("the start of a learning cycle", self.look, self.EVERY_S)
-
-    async def look(self) -> None:
-        """Start a cycle if one is due."""
-        if self._learner.running is None and await asyncio.to_thread(self._is_due):
-            with contextlib.suppress(LearnerBusy):
-                self._started = await self._learner.start()
-
-    def _is_due(self) -> bool:
-        newest = self._cycles.cycles(limit=1)
-        self._back_off(newest[0]["cycle"] if newest else None)
-        since = newest[0]["started_at"] if newest else 0.0
-        return time.monotonic() >= self._not_before and self._log.num_learnable_since(since) >= self.every_episodes
-
-    def _back_off(self, newest: str | None) -> None:
-        if self._started is None:
-            return
-        if newest == self._started:
-            self._pause_s = 0.0
-        else:
-            self._pause_s = min(2 * self._pause_s or self.FIRST_PAUSE_S, self.LONGEST_PAUSE_S)
-            self._not_before = time.monotonic() + self._pause_s
-            problem = self._learner.status(self._started)
-            _log.error("%s; the next try is in %g s", problem["message"] if problem else "no cycle", self._pause_s)
-        self._started = None

@@ -82,6 +82,28 @@ LOCK_TIMEOUT_S = 5.0
 """How long a write waits for another process that writes to the file."""
 
 
+class ProposalEvent(StrEnum):
+    """What became of a candidate that needs somebody's yes."""
+
+    PROPOSED = "proposed"  # it passed the gate and waits
+    APPROVED = "approved"  # somebody let it act
+    DECLINED = "declined"  # somebody refused it
+    EXPIRED = "expired"  # nobody said anything for too long
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A candidate that waits for somebody's yes."""
+
+    adapter: str
+    reason: str
+    expected_acting: str | None
+    """What it was found to be better than."""
+    key: str
+    created_at: float
+    """Unix seconds."""
+
+
 @dataclass(frozen=True, slots=True)
 class WatchEvent:
     """The watch over live adapters was paused, or goes on."""
@@ -125,6 +147,11 @@ def create_tables(db: Database) -> None:
 
 
 @migrations()
+def name_the_cycle(db: Database) -> None:
+    db.execute("ALTER TABLE adapters ADD COLUMN cycle TEXT")
+
+
+@migrations()
 def say_who(db: Database) -> None:
     """Who asked for each change."""
     for table in ("adapter_events", "acting"):
@@ -143,6 +170,30 @@ def pause_the_watch(db: Database) -> None:
             f"CREATE TRIGGER watch_events_no_{verb.lower()} BEFORE {verb} ON watch_events "
             "BEGIN SELECT RAISE(ABORT, 'watch_events is append-only'); END"
         )
+
+
+@migrations()
+def ask_before_promoting(db: Database) -> None:
+    """Candidates that wait for somebody's yes, and what became of them."""
+    db.execute(
+        "CREATE TABLE proposal_events (id INTEGER PRIMARY KEY, adapter TEXT NOT NULL REFERENCES adapters(name), "
+        "event TEXT NOT NULL, reason TEXT NOT NULL, expected_acting TEXT, key TEXT NOT NULL, "
+        "created_at REAL NOT NULL) STRICT"
+    )
+    db.execute("CREATE INDEX proposal_events_by_adapter ON proposal_events(adapter, id)")
+    for verb in ("UPDATE", "DELETE"):
+        db.execute(
+            f"CREATE TRIGGER proposal_events_no_{verb.lower()} BEFORE {verb} ON proposal_events "
+            "BEGIN SELECT RAISE(ABORT, 'proposal_events is append-only'); END"
+        )
+
+
+_WAITING = """
+SELECT adapter, reason, expected_acting, key, created_at FROM proposal_events AS said
+WHERE event = 'proposed' AND id = (SELECT max(id) FROM proposal_events WHERE adapter = said.adapter)
+  AND NOT EXISTS (SELECT 1 FROM adapter_events WHERE adapter_events.adapter = said.adapter
+                  AND state IN ('acting', 'canary', 'refused') AND adapter_events.created_at >= said.created_at)
+ORDER BY id"""
 
 
 class AdapterRegistry:
@@ -171,7 +222,9 @@ class AdapterRegistry:
 
     # ---------------------------------------------------------------------------------------------- write
 
-    def register(self, path: Path, parent: str | None = None, reason: str = "", key: str = "") -> Adapter:
+    def register(
+        self, path: Path, parent: str | None = None, reason: str = "", cycle: str | None = None, key: str = ""
+    ) -> Adapter:
         """Copy a PEFT folder in under the next version's name. The folder itself may go afterwards.
 
         Registering the very same files again gives the adapter they already are, so that a maker who did not hear
@@ -188,7 +241,8 @@ class AdapterRegistry:
             if not 1 <= rank < 2**31:
                 raise AdapterRefused(f"its rank is {rank}, which no network has")
             with self._lock:
-                return self._known(incoming, digest) or self._adopt(incoming, rank, digest, parent, reason, key)
+                known = self._known(incoming, digest)
+                return known or self._adopt(incoming, rank, digest, parent, reason, cycle, key)
         finally:
             shutil.rmtree(incoming, ignore_errors=True)
 
@@ -225,6 +279,18 @@ class AdapterRegistry:
             self._flip(target["adapter"], target["behind"], reason, key)
             return self.acting()
 
+    def note_proposal(
+        self, name: str, event: ProposalEvent, reason: str, expected_acting: str | None, key: str = ""
+    ) -> None:
+        """Append that an adapter waits for somebody's yes, or why it no longer does. Raises UnknownAdapter."""
+        self.adapter(name)
+        with self._lock, write_transaction(self.db):
+            self.db.execute(
+                "INSERT INTO proposal_events (adapter, event, reason, expected_acting, key, created_at) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
+                [name, event.value, reason, expected_acting, key, time.time()],
+            )
+
     def record_watch(self, is_paused: bool, reason: str, key: str = "") -> None:
         """Append that the watch pauses, or goes on."""
         with self._lock, write_transaction(self.db):
@@ -234,6 +300,13 @@ class AdapterRegistry:
             )
 
     # ----------------------------------------------------------------------------------------------- read
+
+    def proposals(self) -> list[Proposal]:
+        """What waits for somebody's yes, oldest first."""
+        return [Proposal(**row) for row in self._rows(_WAITING)]
+
+    def proposal(self, name: str) -> Proposal | None:
+        return next((proposal for proposal in self.proposals() if proposal.adapter == name), None)
 
     def watch(self) -> WatchEvent:
         """Whether the watch is paused, and who said so."""
@@ -265,6 +338,10 @@ class AdapterRegistry:
     def adapters(self) -> tuple[Adapter, ...]:
         """All that were ever registered, oldest first."""
         return tuple(self._adapter_from(row) for row in self._rows("SELECT * FROM adapters ORDER BY version"))
+
+    def cycle_of(self, name: str) -> str | None:
+        """The learner's cycle that made an adapter; None where somebody else did."""
+        return next((row["cycle"] for row in self._rows("SELECT cycle FROM adapters WHERE name = ?", name)), None)
 
     def state(self, name: str) -> AdapterState:
         """Raises UnknownAdapter."""
@@ -307,14 +384,18 @@ class AdapterRegistry:
                 return adapter
         return None
 
-    def _adopt(self, incoming: Path, rank: int, digest: str, parent: str | None, reason: str, key: str) -> Adapter:
+    def _adopt(
+        self, incoming: Path, rank: int, digest: str, parent: str | None, reason: str, cycle: str | None, key: str
+    ) -> Adapter:
         version = 1 + len(self.adapters())
         name = f"agent-v{version:04d}"
         adapter = Adapter(name, version, self._folder / name, rank, parent, digest)
         shutil.rmtree(adapter.path, ignore_errors=True)  # left by a registration that died before its row
         with write_transaction(self.db):
             self.db.execute(
-                "INSERT INTO adapters VALUES (?, ?, ?, ?, ?, ?)", [version, name, rank, parent, digest, time.time()]
+                "INSERT INTO adapters (version, name, rank, parent, digest, created_at, cycle) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [version, name, rank, parent, digest, time.time(), cycle],
             )
             self._insert_event(name, AdapterState.REGISTERED, reason, key)
             incoming.rename(adapter.path)

@@ -5,6 +5,8 @@ A step is one decision of the agent. A demonstration is an episode whose actor i
 
 from __future__ import annotations
 
+import hashlib
+import json
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +20,16 @@ from policies.types import Action, FinishReason, Message, SamplingParams, TokenI
 def new_id(prefix: str) -> str:
     """An id that sorts by the time of its making: `ep_...`, `step_...`."""
     return f"{prefix}_{time.time_ns():016x}{secrets.token_hex(4)}"
+
+
+def demonstration_digest(messages: Sequence[Message], tools: Sequence[ToolSchema], learn_from: Sequence[int]) -> str:
+    """SHA-256 in hex of messages, tools and what is learned: equal for whatever teaches the same.
+
+    Nobody chooses it: one who could would have another demonstration taken for known.
+    """
+    content = [list(messages), list(tools), list(learn_from)]
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class Actor(StrEnum):

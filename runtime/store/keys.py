@@ -120,7 +120,7 @@ class KeyStore:
     # ---------------------------------------------------------------------------------------------- write
 
     def make(self, name: str, role: Role, quota: Quota = Quota(), by: str = "") -> str:
-        """A new key; returns its secret, which is told this once. Raises KeyProblem for a name that was given before."""
+        """A new key; returns its secret, told this once. Raises KeyProblem for a name that was given before."""
         if not re.fullmatch(KEY_NAME, name):
             raise KeyProblem(f"a key's name is letters, digits, '_', '.', '-', at most 64 of them, not {name!r}")
         if name in (OPERATOR, LEARNER):

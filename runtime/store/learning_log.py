@@ -1,7 +1,7 @@
-"""The learner's own tables in agent.db: how its cycles went, the rewards it gave, what its gate decided.
+"""The learner's tables in agent.db: how its cycles went, the rewards it gave, what its gate decided.
 
 Facts are appended and never edited, as in the step log: a cycle is a row for each stage it reaches, and the view
-`cycle_status` shows the newest of each. One writer: the learner.
+`cycle_status` shows the newest of each. The learner writes; the server reads, from any thread.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from sqlite_utils import Database, Migrations
 
+from runtime.store.learner_lock import is_learner_alive
 from runtime.store.transaction import write_transaction
 
 
@@ -30,12 +32,15 @@ class CycleStage(StrEnum):
     GATE = "gate"  # holds the candidates against the acting adapter
     PROMOTE = "promote"  # hands the best one to the runtime
     PROMOTED = "promoted"  # ended: a better adapter acts
+    PROPOSED = "proposed"  # ended: a better adapter waits for somebody's yes
     REFUSED = "refused"  # ended: no candidate was better
-    NOTHING_TO_LEARN = "no_lesson"  # ended: nothing to learn from, and why
+    NOTHING_TO_LEARN = "no_lesson"  # ended: nothing to learn from, and why; the stored word is that of older logs
     FAILED = "failed"  # ended: something broke, and what
 
 
-ENDINGS = frozenset({CycleStage.PROMOTED, CycleStage.REFUSED, CycleStage.NOTHING_TO_LEARN, CycleStage.FAILED})
+ENDINGS = frozenset({
+    CycleStage.PROMOTED, CycleStage.PROPOSED, CycleStage.REFUSED, CycleStage.NOTHING_TO_LEARN, CycleStage.FAILED
+})  # fmt: skip
 
 
 class RewardSource(StrEnum):
@@ -69,10 +74,16 @@ class CycleStatus:
     message: str
     report: dict[str, Any]
     """What is known so far; complete when the cycle has ended."""
+    last_step_id: str | None
+    """The step up to which the cycle has read the log; None before it has."""
     started_at: float
     """Unix seconds."""
     created_at: float
     """Unix seconds."""
+
+    @property
+    def has_ended(self) -> bool:
+        return self.stage in ENDINGS
 
 
 migrations = Migrations("learning_log")
@@ -100,12 +111,7 @@ def create_tables(db: Database) -> None:
                 f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
                 f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
             )
-    db.create_view(
-        "cycle_status",
-        "SELECT newest.cycle, stage, done, total, message, report, started_at, created_at FROM cycles JOIN "
-        "(SELECT cycle, max(id) AS id, min(created_at) AS started_at FROM cycles GROUP BY cycle) AS newest "
-        "ON newest.id = cycles.id ORDER BY cycles.id DESC",
-    )
+    _create_status_view(db, "")
 
 
 @migrations()
@@ -113,22 +119,149 @@ def index_rewards_by_cycle(db: Database) -> None:
     db.execute("CREATE INDEX step_rewards_by_cycle ON step_rewards(cycle, source)")
 
 
-@dataclass(slots=True)
-class LearningLog:
-    """The store. Constructing migrates. Used from one thread."""
+@migrations()
+def keep_the_last_step_in_a_column(db: Database) -> None:
+    """Where a cycle has read to was a key of its report; old rows keep it there and are read as having no cursor."""
+    db.execute("ALTER TABLE cycles ADD COLUMN last_step_id TEXT")
+    db.execute("DROP VIEW cycle_status")
+    _create_status_view(db, "last_step_id, ")
 
-    path: Path
-    db: Database = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.db = Database(sqlite3.connect(self.path, timeout=30.0))
+def _create_status_view(db: Database, more_columns: str) -> None:
+    db.create_view(
+        "cycle_status",
+        f"SELECT newest.cycle, stage, done, total, message, report, {more_columns}started_at, created_at FROM cycles "
+        "JOIN (SELECT cycle, max(id) AS id, min(created_at) AS started_at FROM cycles GROUP BY cycle) AS newest "
+        "ON newest.id = cycles.id ORDER BY cycles.id DESC",
+    )
+
+
+class LearningReader:
+    """What the learner has written in a state folder. May be used from any thread, also while it writes.
+
+    A learner that never ran, or that died in the midst of a cycle, is a fact like any other.
+    """
+
+    def __init__(self, state: Path) -> None:
+        self.state = state
+
+    def status(self, cycle: str) -> CycleStatus | None:
+        return next(iter(self._statuses("WHERE cycle = ? LIMIT 1", [cycle])), None)
+
+    def cycles(self, limit: int = 50) -> list[CycleStatus]:
+        """Newest first."""
+        return self._statuses("LIMIT ?", [limit])
+
+    def last_step_seen(self) -> str | None:
+        """The step that the last cycle which learned from the log read up to."""
+        rows = self._rows(
+            "SELECT last_step_id FROM cycles WHERE stage IN (?, ?, ?) AND last_step_id IS NOT NULL "
+            "ORDER BY id DESC LIMIT 1",
+            [CycleStage.PROMOTED, CycleStage.PROPOSED, CycleStage.REFUSED],
+        )
+        return rows[0]["last_step_id"] if rows else None
+
+    def decisions(self, cycle: str) -> list[dict[str, Any]]:
+        """What the gate decided in a cycle, and on what evidence."""
+        rows = self._rows(
+            "SELECT candidate, against, promote, reason, evidence FROM gate_decisions WHERE cycle = ? ORDER BY id",
+            [cycle],
+        )
+        return [{**row, "promote": bool(row["promote"]), "evidence": json.loads(row["evidence"])} for row in rows]
+
+    def evidence_against(self, acting: str) -> list[dict[str, Any]]:
+        """On what evidence candidates were held against an adapter, newest first."""
+        rows = self._rows("SELECT evidence FROM gate_decisions WHERE against = ? ORDER BY id DESC", [acting])
+        return [json.loads(row["evidence"]) for row in rows]
+
+    def decisions_on(self, candidate: str) -> list[dict[str, Any]]:
+        """What gates decided on an adapter, and on what evidence; oldest first."""
+        rows = self._rows(
+            "SELECT cycle, against, promote, reason, evidence FROM gate_decisions WHERE candidate = ? ORDER BY id",
+            [candidate],
+        )
+        return [{**row, "promote": bool(row["promote"]), "evidence": json.loads(row["evidence"])} for row in rows]
+
+    def rewards(self, cycle: str) -> list[StepReward]:
+        rows = self._rows("SELECT step_id, cycle, source, value FROM step_rewards WHERE cycle = ?", [cycle])
+        return [StepReward(r["step_id"], r["cycle"], RewardSource(r["source"]), r["value"]) for r in rows]
+
+    def reward_summary(self, cycle: str) -> dict[str, dict[str, float]]:
+        """By source: how many steps a cycle rewarded, and how."""
+        rows = self._rows(
+            "SELECT source, count(*) AS num_steps, avg(value) AS mean, min(value) AS least, max(value) AS most "
+            "FROM step_rewards WHERE cycle = ? GROUP BY source",
+            [cycle],
+        )
+        return {row.pop("source"): row for row in rows}
+
+    def rewards_of(self, episode_id: str) -> list[StepReward]:
+        """The step rewards of an episode, from every cycle, oldest first."""
+        rows = self._rows(
+            "SELECT step_id, cycle, source, value FROM step_rewards JOIN steps ON steps.id = step_id "
+            "WHERE episode_id = ? ORDER BY step_rewards.created_at, source",
+            [episode_id],
+        )
+        return [StepReward(r["step_id"], r["cycle"], RewardSource(r["source"]), r["value"]) for r in rows]
+
+    def num_endings(self) -> dict[CycleStage, int]:
+        """How many cycles ended how."""
+        rows = self._rows("SELECT stage, count(*) AS num FROM cycle_status GROUP BY stage", [])
+        return {CycleStage(row["stage"]): row["num"] for row in rows if row["stage"] in ENDINGS}
+
+    def diagnostics(self) -> dict[str, dict[str, float]]:
+        """What the newest cycle that measured anything did, by what it was of: an objective, the discriminator, the
+        training data."""
+        reports = (status.report.get("diagnostics") for status in self.cycles(limit=50))
+        return next((diagnostics for diagnostics in reports if diagnostics), {})
+
+    def agreement(self, adapter: str) -> list[float]:
+        """Expert agreement of an adapter's own steps in the newest cycle that judged any: 1 or 0, newest step first."""
+        rows = self._rows(
+            "SELECT value FROM step_rewards JOIN steps ON steps.id = step_id JOIN episodes ON episodes.id = episode_id "
+            "WHERE source = 'expert_agreement' AND episodes.purpose <> 'evaluation' AND episodes.is_assigned "
+            "AND steps.adapter = ? "
+            "AND cycle = (SELECT cycle FROM cycles WHERE EXISTS (SELECT 1 FROM step_rewards WHERE "
+            "step_rewards.cycle = cycles.cycle AND source = 'expert_agreement') ORDER BY id DESC LIMIT 1) "
+            "ORDER BY steps.created_at DESC",
+            [adapter],
+        )
+        return [row["value"] for row in rows]
+
+    def is_learner_alive(self) -> bool:
+        """Whether a learner works on this state folder now, whoever started it."""
+        return is_learner_alive(self.state)
+
+    def _statuses(self, rest: str, values: Sequence[object]) -> list[CycleStatus]:
+        rows = self._rows(f"SELECT * FROM cycle_status {rest}", values)
+        return [
+            CycleStatus(**{**row, "stage": CycleStage(row["stage"]), "report": json.loads(row["report"])})
+            for row in rows
+        ]
+
+    def _rows(self, query: str, values: Sequence[object]) -> list[dict[str, Any]]:
+        uri = (self.state / "agent.db").absolute().as_uri() + "?mode=ro"
+        try:
+            with closing(sqlite3.connect(uri, uri=True, timeout=10.0)) as connection:
+                connection.row_factory = sqlite3.Row
+                return [dict(row) for row in connection.execute(query, values).fetchall()]
+        except sqlite3.OperationalError as error:
+            if "no such table" in str(error) or "no such column" in str(error):  # no learner of this release has run
+                return []
+            raise
+
+
+class LearningLog(LearningReader):
+    """The learner's side: constructing migrates. Used from one thread."""
+
+    def __init__(self, state: Path) -> None:
+        super().__init__(state)
+        self.db = Database(sqlite3.connect(state / "agent.db", timeout=30.0))
         self.db.enable_wal()
         migrations.apply(self.db)
 
     def close(self) -> None:
         self.db.close()
-
-    # ---------------------------------------------------------------------------------------------- write
 
     def note(
         self,
@@ -138,14 +271,15 @@ class LearningLog:
         done: int = 0,
         total: int = 0,
         report: dict[str, Any] | None = None,
+        last_step_id: str | None = None,
     ) -> None:
         """Append where a cycle is now. Raises ValueError for a cycle that has ended."""
         status = self.status(cycle)
-        if status is not None and status.stage in ENDINGS:
+        if status is not None and status.has_ended:
             raise ValueError(f"cycle {cycle} ended as {status.stage}; it cannot go on to {stage}")
         self._insert("cycles", {
             "cycle": cycle, "stage": stage, "done": done, "total": total, "message": message,
-            "report": json.dumps(report or {}),
+            "report": json.dumps(report or {}), "last_step_id": last_step_id,
         })  # fmt: skip
 
     def add_rewards(self, rewards: Iterable[StepReward]) -> None:
@@ -166,44 +300,16 @@ class LearningLog:
 
     def fail_unfinished(self) -> list[str]:
         """Mark the cycles of a learner that was killed as failed; returns them. For a learner that starts."""
-        unfinished = [status for status in self.cycles(limit=1000) if status.stage not in ENDINGS]
+        unfinished = [status for status in self.cycles(limit=1000) if not status.has_ended]
         for status in unfinished:
-            self.note(status.cycle, CycleStage.FAILED, f"the learner ended while it was in stage {status.stage}")
+            self.note(status.cycle, CycleStage.FAILED, cut_off_message(status))
         return [status.cycle for status in unfinished]
 
-    def _insert(self, table: str, row: dict[str, Any]) -> None:
+    def _insert(self, table: str, record: dict[str, Any]) -> None:
         with write_transaction(self.db):
-            self.db.table(table).insert({**row, "created_at": time.time()})
+            self.db.table(table).insert({**record, "created_at": time.time()})
 
-    # ----------------------------------------------------------------------------------------------- read
 
-    def status(self, cycle: str) -> CycleStatus | None:
-        return next(iter(self._statuses("WHERE cycle = ? LIMIT 1", [cycle])), None)
-
-    def cycles(self, limit: int = 50) -> list[CycleStatus]:
-        """Newest first."""
-        return self._statuses("LIMIT ?", [limit])
-
-    def last_step_seen(self) -> str | None:
-        """The step that the last cycle which learned from the log read up to."""
-        for status in self.cycles(limit=1000):
-            if status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED) and (
-                last := status.report.get("last_step_id")
-            ):
-                return last
-        return None
-
-    def rewards(self, cycle: str) -> list[StepReward]:
-        rows = self.db.query("SELECT step_id, cycle, source, value FROM step_rewards WHERE cycle = ?", [cycle])
-        return [StepReward(r["step_id"], r["cycle"], RewardSource(r["source"]), r["value"]) for r in rows]
-
-    def decisions(self, cycle: str) -> list[dict[str, Any]]:
-        rows = self.db.query("SELECT * FROM gate_decisions WHERE cycle = ? ORDER BY id", [cycle])
-        return [{**row, "promote": bool(row["promote"]), "evidence": json.loads(row["evidence"])} for row in rows]
-
-    def _statuses(self, rest: str, values: list[Any]) -> list[CycleStatus]:
-        rows = self.db.query(f"SELECT * FROM cycle_status {rest}", values)
-        return [
-            CycleStatus(**{**row, "stage": CycleStage(row["stage"]), "report": json.loads(row["report"])})
-            for row in rows
-        ]
+def cut_off_message(status: CycleStatus) -> str:
+    """What is said of a cycle whose learner has ended without an ending."""
+    return f"the learner ended while it was in stage {status.stage}"

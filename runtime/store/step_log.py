@@ -16,7 +16,7 @@ import sqlite3
 import struct
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -64,15 +64,15 @@ MOST_OF_A_KEY = 10
 LIVE_EPISODES = 5000
 """Of an adapter, newest first, that are looked through for outcomes."""
 
-_LIVE = "actor = 'policy' AND purpose <> 'evaluation' AND is_assigned = 1"
-"""Word for word that of an index."""
-_LEARNABLE = "actor = 'policy' AND purpose <> 'evaluation'"
+LEARNABLE = "actor = 'policy' AND purpose <> 'evaluation'"
+"""Word for word that of two indexes."""
 
 _NOT_TAKEN_BACK = "NOT EXISTS (SELECT 1 FROM withdrawals WHERE fact_id = {id})"
 
 _LIVE_OUTCOMES = f"""
 WITH live AS (
-    SELECT id FROM episodes WHERE {_LIVE} AND adapter = ? AND created_at >= ? ORDER BY id DESC LIMIT ?),
+    SELECT id FROM episodes
+    WHERE {LEARNABLE} AND adapter = ? AND is_assigned = 1 AND created_at >= ? ORDER BY id DESC LIMIT ?),
 said AS (
     SELECT outcomes.*, outcomes.rowid AS number, {_TRUST} AS trust, row_number() OVER (
         PARTITION BY episode_id ORDER BY {_TRUST} DESC, created_at DESC, outcomes.id DESC) AS place
@@ -243,7 +243,7 @@ class StepLog:
         adapter: str | None = None,
         task_prefix: str | None = None,
         owner: str | None = None,
-    ) -> Iterator[Episode]:
+    ) -> Generator[Episode, None, None]:
         """The same, read one by one: close the iterator where the rest is not needed."""
         conditions = {"id < ?": after, "purpose = ?": purpose, "actor = ?": actor, "adapter = ?": adapter}
         conditions["owner = ?"] = owner
@@ -294,9 +294,21 @@ class StepLog:
         rows = self._rows("SELECT * FROM withdrawals WHERE fact_id = ? ORDER BY created_at, id", fact_id)
         return [withdrawal_from_row(row) for row in rows]
 
-    def num_learnable_since(self, created_at: float) -> int:
-        """How many of the policy's own episodes, evaluations not counted, began after that moment."""
-        return self._rows(f"SELECT count(*) FROM episodes WHERE {_LEARNABLE} AND created_at > ?", created_at)[0][0]
+    def num_learnable_since(self, created_at: float, most: int) -> int:
+        """How many of the policy's own episodes, evaluations not counted, began after that moment; at most `most`."""
+        # Told which index: the planner would rather read all episodes of this actor.
+        by_time = "episodes INDEXED BY learnable_episodes_by_time"
+        query = f"SELECT count(*) FROM (SELECT 1 FROM {by_time} WHERE {LEARNABLE} AND created_at > ? LIMIT ?)"
+        return self._rows(query, created_at, most)[0][0]
+
+    def num_learnable_after(self, number: int, most: int) -> int:
+        """The same, of those that were logged after the episode with this number: clocks may be set back."""
+        query = f"SELECT count(*) FROM (SELECT 1 FROM episodes NOT INDEXED WHERE {LEARNABLE} AND rowid > ? LIMIT ?)"
+        return self._rows(query, number, most)[0][0]
+
+    def num_episodes(self) -> int:
+        """The number of the newest episode."""
+        return self._rows("SELECT coalesce(max(rowid), 0) FROM episodes")[0][0]
 
     def live_outcomes(self, adapter: str, limit: int, since: float = 0.0) -> list[Outcome]:
         """How the newest of the episodes went that the server gave this adapter and that began since: one outcome each,
@@ -350,6 +362,10 @@ class StepLog:
             return [str(error)]
 
     # ---------------------------------------------------------------------------------------- reading
+
+    def query(self, query: str, *values: object) -> list[sqlite3.Row]:
+        """Rows of a query, for the other readers of this package."""
+        return self._rows(query, *values)
 
     def _rows(self, query: str, *values: object) -> list[sqlite3.Row]:
         with self._reading() as connection:

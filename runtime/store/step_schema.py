@@ -61,10 +61,11 @@ def say_who(database: Database) -> None:
     database.table("withdrawals").create_index(["fact_id"])
     for columns in LIST_INDEXES:
         database.table("episodes").create_index(columns)
-    database.execute(
-        "CREATE INDEX episodes_live ON episodes(adapter, id) "
-        "WHERE actor = 'policy' AND purpose <> 'evaluation' AND is_assigned = 1"
-    )
+    for name, columns in (("by_adapter", "adapter, is_assigned, id"), ("by_time", "created_at")):
+        database.execute(
+            f"CREATE INDEX learnable_episodes_{name} ON episodes({columns}) "
+            "WHERE actor = 'policy' AND purpose <> 'evaluation'"
+        )
 
 
 @STEP_LOG_MIGRATIONS()

@@ -1,91 +1,126 @@
-"""Keys and values of every sequence the embedded engine knows, in slots of one preallocated tensor per layer.
+"""The KV cache that the network writes through: a face of transformers' `Cache` on the slots of `kv_memory`.
 
-Running sequences fill the first slots without gaps, so that attention reads them as a plain slice; finished ones are
-copied to the slots behind, where a prompt that begins alike finds them. Refused: growing the cache by concatenation
-(transformers' DynamicCache), which copies all of it at each token, and scattered slots or pages, which must be gathered
-before each attention.
+One forward's rows may lie in several slabs, and several may share a prefix. So keys and values go to attention as
+spans: these tokens, for those rows (`KeySpan` in attention.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
-FIRST_CAPACITY = 256
-"""Tokens per slot to begin with; it doubles when a longer sequence comes, up to the context limit."""
+from runtime.engines.embedded.attention import KeySpan
+from runtime.engines.embedded.kv_memory import CachedSequence, Slab
+from runtime.engines.embedded.shared_prefix import SharedPrefix
 
 
-class KvSlots(Cache):
-    """The KV cache that the network writes through. Call `aim` before each forward to say where its tokens go."""
+@dataclass(frozen=True, slots=True)
+class SlotRun:
+    """Neighbouring slots of a slab, which neighbouring rows of a forward write to and read."""
 
-    def __init__(
-        self, config: PretrainedConfig, num_slots: int, max_tokens: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    slab: Slab
+    rows: slice
+    slots: slice
+    tokens: slice
+    """What attention reads of each slot."""
+    is_shared: bool = False
+    """All `rows` read the one slot; nothing is written."""
+    is_real: torch.Tensor | None = None
+    """(rows, new tokens): which of the new tokens are no padding; None: all, one each."""
+    target: tuple[torch.Tensor, slice, torch.Tensor] | None = None
+    """Where the real ones go: slots and positions, both (real tokens,), with all heads between."""
+
+    def write(self, store: torch.Tensor, states: torch.Tensor) -> None:
+        """Store a layer's new keys or values, (all rows, heads, new tokens, channels)."""
+        if self.target is not None:
+            own = states[self.rows]
+            store[self.target] = own[:, :, 0] if self.is_real is None else own.transpose(1, 2)[self.is_real]
+
+    def read(self, layer: int) -> KeySpan:
+        keys, values = (store[self.slots, :, self.tokens] for store in (self.slab.keys[layer], self.slab.values[layer]))
+        return KeySpan(self.rows, self.tokens, keys, values, self.is_shared)
+
+
+class KvCache(Cache):
+    """Call `aim` before each forward to say where its tokens go."""
+
+    def __init__(self) -> None:
         super().__init__(layers=[])
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self._max_tokens = max_tokens
-        # (layer, keys or values, slot, head, token, channel). Zeros, not empty: attention multiplies what it masks
-        # by 0, and 0 times a stray NaN is NaN.
-        shape = (config.num_hidden_layers, 2, num_slots, num_heads, min(FIRST_CAPACITY, max_tokens), head_dim)
-        self._hold(torch.zeros(shape, dtype=dtype, device=device))
-
-    def _hold(self, storage: torch.Tensor) -> None:
-        self._storage = storage
-        self._keys = list(storage[:, 0])
-        self._values = list(storage[:, 1])
-
-    def reserve(self, num_tokens: int) -> None:
-        """Make every slot at least `num_tokens` long, keeping what it holds."""
-        capacity = self._storage.shape[4]
-        if num_tokens <= capacity:
-            return
-        while capacity < num_tokens:
-            capacity *= 2
-        old = self._storage
-        grown = old.new_zeros((*old.shape[:4], min(capacity, self._max_tokens), old.shape[5]))
-        grown[:, :, :, :, : old.shape[4]] = old
-        self._hold(grown)
+        self._runs: list[SlotRun] = []
 
     def aim(
         self,
-        rows: slice,
-        num_tokens: int,
-        slots: torch.Tensor,
+        rows: Sequence[CachedSequence],
         positions: torch.Tensor,
-        chosen: torch.Tensor | None = None,
+        is_real: torch.Tensor | None,
+        shared: Sequence[SharedPrefix] = (),
     ) -> None:
-        """Set where the next forward writes, and what it reads.
+        """Set the rows of the next forward; neighbouring slots should be neighbouring rows (`slot_order`).
 
-        The forward's new tokens, flattened to (rows * new tokens), of which `chosen` (None: all) are real, go to
-        `slots` and `positions`, shape (real tokens,). Attention sees the first `num_tokens` of the slots `rows`.
+        `positions` and `is_real` are (rows, new tokens); is_real None: one new token each, and no padding.
         """
-        self._rows, self._num_tokens = rows, num_tokens
-        self._target = (slots, slice(None), positions)
-        self._chosen = chosen
+        begins = [0] * len(rows)
+        for prefix in shared:
+            begins[prefix.rows] = [prefix.num_tokens] * len(range(*prefix.rows.indices(len(rows))))
+        ends = (positions[:, -1] + 1).tolist()
+        self._runs = [
+            own_run(rows, run, slice(begins[run.start], max(ends[run])), positions, is_real)
+            for run in runs_of(rows, begins)
+        ]
+        self._runs += [shared_run(rows[prefix.rows.start], prefix) for prefix in shared]
 
-    def update(
+    def update(  # type: ignore[override]
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Called by the network: store (rows, heads, new tokens, channels), give (rows, heads, tokens, channels)."""
-        keys, values = self._keys[layer_idx], self._values[layer_idx]
-        keys[self._target] = self._real_tokens(key_states)
-        values[self._target] = self._real_tokens(value_states)
-        return keys[self._rows, :, : self._num_tokens], values[self._rows, :, : self._num_tokens]
+    ) -> tuple[list[KeySpan], list[KeySpan]]:
+        """Called by the network: store (rows, heads, new tokens, channels), give what attention reads."""
+        for run in self._runs:
+            run.write(run.slab.keys[layer_idx], key_states)
+            run.write(run.slab.values[layer_idx], value_states)
+        spans = [run.read(layer_idx) for run in self._runs]
+        return spans, spans
 
-    def _real_tokens(self, states: torch.Tensor) -> torch.Tensor:
-        """(rows, heads, new tokens, channels) to (real tokens, heads, channels)."""
-        if self._chosen is None:
-            return states[:, :, 0]
-        return states.transpose(1, 2).flatten(0, 1)[self._chosen]
 
-    def copy(self, source: int, target: int, num_tokens: int) -> None:
-        """Copy the first `num_tokens` of one slot to another."""
-        self._storage[:, :, target, :, :num_tokens] = self._storage[:, :, source, :, :num_tokens]
+def slot_order(sequence: CachedSequence) -> tuple[int, int]:
+    """Neighbouring slots beside each other."""
+    assert sequence.slab is not None
+    return sequence.slab.number, sequence.slot
 
-    def wipe(self, slot: int) -> None:
-        """Zero a slot that may hold values which are not finite."""
-        self._storage[:, :, slot] = 0.0
+
+def runs_of(rows: Sequence[CachedSequence], begins: Sequence[int]) -> list[slice]:
+    """Split rows into those whose slots lie side by side, and which read them from the same token on."""
+
+    def goes_on(place: int) -> bool:
+        row, before = rows[place], rows[place - 1]
+        return row.slab is before.slab and row.slot == before.slot + 1 and begins[place] == begins[place - 1]
+
+    starts = [place for place in range(len(rows)) if place == 0 or not goes_on(place)]
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(rows)], strict=True)]
+
+
+def own_run(
+    rows: Sequence[CachedSequence],
+    run: slice,
+    tokens: slice,
+    positions: torch.Tensor,
+    is_real: torch.Tensor | None,
+) -> SlotRun:
+    slab, first = rows[run.start].slab, rows[run.start].slot
+    assert slab is not None
+    slots = slice(first, first + run.stop - run.start)
+    if is_real is None:
+        places = torch.arange(slots.start, slots.stop, device=positions.device)
+        return SlotRun(slab, run, slots, tokens, target=(places, slice(None), positions[run, 0]))
+    real = is_real[run]
+    row_of_token, _ = real.nonzero(as_tuple=True)
+    target = (row_of_token + first, slice(None), positions[run][real])
+    return SlotRun(slab, run, slots, tokens, is_real=real, target=target)
+
+
+def shared_run(leader: CachedSequence, prefix: SharedPrefix) -> SlotRun:
+    assert leader.slab is not None
+    slots = slice(leader.slot, leader.slot + 1)
+    return SlotRun(leader.slab, prefix.rows, slots, slice(0, prefix.num_tokens), is_shared=True)

@@ -85,7 +85,7 @@ def _filters(params: SamplingParams) -> bool:
 
 
 def drop_unlikely(probs: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
-    """Zero each row's tokens below `min_p` times its likeliest one. Both have a row for each."""
+    """Zero each row's tokens below `min_p` times its likeliest. `probs` is (rows, vocabulary), `min_p` (rows, 1)."""
     return probs.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0)
 
 

@@ -1,0 +1,171 @@
+"""python -m learner once: runs one cycle against a served agent, here or beside its server."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import create_model, field_validator, model_validator
+from pydantic_settings import CliSuppress, NoDecode
+
+from learner.commands.server import ServerOptions, has_state
+from learner.options import CollectionOptions, CycleOptions, ObjectiveOptions, TrainingOptions
+from policies.command_line import split_commas
+from runtime.store.learner_lock import only_learner
+
+if TYPE_CHECKING:
+    from learner.data.collaborators import Collaborators
+    from learner.data.experts import Expert
+    from runtime.store.step_log import StepLog
+    from tools.worlds.world import World
+
+NICENESS = 10
+"""Of a learner beside a server: on shared cores it gets what serving leaves."""
+
+GROUPS: dict[str, Any] = {"collection": CollectionOptions, "objective": ObjectiveOptions, "training": TrainingOptions}
+"""The groups of a cycle's options: on the command line they stand side by side."""
+
+
+def _side_by_side() -> dict[str, Any]:
+    fields = {name: field for group in (*GROUPS.values(), CycleOptions) for name, field in _fields(group).items()}
+    return {name: (_on_command_line(field.annotation), field) for name, field in fields.items() if name not in GROUPS}
+
+
+def _fields(group: Any) -> dict[str, Any]:
+    return group.__pydantic_fields__
+
+
+def _on_command_line(annotation: Any) -> Any:
+    return Annotated[annotation, NoDecode] if annotation == tuple[str, ...] else annotation
+
+
+_CycleFields: Any = create_model("_CycleFields", __base__=ServerOptions, **_side_by_side())
+
+
+class OnceOptions(_CycleFields):
+    """Run one learner cycle: collect, inspect, reward, train, judge, promote."""
+
+    cycle: str = ""
+    """The cycle's name; default: a new one."""
+    model: Path = Path("policies/novice_model")
+    """The base model's folder."""
+    response_template: Path | None = None
+    """As the server was started with."""
+    world: str = "order_desk"
+    """The world that judges and knows the way; empty for none."""
+    expert_url: str = ""
+    """A stronger model's OpenAI-compatible endpoint; its key is STEPAGENT_EXPERT_API_KEY."""
+    expert_model: str = ""
+    """The stronger model's name there."""
+    threads: int = 1
+    """Threads of the learner's arithmetic on a CPU."""
+    server_pid: CliSuppress[int | None] = None
+    """The server that started us: we give way to it, and end with it."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _split_commas(cls, given: Any, info: Any) -> Any:
+        annotation = cls.model_fields[info.field_name].annotation
+        return split_commas(given) if annotation == tuple[str, ...] else given
+
+    @model_validator(mode="after")
+    def _expert_is_whole(self) -> OnceOptions:
+        if bool(self.expert_url) != bool(self.expert_model):
+            raise ValueError("--expert-url and --expert-model go together")
+        return self
+
+    def cycle_options(self) -> CycleOptions:
+        groups = {name: group(**self._values_of(group)) for name, group in GROUPS.items()}
+        return CycleOptions(**self._values_of(CycleOptions), **groups)
+
+    def _values_of(self, group: Any) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _fields(group) if name not in GROUPS}
+
+
+def run(options: OnceOptions) -> int:
+    """Exit code 0 however the cycle was decided, 1 where it failed, 3 beside another cycle."""
+    if options.server_pid is not None:
+        _live_beside(options.server_pid)  # before the slow imports: they too give way to the server, and end with it
+    os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))  # before torch is imported
+    from learner.commands.status import StatusOptions
+    from learner.commands.status import run as show_status
+    from learner.objectives.build import OBJECTIVES
+    from runtime.store.learning_log import CycleStage
+
+    if unknown := set(options.cycle_options().objectives) - OBJECTIVES.keys():
+        print(f"no objective is called {min(unknown)!r}; there are: {', '.join(OBJECTIVES)}", file=sys.stderr)
+        return 1
+    if not has_state(options):
+        return 1
+    with only_learner(options.state) as is_alone:
+        if not is_alone:
+            print(f"another cycle runs on {options.state}: wait for its end", file=sys.stderr)
+            return 3
+        stage = asyncio.run(_clear_up_and_run(options))
+        show_status(StatusOptions(state=options.state, limit=1))
+    return 1 if stage is CycleStage.FAILED else 0
+
+
+async def _clear_up_and_run(options: OnceOptions) -> str:
+    from learner.cycle import run_cycle
+    from runtime.store.episodes import new_id
+
+    who = collaborators(options)
+    cut_off = who.learning_log.fail_unfinished()
+    for cycle in cut_off:
+        print(f"cycle {cycle} was cut off and is marked as failed")
+    if cut_off:
+        await who.endpoint.refuse_left_over(cut_off)
+    return await run_cycle(options.cycle or new_id("cycle"), who, options.cycle_options())
+
+
+def collaborators(options: OnceOptions) -> Collaborators:
+    """Who a cycle works with, as the options say."""
+    from learner.data.collaborators import Collaborators
+    from policies.chat_protocol import ChatProtocol
+    from runtime.store.learning_log import LearningLog
+    from runtime.store.step_log import StepLog
+    from tools.worlds import load_world
+
+    log = StepLog(options.state / "agent.db", read_only=True)
+    world = load_world(options.world) if options.world else None
+    return Collaborators(
+        endpoint=options.endpoint(),
+        log=log,
+        learning_log=LearningLog(options.state),
+        protocol=ChatProtocol.load(options.model, options.response_template),
+        world=world,
+        experts=_experts(options, log, world),
+        base=options.model,
+        state=options.state,
+    )
+
+
+def _experts(options: OnceOptions, log: StepLog, world: World | None) -> list[Expert]:
+    """Whoever may know what to do at the policy's own states; the first who does is believed."""
+    from openai import AsyncOpenAI
+
+    from learner.data.experts import Corrections, ModelExpert, WorldExpert
+
+    experts: list[Expert] = [Corrections(log)]
+    if world is not None:
+        experts.append(WorldExpert(world))
+    if options.expert_url:
+        key = os.environ.get("STEPAGENT_EXPERT_API_KEY", "none")
+        experts.append(ModelExpert(AsyncOpenAI(base_url=options.expert_url, api_key=key), options.expert_model))
+    return experts
+
+
+def _live_beside(server: int) -> None:
+    """Give way to the server, and end with it, however it ends (Linux)."""
+    os.nice(NICENESS)
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if os.getppid() != server:  # it ended before we asked to be told
+        raise SystemExit(f"the server (process {server}) has ended")

@@ -1,0 +1,63 @@
+"""What every command of the learner needs to know: where the server is, its key, and its state folder."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from learner.api_key import api_key
+from policies.command_line import Options
+
+if TYPE_CHECKING:
+    from learner.client import Endpoint
+
+T = TypeVar("T")
+
+
+class ServerOptions(Options):
+    """Where the server is."""
+
+    model_config = SettingsConfigDict(env_prefix="STEPAGENT_LEARNER_")
+
+    url: str = Field(default_factory=lambda: os.environ.get("STEPAGENT_URL", "http://127.0.0.1:8000/v1"))
+    """The endpoint; default: STEPAGENT_URL, or the server's own default."""
+    api_key_file: Path | None = None
+    """File that holds the server's API key; default: STEPAGENT_API_KEY."""
+    state: Path = Path("state")
+    """The server's state folder."""
+
+    def endpoint(self) -> Endpoint:
+        from openai import AsyncOpenAI
+
+        from learner.client import Endpoint
+
+        return Endpoint(AsyncOpenAI(base_url=self.url, api_key=api_key(self.api_key_file)))
+
+
+def ask(options: ServerOptions, request: Callable[[Endpoint], Awaitable[T]]) -> T | None:
+    """What the server answers to a request; None where it does not, which is said."""
+    from openai import OpenAIError
+
+    async def answer() -> T:
+        return await request(options.endpoint())
+
+    try:
+        return asyncio.run(answer())
+    except OpenAIError as error:
+        print(f"{options.url} did not do it: {error}", file=sys.stderr)
+        return None
+
+
+def has_state(options: ServerOptions) -> bool:
+    """Whether a server has ever run on the state folder; says so where not."""
+    database = options.state / "agent.db"
+    if not database.exists():
+        print(f"there is no {database}: start the server first, or name its --state", file=sys.stderr)
+    return database.exists()

@@ -1,0 +1,41 @@
+"""JSON in which no number changes: integers of any size stay, and a decimal number that no float holds is marked.
+
+orjson was refused here: it reads a 24-digit integer as a float, without a word.
+"""
+
+from __future__ import annotations
+
+import json
+from decimal import Decimal
+from typing import Any
+
+
+class RoundedFloat(float):
+    """A number that the file writes with more digits than a float holds, or too large for one."""
+
+
+def loads(text: str | bytes) -> Any:
+    """Raises ValueError (json.JSONDecodeError, UnicodeDecodeError) or RecursionError for what is no JSON."""
+    return DECODER.decode(text.decode("utf-8") if isinstance(text, bytes) else text)
+
+
+def dumps(value: Any) -> str:
+    """Raises ValueError for NaN, infinity and half a character, and RecursionError."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    text.encode()  # half of a surrogate pair has no UTF-8
+    return text
+
+
+def holds_rounded(value: Any) -> bool:
+    """Whether a number in this value is not the one that the file has."""
+    if isinstance(value, dict):
+        return any(map(holds_rounded, value.values()))
+    return any(map(holds_rounded, value)) if isinstance(value, list) else isinstance(value, RoundedFloat)
+
+
+def _read_float(text: str) -> float:
+    read = float(text)
+    return read if Decimal(repr(read)) == Decimal(text) else RoundedFloat(read)
+
+
+DECODER = json.JSONDecoder(parse_float=_read_float)

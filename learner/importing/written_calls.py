@@ -1,0 +1,239 @@
+"""Thoughts and calls that a data set writes out within the assistant's text.
+
+What is read: `<think>` before an answer; Hermes's `<tool_call>` tags; ToolACE's `[name(key=value)]`; ToolBench's
+`Action:` and `Action Input:` lines, where tools answer them. Other texts stay texts: an action of ReAct that no tool
+answers is an answer, because every data set writes them its own way.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from itertools import pairwise
+from typing import Any
+
+from learner.importing.exact_json import loads
+from learner.importing.fields import Fields, RefusedRecord
+from learner.importing.turns import Call
+
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+_HERMES_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+_HERMES_RESULT = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
+_HERMES_TOOLS = re.compile(r"<tools>\s*(\[.*?\]|\{.*?\})\s*</tools>", re.DOTALL)
+_REACT = re.compile(r"(.*?)\bAction:[ \t]*([^\n]+?)[ \t]*\n\s*Action Input:[ \t]*(.*)", re.DOTALL)
+_BRACKETS = re.compile(r"\[\s*[A-Za-z_][\w .\-/:]*\(.*\)\s*\]", re.DOTALL)
+
+
+# ------------------------------------------------------------------------------------------------- thoughts
+
+
+def split_thought(text: str, where: str) -> tuple[str, str]:
+    """(thinking, the rest) of what the assistant wrote. Raises RefusedRecord where it ends within its thinking.
+
+    Only a thought at the beginning counts: a `<think>` later in the text is text. Some models' prompts open the
+    thinking, so that only its end is written.
+    """
+    if found := _THOUGHT.match(text):
+        return found[1].strip(), text[found.end() :]
+    if text.lstrip().startswith("<think>"):
+        raise RefusedRecord(f"{where} ends within its thinking: <think> is not closed")
+    before, mark, rest = text.partition("</think>")
+    if mark and "<think>" not in before and "</think>" not in rest:
+        return before.strip(), rest.lstrip()
+    return "", text
+
+
+# ----------------------------------------------------------------------------------------------------- calls
+
+
+CALL_ID_NAMES = ("call_id", "tool_call_id", "toolCallId", "tool_use_id", "toolUseId", "callId")
+CALL_NAMES = ("name", "tool_name", "toolName", "function_name", "functionName", "tool", "api_name", "api")
+ARGUMENT_NAMES = (
+    "arguments", "parameters", "input", "args", "kwargs", "params", "tool_input", "toolInput", "tool_arguments",
+    "action_input", "arguments_json", "arguments_text", "raw_arguments", "parameter", "argument",
+)  # fmt: skip
+_HARMLESS = frozenset(
+    "parsed_arguments status view parse_error_type extra_content thought_signature thoughtSignature signature "
+    "cache_control caller providerExecuted provider_executed providerOptions providerMetadata callProviderMetadata "
+    "namespace internal rawInput".split()
+)
+
+
+def read_call(value: Any, where: str) -> Call:
+    """A call as any API writes it: flat, or within `function`. Raises RefusedRecord."""
+    fields = Fields(value, where)
+    call_id = fields.take(*CALL_ID_NAMES)
+    own_id = fields.take("id")
+    fields.take("type")
+    if fields.take("parse_error", "error"):
+        raise RefusedRecord(f"{where} has a call that its source could not read")
+    arguments = fields.take(*ARGUMENT_NAMES)
+    function = fields.take("function", "functionCall", "func")
+    if isinstance(function, dict):
+        inner = Fields(function, where)
+        name = inner.take(*CALL_NAMES)
+        own_id = own_id or inner.take("id")
+        inner_arguments = inner.take(*ARGUMENT_NAMES)
+        if arguments is not None and inner_arguments is not None and arguments != inner_arguments:
+            raise RefusedRecord(f"{where} has two different arguments of {name}")
+        arguments = inner_arguments if arguments is None else arguments
+        inner.close(_HARMLESS)
+        fields.take("name")
+    else:
+        name = fields.take(*CALL_NAMES)
+        if function is not None and name not in (None, function):
+            raise RefusedRecord(f"{where} calls two tools at once, {name!r} and {function!r}")
+        name = function if name is None else name
+    fields.close(_HARMLESS)
+    identifier = call_id if call_id is not None else own_id  # responses have both: the call's id pairs it
+    return Call(name, arguments, None if identifier in (None, "") else str(identifier))
+
+
+def read_literal(text: str, what: str) -> Any:
+    """A value as JSON writes it, or as Python does. Raises RefusedRecord where it is neither."""
+    try:
+        return loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = error
+    try:
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        raise RefusedRecord(f"{what} is not JSON: {reason}") from reason
+    _require_exact(value, text, what)
+    return value
+
+
+def _require_exact(value: Any, text: str, what: str) -> None:
+    """Raises RefusedRecord where Python's reader changed a number, or made what JSON does not have."""
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise RefusedRecord(f"{what} has a key that is not text")
+        for each in value.values():
+            _require_exact(each, text, what)
+    elif isinstance(value, list):
+        for each in value:
+            _require_exact(each, text, what)
+    elif isinstance(value, float) and repr(value) not in text:
+        raise RefusedRecord(f"{what} holds a number with more digits than can be kept")
+    elif not isinstance(value, str | int | float | bool | None):
+        raise RefusedRecord(f"{what} holds {type(value).__name__}, which JSON does not have")
+
+
+def read_calls_text(text: str, where: str) -> tuple[Call, ...]:
+    """The calls of a text that is a call, or a list of calls."""
+    value = read_literal(text.strip().removeprefix("Calling tools:"), f"{where}: the call")
+    return tuple(read_call(call, where) for call in (value if isinstance(value, list) else [value]))
+
+
+_OTHER_MARKS = (
+    "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<functioncall>", "<function=", "<function_calls>", "<|tool_call",
+    "<｜tool▁call", "<tool_use>", "<|tool_calls_section_begin|>",
+)  # fmt: skip
+"""How models of other makers begin a call."""
+
+
+def require_no_other_call(text: str, where: str) -> None:
+    """Raises RefusedRecord for a text that is a call in the marks of a model: it would be learned as an answer."""
+    begun = next((mark for mark in _OTHER_MARKS if text.lstrip().startswith(mark)), None)
+    if begun is not None:
+        raise RefusedRecord(f"{where} begins with {begun}: write the call as tool_calls")
+
+
+def split_tagged_calls(text: str, where: str) -> tuple[str, tuple[Call, ...]]:
+    """(text, calls) of what holds Hermes's tags; the text unchanged where there are none."""
+    found = list(_HERMES_CALL.finditer(text))
+    if not found:
+        return text, ()
+    calls = [call for each in found for call in read_calls_text(each[1], where)]
+    between = [text[a.end() : b.start()] for a, b in pairwise(found)]
+    if "".join([*between, text[found[-1].end() :]]).strip():
+        raise RefusedRecord(f"{where} has text behind its calls: a call ends what the assistant says")
+    return text[: found[0].start()].rstrip(), tuple(calls)
+
+
+def bracket_calls(text: str, where: str) -> tuple[Call, ...]:
+    """The calls of a text that is `[name(key=value), ...]` from its beginning to its end; none where it is not."""
+    text = text.strip()
+    if not _BRACKETS.fullmatch(text):
+        return ()
+    names: list[str] = []
+
+    def placeholder(found: re.Match[str]) -> str:
+        names.append(found[2].strip())
+        return f"{found[1]}_call_{len(names) - 1}("
+
+    # Names with spaces or points are no Python; a name stands at the beginning or behind a call's end.
+    plain = re.sub(r"(^\[\s*|\)\s*,\s*)([A-Za-z_][\w .\-/:]*)\(", placeholder, text)
+    try:
+        parsed = ast.parse(plain, mode="eval").body
+        entries = parsed.elts if isinstance(parsed, ast.List) else []
+        calls = tuple(_python_call(entry, names, text, where) for entry in entries)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise RefusedRecord(f"{where} looks like calls in brackets, and cannot be read as such: {error}") from error
+    return calls
+
+
+def _python_call(entry: ast.expr, names: list[str], text: str, where: str) -> Call:
+    if not isinstance(entry, ast.Call) or not isinstance(entry.func, ast.Name) or entry.args:
+        raise ValueError("every call needs a name, and every argument a name")
+    arguments = {}
+    for keyword in entry.keywords:
+        if keyword.arg is None:
+            raise ValueError("an argument has no name")
+        arguments[keyword.arg] = ast.literal_eval(keyword.value)
+        _require_exact(arguments[keyword.arg], text, f"{where}: the argument {keyword.arg}")
+    return Call(names[int(entry.func.id.removeprefix("_call_"))], arguments)
+
+
+def react_call(text: str, where: str) -> tuple[str, tuple[Call, ...]]:
+    """(text, calls) of a text with ToolBench's `Action:` and `Action Input:` lines; the text unchanged without them."""
+    found = _REACT.fullmatch(text)
+    if found is None:
+        return text, ()
+    arguments = read_literal(found[3].strip() or "{}", f"{where}: the input of {found[2]}")
+    if found[2] == "Finish" and isinstance(arguments, dict) and "give_up" in str(arguments.get("return_type")):
+        raise RefusedRecord(f"{where} gives up (return_type): the record is no expert's")
+    return found[1].strip(), (Call(found[2], arguments),)
+
+
+# ------------------------------------------------------------------------------------------- results and tools
+
+
+def tagged_results(text: str) -> list[str]:
+    """The texts of Hermes's results; the whole text where none is tagged."""
+    return _HERMES_RESULT.findall(text) or [text]
+
+
+def named_result(text: str) -> tuple[str | None, str | None]:
+    """(call id, tool name) that a result itself tells, as Hermes's and ToolACE's do."""
+    try:
+        value = loads(text)
+    except (ValueError, RecursionError):
+        return None, None
+    if not isinstance(value, dict):
+        return None, None
+    call_id, name = value.get("tool_call_id"), value.get("name")
+    return (call_id if isinstance(call_id, str) else None), (name if isinstance(name, str) else None)
+
+
+def tools_in_text(text: str) -> list[Any]:
+    """The tools that a system message of Hermes, ToolBench or ToolACE writes out."""
+    listed = [read_literal(found, "the list of tools in the system message") for found in _HERMES_TOOLS.findall(text)]
+    for opening in (
+        "you have access to the following APIs:",
+        "Here is a list of functions in JSON format that you can invoke:",
+    ):
+        _, found, rest = text.partition(opening)
+        if found and rest.lstrip().startswith("["):
+            listed.append(_leading_list(rest.lstrip()))
+    return [tool for tools in listed for tool in (tools if isinstance(tools, list) else [tools])]
+
+
+def _leading_list(text: str) -> Any:
+    """The list that a text begins with."""
+    for end in (found.end() for found in re.finditer(r"\]", text)):
+        try:
+            return read_literal(text[:end], "")
+        except RefusedRecord:
+            continue
+    raise RefusedRecord("the list of tools in the system message cannot be read")

@@ -1,0 +1,147 @@
+"""Trains a candidate adapter for each objective, and says why not where one cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from learner.data.collaborators import Collaborators
+from learner.data.rewards import implicit_rewards
+from learner.data.training_data import TrainingData
+from learner.objectives.build import NothingToLearn, objective_of
+from learner.objectives.objectives import Objective
+from learner.options import ObjectiveOptions, TrainingOptions
+from learner.report import CycleRecord
+from learner.training.diagnostics import WatchedActions, diagnostics, policy_action_sums
+from learner.training.discriminator import Discriminator
+from learner.training.trainer import Trainer, TrainingFailed
+from policies.types import BASE_ADAPTER, TokenIds
+from runtime.store.learning_log import CycleStage, StepReward
+
+NUM_PROBE_PROMPTS = 8
+"""States whose prompts the probe is chosen from."""
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateOptions:
+    """What candidates are trained for, and how."""
+
+    objectives: tuple[str, ...]
+    objective: ObjectiveOptions
+    training: TrainingOptions
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A trained adapter in a folder of the learner's. Nobody has judged it yet."""
+
+    objective: str
+    folder: Path
+    rewards: list[StepReward]
+    """Implicit rewards, by what it has become."""
+
+
+@dataclass(frozen=True, slots=True)
+class Untrained:
+    """An objective that no candidate was trained for, and why."""
+
+    objective: str
+    reason: str
+    has_failed: bool
+    """Training broke; otherwise there was nothing to learn."""
+
+
+def train_candidates(
+    record: CycleRecord,
+    who: Collaborators,
+    options: CandidateOptions,
+    acting: str,
+    training_data: TrainingData,
+    discriminator: Discriminator | None,
+    folders: Path,
+) -> list[Candidate]:
+    """One after the other, from the acting adapter. Raises TrainingFailed or NothingToLearn where none can be."""
+    candidates, untrained = list[Candidate](), list[Untrained]()
+    for name in options.objectives:
+        with record.stage(CycleStage.TRAIN, name):
+            result = _train(record, who, options, acting, training_data, discriminator, name, folders / name)
+        if isinstance(result, Candidate):
+            candidates.append(result)
+        else:
+            untrained.append(result)
+            record.add(not_trained={name: result.reason})
+    if not candidates:
+        raise _why_none(untrained)
+    return candidates
+
+
+def _why_none(untrained: Sequence[Untrained]) -> NothingToLearn | TrainingFailed:
+    failed = next((each for each in untrained if each.has_failed), None)
+    return TrainingFailed(failed.reason) if failed else NothingToLearn(untrained[0].reason)
+
+
+def _train(
+    record: CycleRecord,
+    who: Collaborators,
+    options: CandidateOptions,
+    acting: str,
+    training_data: TrainingData,
+    discriminator: Discriminator | None,
+    name: str,
+    folder: Path,
+) -> Candidate | Untrained:
+    if name == "inverse" and discriminator is None:
+        return Untrained(name, f"there is no discriminator: {record.report.no_discriminator}", has_failed=False)
+    try:
+        objective = objective_of(name, training_data, options.objective, discriminator)
+        return _candidate(record, who, options, acting, training_data, objective, folder)
+    except NothingToLearn as reason:
+        return Untrained(name, str(reason), has_failed=False)
+    except TrainingFailed as error:
+        return Untrained(name, str(error), has_failed=True)
+
+
+def _candidate(
+    record: CycleRecord,
+    who: Collaborators,
+    options: CandidateOptions,
+    acting: str,
+    training_data: TrainingData,
+    objective: Objective,
+    folder: Path,
+) -> Candidate:
+    begin = None if acting == BASE_ADAPTER else who.adapter_folder(acting)
+    trainer = Trainer(who.base, begin, options.training, options.device)
+    watched = WatchedActions.of(training_data)
+    sequences = watched.sequences()
+    before = trainer.logprobs(sequences)
+    name = objective.name
+    training = trainer.train(objective, lambda done, total: record.progress(CycleStage.TRAIN, name, done, total))
+    after = trainer.logprobs(sequences)
+    record.measure(name, {**training.diagnostics, **diagnostics(watched, before, after)})
+    trainer.save(folder, _probe_prompts(training_data), _card(record.cycle, name, acting, training_data))
+    rewards = implicit_rewards(
+        record.cycle,
+        [action for _, action in watched.policy_actions],
+        policy_action_sums(watched, after),
+        policy_action_sums(watched, before),
+        options.objective.beta,
+    )
+    return Candidate(name, folder, rewards)
+
+
+def _probe_prompts(training_data: TrainingData) -> list[TokenIds]:
+    """Prompts of states that the policy has to change at, where there are any: there a probe tells most."""
+    states = [state for trajectory in training_data.trajectories for state in trajectory.states]
+    states.sort(key=lambda state: not state.is_informative)
+    return [state.prompt for state in states[:NUM_PROBE_PROMPTS]]
+
+
+def _card(cycle: str, objective: str, acting: str, training_data: TrainingData) -> str:
+    return (
+        f"# {objective}, {cycle}\n\nA LoRA trained by StepAgent from {acting}, on "
+        f"{len(training_data.demonstrations)} demonstrations and {len(training_data.policy_episodes)} own episodes. "
+        "`probe.json` holds what it says after fixed prompts.\n"
+    )

@@ -1,0 +1,70 @@
+"""How many bytes the keys and values may take, and how long a sequence they can hold."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from runtime.engines.embedded.kv_memory import KvShape
+
+SHARE_OF_FREE_MEMORY = 0.25
+"""By default: a learner trains on the same machine, with the same network and its activations."""
+SEQUENCES_PER_ROW = 2
+"""Full contexts that are of use for each row of the batch: its own, and a kept prefix."""
+DEFAULT_MAX_CONTEXT = 4096
+MIN_CONTEXT = 16
+GIB, MIB = 1 << 30, 1 << 20
+
+
+def kv_budget(
+    shape: KvShape, num_bytes: int | None, max_context: int | None, most_context: int, max_rows: int
+) -> tuple[int, int]:
+    """Bytes for keys and values, and the longest sequence, prompt and completion together.
+
+    `num_bytes` and `max_context` are the user's, None where left to us; `most_context` is what the network was made
+    for. Raises ValueError where both are set and do not go together, or nothing fits.
+    """
+    wanted = max_context or min(most_context, DEFAULT_MAX_CONTEXT)
+    per_token = shape.bytes_per_token
+    if num_bytes is None:
+        num_bytes = min(
+            int(SHARE_OF_FREE_MEMORY * free_bytes(shape.device)), SEQUENCES_PER_ROW * max_rows * wanted * per_token
+        )
+    fits = num_bytes // per_token
+    if fits < (max_context or MIN_CONTEXT):
+        raise ValueError(
+            f"{named(num_bytes)} for keys and values hold {fits:,} tokens of this network ({per_token:,} bytes each), "
+            f"and a context of {max_context or MIN_CONTEXT:,} is asked for, which takes "
+            f"{named((max_context or MIN_CONTEXT) * per_token)}: give more --kv-memory, or a smaller --max-context"
+        )
+    return num_bytes, min(wanted, fits)
+
+
+def named(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.1f} MiB"
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process could take now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min(_free_of_machine(), _free_of_container())
+
+
+def _free_of_machine() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux: half of what is built in
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _free_of_container(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """What the container's limit leaves; no limit is a very large one."""
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return int(limit) - int(used)
+    except (OSError, ValueError):  # no container, or "max"
+        return 1 << 62

@@ -1,0 +1,56 @@
+"""GET /v1/export: logged episodes in other people's formats, one JSON object a line, as they are read from the log."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import StreamingResponse
+
+from runtime.http.keys import asking_key
+from runtime.http.parts import Parts
+from runtime.store.episodes import Actor, Purpose
+from runtime.store.export import ExportFilter, export
+
+
+def export_routes(parts: Parts) -> APIRouter:
+    router = APIRouter(prefix="/v1/export")
+
+    @router.get("", response_class=StreamingResponse)
+    def export_episodes(
+        request: Request,
+        format: Literal["atif", "openai", "trl", "hf"],
+        purpose: Purpose | None = None,
+        actor: Actor | None = None,
+        adapter: str | None = None,
+        task_prefix: str | None = None,
+        since: datetime | None = None,
+        min_outcome: Annotated[float | None, Query(allow_inf_nan=False)] = None,
+    ) -> StreamingResponse:
+        """Newest episode first, the key's own; an admin key gets all.
+
+        `since` is a moment; `min_outcome` leaves out episodes without an outcome.
+        """
+        wanted = ExportFilter(
+            purpose,
+            actor,
+            adapter,
+            task_prefix,
+            None if since is None else since.timestamp(),
+            min_outcome,
+            asking_key(request).sees_only,
+        )
+        learning_log = None if parts.learning is None else parts.learning.log
+        # A plain iterator is read in a thread: the log is, while answers go on.
+        return StreamingResponse(
+            _lines(export(parts.log, learning_log, wanted, format)), media_type="application/x-ndjson"
+        )
+
+    return router
+
+
+def _lines(rows: Iterator[dict[str, object]]) -> Iterator[bytes]:
+    return (json.dumps(row, ensure_ascii=True).encode() + b"\n" for row in rows)

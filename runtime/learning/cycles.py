@@ -1,0 +1,37 @@
+"""Cycles as users see them: what the learner has logged, and what only its process can tell yet."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from runtime.learning.process import LearnerProcess
+from runtime.store.learning_log import CycleStage, CycleStatus, LearningReader, cut_off_message
+
+
+class Cycles:
+    """Reads from disk: not for the event loop."""
+
+    def __init__(self, log: LearningReader, process: LearnerProcess) -> None:
+        self._log = log
+        self._process = process
+
+    def newest(self, limit: int) -> list[dict[str, Any]]:
+        """Newest first; one that was started and has logged nothing yet stands before them all."""
+        logged = [self._shown(status) for status in self._log.cycles(limit)]
+        return [*self._process.unlogged(), *logged][:limit]
+
+    def cycle(self, name: str) -> dict[str, Any] | None:
+        """One cycle, with the gate's decisions and a summary of its step rewards; None for one nobody started."""
+        status = self._log.status(name)
+        if status is None:
+            return next((cycle for cycle in self._process.unlogged() if cycle["id"] == name), None)
+        details = {"decisions": self._log.decisions(name), "rewards": self._log.reward_summary(name)}
+        return self._shown(status) | details
+
+    def _shown(self, status: CycleStatus) -> dict[str, Any]:
+        shown = asdict(status)
+        # A cycle without an ending and without a learner was cut off; the next learner will write it down.
+        if not status.has_ended and not self._log.is_learner_alive():
+            shown |= {"stage": CycleStage.FAILED, "message": cut_off_message(status)}
+        return {"object": "learner.cycle", "id": shown.pop("cycle"), **shown}

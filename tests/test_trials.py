@@ -1,0 +1,231 @@
+"""What the gate tries, through a served agent: no trial twice, no draw that tells nothing, no outcome made up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from learner.client import StateTrial
+from learner.data.collect import Collected, collect
+from learner.evaluation.folds import NUM_FOLDS, fold_of, left_out
+from learner.evaluation.gate import Contestants
+from learner.evaluation.trials import CycleTrials, fitting_world
+from learner.options import CollectionOptions
+from policies.chat_protocol import ChatProtocol
+from policies.types import SampledToken
+from runtime.engines.embedded.engine import EmbeddedEngine
+from runtime.store.episodes import Actor, Outcome, Purpose, new_id
+from tests.cycles import collaborators
+from tests.demonstrations import expert_demonstration, post
+from tests.serving import MODEL, SayingEngine, Served, parts_of, served
+from tools.worlds.order_desk import OrderDesk
+from tools.worlds.world import World
+
+WORLD = OrderDesk()
+BOTH_BASE = Contestants("base", "base")
+
+
+def collected(server: Served, share: float, world: World | None = None, **options: Any) -> Collected:
+    wanted = CollectionOptions(held_out_share=share, **options)
+    return collect(server.parts.log, None, ("base",), wanted, 0, world)
+
+
+def trials_of(
+    server: Served,
+    folder: Path,
+    share: float = 1.0,
+    world: World | None = None,
+    num_tasks: int = 4,
+    by_folds: bool = False,
+) -> CycleTrials:
+    return CycleTrials.of_cycle(
+        "base", collected(server, share, world), collaborators(server, folder, world=world), num_tasks, by_folds
+    )
+
+
+def num_evaluations(server: Served) -> int:
+    return len(server.parts.log.episodes(limit=1000, purpose=Purpose.EVALUATION))
+
+
+@contextmanager
+def saying(protocol: ChatProtocol, folder: Path, *says: Any) -> Iterator[Served]:
+    """A server whose agent says these, with one demonstration of two states: it greets, then says goodbye."""
+    with served(parts_of(SayingEngine(protocol, *says), protocol, folder)) as server:
+        messages = [
+            {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."},
+            {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Farewell."},
+        ]  # fmt: skip
+        post(server, {"messages": messages}).raise_for_status()
+        yield server
+
+
+def test_a_demonstrations_score_is_the_mean_agreement_over_its_states(protocol: ChatProtocol, tmp_path: Path) -> None:
+    with saying(protocol, tmp_path, *["Hello."] * 100) as server:
+        trials = trials_of(server, tmp_path)
+        (pair,) = asyncio.run(trials.pairs(trials.units, BOTH_BASE))
+    assert (pair.candidate.score, pair.acting.score) == (0.5, 0.5)
+    assert trials.kind == "held-out demonstrations"
+    assert trials.outlook(1).sentence.startswith("with 1 held-out demonstration of 2 states no gain can be shown")
+
+
+@pytest.mark.parametrize(("logprob", "num_draws"), [(-0.001, 1), (-0.5, 2)])
+def test_where_both_are_sure_of_the_same_one_draw_is_made(
+    protocol: ChatProtocol, tmp_path: Path, logprob: float, num_draws: int
+) -> None:
+    tokens = [SampledToken(token, logprob) for token in protocol.encode("Hello.<|im_end|>")]
+    with saying(protocol, tmp_path, *[tokens] * 8) as server:
+        trials = trials_of(server, tmp_path)
+        asyncio.run(trials.pairs(trials.units, BOTH_BASE))
+        assert num_evaluations(server) == 2 * 2 * num_draws  # states, adapters
+
+
+def test_trials_are_repeated_neither_in_a_cycle_nor_in_the_next(
+    engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    with served(parts_of(engine, protocol, tmp_path)) as server:
+        post(server, expert_demonstration(1)).raise_for_status()
+        first, again = trials_of(server, tmp_path), trials_of(server, tmp_path)
+        pairs = asyncio.run(first.pairs(first.units, BOTH_BASE))
+        made = num_evaluations(server)
+        assert asyncio.run(first.pairs(first.units, BOTH_BASE)) == pairs
+        assert asyncio.run(again.pairs(again.units, BOTH_BASE)) == pairs
+        assert num_evaluations(server) == made
+        assert again.past.num_reused > 0
+
+
+def test_a_worlds_tasks_are_tried_with_the_same_luck_and_found_again(
+    engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    with served(parts_of(engine, protocol, tmp_path)) as server:
+        trials, again = trials_of(server, tmp_path, world=WORLD), trials_of(server, tmp_path, world=WORLD)
+        assert trials.units == again.units  # the same as long as the same adapter acts
+        pairs = asyncio.run(trials.pairs(trials.units, BOTH_BASE))
+        assert all(pair.candidate == pair.acting for pair in pairs)
+        made = num_evaluations(server)
+        assert asyncio.run(again.pairs(again.units, BOTH_BASE)) == pairs
+        assert num_evaluations(server) == made
+        seeds = {
+            server.parts.log.steps(episode.id)[0].sampling.seed
+            for episode in server.parts.log.episodes(limit=1000, purpose=Purpose.EVALUATION)
+        }
+        assert len(seeds) == len(trials.units)
+
+
+def test_an_outcome_that_somebody_made_up_changes_no_trial(
+    engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    with served(parts_of(engine, protocol, tmp_path)) as server:
+        trials = trials_of(server, tmp_path, world=WORLD)
+        pairs = asyncio.run(trials.pairs(trials.units, BOTH_BASE))
+        for episode in server.parts.log.episodes(limit=1000, purpose=Purpose.EVALUATION):
+            server.parts.log.append(Outcome(new_id("out"), episode.id, 0.5, "world")).result()
+        again = trials_of(server, tmp_path, world=WORLD)
+        assert asyncio.run(again.pairs(again.units, BOTH_BASE)) == pairs
+
+
+def test_a_request_that_only_bears_a_trials_name_is_not_taken_for_it(protocol: ChatProtocol, tmp_path: Path) -> None:
+    with saying(protocol, tmp_path, "Hello.") as server:
+        trials = trials_of(server, tmp_path)
+        (held_out,) = collected(server, 1.0).held_out
+        state = held_out.states()[0]
+        trial = StateTrial(state.messages, state.step.tools, 0, 4 * len(state.step.completion_token_ids) + 64)
+        made_up: Any = {"purpose": "evaluation", "trial": trial.name}
+        easier = [{"role": "user", "content": "Say Hello."}]
+        server.client().chat.completions.create(model=MODEL, messages=easier, metadata=made_up)  # type: ignore[arg-type]
+        assert trials.past.of_state("base", trial) is None
+
+
+def test_few_demonstrations_all_judge_each_by_a_fold_that_was_not_trained_on_it(
+    protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    with served(parts_of(SayingEngine(protocol), protocol, tmp_path)) as server:
+        post(server, *(expert_demonstration(number) for number in range(12))).raise_for_status()
+        trials = trials_of(server, tmp_path, share=0.2, by_folds=True)
+        found = collected(server, 0.2)
+    assert len(trials.units) == 12
+    assert trials.kind == "demonstrations"
+    folds = [unit.fold for unit in trials.units if unit.fold is not None]
+    assert folds == sorted(folds)
+    assert trials.units[: len(found.held_out)] == tuple(unit for unit in trials.units if unit.fold is None)
+    for fold in trials.folds:
+        names = {unit.name for unit in trials.units if unit.fold == fold}
+        assert names == left_out(fold, found.groups_of) & {each.episode.id for each in found.demonstrations}
+
+
+FOLDS_OF_OLD = [1, 2, 0, 0, 0, 1, 0, 0]
+"""Of `world/train/0` to 7, as they were when folds were made first."""
+
+
+def test_folds_are_about_equal_and_never_move() -> None:
+    sizes = [sum(fold_of(f"asked {number}") == fold for number in range(3000)) for fold in range(NUM_FOLDS)]
+    assert all(900 < size < 1100 for size in sizes)
+    assert [fold_of(f"task world/train/{number}") for number in range(8)] == [
+        fold_of(f"task world/train/{n}") for n in range(8)
+    ]
+
+
+def test_what_the_policy_did_at_a_folds_task_is_left_out_with_it() -> None:
+    groups_of = {"demo_1": frozenset({"task a"}), "ep_1": frozenset({"task a"}), "ep_2": frozenset[str]()}
+    assert left_out(fold_of("task a"), groups_of) == {"demo_1", "ep_1"}
+    assert left_out((fold_of("task a") + 1) % NUM_FOLDS, groups_of) == set()
+
+
+@pytest.mark.parametrize("num_other", [0, 1, 3])
+def test_the_world_judges_where_most_demonstrations_are_of_it(
+    protocol: ChatProtocol, tmp_path: Path, num_other: int
+) -> None:
+    """One demonstration without tools once switched the gate to another kind of trial."""
+    weigh = {"type": "function", "function": {"name": "weigh", "parameters": {"type": "object", "properties": {}}}}
+    with served(parts_of(SayingEngine(protocol), protocol, tmp_path)) as server:
+        for number in range(num_other):
+            messages = [{"role": "user", "content": f"{number}?"}, {"role": "assistant", "content": "Yes."}]
+            post(server, {"messages": messages, "tools": [weigh]}).raise_for_status()
+        post(server, {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]})
+        post(server, expert_demonstration(1)).raise_for_status()
+        found = collected(server, 0.0, WORLD)
+    assert (fitting_world(WORLD, found.demonstrations) is WORLD) == (num_other <= 1)
+
+
+# ------------------------------------------------------------------------------------------------ anchors
+
+
+def contented(server: Served, number: int) -> list[str]:
+    """Served episodes that users were content with."""
+    ids = []
+    for index in range(number):
+        question: Any = [{"role": "user", "content": f"What is {index} and {index}?"}]
+        answer = server.client().chat.completions.create(model=MODEL, messages=question)
+        ids.append((answer.model_extra or {})["stepagent"]["choices"][0][0]["episode_id"])
+        server.parts.log.append(Outcome(new_id("out"), ids[-1], float(index % 2), "user")).result()
+    return ids
+
+
+def test_a_share_of_what_users_were_content_with_is_tried_and_never_trained_on(
+    protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    with served(parts_of(SayingEngine(protocol), protocol, tmp_path)) as server:
+        ids = contented(server, 40)
+        found, none = collected(server, 0.0, anchor_share=0.5), collected(server, 0.0, anchor_share=0.0)
+    anchors = {anchor.episode.id for anchor in found.anchors}
+    assert 3 < len(anchors) <= 16
+    assert anchors < set(ids[1::2])
+    assert {each.episode.id for each in found.policy_episodes} == set(ids) - anchors
+    assert not none.anchors
+
+
+def test_anchors_that_a_user_lists_are_tried_and_unknown_ones_are_told(protocol: ChatProtocol, tmp_path: Path) -> None:
+    with saying(protocol, tmp_path) as server:
+        (demonstration,) = server.parts.log.episodes(actor=Actor.EXPERT)
+        listed = (demonstration.id, "order_desk/train/3")
+        found = collected(server, 0.0, WORLD, anchors=listed)
+        assert (found.demonstrations, found.held_out) == ([], [])
+        trials = CycleTrials.of_cycle("base", found, collaborators(server, tmp_path), 4)
+        assert [unit.name for unit in trials.anchors] == list(listed)
+        assert len(asyncio.run(trials.pairs(trials.anchors, BOTH_BASE))) == 2
+        with pytest.raises(ValueError, match="'ep_none' is neither a logged episode nor a task of the world"):
+            collected(server, 0.0, WORLD, anchors=("ep_none",))
