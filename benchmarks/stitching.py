@@ -129,13 +129,9 @@ class Traffic:
                 tally.why_not_exact[str(why)] += 1
 
     def _is_as_meant(self, found: Step, meant: Step) -> bool:
-        if found.id == meant.id or found.conversation_digest == meant.conversation_digest:
-            return self._whose(found) == self._whose(meant)
-        return (
-            bool(found.thread_digest)
-            and found.thread_digest == meant.thread_digest
-            and self._whose(found) == self._whose(meant)
-        )
+        """They are one step, or what was said is the very same to the last word, within one key and user."""
+        is_same = found.conversation_digest == meant.conversation_digest or found.thread_digest == meant.thread_digest
+        return found.id == meant.id or (is_same and self._whose(found) == self._whose(meant))
 
     def _whose(self, step: Step) -> tuple[str, str]:
         episode = self._log.episode(step.episode_id)

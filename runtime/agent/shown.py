@@ -11,7 +11,7 @@ from runtime.agent.step import Progress
 
 
 class Shown:
-    """The text, the thoughts and the calls as far as they were told; a whole answer is gathered so too."""
+    """Text, thoughts and calls as far as they were told; an answer that is sent whole is gathered so, too."""
 
     def __init__(self) -> None:
         self.text = ""
