@@ -166,6 +166,14 @@ class LearningReader:
         )
         return [{**row, "promote": bool(row["promote"]), "evidence": json.loads(row["evidence"])} for row in rows]
 
+    def decisions_on(self, candidate: str) -> list[dict[str, Any]]:
+        """What gates decided on an adapter, and on what evidence; oldest first."""
+        rows = self._rows(
+            "SELECT cycle, against, promote, reason, evidence FROM gate_decisions WHERE candidate = ? ORDER BY id",
+            [candidate],
+        )
+        return [{**row, "promote": bool(row["promote"]), "evidence": json.loads(row["evidence"])} for row in rows]
+
     def evidence_against(self, acting: str) -> list[dict[str, Any]]:
         """On what evidence candidates were held against an adapter, newest first."""
         rows = self._rows("SELECT evidence FROM gate_decisions WHERE against = ? ORDER BY id DESC", [acting])
