@@ -170,8 +170,7 @@ def _fold_training(
 
     def train_without(fold: int, objective: str, begin: str, folder: Path) -> set[str]:
         others = training_data.without(left_out(fold, collected.groups_of))
-        title = f"{objective} without fold {fold}"
-        train_quietly(record, who, _settings(options), begin, others, objective, title, folder)
+        train_quietly(record, who, _settings(options), begin, others, objective, folder)
         return {demonstration.episode_id for demonstration in others.demonstrations}
 
     return train_without

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from httpx import Request, Response
+from openai import APIStatusError
 
 import learner.training.candidates
 from learner.data.collaborators import Collaborators
@@ -39,8 +41,12 @@ class ScriptedServer:
 
     loaded: list[str] = field(default_factory=list)
     most_loaded: int = 0
+    refused: dict[str, str] = field(default_factory=dict)
 
     async def register(self, folder: Path, parent: str, reason: str, cycle: str) -> str:
+        if why := self.refused.get(folder.name, ""):
+            response = Response(409, request=Request("POST", "http://127.0.0.1"))
+            raise APIStatusError(why, response=response, body=None)
         self.loaded.append(folder.name)
         self.most_loaded = max(self.most_loaded, len(self.loaded))
         return folder.name
@@ -118,8 +124,17 @@ async def test_a_fold_is_tried_by_the_acting_adapters_twin_and_what_goes_on_from
 async def test_a_fold_that_cannot_be_trained_has_no_contestants_and_says_why(house: House) -> None:
     contest = house.contest(BASE_ADAPTER)
     assert await tried_under(contest, [2]) == [None]
-    assert contest.record.report.not_trained == {"sft without fold 2": "nothing is left"}
+    assert contest.record.report.not_trained == {"sft-without-fold-2": "nothing is left"}
     assert contest.twins == {}
+
+
+async def test_a_lost_twin_leaves_its_fold_out(house: House) -> None:
+    passed(house, "agent-v0001", {0: Twin("agent-v0002")})
+    house.server.refused = {"agent-v0002": "the adapter folder does not exist"}
+    contest = house.contest("agent-v0001")
+    assert await tried_under(contest, [0, None]) == [None, Contestants("sft", "agent-v0001")]
+    assert contest.record.report.not_registered == {"sft-without-fold-0": "the adapter folder does not exist"}
+    assert house.begun_from == []
 
 
 async def test_a_trial_that_breaks_leaves_no_fold_in_the_engine(house: House) -> None:

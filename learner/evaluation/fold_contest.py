@@ -8,7 +8,7 @@ meanwhile: slots are few. They are unloaded, not refused: if the candidate passe
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,48 +51,40 @@ class FoldContest:
         if fold is None:
             yield Contestants(self.name, self.acting)
             return
-        contestants = await self._without(fold)
-        try:
-            yield contestants
-        finally:
-            if contestants is not None:
-                await self._unload(contestants.candidate, contestants.acting)
+        async with AsyncExitStack() as unloading:
+            yield await self._without(fold, unloading)
 
     async def _make_way(self, is_up: bool) -> None:
         """Take the candidate out of the engine, or bring it up again."""
         if self.is_up and not is_up:
-            await self._unload(self.name)
+            await self.who.endpoint.unload(self.name)
         elif is_up and not self.is_up:
             await self._serve(self.candidate.folder, self.acting, self.candidate.objective)
         self.is_up = is_up
 
-    async def _without(self, fold: int) -> Contestants | None:
+    async def _without(self, fold: int, unloading: AsyncExitStack) -> Contestants | None:
         """Both contestants, served; None, and why is noted, where they cannot be had."""
-        twin = twins_of(self.acting, self.who.learning_log)[fold]
-        title = f"{self.candidate.objective} without fold {fold}"
-        folder = self.candidate.folder.with_name(title.replace(" ", "-"))
+        twin, objective = twins_of(self.acting, self.who.learning_log)[fold], self.candidate.objective
+        folder = self.candidate.folder.with_name(f"{objective}-without-fold-{fold}")
+        acting, title = BASE_ADAPTER, folder.name
         try:
-            has_seen = self.train(fold, self.candidate.objective, twin.adapter, folder)
+            if twin.adapter != BASE_ADAPTER:
+                its_folder = self.who.adapter_folder(twin.adapter)
+                acting = await self._serve(its_folder, BASE_ADAPTER, f"twin of {self.acting}")
+                unloading.push_async_callback(self.who.endpoint.unload, acting)
+            has_seen = self.train(fold, objective, acting, folder)
+            name = await self._serve(folder, acting, title)
+            unloading.push_async_callback(self.who.endpoint.unload, name)
         except (NothingToLearn, TrainingFailed) as reason:
             self.record.add(not_trained={title: str(reason)})
             return None
-        try:
-            if twin.adapter != BASE_ADAPTER:
-                await self._serve(self.who.adapter_folder(twin.adapter), BASE_ADAPTER, f"twin of {self.acting}")
-            name = await self._serve(folder, twin.adapter, title)
         except APIStatusError as error:
             self.record.add(not_registered={title: error.message})
-            await self._unload(twin.adapter)
             return None
         self.twins[fold] = Twin(name, twin.has_seen | has_seen)
-        return Contestants(name, twin.adapter)
+        return Contestants(name, acting)
 
     def _serve(self, folder: Path, parent: str, reason: str) -> Awaitable[str]:
         """What is registered already is only brought up again."""
         cycle = self.record.cycle
         return self.who.endpoint.register(folder.absolute(), parent, f"{reason}, {cycle}", cycle)
-
-    async def _unload(self, *names: str) -> None:
-        for name in names:
-            if name != BASE_ADAPTER:
-                await self.who.endpoint.unload(name)

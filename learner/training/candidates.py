@@ -138,16 +138,16 @@ def train_quietly(
     begin: str,
     training_data: TrainingData,
     name: str,
-    title: str,
     folder: Path,
 ) -> None:
-    """Train an objective as a candidate's, from another adapter on other data: only its progress is noted.
+    """Train an objective as a candidate's, from another adapter on other data: only its progress is noted, under the
+    folder's name.
 
     Raises NothingToLearn and TrainingFailed. `inverse` is refused: its discriminator is made of all data of the cycle.
     """
     if name == "inverse":
         raise NothingToLearn("its discriminator was trained on what was to be left out")
-    objective = objective_of(name, training_data, options.objective)
+    title, objective = folder.name, objective_of(name, training_data, options.objective)
     trainer = _trainer(who, options, begin)
     trainer.train(objective, lambda done, total: record.progress(CycleStage.TRAIN, title, done, total))
     trainer.save(folder, _probe_prompts(training_data), _card(record.cycle, title, begin, training_data))
