@@ -1,10 +1,10 @@
-# make serve [MODEL=FOLDER] | make demo | make test | make setup | make check; everything lives in .venv.
+# make serve [MODEL=FOLDER] | make demo | make quick | make test | make test-real | make setup | make check; everything lives in .venv.
 PYTHON ?= python3
 VENV := .venv
 ARGS ?=
 MODEL ?=
 
-.PHONY: setup serve demo test check
+.PHONY: setup serve demo quick test test-real check
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -24,9 +24,17 @@ demo: setup
 test: setup
 	$(VENV)/bin/python -m pytest $(ARGS)
 
+quick: setup
+	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+
+test-real: setup
+	$(VENV)/bin/python -m pytest tests_real --timeout 480 $(ARGS)
+
 check: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
 include make/vllm.mk
+include make/worlds.mk
+include make/clients.mk

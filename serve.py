@@ -43,17 +43,15 @@ async def _serve(settings: Settings) -> None:
     from runtime.startup import listen, url_of, welcome
 
     sock = listen(settings.host, settings.port)  # before the slow imports: a port in use is told at once
-    import uvicorn
-
     from policies.types import EngineError
     from runtime.engines.supervised import SupervisedEngine
     from runtime.http.app import create_app
+    from runtime.http.shutdown import server_of
 
     parts = build_parts(settings)
     assert parts.learning is not None
     parts.learning.process.url = url_of(sock)
-    config = uvicorn.Config(create_app(parts), log_level=settings.log_level, timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
+    server = server_of(create_app(parts), parts.cutting, log_level=settings.log_level, grace_s=settings.shutdown_grace)
 
     beside: list[asyncio.Task[None]] = []
 
@@ -66,9 +64,12 @@ async def _serve(settings: Settings) -> None:
             raise
         finally:
             telling.cancel()
+        if parts.state is not None:
+            parts.state.say(f"process {os.getpid()}, {url_of(sock)}")
         print(welcome(parts, settings, sock), flush=True)
         if settings.demonstrations:
-            beside.append(asyncio.create_task(import_demonstrations(settings, url_of(sock))))
+            importing = import_demonstrations(settings, url_of(sock), parts.keys.learner_secret)
+            beside.append(asyncio.create_task(importing))
 
     starting = asyncio.create_task(start())
     try:
@@ -86,12 +87,16 @@ async def _serve(settings: Settings) -> None:
         await parts.engine.close()
         parts.log.close()
         parts.registry.close()
+        if parts.keys.store is not None:
+            parts.keys.store.close()
+        if parts.state is not None:
+            parts.state.close()
 
 
-async def import_demonstrations(settings: Settings, url: str) -> None:
+async def import_demonstrations(settings: Settings, url: str, secret: str) -> None:
     """Have the learner import them; it says what it refuses. Serving goes on meanwhile."""
     command = [sys.executable, "-m", "learner", "import", *map(str, settings.demonstrations), "--url", f"{url}/v1"]
-    importing = await asyncio.create_subprocess_exec(*command, env={**os.environ, **key_of(settings)})
+    importing = await asyncio.create_subprocess_exec(*command, env={**os.environ, "STEPAGENT_API_KEY": secret})
     try:
         await importing.wait()
     finally:
@@ -112,24 +117,32 @@ def build_parts(settings: Settings) -> Parts:
 
     from policies.adapters.base_network import BaseNetworkError, model_folder, read_base_network
     from policies.chat_protocol import ChatProtocol
+    from runtime.adapters.approval import Approval, PromotionMode
     from runtime.adapters.swap import Swap
     from runtime.agent.budget import RunLimits
     from runtime.agent.tools import Toolbox
+    from runtime.http.load import Load
     from runtime.http.metrics import Metrics
     from runtime.http.parts import Parts
+    from runtime.http.shutdown import Cutting
     from runtime.learning.learning import Learning
     from runtime.store.adapter_registry import AdapterRegistry
+    from runtime.store.keys import KeyRing, KeyStore
+    from runtime.store.state_folder import StateFolder
     from runtime.store.step_log import StepLog, StepLogError
     from tools import load_tools
     from tools.worlds import load_world
 
     try:
         toolbox = Toolbox(
-            load_tools(settings.tools, settings.search_corpus), load_world(settings.world) if settings.world else None
+            load_tools(settings.tools, settings.search_corpus),
+            load_world(settings.world_name) if settings.world_name else None,
+            is_default=settings.run_tools == "always",
         )
-        settings.state.mkdir(parents=True, exist_ok=True)
+        folder_of_state = StateFolder(settings.state)
         log = StepLog(settings.state / "agent.db")
         registry = AdapterRegistry(settings.state / "agent.db")
+        keys = KeyRing(KeyStore(settings.state / "agent.db"), key_of(settings))
         folder = model_folder(settings.model)
         network = read_base_network(folder)
         protocol = ChatProtocol.load(folder, settings.response_template)
@@ -139,6 +152,7 @@ def build_parts(settings: Settings) -> Parts:
     except (ValueError, OSError, StepLogError, BaseNetworkError, sqlite3.Error) as error:
         raise SystemExit(f"cannot start: {error}") from error
     swap = Swap(engine, registry, network)
+    metrics, cutting = Metrics(engine), Cutting()
     return Parts(
         served_name=settings.served_name or os.path.basename(os.path.normpath(settings.model)),
         engine=engine,
@@ -153,15 +167,26 @@ def build_parts(settings: Settings) -> Parts:
             deadline_s=settings.deadline,
             tool_timeout_s=settings.tool_timeout,
         ),
-        metrics=Metrics(engine),
-        api_key=settings.api_key.get_secret_value() if settings.api_key else None,
+        metrics=metrics,
+        cutting=cutting,
+        approval=Approval(
+            swap,
+            registry,
+            PromotionMode.DRY_RUN if settings.learn == "dry-run" else PromotionMode(settings.promote),
+            settings.canary_share,
+            settings.approval_days * 86400,
+        ),
+        load=Load(settings.max_batch_size, settings.max_waiting, cutting, metrics.registry),
+        keys=keys,
+        state=folder_of_state,
+        cors_origins=tuple(settings.cors_origins),
         learning=Learning.beside(
             settings.state,
             log,
             registry,
             swap,
             arguments=learner_arguments(settings, folder),
-            environment=learner_environment(settings, folder),
+            environment=learner_environment(settings, folder, keys.learner_secret),
             every_episodes=settings.learn_every,
         ),
     )
@@ -171,7 +196,7 @@ def learner_arguments(settings: Settings, folder: Path) -> list[str]:
     """What a learner that runs beside this server has to know of it."""
     template = ["--response-template", str(settings.response_template)] if settings.response_template else []
     passed_on = [part for name, value in settings.learner_arg.items() for part in option(name, value)]
-    return ["--model", str(folder), "--world", settings.world, *template, *passed_on]
+    return ["--model", str(folder), "--world", settings.world_name, *template, *passed_on]
 
 
 def option(name: str, value: object) -> list[str]:
@@ -181,14 +206,18 @@ def option(name: str, value: object) -> list[str]:
     return [f"--{name}", str(value)]
 
 
-def learner_environment(settings: Settings, folder: Path) -> dict[str, str]:
-    """The server's key, and beside vLLM the GPU it is left."""
-    return key_of(settings) | dict(gpu_share(settings, folder).learner_environment if settings.engine == "vllm" else {})
+def learner_environment(settings: Settings, folder: Path, secret: str) -> dict[str, str]:
+    """Its key, as a variable of the environment since others can read the arguments of a process; beside vLLM also the
+    GPU it is left."""
+    share = gpu_share(settings, folder).learner_environment if settings.engine == "vllm" else {}
+    return {"STEPAGENT_API_KEY": secret, **share}
 
 
-def key_of(settings: Settings) -> dict[str, str]:
-    """The API key as a variable of the environment: others can read the arguments of a process."""
-    return {"STEPAGENT_API_KEY": settings.api_key.get_secret_value()} if settings.api_key else {}
+def key_of(settings: Settings) -> str | None:
+    """The key that the server is started with, from the environment, the TOML file, or a file of its own."""
+    if settings.api_key_file is not None:
+        return settings.api_key_file.read_text("utf-8").strip()
+    return settings.api_key.get_secret_value() if settings.api_key else None
 
 
 def load_engine(settings: Settings, folder: Path, protocol: ChatProtocol) -> Engine:

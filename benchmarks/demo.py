@@ -33,8 +33,8 @@ from tqdm import tqdm
 from learner.client import Endpoint
 from learner.practice import Attempt, PracticeOptions, practise, success_interval
 from policies.types import BASE_ADAPTER, Message
-from tools.worlds.order_desk import OrderDesk
-from tools.worlds.world import Task, WorldEpisode
+from tools.worlds.order_desk import OrderDesk, OrderDeskEpisode
+from tools.worlds.world import Task
 
 WORLD = OrderDesk()
 ENDINGS = ("promoted", "refused", "no_lesson", "failed")
@@ -107,7 +107,7 @@ def write_demonstrations(path: Path, num_demonstrations: int) -> None:
             file.write(json.dumps({"messages": messages, "tools": tools}) + "\n")
 
 
-def expert_states(task: Task) -> Iterator[tuple[list[Message], WorldEpisode]]:
+def expert_states(task: Task) -> Iterator[tuple[list[Message], OrderDeskEpisode]]:
     """The states of an expert's own way through a task, each with the world as it is there. Use one before the next."""
     episode, messages = WORLD.open(task), list(task.messages)
     while messages[-1]["role"] != "assistant":

@@ -57,10 +57,9 @@ def serve(pipe: Connection, synchronous: str) -> None:
 
 
 async def _serve(pipe: Connection, synchronous: str) -> None:
-    import uvicorn
-
     from policies.chat_protocol import ChatProtocol
     from runtime.http.app import create_app
+    from runtime.http.shutdown import server_of
     from runtime.startup import listen
     from tests.scripted_engine import ScriptedEngine
     from tests.serving import LIMITS, NOVICE_FOLDER, parts_of
@@ -73,7 +72,7 @@ async def _serve(pipe: Connection, synchronous: str) -> None:
     assert writer is not None
     writer.connection.execute(f"PRAGMA synchronous = {synchronous}")
     sock = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(create_app(parts), log_level="error"))
+    server = server_of(create_app(parts), parts.cutting)
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     pipe.send(sock.getsockname()[1])
     while (command := await asyncio.to_thread(pipe.recv)) != "stop":

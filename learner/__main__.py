@@ -11,6 +11,8 @@ COMMANDS = {
     "once": ("learner.commands.once", "OnceOptions", "run one cycle"),
     "status": ("learner.commands.status", "StatusOptions", "show the newest cycles (the default)"),
     "rollback": ("learner.commands.rollback", "RollbackOptions", "let act again what acted before"),
+    "approve": ("learner.commands.approve", "ApproveOptions", "let act what waits for somebody's yes"),
+    "decline": ("learner.commands.approve", "DeclineOptions", "refuse what waits for somebody's yes"),
     "import": ("learner.importing.command", "ImportOptions", "import demonstration files, or show what they teach"),
     "export": ("learner.exporting.command", "ExportOptions", "write episodes in other people's formats"),
     "verify": ("learner.commands.verify", "VerifyOptions", "check a state folder"),

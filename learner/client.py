@@ -49,7 +49,8 @@ class Endpoint:
     """A served agent. Methods raise openai's errors where it does not answer or refuses."""
 
     client: AsyncOpenAI
-    concurrency: int = 8
+    concurrency: int = 16
+    """Requests at a time. An engine on a CPU reads its weights once for all of them; with n = 2 they fill 32 places."""
 
     async def parents(self) -> list[str]:
         """The acting adapter, what it was trained from, and so on down to `base`."""
@@ -69,21 +70,23 @@ class Endpoint:
 
     async def sample(
         self,
-        states: Sequence[tuple[Sequence[Message], Sequence[ToolSchema]]],
+        states: Sequence[tuple[Sequence[Message], Sequence[ToolSchema], int]],
         adapter: str,
         num_samples: int,
         on_done: Callable[[], object] = lambda: None,
     ) -> list[list[str]]:
         """Sample actions of an adapter at each state; returns the ids of the logged steps, by state.
 
+        A state is its conversation, the tools on offer, and the most tokens that an action may have.
+
         A state that the endpoint cannot answer at, for example because it is too long for the model, has no ids.
         """
         places = asyncio.Semaphore(self.concurrency)
 
-        async def sample_one(messages: Sequence[Message], tools: Sequence[ToolSchema]) -> list[str]:
+        async def sample_one(messages: Sequence[Message], tools: Sequence[ToolSchema], max_tokens: int) -> list[str]:
             async with places:
                 try:
-                    return await self._sample_at(messages, tools, adapter, n=num_samples)
+                    return await self._sample_at(messages, tools, adapter, n=num_samples, max_tokens=max_tokens)
                 finally:
                     on_done()
 
@@ -150,15 +153,31 @@ class Endpoint:
         adapter: Any = await self.client.post("/adapters", cast_to=object, body=body)
         return adapter["name"]
 
-    async def promote(self, name: str, reason: str, expected_acting: str) -> None:
-        """Raises openai's ConflictError where another adapter than `expected_acting` acts by now."""
-        body = {"reason": reason, "expected_acting": expected_acting}
-        await self.client.post(f"/adapters/{name}/promote", cast_to=object, body=body)
+    async def promote(self, name: str, reason: str, expected_acting: str) -> Any:
+        """Propose an adapter; the record that comes back says whether it acts, is a canary, waits, or was refused.
 
-    async def start_canary(self, name: str, share: float, reason: str, expected_acting: str) -> None:
-        """Raises as `promote` does, and beside another canary."""
-        body = {"share": share, "reason": reason, "expected_acting": expected_acting}
-        await self.client.post(f"/adapters/{name}/canary", cast_to=object, body=body)
+        Raises openai's ConflictError where another adapter than `expected_acting` acts by now.
+        """
+        body = {"reason": reason, "expected_acting": expected_acting, "is_proposal": True}
+        return await self.client.post(f"/adapters/{name}/promote", cast_to=object, body=body)
+
+    async def start_canary(self, name: str, share: float, reason: str, expected_acting: str) -> Any:
+        """As `promote`; raises beside another canary."""
+        body = {"share": share, "reason": reason, "expected_acting": expected_acting, "is_proposal": True}
+        return await self.client.post(f"/adapters/{name}/canary", cast_to=object, body=body)
+
+    async def waiting(self) -> list[Any]:
+        """The adapters that wait for somebody's yes."""
+        listed: Any = await self.client.get("/adapters", cast_to=object)
+        return [adapter for adapter in listed["data"] if adapter["proposal"]]
+
+    async def approve(self, name: str) -> Any:
+        """Let act what waits."""
+        return await self.client.post(f"/adapters/{name}/promote", cast_to=object, body={"reason": "approved"})
+
+    async def decline(self, name: str, reason: str) -> Any:
+        """Refuse what waits."""
+        return await self.client.post(f"/adapters/{name}/refuse", cast_to=object, body={"reason": reason})
 
     async def refuse(self, name: str, reason: str) -> None:
         await self.client.post(f"/adapters/{name}/refuse", cast_to=object, body={"reason": reason})
@@ -172,7 +191,8 @@ class Endpoint:
         listed: Any = await self.client.get("/adapters", cast_to=object)
         names = []
         for adapter in listed["data"]:
-            if adapter["cycle"] in cycles and adapter["state"] in UNJUDGED and adapter["name"] not in spared:
+            is_left_over = adapter["cycle"] in cycles and adapter["state"] in UNJUDGED and not adapter["proposal"]
+            if is_left_over and adapter["name"] not in spared:
                 await self.refuse(adapter["name"], f"its cycle has ended without it ({adapter['cycle']})")
                 names.append(adapter["name"])
         return names

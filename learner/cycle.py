@@ -192,14 +192,21 @@ async def _promote(
     with record.stage(CycleStage.PROMOTE, best.name):
         try:
             if share:
-                await who.endpoint.start_canary(best.name, share, reason, acting)
+                adapter = await who.endpoint.start_canary(best.name, share, reason, acting)
             else:
-                await who.endpoint.promote(best.name, reason, acting)
+                adapter = await who.endpoint.promote(best.name, reason, acting)
         except APIStatusError as problem:  # somebody else has changed what acts meanwhile
             message = f"{best.name} was better ({reason}), but is not let act: {problem.message}"
             return Ending(CycleStage.REFUSED, message)
+    if adapter["proposal"]:
+        record.add(proposed=best.name)
+        message = f"{best.name} waits for somebody's yes (python -m learner approve): {reason}"
+        return Ending(CycleStage.PROPOSED, message)
+    if adapter["state"] == "refused":
+        return Ending(CycleStage.REFUSED, f"{best.name}: a dry run promotes nothing: {reason}")
     record.add(promoted=best.name)
-    return Ending(CycleStage.PROMOTED, f"{best.name}{f', canary of {share:.0%}' if share else ''}: {reason}")
+    how = ", as a canary" if adapter["state"] == "canary" else ""
+    return Ending(CycleStage.PROMOTED, f"{best.name}{how}: {reason}")
 
 
 @contextmanager

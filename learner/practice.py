@@ -2,8 +2,9 @@
 
     python -m learner.practice --episodes 100
 
-It runs the tools itself, like any client with tools of its own: the server needs to know nothing of the world. Each
-outcome is reported back, so that the log tells which episodes went well.
+It runs the tools itself, like any client with tools of its own: the server needs to know nothing of the world. Where
+the world has a user who goes on after an answer, it says what he says. Each outcome is reported back, so that the log
+tells which episodes went well. With `--record FILE` a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -11,20 +12,33 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
+import json
 import os
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import sqrt
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
 
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from openai import AsyncOpenAI, OpenAIError
 from tqdm import tqdm
 
+from learner.api_key import api_key
+from policies.command_line import refuse_keys
 from tools.worlds import WORLDS, load_world
-from tools.worlds.world import Task, World
+from tools.worlds.world import Message, Task, World, WorldEpisode
 
 MAX_STEPS = 16
+"""Steps after which an attempt is given up, where the world has no `max_steps` of its own."""
+WORLD_TIMEOUT_S = 60.0
+
+Result = TypeVar("Result")
+
+
+class WorldFailure(Exception):
+    """A world raised, or did not answer in time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +90,13 @@ async def practise(
 
 
 async def _attempt(client: AsyncOpenAI, world: World, task: Task, model: str, options: PracticeOptions) -> Attempt:
-    episode = world.open(task)
-    tools: Any = [convert_to_openai_tool(tool) for tool in episode.tools]
     messages: list[Any] = list(task.messages)
     metadata: Any = {"task": task.id, "purpose": options.purpose}
-    episode_id, num_steps, num_malformed = "", 0, 0
+    episode_id, outcome, num_steps, num_malformed = "", 0.0, 0, 0
     try:
-        while num_steps < MAX_STEPS:
+        episode = await _in_world(world.open, task)
+        tools = await _in_world(_tools_of, episode)
+        while num_steps < getattr(world, "max_steps", MAX_STEPS):
             answer = await client.chat.completions.create(
                 model=model,
                 messages=messages,
@@ -94,18 +108,45 @@ async def _attempt(client: AsyncOpenAI, world: World, task: Task, model: str, op
             num_steps += 1
             step = (answer.model_extra or {})["stepagent"]["choices"][0][0]
             episode_id = step["episode_id"]
-            num_malformed += "problem" in step
-            message = answer.choices[0].message
-            if not message.tool_calls:
+            if "problem" in step:
+                num_malformed += 1
                 break
-            messages.append({"role": "assistant", "content": message.content, "tool_calls": _calls(message)})
-            messages.extend(episode.play(messages[-1]))
-        await _report(client, episode_id, episode.outcome())
+            messages.append(_message(answer.choices[0].message))
+            told = await _in_world(episode.play, messages[-1])
+            if not told:
+                break
+            messages.extend(told)
+            if told[-1]["role"] == "user":  # a new turn may bring new tools
+                tools = await _in_world(_tools_of, episode)
+        outcome = await _in_world(episode.outcome)
+        await _report(client, episode_id, outcome)
     except OpenAIError as error:
         if getattr(error, "code", None) == "context_length_exceeded":  # it went round in circles: its own failure
             return Attempt(task.id, episode_id, 0.0, num_steps, num_malformed)
         return Attempt(task.id, episode_id, 0.0, num_steps, num_malformed, str(error))
-    return Attempt(task.id, episode_id, episode.outcome(), num_steps, num_malformed)
+    except WorldFailure as error:
+        return Attempt(task.id, episode_id, 0.0, num_steps, num_malformed, str(error))
+    return Attempt(task.id, episode_id, outcome, num_steps, num_malformed)
+
+
+async def _in_world(function: Callable[..., Result], *arguments: Any) -> Result:
+    """On a thread: a world that takes its time must not keep the other attempts waiting."""
+    try:
+        async with asyncio.timeout(WORLD_TIMEOUT_S):
+            return await asyncio.to_thread(function, *arguments)
+    except TimeoutError as error:
+        raise WorldFailure(f"the world did not answer within {WORLD_TIMEOUT_S:g} seconds") from error
+    except Exception as error:
+        raise WorldFailure(f"the world failed: {type(error).__name__}: {error}") from error
+
+
+def _tools_of(episode: WorldEpisode) -> Any:
+    return [convert_to_openai_tool(tool) for tool in episode.tools]
+
+
+def _message(said: Any) -> Message:
+    message = {"role": "assistant", "content": said.content}
+    return message | {"tool_calls": _calls(said)} if said.tool_calls else message
 
 
 def step_seed(seed: int | None, task: Task, num_steps: int) -> int | None:
@@ -148,13 +189,42 @@ def summary(attempts: Sequence[Attempt]) -> str:
     return line + (f", {len(failed)} failed requests, the first: {failed[0].error}" if failed else "")
 
 
+class Record:
+    """Attempts, one JSON line each, so that a run can be stopped and goes on where it was."""
+
+    def __init__(self, path: Path, options: PracticeOptions) -> None:
+        self._options = {"model": options.model, "temperature": options.temperature, "seed": options.seed}
+        self.attempts: dict[str, Attempt] = {}
+        """By task; those that ended with an error are left out, and tried again."""
+        lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
+        if lines and not lines[-1].endswith("\n"):  # the run was ended while it wrote this line
+            lines.pop()
+            path.write_text("".join(lines), "utf-8")
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = json.loads(line)
+                attempt, made_with = Attempt(**entry["attempt"]), entry["options"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} line {number} is no attempt: {error}") from error
+            if made_with == self._options and not attempt.error:
+                self.attempts[attempt.task_id] = attempt
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def add(self, attempt: Attempt) -> None:
+        self._file.write(json.dumps({"options": self._options, "attempt": asdict(attempt)}) + "\n")
+        self._file.flush()
+
+
 def _arguments() -> argparse.Namespace:
+    refuse_keys(sys.argv[1:])
     parser = argparse.ArgumentParser(prog="python -m learner.practice", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--url", default=os.environ.get("STEPAGENT_URL", "http://127.0.0.1:8000/v1"), help="the endpoint"
     )
-    parser.add_argument("--api-key", default=os.environ.get("STEPAGENT_API_KEY", "none"), help="the server's API key")
-    parser.add_argument("--world", default="order_desk", choices=sorted(WORLDS))
+    parser.add_argument(
+        "--api-key-file", type=Path, default=None, help="file of the server's API key; default: STEPAGENT_API_KEY"
+    )
+    parser.add_argument("--world", default="order_desk", help=f"{', '.join(sorted(WORLDS))}, or module:Class")
     parser.add_argument("--split", default="train", choices=("train", "validation", "heldout"))
     parser.add_argument("--episodes", type=int, default=100, help="how many tasks")
     parser.add_argument("--first", type=int, default=0, help="index of the first task")
@@ -164,20 +234,38 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument(
+        "--record", type=Path, default=None, help="JSONL file of attempts; what is in it is not tried again"
+    )
     return parser.parse_args()
 
 
 async def _main(arguments: argparse.Namespace) -> int:
-    world = load_world(arguments.world)
-    size = world.splits[arguments.split]
-    tasks = [world.task(arguments.split, (arguments.first + number) % size) for number in range(arguments.episodes)]
     # Only the training split is learned from; what reporting is done on must stay unseen.
     purpose = "practice" if arguments.split == "train" else "evaluation"
     options = PracticeOptions(arguments.model, arguments.temperature, purpose, arguments.concurrency, arguments.seed)
-    client = AsyncOpenAI(base_url=arguments.url, api_key=arguments.api_key, max_retries=1)
     try:
-        with tqdm(total=len(tasks), unit="episode") as bar:
-            attempts = await practise(client, world, tasks, options, lambda _: bar.update())
+        world = load_world(arguments.world)
+        record = Record(arguments.record, options) if arguments.record else None
+    except (ValueError, OSError) as error:
+        print(error)
+        return 2
+    if (size := world.splits[arguments.split]) == 0:
+        print(f"{world.name} has no tasks in its split {arguments.split}")
+        return 2
+    tasks = [world.task(arguments.split, (arguments.first + number) % size) for number in range(arguments.episodes)]
+    known = [record.attempts[task.id] for task in tasks if task.id in record.attempts] if record else []
+    missing = [task for task in tasks if record is None or task.id not in record.attempts]
+    client = AsyncOpenAI(base_url=arguments.url, api_key=api_key(arguments.api_key_file), max_retries=1)
+
+    def done(attempt: Attempt) -> None:
+        bar.update()
+        if record is not None:
+            record.add(attempt)
+
+    try:
+        with tqdm(total=len(tasks), initial=len(known), unit="episode") as bar:
+            attempts = known + await practise(client, world, missing, options, done)
     except OpenAIError as error:
         print(f"no answer from {arguments.url}: {error}; is the server up?")
         return 1

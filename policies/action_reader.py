@@ -132,6 +132,11 @@ class ActionReader:
         return self._written.removesuffix(self._rules.turn_end)
 
     @property
+    def num_calls(self) -> int:
+        """How many calls are complete."""
+        return self._calls.num_complete
+
+    @property
     def call_being_written(self) -> WrittenCall | None:
         """The call that is not complete yet; None where there is none, or it is not followed."""
         return self._calls.being_written
@@ -259,6 +264,10 @@ class _CallReader:
         """Text beside the calls."""
         if self._entries and self._is_bare_text:
             self._text_behind += text
+
+    @property
+    def num_complete(self) -> int:
+        return len(self._entries)
 
     def all(self) -> tuple[ToolCall, ...]:
         """Every call. Raises ValueError, in words that the policy can act on, where one cannot be read."""

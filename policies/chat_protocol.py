@@ -10,14 +10,15 @@ tool call that the model spaced its own way would come back as other tokens than
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.chat_parsing.response_templates import ResponseTemplate as LoadedTemplate
 from transformers.utils.chat_parsing.response_templates import load_response_template
 
@@ -46,6 +47,14 @@ __all__ = [
 ]
 
 
+_MOST_VARIANTS = 8
+"""Of a protocol with other options of its template, kept because finding out about a template takes a while."""
+
+
+_OWN_WORDS = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
+"""What a chat template is given by us: no option of a client's may stand in its place."""
+
+
 class ChatProtocolError(ValueError):
     """Messages that the model's chat template cannot render, or a model without the templates that are needed."""
 
@@ -69,11 +78,18 @@ class ChatProtocol:
         tokenizer: Any,
         stop_token_ids: Iterable[int] = (),
         response_template: ResponseTemplate | None = None,
+        template_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """`response_template` goes before the tokenizer's own, and that before a known one for its chat template."""
+        """`response_template` goes before the tokenizer's own, and that before a known one for its chat template.
+
+        `template_options` are handed to the chat template, beside messages and tools.
+        """
         if tokenizer.chat_template is None:
             raise ChatProtocolError("the tokenizer has no chat template; add `chat_template` to its files")
         self.tokenizer = tokenizer
+        self._given = (tuple(stop_token_ids), response_template)
+        self._template_options = dict(template_options or {})
+        self._variants: dict[str, ChatProtocol] = {}
         given = _response_template_of(tokenizer) if response_template is None else response_template
         template = _load_response_template(thinking_begins_the_turn(given))
         self._marks = ControlMarks(tokenizer, f"{tokenizer.chat_template}{json.dumps(given, ensure_ascii=False)}")
@@ -82,7 +98,7 @@ class ChatProtocol:
         """False where the chat template has no words for calls and their results."""
         turn_end = self._find_turn_end()
         self.turn_end: str = tokenizer.decode([turn_end])
-        ends = (*stop_token_ids, tokenizer.eos_token_id, turn_end, *_ends_of_answers(tokenizer, template))
+        ends = (*self._given[0], tokenizer.eos_token_id, turn_end, *_ends_of_answers(tokenizer, template))
         self.stop_token_ids: TokenIds = tuple(dict.fromkeys(ends))
         self._rules = ReadingRules(
             tokenizer, self._marks, template, self.traits.turn_opening, self.turn_end, self.stop_token_ids
@@ -102,6 +118,26 @@ class ChatProtocol:
             stops = None
         given = None if response_template_file is None else read_response_template(response_template_file)
         return cls(tokenizer, [stops] if isinstance(stops, int) else stops or [], given)
+
+    def with_options(self, options: Mapping[str, Any]) -> ChatProtocol:
+        """The same protocol with further options of the chat template; those that it does not know say nothing.
+
+        Raises ChatProtocolError for an option that the template cannot take.
+        """
+        words = self.tokenizer.chat_template
+        known = {name: value for name, value in options.items() if name in words and name not in _OWN_WORDS}
+        if not known:
+            return self
+        name = json.dumps(known, sort_keys=True)
+        try:
+            if name not in self._variants:
+                while len(self._variants) >= _MOST_VARIANTS:
+                    self._variants.pop(next(iter(self._variants)))
+                options = {**self._template_options, **known}
+                self._variants[name] = ChatProtocol(self.tokenizer, *self._given, options)
+            return self._variants[name]
+        except (TypeError, ValueError) as error:
+            raise ChatProtocolError(f"the chat template cannot take these options: {error}") from error
 
     # ------------------------------------------------------------------------------------------ rendering
 
@@ -151,7 +187,9 @@ class ChatProtocol:
 
     def encode(self, text: str) -> TokenIds:
         """Token ids of the model's own writing, whose marks become control tokens."""
-        return tuple(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+        # `encode` keeps the interpreter's lock as long as it runs, for a long text that is seconds; this does not.
+        [encoding] = self.tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return tuple(encoding.ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -173,6 +211,7 @@ class ChatProtocol:
                 tools=[self._marks.broken(tool) for tool in tools] or None,
                 tokenize=False,
                 add_generation_prompt=is_open,
+                **self._marks.broken(self._template_options),
             )
         except Exception as error:  # a template is a program of the model's maker: it may raise anything
             raise ChatProtocolError(f"the model's chat template refuses these messages: {error}") from error

@@ -13,6 +13,9 @@ from typing import NoReturn, TypeVar
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
+KEY_OPTIONS = ("--api-key", "--api-ke", "--api-k")
+"""The option, and what could be taken for short forms of it."""
+
 
 class Options(BaseSettings):
     """The options of a program; its docstring is what `--help` says first."""
@@ -32,6 +35,7 @@ T = TypeVar("T", bound=Options)
 
 def parse(options: type[T], arguments: Sequence[str], program: str, source: str = "the environment") -> T:
     """The options as they are given. `source`: where those come from that are not on the command line."""
+    refuse_keys(arguments)
     options.model_config["cli_prog_name"] = program
     try:
         return CliApp.run(options, cli_args=list(arguments))
@@ -42,6 +46,13 @@ def parse(options: type[T], arguments: Sequence[str], program: str, source: str 
         refuse([str(error)])
     except (ValueError, OSError) as error:
         refuse([f"{source} cannot be read: {error}"])
+
+
+def refuse_keys(arguments: Sequence[str]) -> None:
+    """End the process where a key stands on its command line."""
+    if any(argument.partition("=")[0].replace("_", "-") in KEY_OPTIONS for argument in arguments):
+        refuse(["--api-key: every user of this machine can read a key on a command line (ps shows it): "
+                "put it into STEPAGENT_API_KEY, or into a file: --api-key-file FILE"])  # fmt: skip
 
 
 def refuse(problems: Iterable[str]) -> NoReturn:

@@ -46,11 +46,27 @@ class SamplingParams:
     """How many of the likeliest tokens to report beside each sampled one, at most 20."""
     grammar: str | None = None
     """An llguidance grammar in Lark form that the completion's text must follow. None: unconstrained."""
+    min_p: float = 0.0
+    """Leave out tokens less likely than this part of the likeliest one's probability; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens of prompt and completion become less likely; 1 changes nothing."""
+    frequency_penalty: float = 0.0
+    """Is taken off a token's logit for each time the completion has it already."""
+    presence_penalty: float = 0.0
+    """Is taken off a token's logit once, where the completion has it already."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit)."""
 
     @property
     def is_policy(self) -> bool:
         """Tokens are drawn from the policy's own distribution: the logprobs of `SampledToken` are those of the draw."""
-        return self.temperature == 1.0 and self.top_p == 1.0 and self.top_k == 0 and self.grammar is None
+        is_whole = self.top_p == 1.0 and self.top_k == 0 and self.min_p == 0.0 and self.grammar is None
+        return self.temperature == 1.0 and is_whole and not self.has_penalties and not self.logit_bias
+
+    @property
+    def has_penalties(self) -> bool:
+        """What was said before changes the draw, which not every engine can."""
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -63,6 +79,10 @@ class SamplingParams:
             raise ValueError(f"top_k must be 0 (all tokens) or more, got {self.top_k}")
         if not 0 <= self.num_top_logprobs <= 20:
             raise ValueError(f"num_top_logprobs must lie in [0, 20], got {self.num_top_logprobs}")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise ValueError(f"min_p must lie in [0, 1], got {self.min_p}")
+        if not self.repetition_penalty > 0.0:
+            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
 
 
 class FinishReason(StrEnum):
@@ -188,6 +208,8 @@ class EngineLimits:
     supports_grammar: bool
     logprob_tolerance: float
     """Nats by which its logprobs may differ from another engine's: precision (`policies/adapters/probe.py`)."""
+    supports_penalties: bool = False
+    """It can draw with penalties, and still report the policy's own logprobs."""
 
 
 @dataclass(frozen=True, slots=True)

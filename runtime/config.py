@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +19,8 @@ from pydantic_settings import (
 
 from policies.command_line import Options, parse, split_commas
 from runtime import __version__
+
+NOVICE = "policies/novice_model"
 
 
 class Settings(Options):
@@ -39,7 +42,7 @@ class Settings(Options):
     """What runs the model: embedded (transformers + PEFT, CPU or GPU) or vllm."""
     engine_arg: dict[str, str | int | float | bool | list[Any] | dict[str, Any]] = Field(default_factory=dict)
     """Passed on to vLLM, by the names of its command line: tensor_parallel_size=2. Repeat for more."""
-    model: str = "policies/novice_model"
+    model: str = NOVICE
     """Folder (or hub name) of the base model; the default is the novice that comes with this repository."""
     served_name: str = ""
     """Model name that clients see; empty takes the model folder's name."""
@@ -47,9 +50,20 @@ class Settings(Options):
     """JSON file of a response template, which reads the model's tool calls and thinking; default: the model's own, or
     a known one that fits its chat template."""
     api_key: SecretStr | None = Field(None, min_length=1)
-    """Clients must send it as a bearer token; unset: none is asked for."""
-    world: str = "order_desk"
-    """World whose tasks the server knows and whose tools it runs; empty for none."""
+    """The admin key, from STEPAGENT_API_KEY or the TOML file, never from the command line; unset, and none made by
+    `python -m runtime.keys`: nobody is asked for one."""
+    api_key_file: Path | None = None
+    """File that holds the admin key."""
+    cors_origins: Annotated[list[str], NoDecode] = Field(default_factory=list)
+    """Origins of web pages that may use this server: https://chat.example.org. Repeat or separate by commas."""
+    shutdown_grace: float = Field(10.0, ge=0, allow_inf_nan=False)
+    """Seconds that running requests get to finish when the server is told to end."""
+    world: str | None = None
+    """World whose tasks the server knows and whose tools it runs; empty for none. Default: order_desk for the novice,
+    none for any other model."""
+    run_tools: Literal["always", "asked"] = "always"
+    """When the server runs its own tools: for every request without `tools`, or only for those that ask for it by the
+    header `x-stepagent-tools: server`."""
     tools: Annotated[list[str], NoDecode] = Field(default_factory=list)
     """Tools that the server runs for the agent: calculator, search. Repeat or separate by commas."""
     search_corpus: Path | None = None
@@ -66,6 +80,8 @@ class Settings(Options):
     """Most tokens of prompt and answer together; default: what the model allows."""
     max_batch_size: int = Field(32, ge=1, le=1024)
     """Completions in the batch at a time; more wait."""
+    max_waiting: int = Field(1000, ge=0)
+    """Requests that wait for a place in the batch; more are answered 429."""
     threads: int | None = Field(None, ge=1)
     """Threads of the engine's arithmetic on a CPU; default: the engine's own choice."""
     kv_memory: ByteSize | None = Field(None, ge=1)
@@ -75,12 +91,28 @@ class Settings(Options):
     small, and takes the model's own on a GPU."""
     learn_every: int = Field(200, ge=0)
     """Start a learning cycle by itself after so many new episodes; 0: only when asked."""
+    promote: Literal["auto", "canary", "ask"] = "auto"
+    """What passed the gate: acts at once; serves a share of the new episodes first; or waits for somebody's yes
+    (python -m learner approve)."""
+    learn: Literal["on", "dry-run"] = "on"
+    """dry-run: cycles run and are reported, and nothing is ever promoted."""
+    canary_share: float = Field(0.1, gt=0, le=1)
+    """Of the new episodes, with --promote canary."""
+    approval_days: float = Field(14.0, gt=0, allow_inf_nan=False)
+    """Days that a candidate waits for somebody's yes."""
     learner_arg: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """Passed on to python -m learner, by the names of its command line: objectives=sft,implicit. Repeat for more."""
     demonstrations: Annotated[list[Path], NoDecode] = Field(default_factory=list)
     """Files of expert demonstrations to import once the server is up. Repeat or separate by commas."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """How much the server prints while it serves."""
+
+    @property
+    def world_name(self) -> str:
+        """The world that is served; empty for none."""
+        if self.world is None:
+            return "order_desk" if Path(self.model).resolve() == Path(NOVICE).resolve() else ""
+        return self.world
 
     @classmethod
     def settings_customise_sources(
@@ -93,7 +125,7 @@ class Settings(Options):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, _config_file())
 
-    @field_validator("tools", "demonstrations", mode="before")
+    @field_validator("tools", "demonstrations", "cors_origins", mode="before")
     @classmethod
     def _split_commas(cls, given: object) -> list[str]:
         return split_commas(given)
@@ -106,10 +138,45 @@ class Settings(Options):
                 raise ValueError(f"{file} is not a file")
         return files
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _must_be_origins(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if not re.fullmatch(r"https?://[^/*\s]+", origin):
+                raise ValueError(f"{origin!r} is no origin of a web page: write it as https://chat.example.org")
+        return origins
+
     @model_validator(mode="after")
     def _guard_public_bind(self) -> Settings:
-        if self.api_key is None and not _is_loopback(self.host):
-            raise ValueError(f"host {self.host} can be reached by others: set an API key (--api-key), or use 127.0.0.1")
+        if self.api_key or self.api_key_file or is_loopback(self.host):
+            return self
+        from runtime.store.keys import has_keys
+
+        if not has_keys(self.state / "agent.db"):
+            raise ValueError(
+                f"host {self.host} can be reached by others: set an API key (STEPAGENT_API_KEY, or --api-key-file "
+                "FILE), or use 127.0.0.1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_key_file(self) -> Settings:
+        if self.api_key_file is None:
+            return self
+        if self.api_key is not None:
+            raise ValueError("an API key and a file of one are both given: leave one of them out")
+        try:
+            key = self.api_key_file.read_text("utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"api_key_file {self.api_key_file} cannot be read: {error}") from error
+        if not key:
+            raise ValueError(f"api_key_file {self.api_key_file} is empty: write the key into it")
+        return self
+
+    @model_validator(mode="after")
+    def _keep_keys_out_of_arguments(self) -> Settings:
+        if any("key" in name for name in self.learner_arg):
+            raise ValueError("learner_arg shows a key to every user of this machine: the learner has one of its own")
         return self
 
 
@@ -121,7 +188,7 @@ def _config_file() -> Path:
     return Path(named or "stepagent.toml")
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:

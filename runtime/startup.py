@@ -61,4 +61,4 @@ def _example(parts: Parts, url: str) -> str:
 
 def _key(parts: Parts) -> str:
     """curl's option for the API key, which the shell fills in."""
-    return ' -H "authorization: Bearer $STEPAGENT_API_KEY"' if parts.api_key else ""
+    return ' -H "authorization: Bearer $STEPAGENT_API_KEY"' if parts.keys.asks else ""

@@ -16,6 +16,7 @@ import pytest
 
 from policies.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
+from runtime.http.connections import DEFAULT_LIMITS, ConnectionLimits
 from tests.serving import NOVICE_FOLDER, SayingEngine, Served, parts_of, served
 
 
@@ -62,8 +63,14 @@ def serve_scripted(protocol: ChatProtocol, tmp_path: Path) -> Iterator[ServeScri
     """Starts a server whose engine says what it is given: `serve_scripted("Hello.", limits=RunLimits(...))`."""
     with ExitStack() as stack:
 
-        def serve(*says: str, engine: SayingEngine | None = None, **changes: Any) -> Served:
+        def serve(
+            *says: str,
+            engine: SayingEngine | None = None,
+            limits_of_connections: ConnectionLimits = DEFAULT_LIMITS,
+            grace_s: float = 2.0,
+            **changes: Any,
+        ) -> Served:
             parts = parts_of(engine or SayingEngine(protocol, *says), protocol, tmp_path, **changes)
-            return stack.enter_context(served(parts))
+            return stack.enter_context(served(parts, grace_s, limits_of_connections))
 
         yield serve

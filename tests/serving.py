@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from openai import AsyncOpenAI, OpenAI
 
 from policies.adapters.base_network import read_base_network
@@ -23,8 +22,10 @@ from runtime.adapters.swap import Swap
 from runtime.agent.loop import RunLimits
 from runtime.agent.tools import Toolbox
 from runtime.http.app import create_app
+from runtime.http.connections import DEFAULT_LIMITS, ConnectionLimits
 from runtime.http.metrics import Metrics
 from runtime.http.parts import Parts
+from runtime.http.shutdown import DrainingServer, server_of
 from runtime.learning.learning import Learning
 from runtime.startup import listen, url_of
 from runtime.store.adapter_registry import AdapterRegistry
@@ -103,8 +104,9 @@ def parts_of(engine: Engine, protocol: ChatProtocol, folder: Path, **changes: An
 class Served:
     """A running server, and clients for it."""
 
-    def __init__(self, parts: Parts, port: int) -> None:
+    def __init__(self, parts: Parts, port: int, server: DrainingServer) -> None:
         self.parts = parts
+        self.server = server
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
 
@@ -116,18 +118,17 @@ class Served:
 
 
 @contextmanager
-def served(parts: Parts) -> Iterator[Served]:
+def served(parts: Parts, grace_s: float = 2.0, limits: ConnectionLimits = DEFAULT_LIMITS) -> Iterator[Served]:
     """Serve in a thread, as serve.py does in its main thread. Closes the log, but not the engine, at the end."""
     sock = listen("127.0.0.1", 0)
     if parts.learning is not None:
         parts.learning.process.url = url_of(sock)
-    config = uvicorn.Config(create_app(parts), log_level="error", timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
+    server = server_of(create_app(parts), parts.cutting, grace_s=grace_s, limits=limits)
     thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
     thread.start()
     try:
         wait_until(lambda: server.started)
-        yield Served(parts, sock.getsockname()[1])
+        yield Served(parts, sock.getsockname()[1], server)
     finally:
         server.should_exit = True
         thread.join(10)

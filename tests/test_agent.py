@@ -19,6 +19,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from policies.chat_protocol import ChatProtocol
 from policies.types import (
     BASE_ADAPTER,
+    Action,
     EngineError,
     FinalAnswer,
     FinishReason,
@@ -85,10 +86,10 @@ class Stage:
         return replace(turn, **changes)
 
     async def run(
-        self, limits: RunLimits = UNLIMITED, outcome: Callable[[], float] | None = None, **changes: Any
+        self, limits: RunLimits = UNLIMITED, judge: Callable[[Action], float] | None = None, **changes: Any
     ) -> list[Step]:
         """The steps of a run with server-run tools."""
-        return await steps_of(self.episode_events(limits, outcome, **changes))
+        return await steps_of(self.episode_events(limits, judge, **changes))
 
     async def step(self, **changes: Any) -> Step:
         """One step whose tools the client runs."""
@@ -99,9 +100,9 @@ class Stage:
         return Run(0, self.policy, self.turn(**changes), True, None).events(self.log, UNLIMITED)
 
     def episode_events(
-        self, limits: RunLimits = UNLIMITED, outcome: Callable[[], float] | None = None, **changes: Any
+        self, limits: RunLimits = UNLIMITED, judge: Callable[[Action], float] | None = None, **changes: Any
     ) -> AsyncGenerator[RunEvent, None]:
-        tools = ServerTools(TOOLS, outcome)
+        tools = ServerTools(TOOLS, judge)
         return Run(0, self.policy, self.turn(**changes), True, tools).events(self.log, limits)
 
     @property
@@ -179,7 +180,7 @@ async def test_a_step_is_on_disk_before_it_is_told(stage: StageMaker, protocol: 
 
 async def test_the_worlds_verdict_is_logged_with_the_last_step(stage: StageMaker) -> None:
     it = stage(LOOK, "A globe.")
-    await it.run(outcome=lambda: 0.5)
+    await it.run(judge=lambda _: 0.5)
     assert [(outcome.value, outcome.source) for outcome in it.log.outcomes(it.episode.id)] == [(0.5, "world")]
 
 

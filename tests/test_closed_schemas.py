@@ -10,7 +10,7 @@ import pytest
 from policies.closed_schemas import closed
 from policies.grammars import json_grammar
 from tests.families import protocol_of
-from tests.test_answer_grammar import admits
+from tests.grammar_checks import admits
 
 INT: dict[str, Any] = {"type": "integer"}
 A, B = {"properties": {"a": INT}, "required": ["a"]}, {"properties": {"b": {"type": "string"}}}

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from runtime.config import Settings, parse_settings
+from runtime.store.episodes import Role
+from runtime.store.keys import KeyStore
 from serve import spelled
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +41,7 @@ def test_without_options_everything_has_a_default() -> None:
     settings = parse_settings([])
     assert (settings.host, settings.port, settings.engine) == ("127.0.0.1", 8000, "embedded")
     assert settings.model == "policies/novice_model"
-    assert settings.world == "order_desk"
+    assert settings.world_name == "order_desk"
     assert settings.api_key is None
 
 
@@ -78,13 +80,15 @@ def test_every_option_can_come_from_every_source(monkeypatch: pytest.MonkeyPatch
     """One value for each option that differs from its default, from each of the three sources."""
     values = {
         "host": "localhost", "port": "1", "state": "s", "engine": "vllm", "model": "m", "served_name": "n",
-        "api_key": "k", "world": "w", "tools": "t", "search_corpus": "c", "max_steps": "2", "max_run_tokens": "3",
-        "deadline": "4.5", "tool_timeout": "5.5", "max_context": "16", "max_batch_size": "6", "threads": "7",
-        "log_level": "info", "response_template": "r", "learn_every": "8", "demonstrations": "demos.jsonl",
-        "kv_memory": "2GiB", "precision": "bfloat16",
+        "cors_origins": "http://a.example", "shutdown_grace": "9.5", "max_waiting": "9", "promote": "ask",
+        "learn": "dry-run", "canary_share": "0.5", "approval_days": "3.0", "world": "w", "tools": "t",
+        "search_corpus": "c", "max_steps": "2", "max_run_tokens": "3", "deadline": "4.5", "tool_timeout": "5.5",
+        "max_context": "16", "max_batch_size": "6", "threads": "7", "log_level": "info", "response_template": "r",
+        "learn_every": "8", "demonstrations": "demos.jsonl", "kv_memory": "2GiB", "precision": "bfloat16",
+        "run_tools": "asked",
     }  # fmt: skip
     (tmp_path / "demos.jsonl").touch()
-    missing = set(Settings.model_fields) - set(values) - {"engine_arg", "learner_arg"}
+    missing = set(Settings.model_fields) - set(values) - {"engine_arg", "learner_arg", "api_key", "api_key_file"}
     assert not missing, f"give this test a value for {missing}"
     by_command_line = parse_settings([f"--{name.replace('_', '-')}={value}" for name, value in values.items()])
     toml = tmp_path / "stepagent.toml"
@@ -177,13 +181,35 @@ def test_a_secret_is_not_shown_where_options_are_refused(
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", ""])
-def test_a_public_address_without_a_key_is_refused(capsys: pytest.CaptureFixture[str], host: str) -> None:
-    assert "--api-key" in complaint(capsys, "--host", host)
-    assert parse_settings(["--host", host, "--api-key", "s3cret"]).host == host
+def test_a_public_address_without_a_key_is_refused(
+    capsys: pytest.CaptureFixture[str], host: str, tmp_path: Path
+) -> None:
+    assert "--api-key-file" in complaint(capsys, "--host", host)
+    (tmp_path / "key").write_text("s3cret\n")
+    assert parse_settings(["--host", host, "--api-key-file", str(tmp_path / "key")]).host == host
+    KeyStore(tmp_path / "agent.db").make("ann", Role.ADMIN)
+    assert parse_settings(["--host", host, "--state", str(tmp_path)]).host == host
 
 
-def test_an_empty_key_is_no_key(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "key" in complaint(capsys, "--host", "0.0.0.0", "--api-key", "")
+def test_an_empty_key_is_no_key(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("STEPAGENT_API_KEY", "")
+    assert "key" in complaint(capsys, "--host", "0.0.0.0")
+    monkeypatch.delenv("STEPAGENT_API_KEY")
+    (tmp_path / "key").write_text(" \n")
+    assert "is empty" in complaint(capsys, "--api-key-file", str(tmp_path / "key"))
+
+
+@pytest.mark.parametrize("option", ["--api-key", "--api-key=s3cret", "--api_key", "--api-k=s3cret"])
+def test_a_key_on_the_command_line_is_refused_since_everybody_can_read_it_there(
+    capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    said = complaint(capsys, option, "s3cret")
+    assert "--api-key-file" in said
+    assert "STEPAGENT_API_KEY" in said
+    assert "s3cret" not in said
+    assert "one of its own" in complaint(capsys, "--learner-arg", "api-key=s3cret")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.0.0.2"])
@@ -252,3 +278,9 @@ def test_demonstration_files_are_named_one_by_one_or_by_commas_and_must_be_there
     with pytest.raises(SystemExit):
         parse_settings(["--demonstrations", str(tmp_path / "nowhere.jsonl")])
     assert "nowhere.jsonl is not a file" in capsys.readouterr().err
+
+
+def test_only_the_novice_has_a_world_by_default() -> None:
+    assert parse_settings(["--model", "some/model"]).world_name == ""
+    assert parse_settings(["--model", "some/model", "--world", "order_desk"]).world_name == "order_desk"
+    assert parse_settings(["--world", ""]).world_name == ""

@@ -213,7 +213,6 @@ def test_bad_ones_are_refused_by_their_place_and_the_rest_is_imported(server: Se
         ({"messages": HELLO[1:]}, "nothing was seen before it"),
         ({"task": "order_desk/train/123456789"}, "there is no task"),
         ({"messages": [{"role": "user", "content": "Hi " * CONTEXT}, HELLO[1]]}, f"context holds {CONTEXT}"),
-        ({"messages": [HELLO[0], {"role": "assistant", "content": "A<|im_end|>B"}]}, "ends a turn"),
     ],
 )
 def test_what_cannot_be_learned_from_is_refused_in_words(server: Served, changes: dict[str, Any], why: str) -> None:
@@ -225,6 +224,13 @@ def test_a_call_that_cannot_be_read_is_refused(server: Served, arguments: str) -
     call = {"id": "call_0", "type": "function", "function": {"name": "check_item", "arguments": arguments}}
     calling = {"role": "assistant", "tool_calls": [call]}
     assert "arguments of check_item" in reason(server, {"messages": [HELLO[0], calling]})
+
+
+def test_a_mark_in_an_experts_text_is_learned_as_its_letters(server: Served, protocol: ChatProtocol) -> None:
+    text = "A<|im_end|>B"
+    (step,) = imported(server, {"messages": [HELLO[0], {"role": "assistant", "content": text}]})
+    assert not set(step.completion_token_ids[:-1]) & set(protocol.stop_token_ids)
+    assert protocol.parse(step.completion_token_ids) == FinalAnswer(text)
 
 
 def test_text_that_would_be_read_as_a_call_is_refused(server: Served) -> None:

@@ -20,6 +20,7 @@ from policies.chat_protocol import ChatProtocol
 from policies.types import FinalAnswer, ToolCalls
 from runtime.agent.tools import Toolbox
 from runtime.store.episodes import Purpose, StopReason
+from runtime.store.keys import KeyRing
 from tests.conftest import ServeScripted
 from tests.serving import MODEL, SayingEngine, Served
 from tools.worlds.order_desk import OrderDesk
@@ -34,6 +35,12 @@ LOOK_TOOL: dict[str, Any] = {
 }
 WAIT_TOOL: dict[str, Any] = {"type": "function", "function": {"name": "wait"}}
 LOOK = '<tool_call>\n{"name": "look", "arguments": {"at": "shelf"}}\n</tool_call>'
+
+
+@tool
+def look(at: str) -> str:
+    """Look at a place."""
+    return f"There is a globe on the {at}."
 
 
 def ask(client: OpenAI, *messages: Any, **options: Any) -> ChatCompletion:
@@ -91,7 +98,7 @@ def test_an_answer_names_its_episode_step_and_adapter(serve_scripted: ServeScrip
 
 def test_usage_counts_the_tokens_of_all_steps(serve_scripted: ServeScripted) -> None:
     engine_says = '<tool_call>\n{"name": "fly", "arguments": {}}\n</tool_call>'
-    served = serve_scripted(engine_says, "A globe.")
+    served = serve_scripted(engine_says, "A globe.", toolbox=Toolbox([look]))
     answer = ask(served.client())
     steps = served.parts.log.steps(served.parts.log.episodes()[0].id)
     assert len(steps) == 2
@@ -231,19 +238,61 @@ def test_a_named_tool_is_the_one_that_is_called(novice_server: Served) -> None:
     assert call_in(answer).function.name == "wait"
 
 
-def test_tool_choice_none_offers_no_tools_and_runs_none(serve_scripted: ServeScripted) -> None:
-    served = serve_scripted("A globe.")
-    ask(served.client(), tools=[LOOK_TOOL], tool_choice="none")
-    (step,) = served.parts.log.steps(served.parts.log.episodes()[0].id)
-    assert step.tools == ()
-
-
-def test_no_tools_and_an_empty_list_of_tools_differ(serve_scripted: ServeScripted) -> None:
-    """With no `tools` the server runs its own; with an empty list the client has said that there are none."""
-    served = serve_scripted(LOOK, "All done.", LOOK)
+def test_tool_choice_none_keeps_the_tools_in_the_prompt_and_takes_no_call(serve_scripted: ServeScripted) -> None:
+    """Without them the prompt would be another one, and a conversation that goes on would lose its beginning."""
+    served = serve_scripted(LOOK, "A globe.", LOOK)
     client = served.client()
-    assert text_of(ask(client)) == "All done."
-    assert ask(client, tools=[]).choices[0].finish_reason == "tool_calls"
+    first = ask(client, tools=[LOOK_TOOL])
+    told = [
+        USER,
+        first.choices[0].message.to_dict(),
+        {"role": "tool", "tool_call_id": call_in(first).id, "content": "?"},
+    ]
+    second = ask(client, *told, tools=[LOOK_TOOL], tool_choice="none")
+    assert text_of(second) == "A globe."
+    before, after = served.parts.log.steps(served.parts.log.episodes()[0].id)
+    assert after.tools == before.tools
+    served_ids = before.prompt_token_ids + before.completion_token_ids
+    assert after.prompt_token_ids[: len(served_ids)] == served_ids
+    third = ask(client, tools=[LOOK_TOOL], tool_choice="none")
+    assert (third.choices[0].finish_reason, third.choices[0].message.tool_calls) == ("stop", None)
+    assert text_of(third) == LOOK
+
+
+@pytest.mark.parametrize("options", [{}, {"tools": []}, {"tools": None}])
+def test_an_empty_list_of_tools_is_no_list(serve_scripted: ServeScripted, options: dict[str, Any]) -> None:
+    """The server then runs its own tools, as without the field."""
+    served = serve_scripted(LOOK, "A globe.", toolbox=Toolbox([look]))
+    assert text_of(ask(served.client(), **options)) == "A globe."
+
+
+@pytest.mark.parametrize("options", [{}, {"tools": []}])
+def test_without_any_tools_an_answer_is_one_step(serve_scripted: ServeScripted, options: dict[str, Any]) -> None:
+    """It was sixteen of "there is no tool", and `max_tokens` bounded each of them."""
+    served = serve_scripted(LOOK, LOOK, toolbox=Toolbox())
+    answer = ask(served.client(), max_tokens=12, **options)
+    assert answer.choices[0].message.tool_calls is None
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens <= 12
+    assert served.parts.log.counts()["steps"] == 1
+
+
+def test_a_request_says_whose_tools_it_wants(serve_scripted: ServeScripted) -> None:
+    served = serve_scripted(LOOK, "A globe.", "I see nothing.", toolbox=Toolbox([look], is_default=False))
+    client = served.client()
+    assert text_of(ask(client, extra_headers={"x-stepagent-tools": "server"})) == "A globe."
+    assert text_of(ask(client)) == "I see nothing."
+    assert [bool(step.tools) for step in served.parts.log.steps_since(None, 10)] == [True, True, False]
+    with pytest.raises(BadRequestError, match="x-stepagent-tools: 'mine' is not one of server, client"):
+        ask(client, extra_headers={"x-stepagent-tools": "mine"})
+
+
+def test_max_tokens_bounds_the_whole_of_a_run(serve_scripted: ServeScripted) -> None:
+    served = serve_scripted(LOOK, LOOK, LOOK, "A globe.", toolbox=Toolbox([look]))
+    answer = ask(served.client(), max_tokens=90)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens <= 90
+    assert answer.choices[0].finish_reason == "length"
 
 
 # ------------------------------------------------------------------------------------------- server-run tools
@@ -284,11 +333,6 @@ def test_a_follow_up_question_is_the_same_episode(novice_server: Served) -> None
 
 
 def test_the_servers_own_tools_are_run(serve_scripted: ServeScripted) -> None:
-    @tool
-    def look(at: str) -> str:
-        """Look at a place."""
-        return f"There is a globe on the {at}."
-
     served = serve_scripted(f"Let me look.\n{LOOK}", "A globe.", toolbox=Toolbox([look]))
     answer = ask(served.client())
     assert text_of(answer) == "Let me look.\n\nA globe."
@@ -539,7 +583,7 @@ def test_metrics_count_answers_and_steps(serve_scripted: ServeScripted) -> None:
 
 
 def test_with_an_api_key_nobody_else_is_answered(serve_scripted: ServeScripted) -> None:
-    served = serve_scripted("Hi.", api_key="s3cret")
+    served = serve_scripted("Hi.", keys=KeyRing(operator_secret="s3cret"))
     assert text_of(ask(served.client(api_key="s3cret"))) == "Hi."
     for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "s3cret"}):
         refused = httpx.get(f"{served.url}/v1/models", headers=headers)

@@ -11,7 +11,7 @@ import pytest
 from runtime.adapters.live_guard import Watch, WatchOptions, is_worse
 from runtime.adapters.swap import Swap, SwapError
 from runtime.store.adapter_registry import AdapterRegistry, AdapterState
-from runtime.store.episodes import Actor, Episode, Outcome, Purpose, new_id
+from runtime.store.episodes import Actor, Episode, Outcome, Purpose, Role, Withdrawal, new_id
 from runtime.store.learning_log import CycleStage, LearningLog, LearningReader, RewardSource, StepReward
 from runtime.store.step_log import StepLog
 from tests.logged_episodes import step
@@ -42,13 +42,22 @@ class Desk:
         await self.swap.promote(name)
         return name
 
-    def went(self, adapter: str, outcomes: list[float], purpose: Purpose = Purpose.SERVE) -> list[str]:
+    def went(
+        self,
+        adapter: str,
+        outcomes: list[float],
+        purpose: Purpose = Purpose.SERVE,
+        is_assigned: bool = True,
+        key: str = "",
+        role: Role = Role.ADMIN,
+    ) -> list[str]:
         """Log an episode under an adapter for each outcome; returns their steps."""
         steps = []
         for outcome in outcomes:
-            episode = Episode(new_id("ep"), Actor.POLICY, purpose, adapter)
+            episode = Episode(new_id("ep"), Actor.POLICY, purpose, adapter, owner=key, is_assigned=is_assigned)
             taken = replace(step(episode.id), adapter=adapter)
-            self.log.append(episode, taken, Outcome(new_id("out"), episode.id, outcome, "user")).result()
+            said = Outcome(new_id("out"), episode.id, outcome, "user", key=key, role=role)
+            self.log.append(episode, taken, said).result()
             steps.append(taken.id)
         return steps
 
@@ -122,6 +131,82 @@ async def test_a_rollback_that_comes_too_late_changes_nothing(desk: Desk) -> Non
     with pytest.raises(SwapError, match="does not act any more"):
         await desk.swap.rollback("too late", expected_acting=first)
     assert desk.acting() == second
+
+
+# ------------------------------------------------------------------------------ feedback is no weapon
+
+
+async def test_what_a_client_pinned_is_no_evidence(desk: Desk) -> None:
+    """32 good outcomes pinned to the base and 32 bad ones pinned to what acts used to take it back."""
+    name = await desk.promoted(1)
+    desk.went("base", [1.0] * 40, is_assigned=False)
+    desk.went(name, [0.0] * 40)
+    assert await desk.watch.look() is None
+    desk.went("base", [1.0] * 40)
+    assert await desk.watch.look() is not None
+
+
+async def test_it_takes_more_than_one_feedback_key_to_take_an_adapter_back(desk: Desk) -> None:
+    desk.went("base", [1.0] * 40)
+    name = await desk.promoted(1)
+    desk.went(name, [0.0] * 200, key="mallory", role=Role.FEEDBACK)
+    assert await desk.watch.look() is None
+    [live, _] = desk.watch.evidence()
+    assert live.by_key == {"mallory": 10}
+    desk.went(name, [0.0] * 10, key="ann", role=Role.FEEDBACK)
+    assert await desk.watch.look() is not None
+
+
+async def test_a_teachers_word_counts_in_full(desk: Desk) -> None:
+    desk.went("base", [1.0] * 40)
+    name = await desk.promoted(1)
+    desk.went(name, [0.0] * 40, key="tess", role=Role.TEACH)
+    assert await desk.watch.look() is not None
+
+
+async def test_an_episode_counts_once_however_often_somebody_speaks_of_it(desk: Desk) -> None:
+    desk.went("base", [1.0] * 40)
+    name = await desk.promoted(1)
+    desk.went(name, [1.0])
+    episode = desk.log.episodes(adapter=name)[0].id
+    for _ in range(60):
+        desk.log.append(Outcome(new_id("out"), episode, 0.0, "user")).result()
+    assert [outcome.value for outcome in desk.log.live_outcomes(name, 100)] == [0.0]
+    assert await desk.watch.look() is None
+
+
+async def test_what_was_taken_back_is_no_evidence(desk: Desk) -> None:
+    desk.went("base", [1.0] * 40)
+    name = await desk.promoted(1)
+    desk.went(name, [0.0] * 40)
+    for outcome in desk.log.live_outcomes(name, 100):
+        desk.log.append(Withdrawal(new_id("wd"), outcome.id)).result()
+    assert await desk.watch.look() is None
+
+
+async def test_what_is_promoted_again_is_judged_by_what_comes_after(desk: Desk) -> None:
+    """The same old evidence used to take it back after each re-promotion."""
+    desk.went("base", [1.0] * 40)
+    name = await desk.promoted(1)
+    desk.went(name, [0.0] * 40)
+    assert await desk.watch.look() is not None
+    await desk.swap.promote(name)
+    assert await desk.watch.look() is None
+    desk.went(name, [0.0] * 40)
+    assert await desk.watch.look() is not None
+
+
+async def test_a_paused_watch_changes_nothing_and_stays_paused_after_a_restart(desk: Desk, tmp_path: Path) -> None:
+    desk.went("base", [1.0] * 40)
+    name = await desk.promoted(1)
+    desk.went(name, [0.0] * 40)
+    desk.registry.record_watch(True, "a poll went wrong", "ann")
+    assert await desk.watch.look() is None
+    assert [evidence.is_worse for evidence in desk.watch.evidence()] == [True, False]
+    again = AdapterRegistry(tmp_path / "agent.db")
+    assert (again.watch().is_paused, again.watch().key) == (True, "ann")
+    again.record_watch(False, "", "ann")
+    assert await desk.watch.look() is not None
 
 
 def test_equal_adapters_are_hardly_ever_found_worse() -> None:

@@ -80,11 +80,9 @@ def follow_expert(episode: OrderDeskEpisode) -> list[str]:
 
 @modest
 @given(reached_states())
-def test_from_any_state_the_expert_succeeds_whenever_the_world_says_it_still_can(reached) -> None:
+def test_from_any_state_the_expert_comes_to_an_end_and_answers(reached) -> None:
     _, episode, _ = reached
-    can_still_succeed = episode.can_still_succeed
     follow_expert(episode)
-    assert episode.outcome() == float(can_still_succeed)
     assert not episode.expert_action().get("tool_calls")
     assert episode.expert_action()["content"]
 
@@ -94,7 +92,8 @@ def test_from_any_state_the_expert_succeeds_whenever_the_world_says_it_still_can
 def test_until_the_parcel_has_left_every_mistake_can_be_mended_while_calls_last(reached) -> None:
     _, episode, _ = reached
     if episode.state.shipped_to is None and episode.state.num_calls <= MAX_CALLS - 8:
-        assert episode.can_still_succeed
+        follow_expert(episode)
+        assert episode.outcome() == 1.0
 
 
 @modest
@@ -163,10 +162,9 @@ def test_a_wrong_box_is_mended_until_the_parcel_has_left_and_not_after() -> None
     while episode.expert_skill().split(":")[0] != "pack_parcel":
         episode.play(episode.expert_action())
     episode.play(call_message("pack_parcel", {"box": wrong_box}))
-    assert episode.can_still_succeed
     assert episode.expert_skill() == f"pack_parcel:{order.box}"
     episode.play(call_message("ship_parcel", {"city": order.city, "by": order.by}))
-    assert not episode.can_still_succeed
+    assert episode.is_done
     assert "gone wrong" in episode.expert_action()["content"]
 
 
@@ -185,7 +183,7 @@ def test_the_desk_closes_after_its_last_call() -> None:
         assert not episode.is_done
         episode.play(call_message("pick_item", {"shelf": wrong_shelf}))
     assert episode.is_done
-    assert not episode.can_still_succeed
+    assert episode.outcome() == 0.0
     [result] = episode.play(call_message("check_item", {"item": episode.order.item}))
     assert result["content"] == "The desk has closed for today."
     assert episode.expert_skill() == "answer"

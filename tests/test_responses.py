@@ -13,8 +13,10 @@ from openai import APIError, BadRequestError, NotFoundError
 from openai.types.responses import Response, ResponseFunctionToolCall
 
 from policies.chat_protocol import ChatProtocol
+from runtime.agent.tools import Toolbox
 from tests.conftest import ServeScripted
 from tests.serving import MODEL, SayingEngine, Served, parts_of, served, wait_until
+from tools.calculator import calculator
 from tools.worlds.order_desk import OrderDesk
 
 LOOK: Any = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {"at": {}}}}
@@ -120,7 +122,7 @@ def test_an_answer_can_be_held_to_a_schema(novice_server: Served) -> None:
         "additionalProperties": False,
     }
     text: Any = {"format": {"type": "json_schema", "name": "count", "schema": schema}}
-    response = ask(novice_server, input="How many?", text=text, tools=[LOOK])
+    response = ask(novice_server, input="How many?", text=text)
     assert json.loads(response.output_text)["n"] in (1, 2, 3)
     assert response.text is not None
     assert response.text.format is not None
@@ -136,11 +138,12 @@ def test_a_call_that_is_required_is_made(novice_server: Served, choice: Any) -> 
     assert json.loads(call.arguments)["at"] in ("shelf", "table")
 
 
-def test_without_choice_no_call_is_offered(serve_scripted: ServeScripted) -> None:
-    served = serve_scripted("A globe.")
-    ask(served, tools=[LOOK], tool_choice="none")
+def test_without_choice_no_call_is_made(serve_scripted: ServeScripted) -> None:
+    served = serve_scripted(CALL)
+    response = ask(served, tools=[LOOK], tool_choice="none")
+    assert [item.type for item in response.output] == ["message"]
     (step,) = served.parts.log.steps_since(None, 10)
-    assert step.tools == ()
+    assert len(step.tools) == 1
 
 
 # ------------------------------------------------------------------------------------------------- streaming
@@ -177,7 +180,7 @@ def test_a_streams_events_come_in_openais_order_and_hold_the_same_answer(
 
 def test_a_response_whose_tools_the_server_runs_is_streamed_step_by_step(serve_scripted: ServeScripted) -> None:
     fly = '<tool_call>\n{"name": "fly", "arguments": {}}\n</tool_call>'
-    served = serve_scripted(fly, "I cannot fly.")
+    served = serve_scripted(fly, "I cannot fly.", toolbox=Toolbox([calculator]))
     events = events_of(served)
     steps = [event.model_extra["stepagent"]["step"] for event in events if "stepagent" in (event.model_extra or {})]
     assert [step["id"] for step in steps] == [served.parts.log.steps_since(None, 10)[0].id]
@@ -235,17 +238,11 @@ def server(protocol: ChatProtocol, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"reasoning": {"effort": "low"}}, "reasoning is not supported here"),
-        ({"background": True}, "background is not supported here"),
-        ({"conversation": "conv_1"}, "conversation is not supported here"),
-        ({"include": ["message.output_text.logprobs"]}, "include is not supported here"),
-        ({"prompt": {"id": "pmpt_1"}}, "prompt is not supported here"),
-        ({"max_tool_calls": 3}, "max_tool_calls is not supported here"),
-        ({"store": False}, "store is always true here"),
-        ({"tools": [LOOK], "parallel_tool_calls": False}, "parallel_tool_calls is always true here"),
-        ({"truncation": "auto"}, "truncation is always 'disabled'"),
-        ({"tools": [{"type": "web_search"}]}, "only function tools can be given here, not 'web_search'"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "an input item is a message"),
+        ({"conversation": "conv_1"}, "conversation: it is not supported here"),
+        ({"prompt": {"id": "pmpt_1"}}, "prompt: it is not supported here"),
+        ({"max_tool_calls": 3}, "max_tool_calls: it is not supported here"),
+        ({"background": True, "stream": True}, "is retrieved, not streamed"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "there is no item 'x'"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "not input_image"),
         ({"input": []}, "at least 1 item"),
         ({"input": 3}, "valid list"),
@@ -273,14 +270,21 @@ def test_an_unknown_model_is_a_404(server: Served) -> None:
         ask(server, model="gpt-9")
 
 
-def test_instructions_cannot_change_within_a_conversation(serve_scripted: ServeScripted) -> None:
-    served = serve_scripted("A globe.", "A lamp.", "A clock.")
+def test_instructions_replace_those_before(serve_scripted: ServeScripted, protocol: ChatProtocol) -> None:
+    """As at OpenAI: they are not carried over, so a handoff swaps them and one without has none."""
+    served = serve_scripted("A globe.", "A lamp.", "A clock.", "A vase.")
     first = ask(served, instructions="Be brief.")
     ask(served, previous_response_id=first.id, instructions="Be brief.", input="And below?")
-    ask(served, previous_response_id=first.id, input="And above?")
-    with pytest.raises(BadRequestError, match="those that the conversation began with"):
-        ask(served, previous_response_id=first.id, instructions="Be long.", input="And below?")
-    assert [step.index for step in served.parts.log.steps_since(None, 10)] == [0, 1, 1]
+    ask(served, previous_response_id=first.id, instructions="Be long.", input="And below?")
+    ask(served, previous_response_id=first.id, input="And below?")
+    steps = served.parts.log.steps_since(None, 10)
+    assert [step.index for step in steps] == [0, 1, 1, 1]
+    assert [step.prompt_change for step in steps] == [None, None, "system", "system"]
+    told = [{"role": "user", "content": "What is on the shelf?"}, {"role": "assistant", "content": "A globe."}]
+    asked = {"role": "user", "content": "And below?"}
+    assert steps[2].prompt_token_ids == protocol.render([{"role": "system", "content": "Be long."}, *told, asked])
+    assert steps[3].prompt_token_ids == protocol.render([*told, asked])
+    assert served.parts.log.verify() == []
 
 
 def test_a_response_that_was_never_answered_whole_cannot_be_continued(
@@ -289,7 +293,7 @@ def test_a_response_that_was_never_answered_whole_cannot_be_continued(
     """The client left after the first of several steps: that step is logged, but no answer ended there."""
     fly = '<tool_call>\n{"name": "fly", "arguments": {}}\n</tool_call>'
     engine = SayingEngine(protocol, fly, [65] * 1500, pause_s=0.005)
-    running = serve_scripted(engine=engine)
+    running = serve_scripted(engine=engine, toolbox=Toolbox([calculator]))
     stream = running.client().responses.create(model=MODEL, input="Hi", stream=True)
     started = next(stream).response.id
     wait_until(lambda: running.parts.log.counts()["steps"] == 1)

@@ -105,11 +105,14 @@ def test_it_says_where_it_listens_serves_and_ends_cleanly(tmp_path: Path) -> Non
     log.close()
 
 
-def test_with_a_key_the_ready_made_requests_work_and_demonstrations_are_imported(tmp_path: Path) -> None:
+def test_with_a_key_the_ready_made_requests_work_and_demonstrations_are_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ENVIRONMENT, "STEPAGENT_API_KEY", "s3cret")
     write_demonstrations(tmp_path / "demos.jsonl", 3)
     with (tmp_path / "demos.jsonl").open("a") as file:
         file.write("no record\n")
-    options = ["--state", str(tmp_path), "--api-key", "s3cret", "--demonstrations", str(tmp_path / "demos.jsonl")]
+    options = ["--state", str(tmp_path), "--demonstrations", str(tmp_path / "demos.jsonl")]
     with started("--port", "0", *options) as server:
         url = server.wait_for(r"listening +(\S+)")
         cycle, example = server.wait_for(r"learner .*(curl .*) starts one now"), server.wait_for(r"try +(curl .*)")

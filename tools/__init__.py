@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from langchain_core.tools import BaseTool
+if TYPE_CHECKING:  # a second of import that a simulator's process does without
+    from langchain_core.tools import BaseTool
 
 TOOL_NAMES = ("calculator", "search")
 

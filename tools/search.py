@@ -11,6 +11,7 @@ import re
 import sqlite3
 import zlib
 from pathlib import Path
+from uuid import uuid4
 
 from langchain_core.tools import BaseTool, tool
 from sqlite_utils import Database
@@ -79,8 +80,7 @@ def _version_of(index: Path) -> int | None:
 
 
 def _build_index(corpus: Path, index: Path) -> None:
-    half_made = index.with_name(index.name + ".part")
-    half_made.unlink(missing_ok=True)
+    half_made = index.with_name(f"{index.name}.{uuid4().hex}.part")  # another process may be making it too
     db = Database(str(half_made))
     try:
         db.execute("create virtual table documents using fts5(title, text, tokenize = 'porter unicode61')")

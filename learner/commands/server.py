@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from learner.api_key import api_key
 from policies.command_line import Options
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ class ServerOptions(Options):
 
     url: str = Field(default_factory=lambda: os.environ.get("STEPAGENT_URL", "http://127.0.0.1:8000/v1"))
     """The endpoint; default: STEPAGENT_URL, or the server's own default."""
-    api_key: str = Field(default_factory=lambda: os.environ.get("STEPAGENT_API_KEY", "none"))
-    """The server's API key; better given as STEPAGENT_API_KEY, which other users of the machine do not see."""
+    api_key_file: Path | None = None
+    """File that holds the server's API key; default: STEPAGENT_API_KEY."""
     state: Path = Path("state")
     """The server's state folder."""
 
@@ -37,7 +38,7 @@ class ServerOptions(Options):
 
         from learner.client import Endpoint
 
-        return Endpoint(AsyncOpenAI(base_url=self.url, api_key=self.api_key))
+        return Endpoint(AsyncOpenAI(base_url=self.url, api_key=api_key(self.api_key_file)))
 
 
 def ask(options: ServerOptions, request: Callable[[Endpoint], Awaitable[T]]) -> T | None:

@@ -20,12 +20,11 @@ from learner.data.training_data import NO_ANCESTOR
 from learner.options import CollectionOptions
 from policies.chat_protocol import action_message
 from policies.types import Message
-from runtime.store.episodes import Actor, Episode, Purpose, Step
+from runtime.store.episodes import Actor, Episode, Purpose, Step, new_messages_along
+from runtime.store.own_episodes import MOST_COUNTED, OwnEpisodes
 from runtime.store.step_log import StepLog
 from tools.worlds.world import World
 
-LEARNED_FROM = (Purpose.SERVE, Purpose.PRACTICE)
-_PAGE = 2000
 _NEWEST = 500
 """Episodes of an adapter among which anchors are looked for."""
 
@@ -68,8 +67,12 @@ class LoggedState:
     @property
     def messages(self) -> list[Message]:
         """The conversation before the step."""
-        said = [message for step in self.path[:-1] for message in (*step.new_messages, action_message(step.action))]
-        return [*said, *self.step.new_messages]
+        messages = list[Message]()
+        for step, new_messages in new_messages_along(self.path):
+            messages += new_messages
+            if step is not self.step:
+                messages.append(action_message(step.action))
+        return messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +118,8 @@ def collect(
         anchor_tasks,
     )
     demonstrations, held_out, counts = _dealt(experts, apart, options, seed)
-    fresh, last_step_id = _episodes_since(log, last_step_id)
     behind = {name: number for number, name in enumerate(parents)}
-    own, own_counts = _own(log, fresh, behind, options, seed)
+    own, last_step_id, own_counts = _own(log, last_step_id, behind, options, seed)
     own += _corrected(log, own)
     trained = [each for each in own if not apart.covers(each.conversation)]
     counts |= own_counts | {"own_held_out": len(own) - len(trained), "anchors": len(anchors) + len(anchor_tasks)}
@@ -180,34 +182,21 @@ def _dealt(
     return demonstrations, held_out, counts
 
 
-def _episodes_since(log: StepLog, last_step_id: str | None) -> tuple[set[str], str | None]:
-    """Ids of the episodes with steps logged after that one, and the last step there is."""
-    found: set[str] = set()
-    while steps := log.steps_since(last_step_id, _PAGE):
-        found |= {step.episode_id for step in steps}
-        last_step_id = steps[-1].id
-    return found, last_step_id
-
-
 def _own(
-    log: StepLog, fresh: set[str], behind: Mapping[str, int], options: CollectionOptions, seed: int
-) -> tuple[list[LoggedEpisode], dict[str, int]]:
-    learnable = [
-        episode
-        for purpose in LEARNED_FROM
-        for episode in log.episodes(limit=1_000_000, purpose=purpose, actor=Actor.POLICY)
-    ]
+    log: StepLog, since: str | None, behind: Mapping[str, int], options: CollectionOptions, seed: int
+) -> tuple[list[LoggedEpisode], str | None, dict[str, int]]:
+    """The newest with steps that no cycle has read, and a share of the others; the last step there is; counts."""
     # What was rolled back is no ancestor of what acts, however short the line is: it is left out.
-    recent = [e for e in learnable if e.adapter in behind and behind[e.adapter] <= options.max_versions_old]
-    new = sorted((e for e in recent if e.id in fresh), key=lambda e: e.id, reverse=True)
-    old = sorted((e for e in recent if e.id not in fresh), key=lambda e: e.id)
-    num_replayed = min(len(old), max(int(options.max_own_episodes * options.replay_share), 0))
-    kept = new[: options.max_own_episodes - num_replayed]
-    replayed = random.Random(seed).sample(old, num_replayed)
-    own = [_logged(log, episode, behind[episode.adapter]) for episode in (*kept, *replayed)]
+    recent = [name for name, number in behind.items() if number <= options.max_versions_old]
+    own = OwnEpisodes(log, recent, since)
+    last_step_id = own.last_step_id()
+    num_replayed = max(int(options.max_own_episodes * options.replay_share), 0)
+    replayed = own.old(num_replayed, random.Random(seed))
+    new = own.fresh(options.max_own_episodes + MOST_COUNTED)
+    kept = new[: options.max_own_episodes - len(replayed)]
     counts = {"own_new": len(kept), "own_replayed": len(replayed)}
-    counts |= {"own_too_old": len(learnable) - len(recent), "own_over_limit": len(new) - len(kept)}
-    return own, counts
+    counts |= {"own_too_old": own.num_too_old(), "own_over_limit": len(new) - len(kept)}
+    return [_logged(log, episode, behind[episode.adapter]) for episode in (*kept, *replayed)], last_step_id, counts
 
 
 def _corrected(log: StepLog, own: Sequence[LoggedEpisode]) -> list[LoggedEpisode]:

@@ -16,10 +16,10 @@ from openai import AsyncOpenAI, OpenAIError
 
 from learner.data.collect import LoggedState
 from learner.data.comparison import SameEffect
-from policies.chat_protocol import action_message, message_action
-from policies.types import Action, ToolCalls
+from policies.chat_protocol import action_message, message_action, text_of
+from policies.types import Action, MalformedAction, Message
 from runtime.store.step_log import StepLog
-from tools.worlds.world import World, WorldEpisode
+from tools.worlds.world import UnknownTask, World, WorldEpisode, task_named
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +52,14 @@ class Corrections:
 
 @dataclass(frozen=True, slots=True)
 class WorldExpert:
-    """A world that knows the way from everywhere."""
+    """A world whose own expert may know the way."""
 
     world: World
 
     async def answer(self, state: LoggedState) -> ExpertAnswer | None:
         episode = open_at(self.world, state)
-        return None if episode is None else ExpertAnswer(message_action(episode.expert_action()), "world")
+        message = None if episode is None else episode.expert_action()
+        return None if message is None else ExpertAnswer(message_action(message), "world")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,20 +103,23 @@ def open_at(world: World | None, state: LoggedState) -> WorldEpisode | None:
     None for another world's task, and where the log saw other results than the world now gives: then the world tells
     another story than the one that was lived, and its expert does not know the way.
     """
-    name, _, place = (state.task or "").partition("/")
-    split, _, index = place.partition("/")
-    if world is None or name != world.name or split not in world.splits or not index.isdecimal():
+    if world is None or state.task is None:
         return None
-    if int(index) >= world.splits[split]:
+    try:
+        episode = world.open(task_named(world, state.task))
+    except UnknownTask:
         return None
-    episode = world.open(world.task(split, int(index)))
     for step, following in zip(state.path, state.path[1:], strict=False):
-        if isinstance(step.action, ToolCalls):
-            told = [message["content"] for message in episode.play(action_message(step.action))]
-            seen = [message.get("content") for message in following.new_messages if message["role"] == "tool"]
-            if told != seen:
+        if not isinstance(step.action, MalformedAction):
+            told = [_said(message) for message in episode.play(action_message(step.action))]
+            roles = {role for role, _ in told}  # where the world has nothing to say, a user may say what he likes
+            if told != [said for message in following.new_messages if (said := _said(message))[0] in roles]:
                 return None
     return episode
+
+
+def _said(message: Message) -> tuple[str, str]:
+    return message["role"], text_of(message)
 
 
 def same_effect_at(world: World | None, state: LoggedState) -> SameEffect | None:

@@ -24,7 +24,7 @@ from typing import Any
 from learner.data.comparison import meaning, normal_text
 from policies.chat_protocol import message_action, text_of
 from policies.types import FinalAnswer, Message
-from tools.worlds.world import World
+from tools.worlds.world import TaskId, World
 
 TRAINED_SPLIT = "train"
 """Of a world; the gate and reports try the others."""
@@ -198,9 +198,11 @@ def _groups(oldest_first: Sequence[str], names: dict[str, list[str]]) -> dict[st
 
 def split_of(task: str, world: World) -> str | None:
     """The split of a world's task id; None for anything else."""
-    name, _, place = task.partition("/")
-    split, _, index = place.partition("/")
-    return split if name == world.name and split in world.splits and index.isdecimal() else None
+    try:
+        found = TaskId.parse(task)
+    except ValueError:
+        return None
+    return found.split if found.world == world.name and found.split in world.splits else None
 
 
 def _did(message: Message) -> str:

@@ -81,7 +81,7 @@ async def inspect_demonstrations(
 ) -> tuple[list[Trajectory], list[ComparedState]]:
     """Sample an adapter at every state of the experts' episodes, and compare."""
     places = [state for demonstration in demonstrations for state in demonstration.states()]
-    asked = [(state.messages, state.step.tools) for state in places]
+    asked = [(state.messages, state.step.tools, most_tokens(state.step)) for state in places]
     sampled = await who.endpoint.sample(asked, adapter, num_samples, on_done)
     states: dict[str, State] = {}
     compared = []
@@ -94,6 +94,11 @@ async def inspect_demonstrations(
         Trajectory(d.episode.id, tuple(states[step.id] for step in d.path), d.episode.task, 1.0) for d in demonstrations
     ]
     return trajectories, compared
+
+
+def most_tokens(expert: Step) -> int:
+    """Of an action that is held against an expert's: an untrained policy may go on for ever, and is wrong before."""
+    return 4 * len(expert.completion_token_ids) + 64
 
 
 def _demonstrated_state(expert: Step, samples: Sequence[Step], compared: ComparedState) -> State:

@@ -17,6 +17,7 @@ from learner.data.collaborators import Collaborators
 from learner.data.collect import LoggedState
 from learner.data.comparison import Verdict, compare
 from learner.data.experts import same_effect_at
+from learner.data.inspection import most_tokens
 from learner.evaluation.evidence import Trial
 from learner.evaluation.gate import Contestants
 from learner.evaluation.past_trials import PastTrials
@@ -27,9 +28,6 @@ NUM_DRAWS = 2
 """At a state where the adapters are not sure of the same."""
 SURE = log(0.9)
 """Log-likelihood of an action that further draws would hardly differ from."""
-LENGTH_LIMIT = 4
-"""Times the expert's tokens, and some: an untrained policy may go on for ever, and is wrong long before."""
-SOME_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +67,7 @@ def score(states: Sequence[TriedState]) -> Trial | None:
 
 
 def _trial(state: LoggedState, number: int) -> StateTrial:
-    longest = LENGTH_LIMIT * len(state.step.completion_token_ids) + SOME_TOKENS
-    return StateTrial(state.messages, state.step.tools, number, longest)
+    return StateTrial(state.messages, state.step.tools, number, most_tokens(state.step))
 
 
 async def _draw(trials: Sequence[StateTrial], adapter: str, who: Collaborators, past: PastTrials) -> list[Step | None]:

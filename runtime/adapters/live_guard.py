@@ -3,13 +3,18 @@
 The acting adapter is held against its parent, a canary against the acting adapter: by the outcomes that were reported
 of their episodes, and by how often experts agree with their steps. What is worse by more than the noise is rolled back
 or refused; a canary that has done as well for long enough acts. No learner is needed for any of it.
+
+Outcomes are what clients say, and a client may lie. So only episodes count that the server itself gave to an adapter,
+each once, and what a key says that is trusted to give feedback and no more counts a few times; see
+`StepLog.live_outcomes`. Whoever does not trust the evidence pauses the watch.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean, variance
@@ -17,7 +22,7 @@ from statistics import fmean, variance
 from policies.types import BASE_ADAPTER
 from runtime.adapters.swap import Swap
 from runtime.background import keep_doing
-from runtime.store.adapter_registry import AdapterRegistry
+from runtime.store.adapter_registry import AdapterRegistry, AdapterState
 from runtime.store.learning_log import LearningReader
 from runtime.store.step_log import StepLog
 
@@ -37,6 +42,27 @@ class WatchOptions:
     """Standard errors that count as more than noise. Three, not two: the same evidence is looked at again and again."""
     canary_values: int = 100
     """Outcomes after which a canary that is not worse acts; of what acts there must be `least_values`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """How an adapter does beside another one, by one measure."""
+
+    measure: str
+    adapter: str
+    against: str
+    values: Sequence[float]
+    others: Sequence[float]
+    by_key: Mapping[str, int]
+    """How many of `values` each key has given."""
+    is_worse: bool
+    """By more than the noise."""
+
+    def in_words(self) -> str:
+        return (
+            f"its {self.measure} is {fmean(self.values):.3f} over {len(self.values)}, "
+            f"against {fmean(self.others):.3f} over {len(self.others)} of {self.against}"
+        )
 
 
 class Watch:
@@ -62,44 +88,73 @@ class Watch:
 
     async def look(self) -> str | None:
         """Look once; says what was done, None where nothing was."""
-        acting = self._registry.acting()
+        if self._registry.watch().is_paused:
+            return None
         if canary := self._swap.canary:
-            return await self._judge_canary(canary, acting.name if acting else BASE_ADAPTER)
+            return await self._judge_canary(canary)
+        acting = self._registry.acting()
         if acting is None:
             return None
-        worse = await asyncio.to_thread(self._why_worse, acting.name, acting.parent or BASE_ADAPTER)
+        worse = await asyncio.to_thread(self._why_worse)
         if worse is None:
             return None
         await self._swap.rollback(worse, expected_acting=acting.name)
         _log.error("%s was rolled back: %s", acting.name, worse)
         return worse
 
-    async def _judge_canary(self, canary: str, acting: str) -> str | None:
-        if worse := await asyncio.to_thread(self._why_worse, canary, acting):
+    def evidence(self) -> list[Evidence]:
+        """What is known of the canary, or else of what acts; empty where the base network acts alone.
+
+        What was said before an adapter began to act this time does not count: who promotes again what was rolled back
+        has seen it.
+        """
+        acting = self._registry.acting()
+        acting_name = acting.name if acting else BASE_ADAPTER
+        if canary := self._swap.canary:
+            since = self._registry.state_since(canary, AdapterState.CANARY)
+            return self._compare(canary, acting_name, since)
+        if acting is None:
+            return []
+        return self._compare(acting.name, acting.parent or BASE_ADAPTER, self._registry.acting_since())
+
+    async def _judge_canary(self, canary: str) -> str | None:
+        if worse := await asyncio.to_thread(self._why_worse):
             await self._swap.refuse(canary, worse)
             return worse
-        outcomes = await asyncio.to_thread(self._log.outcome_values, canary, self._options.canary_values)
-        others = await asyncio.to_thread(self._log.outcome_values, acting, self._options.least_values)
-        if len(outcomes) < self._options.canary_values or len(others) < self._options.least_values:
+        acting = self._registry.acting()
+        [live, *_] = await asyncio.to_thread(self.evidence)
+        if len(live.values) < self._options.canary_values or len(live.others) < self._options.least_values:
             return None
-        reason = f"as a canary it was not worse over {len(outcomes)} episodes"
-        await self._swap.promote(canary, reason, acting)
+        reason = f"as a canary it was not worse over {len(live.values)} episodes"
+        await self._swap.promote(canary, reason, acting.name if acting else BASE_ADAPTER)
         return reason
 
-    def _why_worse(self, adapter: str, other: str) -> str | None:
-        """In words, how an adapter is worse than another one by more than the noise; None where it is not."""
+    def _why_worse(self) -> str | None:
+        """In words, how it is worse than the other one by more than the noise; None where it is not."""
+        return next((evidence.in_words() for evidence in self.evidence() if evidence.is_worse), None)
+
+    def _compare(self, adapter: str, against: str, since: float) -> list[Evidence]:
         most = self._options.most_values
-        evidence = {
-            "live outcome": [self._log.outcome_values(name, most) for name in (adapter, other)],
-            "step reward": [self._cycles.agreement(name)[:most] for name in (adapter, other)],
-        }
-        for what, (values, others) in evidence.items():
-            if is_worse(values, others, self._options):
-                return (
-                    f"its {what} is {fmean(values):.3f} over {len(values)}, "
-                    f"against {fmean(others):.3f} over {len(others)} of {other}"
-                )
-        return None
+        said = self._log.live_outcomes(adapter, most, since)
+        others = [outcome.value for outcome in self._log.live_outcomes(against, most)]
+        agrees, others_agree = (self._cycles.agreement(name)[:most] for name in (adapter, against))
+        return [
+            self._evidence("live outcome", adapter, against, [outcome.value for outcome in said], others,
+                           Counter(outcome.key for outcome in said)),
+            self._evidence("step reward", adapter, against, agrees, others_agree, {}),
+        ]  # fmt: skip
+
+    def _evidence(
+        self,
+        measure: str,
+        adapter: str,
+        against: str,
+        values: Sequence[float],
+        others: Sequence[float],
+        by_key: Mapping[str, int],
+    ) -> Evidence:
+        worse = is_worse(values, others, self._options)
+        return Evidence(measure, adapter, against, values, others, by_key, worse)
 
 
 def is_worse(values: Sequence[float], others: Sequence[float], options: WatchOptions) -> bool:

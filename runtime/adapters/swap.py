@@ -128,36 +128,38 @@ class Swap:
         async with self._changes:
             return await self._bring_up(self._registry.adapter(name))
 
-    async def promote(self, name: str, reason: str = "", expected_acting: str | None = None) -> None:
+    async def promote(self, name: str, reason: str = "", expected_acting: str | None = None, key: str = "") -> None:
         """Let an adapter act for new episodes. One that is not up is brought up first, see `bring_up`.
 
         `expected_acting` is what it was found to be better than. Raises SwapError where that does not act any more
-        (None: whatever acts).
+        (None: whatever acts). `key` is the name of the key that asks for it, here and below.
         """
         async with self._changes:
-            self._require_acting(expected_acting)
+            self.require_acting(expected_acting)
             await self._bring_up(self._registry.adapter(name))
             self._end_canary(name)
-            await self._write(self._registry.promote, name, reason)
+            await self.write(self._registry.promote, name, reason, key)
 
-    async def start_canary(self, name: str, share: float, reason: str = "", expected_acting: str | None = None) -> None:
+    async def start_canary(
+        self, name: str, share: float, reason: str = "", expected_acting: str | None = None, key: str = ""
+    ) -> None:
         """Give an adapter this share of the new episodes, chosen by their ids. Raises SwapError beside another canary,
         and as `promote` does."""
         if not 0.0 < share <= 1.0:
             raise SwapError(f"a canary's share must lie in (0, 1], got {share}")
         async with self._changes:
-            self._require_acting(expected_acting)
+            self.require_acting(expected_acting)
             if self._canary is not None:
                 raise SwapError(f"{self._canary[0]} is a canary already; promote or refuse it first")
             await self._bring_up(self._registry.adapter(name))
-            await self._write(self._registry.record, name, AdapterState.CANARY, reason or f"share {share:g}")
+            await self.write(self._registry.record, name, AdapterState.CANARY, reason or f"share {share:g}", key)
             self._canary = (name, share)
 
-    async def refuse(self, name: str, reason: str) -> None:
+    async def refuse(self, name: str, reason: str, key: str = "") -> None:
         """Turn a candidate or canary down for ever. Episodes that began with it end with it."""
         async with self._changes:
             self._end_canary(name)
-            await self._write(self._registry.record, name, AdapterState.REFUSED, reason)
+            await self.write(self._registry.record, name, AdapterState.REFUSED, reason, key)
             await self._sweep()
 
     async def unload(self, name: str, reason: str = "") -> None:
@@ -171,15 +173,15 @@ class Swap:
                 raise SwapError(f"{name} is {state} and serves: it cannot be unloaded")
             await self._unload(adapter, reason)
 
-    async def rollback(self, reason: str, expected_acting: str | None = None) -> Adapter | None:
+    async def rollback(self, reason: str, expected_acting: str | None = None, key: str = "") -> Adapter | None:
         """Let act again what acted before; None is the base network. A flip, where that is still loaded.
 
         Goes further down where that cannot be served any more. Raises SwapError where nothing is behind, or where
         another adapter than the one that is to be taken back acts by now (None: whichever acts).
         """
         async with self._changes:
-            self._require_acting(expected_acting)
-            return await self._roll_back(reason)
+            self.require_acting(expected_acting)
+            return await self._roll_back(reason, key)
 
     async def restore(self) -> Adapter | None:
         """Serve the acting adapter on an engine that has just started, with nothing loaded; None: the base network.
@@ -193,7 +195,7 @@ class Swap:
             if acting is None:
                 return None
             if await self._comes_up(acting):
-                await self._write(self._registry.record, acting, AdapterState.ACTING, "the engine started")
+                await self.write(self._registry.record, acting, AdapterState.ACTING, "the engine started")
                 return acting
             return await self._roll_back(f"{acting.name} cannot be served any more")
 
@@ -241,7 +243,7 @@ class Swap:
         adapter = await self._bring_up(self._registry.adapter(name))
         is_acting = self._registry.acting() == adapter
         state = AdapterState.ACTING if is_acting else AdapterState.DRAINING
-        await self._write(self._registry.record, name, state, "an episode that began with it came back")
+        await self.write(self._registry.record, name, state, "an episode that began with it came back")
         return adapter
 
     # -------------------------------------------------- the steps of a change; all are called under the lock
@@ -258,7 +260,7 @@ class Swap:
             self._served[adapter.name] = adapter
         except AdapterRefused as error:
             _log.error("%s is refused: %s", adapter.name, error)
-            await self._write(self._registry.record, adapter, AdapterState.REFUSED, str(error))
+            await self.write(self._registry.record, adapter, AdapterState.REFUSED, str(error))
             raise
         finally:  # also where the one who asked has gone away in between
             if adapter.name not in self._served:
@@ -268,21 +270,21 @@ class Swap:
     async def _note_if_unloaded(self, adapter: Adapter) -> None:
         """The engine let go of it, but that could not be written then (a full disk)."""
         if self._registry.state(adapter.name) in IN_ENGINE and adapter not in self._engine.loaded_adapters():
-            await self._write(self._registry.record, adapter, AdapterState.UNLOADED, "it was unloaded before")
+            await self.write(self._registry.record, adapter, AdapterState.UNLOADED, "it was unloaded before")
 
     async def _validate(self, adapter: Adapter) -> AdapterFiles:
         files = await asyncio.to_thread(validate_adapter, adapter.path, self._engine.limits, self._base)
         if files.digest != adapter.digest:
             raise AdapterRefused("its weights are not those that were registered")
-        await self._write(self._registry.record, adapter, AdapterState.VALIDATED)
+        await self.write(self._registry.record, adapter, AdapterState.VALIDATED)
         return files
 
     async def _load_and_verify(self, adapter: Adapter, probe: Probe) -> None:
         try:
             await self._engine.load_adapter(adapter)
-            await self._write(self._registry.record, adapter, AdapterState.LOADED)
+            await self.write(self._registry.record, adapter, AdapterState.LOADED)
             await verify_adapter(self._engine, adapter, probe)
-            await self._write(self._registry.record, adapter, AdapterState.VERIFIED)
+            await self.write(self._registry.record, adapter, AdapterState.VERIFIED)
         except EngineError as error:
             if not self._engine.health().is_alive:
                 raise  # a dead engine says nothing about the adapter
@@ -298,7 +300,7 @@ class Swap:
                     self._served[adapter.name] = adapter
                 raise
         if self._registry.state(adapter.name) in IN_ENGINE:
-            await self._write(self._registry.record, adapter, AdapterState.UNLOADED, reason)
+            await self.write(self._registry.record, adapter, AdapterState.UNLOADED, reason)
 
     async def _sweep(self) -> None:
         self._leases.expire()
@@ -323,15 +325,15 @@ class Swap:
             return False
         return True
 
-    async def _roll_back(self, reason: str) -> Adapter | None:
+    async def _roll_back(self, reason: str, key: str = "") -> Adapter | None:
         acting, *behind = self._registry.rollback_chain()
         for num_back, target in enumerate(behind, start=1):
             if target is None or (target != acting and await self._comes_up(target)):
                 _log.warning("rolled back to %s: %s", "the base network" if target is None else target.name, reason)
-                return await self._write(self._registry.rollback, reason, num_back)
+                return await self.write(self._registry.rollback, reason, num_back, key)
         raise SwapError("the base network acts; there is nothing to roll back to")
 
-    async def _write(self, change: Callable[P, T], *values: P.args, **more: P.kwargs) -> T:
+    async def write(self, change: Callable[P, T], *values: P.args, **more: P.kwargs) -> T:
         """Let the registry write, beside the event loop: running streams must not wait for the disk, nor for another
         process that writes. Where whoever asked goes away, the write still ends before the next change begins."""
         writing = asyncio.ensure_future(asyncio.to_thread(change, *values, **more))
@@ -366,7 +368,8 @@ class Swap:
             longest = min(idle_since, key=idle_since.__getitem__)
             await self._unload_if_possible(longest, "its slot was needed and its episodes were idle")
 
-    def _require_acting(self, name: str | None) -> None:
+    def require_acting(self, name: str | None) -> None:
+        """Raises SwapError where another adapter acts; None: whichever does."""
         now = self._registry.acting()
         acting = BASE_ADAPTER if now is None else now.name
         if name not in (None, acting):
@@ -387,4 +390,4 @@ class Swap:
         self._canary = None
         for adapter in self._registry.adapters():
             if self._registry.state(adapter.name) in IN_ENGINE:
-                await self._write(self._registry.record, adapter, AdapterState.UNLOADED, "its engine has ended")
+                await self.write(self._registry.record, adapter, AdapterState.UNLOADED, "its engine has ended")

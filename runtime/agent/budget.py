@@ -26,10 +26,12 @@ class RunLimits:
 class RunBudget:
     """What one run has left of its limits."""
 
-    def __init__(self, limits: RunLimits) -> None:
+    def __init__(self, limits: RunLimits, max_tokens: int | None = None) -> None:
+        """`max_tokens` is what the client wants at most, of all steps together."""
         self.deadline = time.monotonic() + limits.deadline_s
         """A time.monotonic() value."""
         self._limits = limits
+        self._max_tokens = min(limits.max_completion_tokens, max_tokens or limits.max_completion_tokens)
         self._num_steps = 0
         self._num_completion_tokens = 0
         self._num_malformed = 0
@@ -37,7 +39,7 @@ class RunBudget:
 
     @property
     def completion_tokens_left(self) -> int:
-        return self._limits.max_completion_tokens - self._num_completion_tokens
+        return self._max_tokens - self._num_completion_tokens
 
     @property
     def tool_timeout_s(self) -> float:

@@ -7,20 +7,24 @@ and an unfinished step is not logged: it was not answered.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from langchain_core.tools import BaseTool
 
-from policies.chat_protocol import TextDelta, action_message
+from policies.chat_protocol import CallDelta, ChatProtocol, TextDelta
 from policies.types import Action, FinalAnswer, FinishReason, MalformedAction, Message, ToolCalls
 from runtime.agent.budget import RunBudget, RunLimits
-from runtime.agent.conversation import digests_of
-from runtime.agent.step import Progress, SampledStep, StepSampler
+from runtime.agent.conversation import Digests
+from runtime.agent.rendering import SMALL_LETTERS, num_letters, rendered
+from runtime.agent.shown import Shown
+from runtime.agent.step import Delta, Progress, SampledStep, StepSampler
 from runtime.agent.tool_calls import run_tool_calls
 from runtime.agent.turn import Policy, Turn
-from runtime.store.episodes import Episode, Outcome, Step, StopReason, ToolResult, new_id
+from runtime.off_loop import off_loop
+from runtime.store.episodes import Episode, Fact, Outcome, Step, StopReason, ToolResult, new_id
 from runtime.store.step_log import StepLog, StepLogError
 
 
@@ -42,7 +46,8 @@ class ServerTools:
     """The tools that the server runs for an episode, and who judges where it led (a world, or nobody)."""
 
     tools: Mapping[str, BaseTool]
-    outcome: Callable[[], float] | None = None
+    judge: Callable[[Action], float] | None = None
+    """How good the end is that the last action makes; called once, on a thread of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,10 @@ class Run:
     """The episode is not logged yet."""
     server_tools: ServerTools | None
     """None: the client runs the tools, one step is taken."""
+    max_tokens: int | None = None
+    """What the client wants at most, of all steps together."""
+    beside: tuple[Fact, ...] = ()
+    """What is logged with the last step."""
 
     def events(self, log: StepLog, limits: RunLimits) -> AsyncGenerator[RunEvent, None]:
         return _client_step(self, log) if self.server_tools is None else _episode(self, self.server_tools, log, limits)
@@ -63,18 +72,18 @@ class Run:
 
 async def _client_step(run: Run, log: StepLog) -> AsyncGenerator[RunEvent, None]:
     """One step; the client runs the tools it asks for. The step is durable when it is yielded."""
-    turn, shown = run.turn, ""
-    sampler = StepSampler(run.policy, turn, turn.prompt(run.policy.protocol))
+    turn, shown = run.turn, Shown()
+    prompt = await rendered(turn, run.policy)
+    sampler = StepSampler(run.policy, turn, prompt, shows_calls=bool(turn.tools) and turn.may_call)
     async with aclosing(sampler.progress(run.choice)) as stream:
         async for progress in stream:
-            shown += progress.text
-            yield progress
+            yield shown.add(progress)
     sampled = sampler.sampled
-    if isinstance(sampled.action, MalformedAction) and (rest := _unshown(sampled.action, shown)):
-        shown += rest
-        yield Progress(run.choice, (), (TextDelta("text", rest),))
-    step = sampled.led_to(_client_stop(sampled), _digest(turn.client_messages, shown, sampled.action))
-    await _commit(log, turn.episode if run.is_new else None, step)
+    if rest := _unshown(sampled, shown, run.policy.protocol):
+        yield shown.add(Progress(run.choice, (), (rest,)))
+    digests = await _digests(turn, shown.message(sampled.action, turn.shows_call_ids))
+    step = sampled.led_to(_client_stop(sampled), digests)
+    await _commit(log, turn.episode if run.is_new else None, step, *run.beside)
     yield StepTaken(run.choice, step)
 
 
@@ -82,9 +91,9 @@ async def _episode(
     run: Run, server_tools: ServerTools, log: StepLog, limits: RunLimits
 ) -> AsyncGenerator[RunEvent, None]:
     """Steps with server-run tools until the policy answers or its budget is spent. Each is durable when yielded."""
-    budget, transcript = RunBudget(limits), _Transcript()
+    budget, transcript = RunBudget(limits, run.max_tokens), _Transcript()
     turn, is_new, stop_reason = run.turn, run.is_new, None
-    prompt = turn.prompt(run.policy.protocol)
+    prompt = await rendered(turn, run.policy)
     while stop_reason is None:
         sampler = StepSampler(run.policy, _within_budget(turn, budget), prompt, budget.deadline)
         async with aclosing(sampler.progress(run.choice)) as stream:
@@ -95,16 +104,17 @@ async def _episode(
         budget.spend(sampled)
         results = await _tool_results(sampled.action, server_tools, budget.tool_timeout_s)
         next_turn = turn.after(sampled.action, prompt + sampled.completion_token_ids, results)
-        prompt = next_turn.prompt(run.policy.protocol)
+        prompt = await rendered(next_turn, run.policy, is_first=False)
         stop_reason = budget.stop_reason(sampled, run.policy.room_after(prompt))
-        digest = _digest(run.turn.client_messages, transcript.text, None) if stop_reason else ""
-        step = sampled.led_to(stop_reason, digest, results)
-        await _commit(log, turn.episode if is_new else None, step, *_outcome(step, server_tools))
+        digests = await _digests(run.turn, transcript.message) if stop_reason else Digests()
+        step = sampled.led_to(stop_reason, digests, results)
+        beside = run.beside if stop_reason else ()
+        await _commit(log, turn.episode if is_new else None, step, *await _outcome(step, server_tools), *beside)
         turn, is_new = next_turn, False
         yield StepTaken(run.choice, step)
 
 
-async def _commit(log: StepLog, new_episode: Episode | None, *facts: Step | Outcome) -> None:
+async def _commit(log: StepLog, new_episode: Episode | None, *facts: Fact) -> None:
     """Log a step, with its episode where that is new. Another choice may have begun the same episode meanwhile."""
     if new_episode is not None:
         try:
@@ -115,18 +125,24 @@ async def _commit(log: StepLog, new_episode: Episode | None, *facts: Step | Outc
     await log.commit(*facts)
 
 
-def _unshown(action: MalformedAction, shown: str) -> str:
-    """What the client has not read yet of an action that is shown as it was written."""
-    at = action.text.find(shown)
-    return action.text[at + len(shown) :] if at >= 0 else ""
+async def _digests(turn: Turn, answer: Message) -> Digests:
+    """Of the conversation as the client has it after this answer."""
+    messages = [*turn.client_messages, answer]
+    return await off_loop(num_letters(messages) > 10 * SMALL_LETTERS, Digests.of, messages)
 
 
-def _digest(client_messages: Sequence[Message], shown: str, action: Action | None) -> str:
-    """Of the conversation as the client has it after this answer; a server-run episode shows it no calls."""
-    answer: Message = {"role": "assistant", "content": shown}
-    if isinstance(action, ToolCalls):
-        answer["tool_calls"] = action_message(action)["tool_calls"]
-    return digests_of([*client_messages, answer])[-1]
+def _unshown(sampled: SampledStep, shown: Shown, protocol: ChatProtocol) -> Delta | None:
+    """What the client has not read yet of an action that could not be read: its text as it was written, or of a call
+    that was cut off the part that was."""
+    if not isinstance(sampled.action, MalformedAction) or shown.calls:
+        return None
+    if sampled.finish_reason is FinishReason.LENGTH and sampled.turn.tools and sampled.turn.may_call:
+        cut = protocol.partial_call(sampled.completion_token_ids, sampled.turn.tools)
+        if cut is not None:
+            return CallDelta(0, cut.name, cut.arguments, cut.id)
+    at = sampled.action.text.find(shown.text)
+    rest = sampled.action.text[at + len(shown.text) :] if at >= 0 else ""
+    return TextDelta("text", rest) if rest else None
 
 
 class _Transcript:
@@ -145,6 +161,11 @@ class _Transcript:
 
     def end_step(self) -> None:
         self._gap = "\n\n" if self.text else ""
+
+    @property
+    def message(self) -> Message:
+        """The answer as the client has it: it is shown no calls."""
+        return {"role": "assistant", "content": self.text}
 
 
 def _within_budget(turn: Turn, budget: RunBudget) -> Turn:
@@ -170,7 +191,8 @@ async def _tool_results(action: Action, server_tools: ServerTools, timeout_s: fl
     return tuple(await run_tool_calls(action.calls, server_tools.tools, timeout_s))
 
 
-def _outcome(step: Step, server_tools: ServerTools) -> list[Outcome]:
-    if step.stop_reason is None or server_tools.outcome is None:
+async def _outcome(step: Step, server_tools: ServerTools) -> list[Outcome]:
+    if step.stop_reason is None or server_tools.judge is None:
         return []
-    return [Outcome(new_id("out"), step.episode_id, server_tools.outcome(), source="world")]
+    value = await asyncio.to_thread(server_tools.judge, step.action)
+    return [Outcome(new_id("out"), step.episode_id, value, source="world")]

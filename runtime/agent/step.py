@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from policies.chat_protocol import ActionReader, TextDelta
+from policies.chat_protocol import CallDelta, TextDelta
 from policies.types import (
     Action,
     EngineError,
@@ -20,12 +20,17 @@ from policies.types import (
     ToolCalls,
 )
 from runtime.agent.bursts import Bursts
+from runtime.agent.conversation import Digests
 from runtime.agent.stop_texts import StopTexts
 from runtime.agent.turn import Policy, Turn
 from runtime.store.episodes import Step, StopReason, ToolResult
 
 BURST_S = 0.01
 """Tokens that come quicker than this are read and shown together: a hundred times a second is smooth to any reader."""
+
+
+Delta = TextDelta | CallDelta
+"""What becomes visible: text, thinking, or a piece of a call that the client is to run."""
 
 
 class ContextFull(Exception):
@@ -40,11 +45,15 @@ class Progress:
     """Which of the answer's choices they belong to."""
     tokens: tuple[SampledToken, ...]
     """None of them for text that was held back until the last token was known."""
-    deltas: tuple[TextDelta, ...]
+    deltas: tuple[Delta, ...]
 
     @property
     def text(self) -> str:
-        return "".join(delta.text for delta in self.deltas if delta.kind == "text")
+        return "".join(delta.text for delta in self.deltas if isinstance(delta, TextDelta) and delta.kind == "text")
+
+    @property
+    def calls(self) -> list[CallDelta]:
+        return [delta for delta in self.deltas if isinstance(delta, CallDelta)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +76,7 @@ class SampledStep:
         return tuple(token.token_id for token in self.tokens)
 
     def led_to(
-        self, stop_reason: StopReason | None, conversation_digest: str, tool_results: tuple[ToolResult, ...] = ()
+        self, stop_reason: StopReason | None, digests: Digests, tool_results: tuple[ToolResult, ...] = ()
     ) -> Step:
         """The whole step, with what followed from it."""
         return Step(
@@ -86,26 +95,36 @@ class SampledStep:
             finish_reason=self.finish_reason,
             stop_reason=stop_reason,
             tool_results=tool_results,
-            conversation_digest=conversation_digest,
+            conversation_digest=digests.conversation,
             created_at=self.created_at,
             first_token_ms=self.first_token_ms,
             latency_ms=self.latency_ms,
+            prompt_change=self.turn.prompt_change,
+            thread_digest=digests.thread,
+            tail_digest=digests.tail,
         )
 
 
 class StepSampler:
     """Lets the policy act once: iterate `progress`, then take `sampled`."""
 
-    def __init__(self, policy: Policy, turn: Turn, prompt: TokenIds, deadline: float | None = None) -> None:
-        """`deadline` is a time.monotonic() value. Raises ContextFull where the prompt leaves no room to answer."""
+    def __init__(
+        self, policy: Policy, turn: Turn, prompt: TokenIds, deadline: float | None = None, shows_calls: bool = False
+    ) -> None:
+        """`deadline` is a time.monotonic() value; `shows_calls`: calls become visible as they are written.
+
+        Raises ContextFull where the prompt leaves no room to answer.
+        """
         self._policy = policy
         self._turn = turn
         self._prompt = prompt
         self._deadline = deadline
         self._sampling = _within_context(turn.sampling, policy, prompt)
-        self._reader = policy.protocol.reader(turn.tools)
+        self._reader = policy.protocol.reader(turn.tools, streams_calls=shows_calls)
         self._ending = StopTexts(turn.stop)
         self._tokens: list[SampledToken] = []
+        self._is_cut = False
+        """By a stop text, or after the only call that is wanted."""
         self._sampled: SampledStep | None = None
 
     @property
@@ -118,13 +137,16 @@ class StepSampler:
         """Sample until the policy has acted. Raises EngineError where the engine fails."""
         created_at, began, first_token_ms = time.time(), time.perf_counter(), 0.0
         # A stop text and a deadline may end the step before its last token: then each token is wanted at once.
-        stream = self._turn.stream or bool(self._turn.stop) or self._deadline is not None
+        stream = self._turn.stream or self._may_be_cut or self._deadline is not None
         tokens = self._policy.engine.generate(self._prompt, self._sampling, self._policy.adapter, stream=stream)
         async with aclosing(Bursts(tokens, BURST_S, self._deadline)) as bursts:
             async for burst in bursts:
                 first_token_ms = first_token_ms or (time.perf_counter() - began) * 1000
-                yield self._read(choice, burst)
-                if self._ending.is_reached or self._is_late():
+                for part in [[token] for token in burst] if self._turn.tells_tokens else [burst]:
+                    yield self._read(choice, part)
+                    if self._is_cut:
+                        break
+                if self._is_cut or self._is_late():
                     break
         self._require_tokens()
         latency_ms = (time.perf_counter() - began) * 1000
@@ -144,6 +166,10 @@ class StepSampler:
             latency_ms=latency_ms,
         )
 
+    @property
+    def _may_be_cut(self) -> bool:
+        return bool(self._turn.stop) or self._turn.one_call
+
     def _is_late(self) -> bool:
         return self._deadline is not None and time.monotonic() >= self._deadline
 
@@ -157,33 +183,34 @@ class StepSampler:
         raise EngineError("the engine's stream ended without a token")
 
     def _read(self, choice: int, burst: list[SampledToken]) -> Progress:
-        """Read a burst, up to the token that completes a stop text: what was sampled after it is not in the step."""
-        read, deltas = _read_until_stop(burst, self._reader, self._ending)
-        self._tokens += read
-        return Progress(choice, tuple(read), deltas)
+        """Read a burst, up to the token where the step is cut: what was sampled after it is not in the step."""
+        if not self._may_be_cut:
+            deltas = self._ending.cut(self._reader.feed(*(token.token_id for token in burst)))
+        else:
+            burst, deltas = self._read_until_cut(burst)
+        self._tokens += burst
+        return Progress(choice, tuple(burst), deltas)
 
-    def _finish(self) -> tuple[Action, FinishReason, tuple[TextDelta, ...]]:
+    def _read_until_cut(self, burst: list[SampledToken]) -> tuple[list[SampledToken], tuple[Delta, ...]]:
+        deltas: list[Delta] = []
+        for num_read, token in enumerate(burst, 1):
+            deltas += self._ending.cut(self._reader.feed(token.token_id))
+            has_called = self._turn.one_call and self._reader.num_calls > 0
+            if self._ending.is_reached or has_called:
+                self._is_cut = True
+                return burst[:num_read], tuple(deltas)
+        return burst, tuple(deltas)
+
+    def _finish(self) -> tuple[Action, FinishReason, tuple[Delta, ...]]:
         """The action, why it ended, and text that was held back until now."""
-        is_reached = self._ending.is_reached
-        finish_reason = FinishReason.STOP if is_reached else self._tokens[-1].finish_reason or FinishReason.LENGTH
+        finish_reason = FinishReason.STOP if self._is_cut else self._tokens[-1].finish_reason or FinishReason.LENGTH
         action, unshown = self._reader.finish(finish_reason)
         if isinstance(action, ToolCalls) and not self._turn.may_call:
             action = MalformedAction(self._reader.written, "it calls a tool, and no tool may be called now")
+        if isinstance(action, ToolCalls) and self._turn.one_call:
+            action = replace(action, calls=action.calls[:1])
         shown = self._ending.cut(unshown, is_last=True)
-        return FinalAnswer(self._ending.text) if is_reached else action, finish_reason, shown
-
-
-def _read_until_stop(
-    burst: list[SampledToken], reader: ActionReader, ending: StopTexts
-) -> tuple[list[SampledToken], tuple[TextDelta, ...]]:
-    if not ending.stops:
-        return burst, ending.cut(reader.feed(*(token.token_id for token in burst)))
-    deltas: list[TextDelta] = []
-    for num_read, token in enumerate(burst, 1):
-        deltas += ending.cut(reader.feed(token.token_id))
-        if ending.is_reached:
-            return burst[:num_read], tuple(deltas)
-    return burst, tuple(deltas)
+        return FinalAnswer(self._ending.text) if self._ending.is_reached else action, finish_reason, shown
 
 
 def _within_context(sampling: SamplingParams, policy: Policy, prompt: TokenIds) -> SamplingParams:

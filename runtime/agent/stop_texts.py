@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from policies.chat_protocol import TextDelta
+from policies.chat_protocol import CallDelta, TextDelta
 
 
 class StopTexts:
@@ -18,11 +18,16 @@ class StopTexts:
         self.stops = stops
         self._held = ""
 
-    def cut(self, deltas: Iterable[TextDelta], is_last: bool = False) -> tuple[TextDelta, ...]:
+    def cut(self, deltas: Iterable[TextDelta | CallDelta], is_last: bool = False) -> tuple[TextDelta | CallDelta, ...]:
         if not self.stops:
             return tuple(deltas)
-        kept = [delta for delta in deltas if delta.kind != "text"]
-        self._held += "".join(delta.text for delta in deltas if delta.kind == "text")
+        text, kept = list[str](), list[TextDelta | CallDelta]()
+        for delta in deltas:
+            if isinstance(delta, TextDelta) and delta.kind == "text":
+                text.append(delta.text)
+            else:
+                kept.append(delta)
+        self._held += "".join(text)
         passed = "" if self.is_reached else self._pass(is_last)
         self.text += passed
         return (*kept, TextDelta("text", passed)) if passed else tuple(kept)

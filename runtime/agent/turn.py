@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from policies.chat_protocol import ChatProtocol, action_message
 from policies.types import Action, Adapter, Engine, Message, SamplingParams, TokenIds, ToolSchema, adapter_name
 from runtime.agent.conversation import messages_after
-from runtime.store.episodes import Episode, ToolResult, new_id
+from runtime.store.episodes import Episode, PromptChange, ToolResult, new_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +49,18 @@ class Turn:
     sampling: SamplingParams
     may_call: bool = True
     """False: the client wants no tool call; one that is written all the same cannot be taken as an action."""
+    one_call: bool = False
+    """The step ends with its first call: the client wants no others beside it."""
+    shows_call_ids: bool = True
+    """False: the client speaks OpenAI's older form, in which a call has no id."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
     stream: bool = True
     """The client reads the answer while it is made."""
+    tells_tokens: bool = False
+    """The client wants each token's logprob: what each of them makes visible must be known."""
+    prompt_change: PromptChange | None = None
+    """What the client changed of the conversation that it continues; then `new_messages` is all of it."""
     step_id: str = field(default_factory=lambda: new_id("step"))
     """The id that the step will have; clients are told before it is taken."""
 
@@ -75,5 +83,6 @@ class Turn:
             served_token_ids=served_token_ids,
             history=(*self.messages, action_message(action)),
             new_messages=messages_after(action, tool_results),
+            prompt_change=None,
             step_id=new_id("step"),
         )

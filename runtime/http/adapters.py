@@ -7,14 +7,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body
+from fastapi import APIRouter, Body, Request
 
 from policies.types import BASE_ADAPTER, Adapter
+from runtime.adapters.approval import Approval, PromotionMode
 from runtime.http.errors import ApiError
+from runtime.http.keys import asking_key
 from runtime.http.parts import Parts
 from runtime.http.schemas import AdapterChange, AdapterPromotion, AdapterRefusal, AdapterRegistration, CanaryRequest
 from runtime.http.strict_json import StrictJsonRoute
 from runtime.store.adapter_registry import AdapterRegistry
+from runtime.store.keys import LEARNER
 
 _NO_REASON = AdapterChange()
 _PROMOTION = AdapterPromotion()
@@ -23,62 +26,92 @@ _PROMOTION = AdapterPromotion()
 def adapter_routes(parts: Parts) -> APIRouter:
     router = APIRouter(prefix="/v1/adapters", route_class=StrictJsonRoute)
     registry, swap = parts.registry, parts.swap
+    approval = parts.approval or Approval(swap, registry)
+
+    def record(adapter: Adapter) -> dict[str, Any]:
+        return _record(registry, adapter) | _waiting(parts, approval, adapter.name)
 
     @router.get("")
     async def list_adapters() -> dict[str, Any]:
         """Every version that was ever registered, oldest first, with its history."""
-        return {"object": "list", "data": [_record(registry, adapter) for adapter in registry.adapters()]}
+
+        def listed() -> list[dict[str, Any]]:
+            return [record(adapter) for adapter in registry.adapters()]
+
+        return {"object": "list", "data": await asyncio.to_thread(listed)}
 
     @router.post("", status_code=201)
-    async def register_adapter(body: AdapterRegistration) -> dict[str, Any]:
+    async def register_adapter(body: AdapterRegistration, request: Request) -> dict[str, Any]:
         """Copy in a PEFT folder of the server's machine, validate, load and verify it; it can be promoted then.
 
         The very same files again are the adapter that they already are. 409 with the reason where it is refused.
         """
-        adapter = await _register(registry, body)
+        adapter = await _register(registry, body, asking_key(request).name)
         await swap.bring_up(adapter.name)
-        return _record(registry, adapter)
+        return record(adapter)
 
     @router.post("/rollback")
-    async def roll_back(body: Annotated[AdapterChange, Body()] = _NO_REASON) -> dict[str, Any]:
+    async def roll_back(request: Request, body: Annotated[AdapterChange, Body()] = _NO_REASON) -> dict[str, Any]:
         """Let act again what acted before; `base` is the base network. 409 where nothing is behind."""
-        acting = await swap.rollback(body.reason)
+        acting = await swap.rollback(body.reason, key=asking_key(request).name)
         return {"acting": acting.name if acting else BASE_ADAPTER}
 
     @router.post("/{name}/promote")
-    async def promote_adapter(name: str, body: Annotated[AdapterPromotion, Body()] = _PROMOTION) -> dict[str, Any]:
-        """Let it act for new episodes; episodes that are running keep the adapter they began with."""
-        await swap.promote(name, body.reason, body.expected_acting)
-        return _record(registry, registry.adapter(name))
+    async def promote_adapter(
+        name: str, request: Request, body: Annotated[AdapterPromotion, Body()] = _PROMOTION
+    ) -> dict[str, Any]:
+        """Let it act for new episodes; episodes that are running keep the adapter they began with.
+
+        For a candidate that waits: the yes it waits for. 409 where another adapter acts than it was held against.
+        """
+        key = asking_key(request).name
+        if body.is_proposal or key == LEARNER:
+            await approval.propose(name, body.reason, body.expected_acting, key)
+        else:
+            await approval.promote(name, body.reason, body.expected_acting, key)
+        return record(registry.adapter(name))
 
     @router.post("/{name}/canary")
-    async def start_canary(name: str, body: CanaryRequest) -> dict[str, Any]:
+    async def start_canary(name: str, body: CanaryRequest, request: Request) -> dict[str, Any]:
         """Let it serve a share of the new episodes; it is promoted or refused by how they go. 409 beside another."""
-        await swap.start_canary(name, body.share, body.reason, body.expected_acting)
-        return _record(registry, registry.adapter(name))
+        key = asking_key(request).name
+        if (body.is_proposal or key == LEARNER) and approval.mode in (PromotionMode.ASK, PromotionMode.DRY_RUN):
+            await approval.propose(name, body.reason, body.expected_acting, key)
+        else:
+            await swap.start_canary(name, body.share, body.reason, body.expected_acting, key)
+        return record(registry.adapter(name))
 
     @router.post("/{name}/unload")
     async def unload_adapter(name: str, body: Annotated[AdapterChange, Body()] = _NO_REASON) -> dict[str, Any]:
         """Free its slot in the engine; registering its files again brings it up again. 409 where it serves."""
         await swap.unload(name, body.reason)
-        return _record(registry, registry.adapter(name))
+        return record(registry.adapter(name))
 
     @router.post("/{name}/refuse")
-    async def refuse_adapter(name: str, body: AdapterRefusal) -> dict[str, Any]:
+    async def refuse_adapter(name: str, body: AdapterRefusal, request: Request) -> dict[str, Any]:
         """Turn a candidate down for ever."""
-        await swap.refuse(name, body.reason)
-        return _record(registry, registry.adapter(name))
+        await approval.refuse(name, body.reason, asking_key(request).name)
+        return record(registry.adapter(name))
 
     return router
 
 
-async def _register(registry: AdapterRegistry, body: AdapterRegistration) -> Adapter:
+async def _register(registry: AdapterRegistry, body: AdapterRegistration, key: str) -> Adapter:
     try:
-        return await asyncio.to_thread(registry.register, Path(body.path), body.parent, body.reason, body.cycle)
+        return await asyncio.to_thread(registry.register, Path(body.path), body.parent, body.reason, body.cycle, key)
     except OSError as error:  # no permission, too long a name, a full disk
         raise ApiError(
             409, f"the adapter could not be copied in: {error.strerror}", "adapter_refused", "path"
         ) from error
+
+
+def _waiting(parts: Parts, approval: Approval, name: str) -> dict[str, Any]:
+    """Of a candidate that waits for somebody's yes: since when, until when, and on what evidence."""
+    proposal = parts.registry.proposal(name)
+    if proposal is None:
+        return {"proposal": None}
+    decisions = parts.learning.log.decisions_on(name) if parts.learning else []
+    return {"proposal": asdict(proposal) | {"expires_at": approval.expires_at(proposal), "decisions": decisions}}
 
 
 def _record(registry: AdapterRegistry, adapter: Adapter) -> dict[str, Any]:

@@ -5,24 +5,53 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 
-from policies.grammars import json_grammar, tool_call_grammar
-from policies.types import BASE_ADAPTER, EngineError, Message, SamplingParams, TokenIds, ToolSchema
+from policies.grammars import (
+    GrammarError,
+    call_or_answer_grammar,
+    json_grammar,
+    no_call_grammar,
+    tool_call_grammar,
+)
+from policies.types import BASE_ADAPTER, EngineError, EngineLimits, Message, SamplingParams, TokenIds, ToolSchema
 from runtime.agent.conversation import Place, continued, locate
-from runtime.agent.loop import Run
+from runtime.agent.loop import Run, ServerTools
+from runtime.agent.rendering import SMALL_LETTERS, num_letters
 from runtime.agent.turn import Policy, Turn
+from runtime.http.fields import FieldRefused
 from runtime.http.parts import Parts
-from runtime.http.schemas import ChatCompletionRequest, NamedToolChoice
+from runtime.http.schemas import ChatCompletionRequest
+from runtime.off_loop import off_loop
 from runtime.store.episodes import Actor, Episode, Step, new_id
+from runtime.store.keys import Key
+from runtime.store.step_log import Whose
+
+FEW_MESSAGES = 20
+"""Of a conversation that is read on the event loop."""
 
 
 class UnknownModel(ValueError):
     """The request names a model that is not served here."""
 
 
+class ForeignEpisode(ValueError):
+    """The request names an episode, or a response, that belongs to another key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """What a request says beside its body."""
+
+    key: Key
+    episode_id: str | None = None
+    """Continue or begin this episode."""
+    tools: str | None = None
+    """Whose tools the agent gets: `server`, `client`, or None for what the server was started with."""
+
+
 async def admit(
     parts: Parts,
     request: ChatCompletionRequest,
-    header_episode_id: str | None,
+    caller: Caller,
     lease: AsyncExitStack,
     previous: Step | None = None,
 ) -> list[Run]:
@@ -35,19 +64,41 @@ async def admit(
     """
     if not (health := parts.engine.health()).is_alive:
         raise EngineError(health.problem)  # before adapters are looked for, which a dead engine has none of
-    messages = tuple(message.as_message() for message in request.messages)
-    asked_id = request.metadata.episode_id or header_episode_id
-    place = locate(parts.log, messages, asked_id) if previous is None else continued(parts.log, messages, previous)
-    known_id = place.path[-1].episode_id if place.path else asked_id
-    logged = None if known_id is None else parts.log.episode(known_id)
+    is_large = len(request.messages) > FEW_MESSAGES or previous is not None
+    messages = await off_loop(is_large, lambda: request.conversation)
+    is_large = is_large or num_letters(messages) > 10 * SMALL_LETTERS
+    asked_id = request.metadata.episode_id or caller.episode_id
+    named = None if asked_id is None else parts.log.episode(asked_id)
+    if named is not None and not caller.key.sees(named.owner):
+        raise ForeignEpisode(f"episode {asked_id!r} belongs to another key: choose another id")
+    whose = Whose(caller.key.name, request.user_name, asked_id)
+    if previous is None:
+        place = await off_loop(is_large or asked_id is not None, locate, parts.log, messages, whose, request.stop_texts)
+    else:
+        place = await off_loop(True, continued, parts.log, messages, previous)
+    logged = parts.log.episode(place.path[-1].episode_id) if place.path else named
     pinned = _pinned_adapter(parts, request.model)
     episode_id = logged.id if logged else asked_id or new_id("ep")
     began_with = logged.adapter if logged else None
     adapter = await lease.enter_async_context(parts.swap.lease(episode_id, began_with=began_with, pinned=pinned))
-    policy = Policy(parts.engine, parts.protocol, adapter)
-    episode = logged or _new_episode(parts, request, episode_id, policy, messages)
-    admitted = _Admitted(parts, request, policy, episode, logged is None, place, messages)
-    return [admitted.run(choice) for choice in range(request.n)]
+    protocol = await off_loop(bool(request.template_options), parts.protocol.with_options, request.template_options)
+    policy, is_assigned = Policy(parts.engine, protocol, adapter), pinned is None
+    episode = logged or await off_loop(
+        is_large, _new_episode, parts, request, episode_id, policy, messages, caller.key, is_assigned
+    )
+    admitted = _Admitted(parts, request, caller, policy, episode, logged is None, place, messages)
+    opens_world = request.tools is None and episode.task is not None  # which may take its time to replay what was done
+    is_large = is_large or len(place.path) > FEW_MESSAGES or request.asks_for_grammar or bool(request.tools)
+    return [await off_loop(is_large or opens_world, admitted.run, choice) for choice in range(request.n)]
+
+
+def prompt_length(parts: Parts, request: ChatCompletionRequest, caller: Caller, previous: Step | None = None) -> int:
+    """Tokens of the prompt that a request would have, rendered afresh. Raises ValueError as `admit` does."""
+    protocol, tools = parts.protocol.with_options(request.template_options), request.tool_schemas
+    if not tools and previous is None and caller.tools != "client" and parts.toolbox.is_default:
+        task = parts.toolbox.task_of(request.metadata.task, request.conversation)
+        tools, _ = parts.toolbox.open(task, ())
+    return len(protocol.render(request.conversation, tools))
 
 
 def _pinned_adapter(parts: Parts, model: str) -> str | None:
@@ -60,7 +111,13 @@ def _pinned_adapter(parts: Parts, model: str) -> str | None:
 
 
 def _new_episode(
-    parts: Parts, request: ChatCompletionRequest, episode_id: str, policy: Policy, messages: tuple[Message, ...]
+    parts: Parts,
+    request: ChatCompletionRequest,
+    episode_id: str,
+    policy: Policy,
+    messages: tuple[Message, ...],
+    key: Key,
+    is_assigned: bool,
 ) -> Episode:
     metadata = request.metadata
     return Episode(
@@ -70,6 +127,9 @@ def _new_episode(
         adapter=policy.adapter_name,
         task=parts.toolbox.task_of(metadata.task, messages),
         metadata=metadata.model_extra or {},
+        owner=key.name,
+        is_assigned=is_assigned,
+        user=request.user_name,
     )
 
 
@@ -79,6 +139,7 @@ class _Admitted:
 
     parts: Parts
     body: ChatCompletionRequest
+    caller: Caller
     policy: Policy
     episode: Episode
     is_new: bool
@@ -87,30 +148,44 @@ class _Admitted:
 
     def run(self, choice: int) -> Run:
         """One of its choices. World tools are opened for each: one choice's calls are not the other's."""
-        server_tools, schemas = None, self.body.tool_schemas
-        if self.body.tools is None:
-            schemas, server_tools = self.parts.toolbox.open(self.episode.task, self.place.path)
-        offered = () if self.body.tool_choice == "none" else schemas
-        parent = self.place.path[-1] if self.place.path else None
+        body, place = self.body, self.place
+        offered, server_tools = self._tools()
+        parent = place.path[-1] if place.path else None
+        stands_on_parent = parent is not None and place.change is None and parent.tools == offered
         turn = Turn(
             episode=self.episode,
             parent_id=parent.id if parent else None,
             index=parent.index + 1 if parent else 0,
-            served_token_ids=_served_token_ids(parent) if parent and parent.tools == offered else (),
-            history=self.place.history,
-            new_messages=self.place.new_messages,
+            served_token_ids=_served_token_ids(parent) if parent and stands_on_parent else (),
+            history=place.history,
+            new_messages=place.new_messages,
             client_messages=self.messages,
             tools=offered,
             sampling=self._sampling(choice, offered),
-            may_call=self.body.tool_choice != "none",
-            stop=self.body.stop_texts,
-            stream=self.body.stream,
+            may_call=body.may_call and bool(offered),
+            one_call=not body.parallel_tool_calls and server_tools is None,
+            shows_call_ids=body.functions is None,
+            stop=body.stop_texts,
+            stream=body.stream,
+            tells_tokens=body.logprobs,
+            prompt_change=place.change,
         )
-        return Run(choice, self.policy, turn, self.is_new, server_tools)
+        return Run(choice, self.policy, turn, self.is_new, server_tools, body.asked_max_tokens)
+
+    def _tools(self) -> tuple[tuple[ToolSchema, ...], ServerTools | None]:
+        """What is on offer, and the tools behind it where the server runs them: the client's go before its own."""
+        if self.body.tools:
+            return self.body.tool_schemas, None
+        toolbox, asked = self.parts.toolbox, self.caller.tools
+        if asked == "client" or (asked is None and not toolbox.is_default):
+            return (), None
+        schemas, server_tools = toolbox.open(self.episode.task, self.place.path)
+        return schemas, server_tools if schemas else None
 
     def _sampling(self, choice: int, offered: tuple[ToolSchema, ...]) -> SamplingParams:
-        grammar = _grammar(self.parts, self.body, offered)
-        sampling = self.body.sampling(self.parts.engine.limits.max_context_tokens, grammar)
+        limits = self.parts.engine.limits
+        sampling = self.body.sampling(limits.max_context_tokens, _grammar(self.parts, self.body, offered))
+        _require_possible(sampling, limits)
         return sampling if self.body.seed is None else replace(sampling, seed=self.body.seed + choice)
 
 
@@ -119,15 +194,40 @@ def _served_token_ids(step: Step) -> TokenIds:
     return step.prompt_token_ids + step.completion_token_ids
 
 
+_PENALTIES = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
+"""And the value of each that changes nothing."""
+
+
+def _require_possible(sampling: SamplingParams, limits: EngineLimits) -> None:
+    """Raises FieldRefused for a way of sampling that the engine does not have."""
+    if sampling.has_penalties and not limits.supports_penalties:
+        name = next(name for name in _PENALTIES if getattr(sampling, name) != _PENALTIES[name])
+        raise FieldRefused(name, "this engine has no penalties: leave it out, or serve with --engine vllm")
+    if wrong := [token_id for token_id, _ in sampling.logit_bias if token_id >= limits.vocab_size]:
+        problem = f"token {wrong[0]} is outside the model's vocabulary of {limits.vocab_size}"
+        raise FieldRefused("logit_bias", problem)
+
+
 def _grammar(parts: Parts, request: ChatCompletionRequest, offered: tuple[ToolSchema, ...]) -> str | None:
-    """The grammar that tool_choice or response_format ask for. Raises ValueError where the engine cannot hold to it."""
+    """The grammar that tools and response_format ask for. Raises ValueError where the engine cannot hold to it."""
     schema = request.response_format.schema_of_answer if request.response_format else None
+    has_grammar, may_call = parts.engine.limits.supports_grammar, bool(offered) and request.may_call
     if schema is None and not request.requires_call:
-        return None
-    if not parts.engine.limits.supports_grammar:
+        return _no_call(parts) if offered and not may_call and has_grammar else None
+    if not has_grammar:
         raise ValueError("this engine cannot hold an answer to a schema: drop response_format, or use tool_choice auto")
-    if isinstance(request.tool_choice, NamedToolChoice):
-        offered = tuple(tool for tool in offered if tool["function"]["name"] == request.tool_choice.function.name)
     if request.requires_call:
-        return tool_call_grammar(parts.protocol, offered)
+        chosen = request.chosen_tools
+        callable_tools = [tool for tool in offered if chosen is None or tool["function"]["name"] in chosen]
+        return tool_call_grammar(parts.protocol, callable_tools)
+    if may_call:
+        return call_or_answer_grammar(parts.protocol, offered, schema)
     return json_grammar(parts.protocol, schema or {})
+
+
+def _no_call(parts: Parts) -> str | None:
+    """The tools stay in the prompt, which goes on as it was; the policy must not call one."""
+    try:
+        return no_call_grammar(parts.protocol)
+    except GrammarError:  # a call that is written all the same is no action: see Turn.may_call
+        return None

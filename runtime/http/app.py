@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import hmac
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -19,19 +18,16 @@ from runtime.http.demonstrations import demonstration_routes
 from runtime.http.episodes import episode_routes
 from runtime.http.errors import ERROR_RESPONSES, ApiError, install_error_handlers
 from runtime.http.export import export_routes
+from runtime.http.keys import KeyCheck, key_routes
+from runtime.http.messages import message_routes
 from runtime.http.metrics import Metrics
 from runtime.http.parts import Parts
 from runtime.http.responses import response_routes
 from runtime.http.server import server_routes
+from runtime.http.watch import watch_routes
+from runtime.http.web_pages import LocalPagesOnly, with_cors
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
-_OPEN_PATHS = ("/health", "/")
-_UNAUTHORIZED = ApiError(
-    401,
-    "send the server's API key: Authorization: Bearer KEY",
-    "invalid_api_key",
-    headers={"WWW-Authenticate": "Bearer"},
-)
 
 
 def create_app(parts: Parts) -> FastAPI:
@@ -43,6 +39,8 @@ def create_app(parts: Parts) -> FastAPI:
         gc.collect()
         gc.freeze()
         beside = [asyncio.create_task(parts.swap.keep_draining())]
+        if parts.approval is not None:
+            beside.append(asyncio.create_task(parts.approval.keep_expiring()))
         if parts.learning is not None:
             beside.append(asyncio.create_task(parts.learning.keep_watching()))
         yield
@@ -55,29 +53,16 @@ def create_app(parts: Parts) -> FastAPI:
         parts.metrics.show_cycles(parts.learning.log)
     app = FastAPI(title="StepAgent", version=__version__, lifespan=lifespan, responses=ERROR_RESPONSES)
     install_error_handlers(app)
-    of_agent = (chat_routes, response_routes, episode_routes, demonstration_routes, export_routes)
-    for routes in (*of_agent, adapter_routes, learner_routes, server_routes):
+    of_agent = (chat_routes, response_routes, message_routes, episode_routes, demonstration_routes, export_routes)
+    for routes in (*of_agent, adapter_routes, learner_routes, watch_routes, key_routes, server_routes):
         app.include_router(routes(parts))
     app.add_middleware(_BodyLimit)
     app.add_middleware(_RequestCount, metrics=parts.metrics)
-    if parts.api_key:
-        app.add_middleware(_BearerToken, api_key=parts.api_key)
+    app.add_middleware(KeyCheck, ring=parts.keys)
+    app.add_middleware(LocalPagesOnly, ring=parts.keys, cors_origins=parts.cors_origins)
+    if parts.cors_origins:
+        app.add_middleware(with_cors, cors_origins=parts.cors_origins)
     return app
-
-
-class _BearerToken:
-    """Refuses requests without the API key."""
-
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
-        self._app = app
-        self._expected = f"Bearer {api_key}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
-                return await _UNAUTHORIZED.response()(scope, receive, send)
-        await self._app(scope, receive, send)
 
 
 class _BodyLimit:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
 from typing import Any, Protocol
 
 from fastapi import APIRouter, Request
@@ -12,23 +13,35 @@ from fastapi.responses import Response
 from openai.types.chat import ChatCompletion
 
 from runtime.agent.loop import Run, RunEvent, StepTaken
-from runtime.http.admission import admit
+from runtime.http.admission import Caller, admit
 from runtime.http.chat_answer import ChatAnswer, Choice, step_summary
 from runtime.http.errors import ApiError, as_api_error
+from runtime.http.keys import asking_key
 from runtime.http.parts import Parts
 from runtime.http.run_events import RunEvents
 from runtime.http.schemas import EPISODE_ID, ChatCompletionRequest
 from runtime.http.sse import EventStream, json_answer, sse_event, until_gone
 from runtime.http.strict_json import StrictJsonRoute
-from runtime.store.episodes import Step
+from runtime.store.episodes import Fact, Step
 
-EPISODE_HEADER = {
-    "name": "x-episode-id",
-    "in": "header",
-    "required": False,
-    "description": "Continue or begin this episode; without it the conversation itself tells.",
-    "schema": {"type": "string", "pattern": EPISODE_ID},
-}
+TOOLS_OF = ("server", "client")
+
+CALLERS_HEADERS = [
+    {
+        "name": "x-episode-id",
+        "in": "header",
+        "required": False,
+        "description": "Continue or begin this episode; without it the conversation itself tells.",
+        "schema": {"type": "string", "pattern": EPISODE_ID},
+    },
+    {
+        "name": "x-stepagent-tools",
+        "in": "header",
+        "required": False,
+        "description": "Whose tools a request without `tools` gets: the server's, run by the server, or none.",
+        "schema": {"type": "string", "enum": list(TOOLS_OF)},
+    },
+]
 """Documented by hand and read by hand: FastAPI's own way of reading a header is a tenth of a small request."""
 
 _ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -49,39 +62,52 @@ class Answer(Protocol):
 def chat_routes(parts: Parts) -> APIRouter:
     router = APIRouter(route_class=StrictJsonRoute)
 
-    @router.post("/v1/chat/completions", responses=_ANSWERS, openapi_extra={"parameters": [EPISODE_HEADER]})
+    @router.post("/v1/chat/completions", responses=_ANSWERS, openapi_extra={"parameters": CALLERS_HEADERS})
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation. Every step behind the answer is in the log before its last byte leaves."""
-        runs, events = await open_runs(parts, body, asked_episode(request))
-        choices = [Choice(index, parts.protocol, body.logprobs) for index in range(len(runs))]
+        runs, events = await open_runs(parts, body, caller_of(request))
+        choices = [Choice(index, parts.protocol, body.logprobs, body.functions is not None) for index in range(body.n)]
         answer = ChatAnswer(body.model, choices, runs[0].turn.step_id)
         if not body.stream:
             await until_gone(request.receive, gather(answer, events))
-            return json_answer(answer.whole(), episode_headers(runs, choices[0].steps[-1].id))
+            return json_answer(answer.whole(), headers_of(runs, choices[0].steps[-1].id, body.warnings))
         # The first event is awaited here, so that what fails at once fails with its own status and not in a stream.
         first = await until_gone(request.receive, events.first())
         wants_usage = body.stream_options is not None and body.stream_options.include_usage
         stream = _stream(answer, first, events, wants_usage)
-        return EventStream(stream, events, episode_headers(runs, runs[0].turn.step_id))
+        return EventStream(stream, events, headers_of(runs, runs[0].turn.step_id, body.warnings))
 
     return router
 
 
-def asked_episode(request: Request) -> str | None:
-    """The episode that a request's header names. Raises ApiError for what is no episode's id."""
+def caller_of(request: Request) -> Caller:
+    """Who asks, and what its headers say. Raises ApiError for a header that says nothing that is known."""
     episode_id = request.headers.get("x-episode-id")
     if episode_id is not None and not re.fullmatch(EPISODE_ID, episode_id):
         raise ApiError(400, f"x-episode-id: {episode_id!r} does not match {EPISODE_ID}", None, "x-episode-id")
-    return episode_id
+    tools = request.headers.get("x-stepagent-tools")
+    if tools is not None and tools not in TOOLS_OF:
+        raise ApiError(
+            400, f"x-stepagent-tools: {tools!r} is not one of {', '.join(TOOLS_OF)}", None, "x-stepagent-tools"
+        )
+    return Caller(asking_key(request), episode_id, tools)
 
 
 async def open_runs(
-    parts: Parts, body: ChatCompletionRequest, episode_id: str | None, previous: Step | None = None
+    parts: Parts,
+    body: ChatCompletionRequest,
+    caller: Caller,
+    previous: Step | None = None,
+    beside: Callable[[Run], tuple[Fact, ...]] = lambda run: (),
 ) -> tuple[list[Run], RunEvents]:
-    """A request's runs, and their events, which hold the adapter's lease until they are closed. Raises as `admit`."""
+    """A request's runs, and their events, which hold the adapter's lease until they are closed. Raises as `admit`.
+
+    `beside` says what is logged together with a run's last step.
+    """
     async with AsyncExitStack() as lease:
-        runs = await admit(parts, body, episode_id, lease, previous)
-        return runs, RunEvents(parts, runs, lease.pop_all())
+        await lease.enter_async_context(parts.load.place(caller.key, body.n))
+        runs = [replace(run, beside=beside(run)) for run in await admit(parts, body, caller, lease, previous)]
+        return runs, RunEvents(parts, runs, lease.pop_all(), caller.key)
 
 
 async def gather(answer: Answer, events: RunEvents) -> None:
@@ -115,9 +141,12 @@ def _chunks(answer: ChatAnswer, event: RunEvent) -> bytes:
     return b"".join(map(sse_event, chunks))
 
 
-def episode_headers(runs: list[Run], step_id: str) -> dict[str, str]:
-    return {
+def headers_of(runs: list[Run], step_id: str, warnings: Sequence[str] = ()) -> dict[str, str]:
+    headers = {
         "x-episode-id": runs[0].turn.episode.id,
         "x-step-id": step_id,
         "x-adapter": runs[0].policy.adapter_name,
     }
+    if warnings:
+        headers["x-stepagent-warning"] = ascii("; ".join(warnings))[1:-1][:1000]
+    return headers

@@ -11,10 +11,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from policies.chat_protocol import ChatProtocol, action_message
-from policies.types import MalformedAction, SampledToken, ToolCalls
+from policies.chat_protocol import CallDelta, ChatProtocol, action_message
+from policies.types import MalformedAction
 from runtime.agent.loop import RunEvent
+from runtime.agent.shown import Shown
 from runtime.agent.step import Progress
+from runtime.http.logprobs import Logprobs
 from runtime.store.episodes import Step, StopReason
 
 _FINISH = {
@@ -30,17 +32,23 @@ _FINISH = {
 class Choice:
     """One choice of an answer, gathered as it happens."""
 
-    def __init__(self, index: int, protocol: ChatProtocol, with_logprobs: bool) -> None:
+    def __init__(self, index: int, protocol: ChatProtocol, with_logprobs: bool, is_older_form: bool = False) -> None:
+        """`is_older_form`: a call is told as `function_call`."""
         self.index = index
         self.steps: list[Step] = []
+        self._is_older_form = is_older_form
         self._protocol = protocol
-        self._with_logprobs = with_logprobs
-        self._said = {"content": "", "reasoning_content": ""}
-        self._logprobs: list[dict[str, Any]] = []
+        self._shown = Shown()
+        self._logprobs = Logprobs(protocol) if with_logprobs else None
 
     @property
     def is_complete(self) -> bool:
         return bool(self.steps) and self.steps[-1].stop_reason is not None
+
+    @property
+    def num_hidden_tokens(self) -> int:
+        """Sampled tokens that the client does not see: thoughts, and steps whose tools the server ran."""
+        return num_hidden_tokens(self.steps, self._protocol)
 
     def add(self, event: RunEvent) -> list[dict[str, Any]]:
         """Take what happened; returns it as the `choices` entries of stream chunks."""
@@ -48,43 +56,42 @@ class Choice:
 
     def whole(self) -> dict[str, Any]:
         """The `choices` entry of an answer that is not streamed."""
-        message: dict[str, Any] = {"role": "assistant", "content": self._said["content"], "refusal": None}
-        if self._said["reasoning_content"]:
-            message["reasoning_content"] = self._said["reasoning_content"]
-        if calls := self._calls():
-            message |= {"tool_calls": calls, "content": message["content"] or None}
-        logprobs = {"content": self._logprobs, "refusal": None} if self._with_logprobs else None
+        message: dict[str, Any] = {"role": "assistant", "content": self._shown.text, "refusal": None}
+        if self._shown.reasoning:
+            message["reasoning_content"] = self._shown.reasoning
+        if calls := self._shown.tool_calls(self.steps[-1].action):
+            message |= {"content": message["content"] or None, **self._in_its_form(calls)}
+        logprobs = {"content": self._logprobs.told, "refusal": None} if self._logprobs else None
         return {"index": self.index, "message": message, "finish_reason": self._finish(), "logprobs": logprobs}
 
     def _add_progress(self, progress: Progress) -> list[dict[str, Any]]:
+        self._shown.add(progress)
         delta: dict[str, Any] = {}
         for piece in progress.deltas:
-            key = "content" if piece.kind == "text" else "reasoning_content"
-            delta[key] = delta.get(key, "") + piece.text
-            self._said[key] += piece.text
-        logprobs = self._logprobs_of(progress.tokens)
-        self._logprobs.extend(logprobs)
+            if isinstance(piece, CallDelta):
+                delta = _with_call(delta, piece, self._is_older_form)
+            else:
+                key = "content" if piece.kind == "text" else "reasoning_content"
+                delta[key] = delta.get(key, "") + piece.text
+        logprobs = self._logprobs.take(progress) if self._logprobs else []
         return [self._entry(delta, None, logprobs)] if delta or logprobs else []
 
     def _add_step(self, step: Step) -> list[dict[str, Any]]:
         self.steps.append(step)
-        calls = [{**call, "index": number} for number, call in enumerate(self._calls())]
-        entries = [self._entry({"tool_calls": calls}, None)] if calls else []
-        if step.stop_reason is None:
-            return [self._entry({}, None)]
-        return [*entries, self._entry({}, self._finish())]
+        if self._logprobs:
+            self._logprobs.end_step()
+        return [self._entry({}, None if step.stop_reason is None else self._finish())]
 
-    def _calls(self) -> list[dict[str, Any]]:
-        """The calls that the client is to run."""
-        last = self.steps[-1]
-        if last.stop_reason is not StopReason.CLIENT_TOOLS or not isinstance(last.action, ToolCalls):
-            return []
-        return action_message(last.action)["tool_calls"]
+    def _in_its_form(self, calls: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"function_call": calls[0]["function"]} if self._is_older_form else {"tool_calls": calls}
 
     def _finish(self) -> str:
         reason = self.steps[-1].stop_reason
         assert reason is not None, "a run ends with a reason"
-        return _FINISH[reason]
+        if reason is StopReason.MALFORMED and self._shown.calls:
+            reason = StopReason.CLIENT_TOOLS  # a call was told that cannot be read: its client finds that out, too
+        finish = _FINISH[reason]
+        return "function_call" if finish == "tool_calls" and self._is_older_form else finish
 
     def _entry(
         self, delta: dict[str, Any], finish: str | None, logprobs: Sequence[dict[str, Any]] = ()
@@ -94,21 +101,17 @@ class Choice:
             entry["logprobs"] = {"content": list(logprobs), "refusal": None}
         return entry
 
-    def _logprobs_of(self, sampled: Sequence[SampledToken]) -> list[dict[str, Any]]:
-        if not self._with_logprobs:
-            return []
-        return [
-            self._sampled_logprob(token) for token in sampled if token.token_id not in self._protocol.stop_token_ids
-        ]
 
-    def _sampled_logprob(self, sampled: SampledToken) -> dict[str, Any]:
-        likeliest = [self._token_logprob(token_id, logprob) for token_id, logprob in sampled.top_logprobs]
-        return self._token_logprob(sampled.token_id, sampled.logprob) | {"top_logprobs": likeliest}
-
-    def _token_logprob(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = self._protocol.decode([token_id])
-        # JSON has no minus infinity; this is what OpenAI sends for a token of probability zero.
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+def _with_call(delta: dict[str, Any], piece: CallDelta, is_older_form: bool) -> dict[str, Any]:
+    """A chunk's delta and a piece of a call: id and name in the first one, arguments in all."""
+    function = {"name": piece.name} if piece.name else {}
+    function["arguments"] = piece.arguments_piece
+    if is_older_form:
+        told = delta.get("function_call", {"arguments": ""})
+        return delta | {"function_call": {**told, **function, "arguments": told["arguments"] + piece.arguments_piece}}
+    opening = {"id": piece.id, "type": "function"} if piece.name else {}
+    calls = delta.get("tool_calls", [])
+    return delta | {"tool_calls": [*calls, {"index": piece.index, **opening, "function": function}]}
 
 
 class ChatAnswer:
@@ -146,12 +149,28 @@ class ChatAnswer:
             [{"index": c.index, "delta": delta, "finish_reason": None, "logprobs": None} for c in self.choices]
         )
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """Tokens of every step that was taken for this answer."""
         steps = [step for choice in self.choices for step in choice.steps]
         prompt = sum(len(step.prompt_token_ids) for step in steps)
         completion = sum(len(step.completion_token_ids) for step in steps)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "completion_tokens_details": {"reasoning_tokens": sum(choice.num_hidden_tokens for choice in self.choices)},
+        }
+
+
+def num_hidden_tokens(steps: Sequence[Step], protocol: ChatProtocol) -> int:
+    """Sampled tokens that a client does not see: thoughts, and steps that said nothing while the server ran tools."""
+    hidden = 0
+    for step in steps:
+        if step.stop_reason is None and not getattr(step.action, "text", ""):
+            hidden += len(step.completion_token_ids)
+        elif reasoning := getattr(step.action, "reasoning", ""):
+            hidden += min(len(protocol.encode_plain(reasoning)), len(step.completion_token_ids))
+    return hidden
 
 
 def step_summary(step: Step) -> dict[str, Any]:

@@ -22,19 +22,19 @@ def learner_routes(parts: Parts) -> APIRouter:
     @router.post("", status_code=202)
     async def start_cycle(body: Annotated[CycleRequest, Body()] = _AS_STARTED) -> dict[str, Any]:
         """Start a cycle beside the serving, and answer at once. 409 while another one runs."""
-        learning = _learning(parts)
+        learning = learning_of(parts)
         cycle = await learning.process.start(body.as_options())
         return {"object": "learner.cycle", "id": cycle, "stage": "starting", "message": "", "report": {}}
 
     @router.get("")
     async def list_cycles(limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> dict[str, Any]:
         """Newest first."""
-        return {"object": "list", "data": await asyncio.to_thread(_learning(parts).cycles.newest, limit)}
+        return {"object": "list", "data": await asyncio.to_thread(learning_of(parts).cycles.newest, limit)}
 
     @router.get("/{cycle}")
     async def read_cycle(cycle: str) -> dict[str, Any]:
         """One cycle: where it is, its report, the gate's decisions and a summary of its step rewards."""
-        found = await asyncio.to_thread(_learning(parts).cycles.cycle, cycle)
+        found = await asyncio.to_thread(learning_of(parts).cycles.cycle, cycle)
         if found is None:
             raise ApiError(404, f"there is no cycle {cycle!r}; GET /v1/learner/cycles lists them", "cycle_not_found")
         return found
@@ -42,7 +42,7 @@ def learner_routes(parts: Parts) -> APIRouter:
     return router
 
 
-def _learning(parts: Parts) -> Learning:
+def learning_of(parts: Parts) -> Learning:
     if parts.learning is None:
         raise ApiError(409, "this server was wired without a learner", "no_learner")
     return parts.learning

@@ -7,30 +7,36 @@ is logged by itself, so that an import that was broken off can be sent again who
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import asdict, replace
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Body, Query, Request, Response
 
 from runtime.agent.demonstrations import Demonstration, demonstrated_episode, demonstrated_steps
-from runtime.http.pages import episode_page
+from runtime.http.errors import ApiError
+from runtime.http.keys import asking_key
+from runtime.http.pages import episode_page, page
 from runtime.http.parts import Parts
-from runtime.http.schemas import DemonstrationsRequest
+from runtime.http.schemas import DemonstrationsRequest, WithdrawalRequest
 from runtime.http.strict_json import StrictJsonRoute
-from runtime.store.episodes import Actor
+from runtime.store.episodes import Actor, Withdrawal, new_id
+from runtime.store.keys import Key
 from runtime.store.step_log import StepLogError
+
+NO_REASON = WithdrawalRequest(reason="")
 
 
 def demonstration_routes(parts: Parts) -> APIRouter:
     router = APIRouter(prefix="/v1/demonstrations", route_class=StrictJsonRoute)
 
     @router.post("")
-    async def import_demonstrations(body: DemonstrationsRequest) -> dict[str, Any]:
+    async def import_demonstrations(body: DemonstrationsRequest, request: Request) -> dict[str, Any]:
         """Log experts' conversations, to be learned from. A body of the wrong form is refused whole."""
         num_imported, refused = 0, []
         for index, entry in enumerate(body.demonstrations):
             try:
-                num_imported += await import_demonstration(parts, entry.as_demonstration())
+                num_imported += await import_demonstration(parts, entry.as_demonstration(), asking_key(request))
             except ValueError as error:
                 refused.append({"index": index, "reason": str(error)})
         num_known = len(body.demonstrations) - num_imported - len(refused)
@@ -38,24 +44,48 @@ def demonstration_routes(parts: Parts) -> APIRouter:
 
     @router.get("")
     async def list_demonstrations(
+        request: Request,
         after: str | None = None,
         limit: Annotated[int, Query(ge=1, le=1000)] = 50,
         adapter: str | None = None,
         task_prefix: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> Response:
         """By id, last one first. `after` is the `last_id` of the page before; `adapter` is an expert's name."""
-        found = parts.log.episodes(after, limit + 1, None, Actor.EXPERT, adapter, task_prefix)
-        return episode_page(found, limit)
+        owner = asking_key(request).sees_only
+
+        def found() -> dict[str, Any]:
+            wanted = (None, Actor.EXPERT, adapter, task_prefix, owner)
+            with closing(parts.log.each_episode(after, limit + 1, *wanted)) as episodes:
+                return episode_page(episodes, limit)
+
+        return await page(found)
+
+    @router.delete("/{episode_id}")
+    async def withdraw_demonstration(
+        episode_id: str, request: Request, body: Annotated[WithdrawalRequest, Body()] = NO_REASON
+    ) -> dict[str, Any]:
+        """Say that a demonstration was wrong: it is neither listed nor learned from any more."""
+        key, episode = asking_key(request), parts.log.episode(episode_id)
+        if episode is None or episode.actor is not Actor.EXPERT or not key.sees(episode.owner):
+            raise ApiError(404, f"there is no demonstration {episode_id!r}", "demonstration_not_found")
+        return await withdraw(parts, episode.id, body.reason, key)
 
     return router
 
 
-async def import_demonstration(parts: Parts, demonstration: Demonstration) -> bool:
+async def withdraw(parts: Parts, fact_id: str, reason: str, key: Key) -> dict[str, Any]:
+    """Log that an outcome, a correction or a demonstration no longer counts. Twice adds nothing."""
+    if not parts.log.withdrawals(fact_id):
+        await parts.log.commit(Withdrawal(new_id("wd"), fact_id, reason, key.name))
+    return {"object": "withdrawal", **asdict(parts.log.withdrawals(fact_id)[0])}
+
+
+async def import_demonstration(parts: Parts, demonstration: Demonstration, key: Key) -> bool:
     """Log one; False where it is known already. Raises ValueError where it is refused."""
     if parts.log.episode(demonstration.episode_id) is not None:
         return False
     task = parts.toolbox.task_of(demonstration.task, demonstration.messages)
-    episode = replace(demonstrated_episode(demonstration), task=task)
+    episode = replace(demonstrated_episode(demonstration), task=task, owner=key.name)
     # Templates of a long conversation take a while, and answers must go on meanwhile.
     max_context_tokens = parts.engine.limits.max_context_tokens
     steps = await asyncio.to_thread(demonstrated_steps, demonstration, parts.protocol, max_context_tokens)

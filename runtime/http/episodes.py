@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import closing
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Query
+from fastapi import APIRouter, Body, Query, Request, Response
 
 from policies.chat_protocol import message_action
 from policies.types import Message
 from runtime.agent.demonstrations import correction_in_tokens, promoted_episode
 from runtime.http.chat_answer import step_summary
-from runtime.http.demonstrations import import_demonstration
+from runtime.http.demonstrations import NO_REASON, import_demonstration, withdraw
 from runtime.http.errors import ApiError
-from runtime.http.pages import episode_page, shown_episode
+from runtime.http.keys import asking_key
+from runtime.http.pages import episode_page, page, shown_episode, that_fit
 from runtime.http.parts import Parts
-from runtime.http.schemas import CorrectionRequest, OutcomeRequest, PromotionRequest
+from runtime.http.schemas import CorrectionRequest, OutcomeRequest, PromotionRequest, WithdrawalRequest
 from runtime.http.strict_json import StrictJsonRoute
-from runtime.store.episodes import Actor, Correction, Episode, Outcome, Purpose, Step, new_id
+from runtime.store.episodes import Actor, Correction, Episode, Outcome, Purpose, Role, Step, new_id
+from runtime.store.keys import Key
 
 _BY_A_USER = PromotionRequest()
+WORLD = "world"
+"""As whose word an outcome is logged that no person and no client has judged."""
 
 
 def episode_routes(parts: Parts) -> APIRouter:
@@ -29,67 +34,126 @@ def episode_routes(parts: Parts) -> APIRouter:
 
     @router.get("")
     async def list_episodes(
+        request: Request,
         after: str | None = None,
         limit: Annotated[int, Query(ge=1, le=1000)] = 50,
         purpose: Purpose | None = None,
         actor: Actor | None = None,
         adapter: str | None = None,
         task_prefix: str | None = None,
-    ) -> dict[str, Any]:
-        """Newest first. `after` is the `last_id` of the page before."""
-        found = log.episodes(after, limit + 1, purpose, actor, adapter, task_prefix)
-        return episode_page(found, limit)
+    ) -> Response:
+        """Newest first, the key's own; an admin key lists all. `after` is the `last_id` of the page before."""
+        owner = asking_key(request).sees_only
+
+        def found() -> dict[str, Any]:
+            wanted = (purpose, actor, adapter, task_prefix, owner)
+            with closing(log.each_episode(after, limit + 1, *wanted)) as episodes:
+                return episode_page(episodes, limit)
+
+        return await page(found)
 
     @router.get("/{episode_id}")
-    async def read_episode(episode_id: str, with_tokens: bool = False) -> dict[str, Any]:
-        """One episode with its steps and outcomes; `with_tokens` adds token ids and logprobs."""
-        episode = _known(parts, episode_id)
-        steps = [_step(step, with_tokens) for step in log.steps(episode.id)]
-        return {**shown_episode(episode), "steps": steps, "outcomes": [asdict(o) for o in log.outcomes(episode.id)]}
+    async def read_episode(
+        episode_id: str,
+        request: Request,
+        with_tokens: bool = False,
+        after_step: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
+    ) -> Response:
+        """One episode with its outcomes and its steps by time; `with_tokens` adds token ids and logprobs.
+
+        Of a long one a page of steps: `after_step` is the `last_step_id` of the page before.
+        """
+        episode = _known(parts, asking_key(request), episode_id)
+
+        def read() -> dict[str, Any]:
+            steps = (_step(step, with_tokens) for step in log.steps_after(episode.id, after_step, limit + 1))
+            fitting, has_more = that_fit(steps, limit)
+            return {
+                **shown_episode(episode),
+                "steps": fitting,
+                "has_more": has_more,
+                "last_step_id": fitting[-1]["id"] if fitting else None,
+                "outcomes": [asdict(outcome) for outcome in log.outcomes(episode.id)],
+            }
+
+        return await page(read)
 
     @router.post("/{episode_id}/outcome", status_code=201)
-    async def report_outcome(episode_id: str, body: OutcomeRequest) -> dict[str, Any]:
-        """Say how an episode ended. May be said again; the newest counts."""
-        episode = _known(parts, episode_id)
-        outcome = Outcome(new_id("out"), episode.id, body.value, body.source, body.note)
+    async def report_outcome(episode_id: str, body: OutcomeRequest, request: Request) -> dict[str, Any]:
+        """Say how an episode ended. May be said again: of those who are trusted most, what was said last counts."""
+        key = asking_key(request)
+        episode = _known(parts, key, episode_id)
+        if body.source == WORLD and not key.may(Role.ADMIN):
+            message = (
+                f"only the server, its learner and admin keys speak for the world: the role of this key is {key.role}"
+            )
+            raise ApiError(403, f"{message}; leave `source` out", "source_not_yours", "source")
+        outcome = Outcome(new_id("out"), episode.id, body.value, body.source, body.note, key=key.name, role=key.role)
         await log.commit(outcome)
         parts.swap.finish(episode.id)
         return asdict(outcome)
 
+    @router.delete("/{episode_id}/outcomes/{outcome_id}")
+    async def withdraw_outcome(
+        episode_id: str, outcome_id: str, request: Request, body: Annotated[WithdrawalRequest, Body()] = NO_REASON
+    ) -> dict[str, Any]:
+        """Take back what one's key has said of an episode's end (an admin key: what anybody has)."""
+        key, outcome = asking_key(request), log.outcome(outcome_id)
+        if outcome is None or outcome.episode_id != episode_id or not key.sees(outcome.key):
+            raise ApiError(404, f"episode {episode_id!r} has no outcome {outcome_id!r} of yours", "outcome_not_found")
+        return await withdraw(parts, outcome.id, body.reason, key)
+
     @router.post("/{episode_id}/promote", status_code=201)
     async def promote_episode(
-        episode_id: str, body: Annotated[PromotionRequest, Body()] = _BY_A_USER
+        episode_id: str, request: Request, body: Annotated[PromotionRequest, Body()] = _BY_A_USER
     ) -> dict[str, Any]:
         """Make a demonstration of an episode: whoever asks vouches for every step of it. Twice adds nothing."""
-        episode = _known(parts, episode_id)
-        steps = log.steps(episode.id)
+        key = asking_key(request)
+        episode = _known(parts, key, episode_id)
+        steps = await asyncio.to_thread(log.steps, episode.id)
         if not steps:
             raise ApiError(409, f"episode {episode.id!r} has no steps yet", "episode_empty")
-        demonstration = promoted_episode(episode, log.path_to(steps[-1].id), body.expert)
-        is_new = await import_demonstration(parts, demonstration)
+        path = await asyncio.to_thread(log.path_to, steps[-1].id)
+        demonstration = promoted_episode(episode, path, body.expert)
+        is_new = await import_demonstration(parts, demonstration, key)
         return {"object": "demonstration", "id": demonstration.episode_id, "is_new": is_new}
 
     @router.post("/{episode_id}/corrections", status_code=201)
-    async def correct_step(episode_id: str, body: CorrectionRequest) -> dict[str, Any]:
+    async def correct_step(episode_id: str, body: CorrectionRequest, request: Request) -> dict[str, Any]:
         """Say what should have been done at a step. May be said again; the newest counts."""
-        episode = _known(parts, episode_id)
-        path = log.path_to(body.step_id)
+        key = asking_key(request)
+        episode = _known(parts, key, episode_id)
+        path = await asyncio.to_thread(log.path_to, body.step_id)
         if not path or path[-1].episode_id != episode.id:
             raise ApiError(404, f"episode {episode.id!r} has no step {body.step_id!r}", "step_not_found", "step_id")
         if body.message.role != "assistant":
             raise ApiError(400, "a correction is an assistant's message", None, "message.role")
         action = message_action(body.message.as_message())
         token_ids = await asyncio.to_thread(correction_in_tokens, parts.protocol, path, action)
-        correction = Correction(new_id("corr"), body.step_id, action, token_ids, body.source)
+        correction = Correction(new_id("corr"), body.step_id, action, token_ids, body.source, key=key.name)
         await log.commit(correction)
         return {"object": "correction", "id": correction.id, "step_id": body.step_id, "source": body.source}
+
+    @router.delete("/{episode_id}/corrections/{correction_id}")
+    async def withdraw_correction(
+        episode_id: str, correction_id: str, request: Request, body: Annotated[WithdrawalRequest, Body()] = NO_REASON
+    ) -> dict[str, Any]:
+        """Take back one's key's correction (an admin key: anybody's)."""
+        key, correction = asking_key(request), log.correction(correction_id)
+        step = log.step(correction.step_id) if correction else None
+        if correction is None or step is None or step.episode_id != episode_id or not key.sees(correction.key):
+            message = f"episode {episode_id!r} has no correction {correction_id!r} of yours"
+            raise ApiError(404, message, "correction_not_found")
+        return await withdraw(parts, correction.id, body.reason, key)
 
     return router
 
 
-def _known(parts: Parts, episode_id: str) -> Episode:
+def _known(parts: Parts, key: Key, episode_id: str) -> Episode:
+    """The episode, if the key may see it: to others it does not exist."""
     episode = parts.log.episode(episode_id)
-    if episode is None:
+    if episode is None or not key.sees(episode.owner):
         raise ApiError(404, f"there is no episode {episode_id!r}; GET /v1/episodes lists them", "episode_not_found")
     return episode
 

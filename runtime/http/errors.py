@@ -12,13 +12,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from policies.adapters.files import AdapterRefused
 from policies.chat_protocol import ChatProtocolError
 from policies.types import EngineError
 from runtime.adapters.swap import SwapError
 from runtime.agent.step import ContextFull
-from runtime.http.admission import UnknownModel
+from runtime.http.admission import ForeignEpisode, UnknownModel
+from runtime.http.fields import FieldRefused
+from runtime.http.load import Refused
+from runtime.http.shutdown import ServerStopping
 from runtime.http.sse import ClientGone
 from runtime.learning.process import LearnerBusy
 from runtime.store.adapter_registry import RegistryError, UnknownAdapter
@@ -89,6 +93,8 @@ def as_api_error(error: Exception) -> ApiError:
             return _validation_error(error)
         case UnknownModel():
             return ApiError(404, str(error), "model_not_found", "model")
+        case ForeignEpisode():
+            return ApiError(409, str(error), "episode_taken", "metadata.episode_id")
         case ContextFull():
             return ApiError(400, str(error), "context_length_exceeded", "messages")
         case ChatProtocolError():
@@ -105,8 +111,12 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(404, f"{error}; GET /v1/adapters lists them", "adapter_not_found")
         case RegistryError():
             return ApiError(409, str(error), "adapter_conflict")
-        case ClientGone():
-            return ApiError(499, str(error), "client_gone")
+        case ClientGone() | ClientDisconnect():
+            return ApiError(499, str(error) or "the client has hung up", "client_gone")
+        case Refused():
+            return ApiError(429, str(error), error.code, headers={"Retry-After": str(error.retry_after_s)})
+        case ServerStopping():
+            return ApiError(503, str(error), "server_stopping", headers={"Retry-After": "5"})
         case sqlite3.Error():
             problem = f"the server's database, agent.db, could not be used: {error}"
             return ApiError(503, f"{problem}; is the disk full, or does another program hold a lock?", "database_error")
@@ -116,6 +126,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(404, "nothing is served at this path; GET /openapi.json tells what is")
         case HTTPException():
             return ApiError(error.status_code, error.detail, headers=error.headers)
+        case FieldRefused(param=param):
+            return ApiError(400, str(error), None, param)
         case ValueError():
             return ApiError(400, str(error))
     logger.error("unexpected error", exc_info=error)
@@ -129,16 +141,44 @@ def _validation_error(error: RequestValidationError | ValidationError) -> ApiErr
         return ApiError(400, f"the body is not valid JSON: {problem.get('ctx', {})['error']} at character {where}")
     if problem["loc"] == ("body",) and problem["type"] in ("missing", "model_attributes_type"):
         return ApiError(400, "the body must be a JSON object, sent with content-type: application/json")
+    if isinstance(cause := problem.get("ctx", {}).get("error"), FieldRefused):
+        return as_api_error(cause)
     message = str(problem["msg"]).removeprefix("Value error, ")
     return ApiError(400, f"{where}: {message}" if where else message, None, where or None)
 
 
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+
+def anthropic_error(error: ApiError) -> dict[str, Any]:
+    """The body of an error in Anthropic's form."""
+    kind = _ANTHROPIC_TYPES.get(error.status_code, "invalid_request_error" if error.status_code < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.detail}}
+
+
 def install_error_handlers(app: FastAPI) -> None:
-    async def answer(_: Request, error: Exception) -> JSONResponse:
-        return as_api_error(error).response()
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        told = as_api_error(error)
+        if request.url.path.startswith("/v1/messages"):
+            return JSONResponse(anthropic_error(told), told.status_code, told.headers)
+        return told.response()
 
     refused = (ApiError, RequestValidationError, HTTPException, ValueError, ContextFull)
     of_adapters = (SwapError, AdapterRefused, RegistryError, LearnerBusy)
-    failed = (EngineError, StepLogError, sqlite3.Error, ClientGone, Exception)
+    failed = (
+        EngineError,
+        StepLogError,
+        sqlite3.Error,
+        ClientGone,
+        ClientDisconnect,
+        ServerStopping,
+        Refused,
+        Exception,
+    )
     for kind in (*refused, *of_adapters, *failed):
         app.add_exception_handler(kind, answer)

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 
+from runtime.http.keys import asking_key
 from runtime.http.parts import Parts
 from runtime.store.episodes import Actor, Purpose
 from runtime.store.export import ExportFilter, export
@@ -20,6 +21,7 @@ def export_routes(parts: Parts) -> APIRouter:
 
     @router.get("", response_class=StreamingResponse)
     def export_episodes(
+        request: Request,
         format: Literal["atif", "openai", "trl", "hf"],
         purpose: Purpose | None = None,
         actor: Actor | None = None,
@@ -28,9 +30,18 @@ def export_routes(parts: Parts) -> APIRouter:
         since: datetime | None = None,
         min_outcome: Annotated[float | None, Query(allow_inf_nan=False)] = None,
     ) -> StreamingResponse:
-        """Newest episode first. `since` is a moment; `min_outcome` leaves out episodes without an outcome."""
+        """Newest episode first, the key's own; an admin key gets all.
+
+        `since` is a moment; `min_outcome` leaves out episodes without an outcome.
+        """
         wanted = ExportFilter(
-            purpose, actor, adapter, task_prefix, None if since is None else since.timestamp(), min_outcome
+            purpose,
+            actor,
+            adapter,
+            task_prefix,
+            None if since is None else since.timestamp(),
+            min_outcome,
+            asking_key(request).sees_only,
         )
         learning_log = None if parts.learning is None else parts.learning.log
         # A plain iterator is read in a thread: the log is, while answers go on.

@@ -19,7 +19,8 @@ class Metrics:
     """Counters of a running server."""
 
     def __init__(self, engine: Engine) -> None:
-        self._registry = CollectorRegistry()
+        self.registry = self._registry = CollectorRegistry()
+        """For what others count."""
         self.requests = Counter(
             "stepagent_requests", "Answers by route and status.", ["route", "status"], registry=self._registry
         )

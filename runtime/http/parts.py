@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from policies.chat_protocol import ChatProtocol
 from policies.types import Engine
+from runtime.adapters.approval import Approval
 from runtime.adapters.swap import Swap
 from runtime.agent.budget import RunLimits
 from runtime.agent.tools import Toolbox
+from runtime.http.load import Load
 from runtime.http.metrics import Metrics
+from runtime.http.shutdown import Cutting
 from runtime.learning.learning import Learning
 from runtime.store.adapter_registry import AdapterRegistry
+from runtime.store.keys import KeyRing
+from runtime.store.state_folder import StateFolder
 from runtime.store.step_log import StepLog
 
 
@@ -29,6 +34,14 @@ class Parts:
     toolbox: Toolbox
     limits: RunLimits
     metrics: Metrics
-    api_key: str | None = None
+    keys: KeyRing = field(default_factory=KeyRing)
+    cors_origins: tuple[str, ...] = ()
+    """Of web pages that may use this server."""
+    cutting: Cutting = field(default_factory=Cutting)
+    load: Load = field(default_factory=Load)
+    state: StateFolder | None = None
+    """None: nobody else works on it, as in tests."""
+    approval: Approval | None = None
+    """None: what passes the gate acts at once."""
     learning: Learning | None = None
     """None: a server that only serves, as in benchmarks and tests."""

@@ -1,26 +1,34 @@
-"""POST /v1/responses: the same agent in OpenAI's newer form, for text and function calls."""
+"""/v1/responses: the same agent in OpenAI's newer form, for text and function calls."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from typing import Any
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 from openai.types.responses import Response as ResponseBody
 
+from policies.messages import action_message
+from policies.types import Message, ToolCalls
 from runtime.agent.conversation import history_of
-from runtime.agent.loop import RunEvent
-from runtime.http.chat import EPISODE_HEADER, asked_episode, episode_headers, gather, open_runs
+from runtime.agent.loop import Run, RunEvent
+from runtime.http.admission import FEW_MESSAGES, prompt_length
+from runtime.http.chat import CALLERS_HEADERS, caller_of, gather, headers_of, open_runs
 from runtime.http.errors import ApiError, as_api_error
+from runtime.http.keys import asking_key
 from runtime.http.parts import Parts
-from runtime.http.responses_answer import ResponseAnswer, first_step_id
+from runtime.http.responses_answer import ResponseAnswer, replayed, response_id, said_in
 from runtime.http.responses_schemas import ResponsesRequest
 from runtime.http.run_events import RunEvents
+from runtime.http.schemas import ChatCompletionRequest
 from runtime.http.sse import EventStream, json_answer, sse_event, until_gone
 from runtime.http.strict_json import StrictJsonRoute
-from runtime.store.episodes import Step
-from runtime.store.step_log import StepLog
+from runtime.off_loop import off_loop
+from runtime.store.episodes import ResponseDeletion, ResponseRecord, Step
+from runtime.store.keys import Key
+from runtime.store.step_log import Mark, Whose
 
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
@@ -32,35 +40,207 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
 
 
 def response_routes(parts: Parts) -> APIRouter:
-    router = APIRouter(route_class=StrictJsonRoute)
+    router = APIRouter(prefix="/v1/responses", route_class=StrictJsonRoute)
+    background = Background()
 
-    @router.post("/v1/responses", responses=_ANSWERS, openapi_extra={"parameters": [EPISODE_HEADER]})
+    @router.post("", responses=_ANSWERS, openapi_extra={"parameters": CALLERS_HEADERS})
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
         """Answer an input. Every step behind the answer is in the log before its last byte leaves."""
-        previous = last_step_of(parts.log, body.previous_response_id) if body.previous_response_id else None
-        history = history_of(parts.log.path_to(previous.id)) if previous else ()
-        runs, events = await open_runs(parts, body.as_chat(history), asked_episode(request), previous)
-        answer = ResponseAnswer(body, runs[0].turn.step_id)
+        runs, events, answer = await open_response(parts, body, request)
+        if body.background:
+            background.start(answer, events)
+            return json_answer(answer.whole(), headers_of(runs, runs[0].turn.step_id, body.warnings))
         if not body.stream:
             await until_gone(request.receive, gather(answer, events))
-            return json_answer(answer.whole(), episode_headers(runs, answer.steps[-1].id))
+            return json_answer(answer.whole(), headers_of(runs, answer.steps[-1].id, body.warnings))
         # Awaited here, so that what fails at once fails with its own status and not in a stream.
         first = await until_gone(request.receive, events.first())
-        return EventStream(_stream(answer, first, events), events, episode_headers(runs, runs[0].turn.step_id))
+        headers = headers_of(runs, runs[0].turn.step_id, body.warnings)
+        return EventStream(_stream(answer, first, events), events, headers)
+
+    @router.post("/input_tokens")
+    async def count_input_tokens(body: ResponsesRequest, request: Request) -> dict[str, Any]:
+        """How many tokens the prompt of such a request has."""
+        chat, previous = await off_loop(True, _as_chat, parts, body, asking_key(request))
+        length = await off_loop(True, prompt_length, parts, chat, caller_of(request), previous)
+        return {"object": "response.input_tokens", "input_tokens": length}
+
+    @router.get("/{response_id}", responses=_ANSWERS)
+    async def read_response(
+        response_id: str,
+        request: Request,
+        stream: bool = False,
+        starting_after: Annotated[int, Query(ge=-1)] = -1,
+    ) -> Response:
+        """A stored response; as a stream, its events again, those after `starting_after`."""
+        if (running := background.answer(response_id)) is not None:
+            return json_answer(running.whole(), {})
+        record, steps = _stored(parts, response_id, asking_key(request))
+        asked = ResponsesRequest.model_validate(record.request)
+        events, answer = await off_loop(True, replayed, parts.protocol, asked, steps)
+        if not stream:
+            return json_answer(answer.whole(), {})
+        body = _written([event for event in events if event["sequence_number"] > starting_after])
+        return Response(body, media_type="text/event-stream")
+
+    @router.delete("/{response_id}")
+    async def delete_response(response_id: str, request: Request) -> dict[str, Any]:
+        """It can no longer be retrieved or continued. Its steps stay in the log."""
+        _stored(parts, response_id, asking_key(request))
+        await parts.log.commit(ResponseDeletion(response_id))
+        return {"id": response_id, "object": "response", "deleted": True}
+
+    @router.post("/{response_id}/cancel", responses=_ANSWERS)
+    async def cancel_response(response_id: str, request: Request) -> Response:
+        """End a background response. What was not answered by then is not logged."""
+        if (answer := await background.cancel(response_id)) is not None:
+            return json_answer(answer.whole() | {"status": "cancelled"}, {})
+        _stored(parts, response_id, asking_key(request))
+        raise ApiError(400, "only a background response that still runs can be cancelled", None, "response_id")
+
+    @router.get("/{response_id}/input_items")
+    async def list_input_items(
+        response_id: str,
+        request: Request,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Annotated[str, Query(pattern="^(asc|desc)$")] = "desc",
+        after: str | None = None,
+    ) -> dict[str, Any]:
+        """What the response was given as `input`, in pages; the newest first, unless `order` is `asc`."""
+        record, _ = _stored(parts, response_id, asking_key(request))
+        items = _input_items(record)
+        items = items if order == "asc" else items[::-1]
+        ids = [item["id"] for item in items]
+        begin = ids.index(after) + 1 if after in ids else 0
+        page = items[begin : begin + limit]
+        edges = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
+        return {"object": "list", "data": page, "has_more": begin + limit < len(items), **edges}
 
     return router
 
 
-def last_step_of(log: StepLog, response_id: str) -> Step:
-    """The step in which a response ended. Raises ApiError for one that is not known, or was never answered whole."""
-    step = log.step(first_step_id(response_id))
-    children = {} if step is None else {each.parent_id: each for each in log.steps(step.episode_id)}
-    while step is not None and step.stop_reason is None:
-        step = children.get(step.id)
-    if step is None:
-        message = f"there is no response {response_id!r} that was answered to its end; send the conversation as input"
-        raise ApiError(400, message, "previous_response_not_found", "previous_response_id")
-    return step
+async def open_response(
+    parts: Parts, body: ResponsesRequest, request: Request
+) -> tuple[list[Run], RunEvents, ResponseAnswer]:
+    """The run of a request, its events, and the answer that gathers them. Raises as `admit`."""
+    caller = caller_of(request)
+    chat, previous = await off_loop(_is_large(body), _as_chat, parts, body, caller.key)
+    runs, events = await open_runs(parts, chat, caller, previous, lambda run: _record(run, body))
+    return runs, events, ResponseAnswer(body, runs[0].turn.step_id, parts.protocol)
+
+
+def _is_large(body: ResponsesRequest) -> bool:
+    return body.previous_response_id is not None or len(body.input) > 10 * FEW_MESSAGES
+
+
+def _as_chat(parts: Parts, body: ResponsesRequest, key: Key) -> tuple[ChatCompletionRequest, Step | None]:
+    """The request as a chat completion, and the logged step that it continues by name."""
+    item_of = _items_of(parts, key)
+    if body.previous_response_id is None:
+        return body.as_chat((), item_of), None
+    try:
+        record, steps = _stored(parts, body.previous_response_id, key)
+    except ApiError:
+        message = (
+            f"there is no response {body.previous_response_id!r} that was stored and answered to its end; "
+            "send the conversation as input"
+        )
+        raise ApiError(400, message, "previous_response_not_found", "previous_response_id") from None
+    history = history_of(parts.log.path_to(steps[-1].id))
+    return body.as_chat(history, item_of, record.request.get("instructions")), steps[-1]
+
+
+def _record(run: Run, body: ResponsesRequest) -> tuple[ResponseRecord, ...]:
+    """What is logged of a response beside its steps."""
+    if not body.store:
+        return ()
+    request = body.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"stream", "warnings"})
+    step_id = run.turn.step_id
+    return (ResponseRecord(response_id(step_id), run.turn.episode.id, step_id, request),)
+
+
+def _stored(parts: Parts, name: str, key: Key) -> tuple[ResponseRecord, list[Step]]:
+    """A stored response and its steps. Raises ApiError (404) for one that is not there, or is another key's."""
+    record = parts.log.response(name)
+    episode = None if record is None else parts.log.episode(record.episode_id)
+    if record is None or episode is None or not key.sees(episode.owner):
+        raise ApiError(404, f"there is no response {name!r}: it was not stored, or was deleted", "response_not_found")
+    return record, parts.log.run_from(record.step_id)
+
+
+def _items_of(parts: Parts, key: Key) -> Callable[[str], Message]:
+    """Finds the message behind an output item of an earlier response. What it raises names the item."""
+
+    def item_of(item_id: str) -> Message:
+        kind, _, name = item_id.partition("_")
+        if kind in ("msg", "rs"):
+            steps = parts.log.run_from(name)
+        else:
+            found = parts.log.marked_steps(Mark.CALL, [name], Whose(is_anybodys=True))
+            steps = [step for each in found[:1] if (step := parts.log.step(each.step_id))]
+        episode = parts.log.episode(steps[0].episode_id) if steps else None
+        if episode is None or not key.sees(episode.owner):
+            raise ValueError(f"input: there is no item {item_id!r} of an earlier response; send the item itself")
+        return _message_of(kind, name, steps)
+
+    return item_of
+
+
+def _message_of(kind: str, name: str, steps: list[Step]) -> Message:
+    """The part of a response's message that an item is: its text, its thought, or one call."""
+    action = steps[-1].action
+    if kind == "msg":
+        return {"role": "assistant", "content": said_in(steps)}
+    if kind == "rs":
+        return {"role": "assistant", "content": "", "reasoning_content": getattr(action, "reasoning", "")}
+    calls = action_message(action)["tool_calls"] if isinstance(action, ToolCalls) else []
+    return {"role": "assistant", "content": "", "tool_calls": [call for call in calls if call["id"] == name]}
+
+
+def _input_items(record: ResponseRecord) -> list[dict[str, Any]]:
+    given = record.request["input"]
+    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    return [_shown_item(item, f"{record.step_id}_{number}") for number, item in enumerate(items)]
+
+
+def _shown_item(item: dict[str, Any], name: str) -> dict[str, Any]:
+    if item.get("type", "message") != "message":
+        return {"id": f"item_{name}", "status": "completed", **item}
+    kind = "output_text" if item["role"] == "assistant" else "input_text"
+    content = item["content"] if isinstance(item["content"], list) else [{"type": kind, "text": item["content"]}]
+    shown = [part | ({"annotations": []} if part["type"] == "output_text" else {}) for part in content]
+    return {"id": f"msg_{name}", "type": "message", "status": "completed", "role": item["role"], "content": shown}
+
+
+class Background:
+    """Responses whose clients do not wait. They live as long as the server."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, tuple[asyncio.Task[None], ResponseAnswer]] = {}
+
+    def start(self, answer: ResponseAnswer, events: RunEvents) -> None:
+        task = asyncio.create_task(self._run(answer, events))
+        self._running[answer.id] = (task, answer)
+
+    def answer(self, response_id: str) -> ResponseAnswer | None:
+        """One that still runs, or failed; None for every other."""
+        return self._running[response_id][1] if response_id in self._running else None
+
+    async def cancel(self, response_id: str) -> ResponseAnswer | None:
+        if response_id not in self._running:
+            return None
+        task, answer = self._running.pop(response_id)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return answer
+
+    async def _run(self, answer: ResponseAnswer, events: RunEvents) -> None:
+        try:
+            await gather(answer, events)
+        except Exception as error:  # told to whoever retrieves it
+            answer.fail(as_api_error(error).error)
+        else:
+            self._running.pop(answer.id, None)
 
 
 async def _stream(answer: ResponseAnswer, first: RunEvent, rest: RunEvents) -> AsyncGenerator[bytes, None]:

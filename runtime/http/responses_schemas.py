@@ -1,28 +1,42 @@
 """Body of POST /v1/responses, and how it is asked as a chat completion: OpenAI's two forms lead to one agent.
 
-Covered: text and function calls, in and out. What else the form has (files, images, hosted tools, stored
-conversations, background runs) is refused by name, never ignored.
+`runtime.http.fields` says what becomes of each field. Text and function calls go in and out; items and tools of other
+kinds are left out with a warning, images and files are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from policies.types import Message
-from runtime.http.schemas import ChatCompletionRequest, FunctionSchema, RequestMetadata, WireModel
+from runtime.http.fields import RESPONSE_FIELDS, check_fields
+from runtime.http.schemas import ChatCompletionRequest, FunctionSchema, Nullable, RequestMetadata, WireModel
 
 RESPONSE_ID = r"^resp_[A-Za-z0-9_.:-]{1,128}$"
-_TEXT_PARTS = ("input_text", "output_text", "text")
+_TEXT_PARTS = ("input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text")
+_LOGPROBS = "message.output_text.logprobs"
 
 # --------------------------------------------------------------------------------------------------- input
 
 
 class InputPart(WireModel):
-    type: Literal["input_text", "output_text", "text"]
+    type: Literal["input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"]
     text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refusal_is_text(cls, part: Any) -> Any:
+        if isinstance(part, dict) and part.get("type") == "refusal":
+            return {"type": "refusal", "text": part.get("refusal")}
+        return part
+
+
+def _text_in(parts: str | list[InputPart]) -> str:
+    return parts if isinstance(parts, str) else "".join(part.text for part in parts)
 
 
 class InputMessage(WireModel):
@@ -42,7 +56,7 @@ class InputMessage(WireModel):
         return content
 
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return _text_in(self.content)
 
 
 class InputFunctionCall(WireModel):
@@ -54,6 +68,14 @@ class InputFunctionCall(WireModel):
     arguments: str
     """A JSON object, as a string."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _custom_is_a_function(cls, item: Any) -> Any:
+        """A call of a custom tool has one free text for its arguments."""
+        if isinstance(item, dict) and item.get("type") == "custom_tool_call":
+            return {**item, "type": "function_call", "arguments": json.dumps({"input": item.get("input")})}
+        return item
+
 
 class InputFunctionOutput(WireModel):
     """What such a call gave back."""
@@ -62,61 +84,120 @@ class InputFunctionOutput(WireModel):
     call_id: str = Field(min_length=1)
     output: str | list[InputPart]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _custom_is_a_function(cls, item: Any) -> Any:
+        is_custom = isinstance(item, dict) and item.get("type") == "custom_tool_call_output"
+        return {**item, "type": "function_call_output"} if is_custom else item
+
     def text(self) -> str:
-        return self.output if isinstance(self.output, str) else "".join(part.text for part in self.output)
+        return _text_in(self.output)
+
+
+class InputReasoning(Nullable):
+    """What the policy thought before it said or called what follows."""
+
+    type: Literal["reasoning"]
+    content: list[InputPart] = Field(default_factory=list)
+    summary: list[InputPart] = Field(default_factory=list)
+
+    def text(self) -> str:
+        return _text_in(self.content or self.summary)
+
+
+class ItemReference(Nullable):
+    """An item of an earlier response, by its id."""
+
+    type: Literal["item_reference"] = "item_reference"
+    id: str = Field(min_length=1, max_length=256)
+
+
+_KINDS = {"custom_tool_call": "function_call", "custom_tool_call_output": "function_call_output"}
 
 
 def _kind(item: Any) -> str | None:
-    return item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
+    if not isinstance(item, dict):
+        return getattr(item, "type", None)
+    if item.get("type") is None:  # a reference may leave its type out, and a message too
+        return "item_reference" if "id" in item and "role" not in item else "message"
+    return _KINDS.get(item["type"], item["type"])
 
 
 InputItem = Annotated[
     Annotated[InputMessage, Tag("message")]
     | Annotated[InputFunctionCall, Tag("function_call")]
-    | Annotated[InputFunctionOutput, Tag("function_call_output")],
+    | Annotated[InputFunctionOutput, Tag("function_call_output")]
+    | Annotated[InputReasoning, Tag("reasoning")]
+    | Annotated[ItemReference, Tag("item_reference")],
     Discriminator(
         _kind,
         custom_error_type="unknown_item",
-        custom_error_message="an input item is a message, a function_call or a function_call_output; leave others out",
+        custom_error_message="an input item is a message, a function_call, a function_call_output or reasoning",
     ),
 ]
 
+_KNOWN_KINDS = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
 
-def input_messages(items: Sequence[InputMessage | InputFunctionCall | InputFunctionOutput]) -> list[Message]:
-    """Input items as chat messages; what the policy said and the calls that it made with it are one message."""
+
+def _split_items(items: Any) -> tuple[Any, list[str]]:
+    """The items that can be read, and a warning that names the kinds of the others, such as hosted tools' calls."""
+    if not isinstance(items, list):
+        return items, []
+    others = sorted({str(_kind(item)) for item in items if isinstance(item, dict) and _kind(item) not in _KNOWN_KINDS})
+    kept = [item for item in items if not isinstance(item, dict) or _kind(item) in _KNOWN_KINDS]
+    return kept, [f"input items of these types were left out: {', '.join(others)}"] if others else []
+
+
+def input_messages(items: Sequence[Any], item_of: Callable[[str], Message]) -> list[Message]:
+    """Input items as chat messages; what the policy thought, said and called in one turn is one message.
+
+    `item_of` finds the message that an item of an earlier response is or belongs to; it raises for an unknown id.
+    """
     messages: list[Message] = []
-    is_policys = False
+    reasoning = ""
     for item in items:
         match item:
+            case InputMessage(role="assistant"):
+                _add_to_turn(messages, reasoning, {"content": item.text()})
             case InputMessage():
                 messages.append({"role": item.role, "content": item.text()})
             case InputFunctionCall():
-                if not is_policys:
-                    messages.append({"role": "assistant", "content": ""})
                 function = {"name": item.name, "arguments": item.arguments}
                 call = {"id": item.call_id, "type": "function", "function": function}
-                messages[-1].setdefault("tool_calls", []).append(call)
+                _add_to_turn(messages, reasoning, {"tool_calls": [call]})
             case InputFunctionOutput():
                 messages.append({"role": "tool", "tool_call_id": item.call_id, "content": item.text()})
-        is_policys = messages[-1]["role"] == "assistant"
+            case ItemReference():
+                _add_to_turn(messages, reasoning, item_of(item.id))
+        reasoning = item.text() if isinstance(item, InputReasoning) else ""
     return messages
+
+
+def _add_to_turn(messages: list[Message], reasoning: str, part: Message) -> None:
+    """Add to the policy's turn: a text begins a new one, unless the turn has said nothing yet; calls go on with it."""
+    is_open = bool(messages) and messages[-1]["role"] == "assistant"
+    is_new_text = (
+        bool(part.get("content")) and is_open and bool(messages[-1]["content"] or "tool_calls" in messages[-1])
+    )
+    if not is_open or is_new_text:
+        messages.append({"role": "assistant", "content": ""})
+    turn = messages[-1]
+    turn["content"] = part.get("content") or turn["content"]
+    if calls := part.get("tool_calls"):
+        known = {call["id"] for call in turn.get("tool_calls", ())}
+        turn["tool_calls"] = [*turn.get("tool_calls", ()), *(call for call in calls if call["id"] not in known)]
+    if thought := reasoning or part.get("reasoning_content"):
+        turn["reasoning_content"] = thought
 
 
 # ------------------------------------------------------------------------------------------------- options
 
 
 class FunctionTool(FunctionSchema):
-    """A function that the client runs; hosted tools are not supported."""
+    """A function that the client runs."""
 
     type: Literal["function"]
-    strict: bool | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _functions_only(cls, tool: Any) -> Any:
-        if isinstance(tool, dict) and tool.get("type") != "function":
-            raise ValueError(f"only function tools can be given here, not {tool.get('type')!r}")
-        return {name: value for name, value in tool.items() if value is not None} if isinstance(tool, dict) else tool
+    strict: bool = False
 
 
 class NamedFunctionChoice(WireModel):
@@ -124,7 +205,24 @@ class NamedFunctionChoice(WireModel):
     name: str
 
 
-class TextFormat(WireModel):
+class AllowedFunctions(WireModel):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[NamedFunctionChoice] = Field(min_length=1)
+
+    @field_validator("tools", mode="before")
+    @classmethod
+    def _functions_only(cls, tools: Any) -> Any:
+        if not isinstance(tools, list):
+            return tools
+        return [tool for tool in tools if not isinstance(tool, dict) or tool.get("type") == "function"]
+
+
+class Reasoning(Nullable):
+    effort: str = ""
+
+
+class TextFormat(Nullable):
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: str = "answer"
     json_schema: dict[str, Any] | None = Field(None, alias="schema")
@@ -136,12 +234,12 @@ class TextFormat(WireModel):
         return self
 
 
-class TextOptions(WireModel):
+class TextOptions(Nullable):
     format: TextFormat = TextFormat.model_validate({})
 
 
 class ResponsesRequest(WireModel):
-    """With `tools` the client runs them; without, the server runs its own."""
+    """With `tools` the client runs them. Without, the server runs its own, where it has any."""
 
     model: str
     """The served name, or an adapter's name to pin it."""
@@ -150,99 +248,123 @@ class ResponsesRequest(WireModel):
         Discriminator(lambda value: "text" if isinstance(value, str) else "items"),
     ]
     instructions: str | None = None
-    """The system message. A response that continues another one keeps the other's."""
+    """The system message. Those of a response that is continued are not carried over."""
     previous_response_id: str | None = Field(None, pattern=RESPONSE_ID)
     """Go on where that response ended, on its logged token ids; `input` holds only what is new."""
     stream: bool = False
+    background: bool = False
+    """Answer at once, and run on: the response is retrieved by its id."""
+    store: bool = True
+    """False: it cannot be retrieved or continued by its id. Its steps are logged all the same."""
+    include: list[str] = Field(default_factory=list)
     tools: list[FunctionTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedFunctionChoice | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedFunctionChoice | AllowedFunctions | None = None
+    parallel_tool_calls: bool = True
+    reasoning: Reasoning = Field(default_factory=Reasoning)
     text: TextOptions = Field(default_factory=TextOptions)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
+    top_logprobs: int = Field(0, ge=0, le=20)
     max_output_tokens: int | None = Field(None, ge=1)
-    """Most tokens of each step."""
+    """Most tokens of the whole response, hidden steps and thinking included."""
     metadata: RequestMetadata = Field(default_factory=RequestMetadata)
-    background: Any = None
-    context_management: Any = None
-    conversation: Any = None
-    include: Any = None
-    max_tool_calls: Any = None
-    moderation: Any = None
-    parallel_tool_calls: Any = None
-    prompt: Any = None
-    reasoning: Any = None
-    store: Any = None
-    top_logprobs: Any = None
-    truncation: Any = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    warnings: list[str] = Field(default_factory=list)
+    """Not the client's: what of its request has no effect."""
 
-    @field_validator("temperature", "top_p", "stream", "text", "metadata", mode="before")
+    @model_validator(mode="before")
+    @classmethod
+    def _check_fields(cls, body: Any) -> Any:
+        checked = check_fields(body, RESPONSE_FIELDS)
+        if not isinstance(checked, dict):
+            return checked
+        items, warnings = _split_items(checked.get("input"))
+        return {**checked, "input": items, "warnings": [*checked["warnings"], *warnings]}
+
+    @field_validator(
+        "temperature", "top_p", "top_logprobs", "stream", "background", "store", "include", "reasoning", "text",
+        "metadata", "parallel_tool_calls", mode="before",
+    )  # fmt: skip
     @classmethod
     def _null_is_default(cls, value: Any, field: Any) -> Any:
         return cls.model_fields[field.field_name].get_default(call_default_factory=True) if value is None else value
 
-    @field_validator(
-        "background", "context_management", "conversation", "include", "max_tool_calls", "moderation", "prompt",
-        "reasoning", "top_logprobs", mode="before",
-    )  # fmt: skip
-    @classmethod
-    def _refuse_what_is_not_here(cls, value: Any, field: Any) -> None:
-        if value:
-            raise ValueError(f"{field.field_name} is not supported here: leave it out")
+    @model_validator(mode="after")
+    def _check_together(self) -> ResponsesRequest:
+        if self.background and self.stream:
+            raise ValueError("a background response is retrieved, not streamed: leave stream out")
+        if self.background and not self.store:
+            raise ValueError("a background response has to be retrieved: leave store out")
+        return self
 
-    @field_validator("store", "parallel_tool_calls", mode="before")
-    @classmethod
-    def _must_be_true(cls, value: Any, field: Any) -> None:
-        if value is not None and value is not True:
-            raise ValueError(f"{field.field_name} is always true here: leave it out")
+    @property
+    def wants_logprobs(self) -> bool:
+        return _LOGPROBS in self.include or self.top_logprobs > 0
 
-    @field_validator("truncation", mode="before")
-    @classmethod
-    def _never_truncates(cls, value: Any) -> None:
-        if value not in (None, "disabled"):
-            raise ValueError(
-                "truncation is always 'disabled' here: leave it out, and shorten the conversation yourself"
-            )
+    def as_chat(
+        self, history: Sequence[Message], item_of: Callable[[str], Message], old_instructions: str | None = None
+    ) -> ChatCompletionRequest:
+        """The same as a chat completion. `history` is the conversation behind `previous_response_id`, which began with
+        `old_instructions`; `item_of` as in `input_messages`.
 
-    def as_chat(self, history: Sequence[Message]) -> ChatCompletionRequest:
-        """The same as a chat completion. `history` is the conversation behind `previous_response_id`.
-
-        Raises pydantic's ValidationError for what does not fit together, ValueError for instructions that change.
+        Raises pydantic's ValidationError for what does not fit together.
         """
         tools = None if self.tools is None else [_chat_tool(tool) for tool in self.tools]
-        choice = self.tool_choice
         return ChatCompletionRequest.model_validate(
             {
                 "model": self.model,
-                "messages": [*self._opening(history), *history, *self.new_messages],
+                "messages": [*self._opening, *_without(old_instructions, history), *self._new_messages(item_of)],
                 "stream": self.stream,
                 "tools": tools,
-                "tool_choice": _chat_choice(choice) if isinstance(choice, NamedFunctionChoice) else choice,
+                "tool_choice": _chat_choice(self.tool_choice),
+                "parallel_tool_calls": self.parallel_tool_calls,
                 "response_format": _chat_format(self.text.format),
+                "reasoning_effort": self.reasoning.effort or None,
+                "logprobs": self.wants_logprobs,
+                "top_logprobs": self.top_logprobs,
                 "temperature": self.temperature,
                 "top_p": self.top_p,
                 "max_completion_tokens": self.max_output_tokens,
                 "metadata": self.metadata.model_dump(),
+                "user": self.user,
+                "safety_identifier": self.safety_identifier,
             }
         )
 
     @property
-    def new_messages(self) -> list[Message]:
-        return [{"role": "user", "content": self.input}] if isinstance(self.input, str) else input_messages(self.input)
+    def _opening(self) -> list[Message]:
+        return [] if self.instructions is None else [_system(self.instructions)]
 
-    def _opening(self, history: Sequence[Message]) -> list[Message]:
-        if self.instructions is None:
-            return []
-        opening = {"role": "system", "content": self.instructions}
-        if history and history[0] != opening:
-            raise ValueError("instructions must be those that the conversation began with: it goes on as it was logged")
-        return [] if history else [opening]
+    def _new_messages(self, item_of: Callable[[str], Message]) -> list[Message]:
+        if isinstance(self.input, str):
+            return [{"role": "user", "content": self.input}]
+        return input_messages(self.input, item_of)
+
+
+def _without(instructions: str | None, history: Sequence[Message]) -> Sequence[Message]:
+    begins_so = instructions is not None and history and history[0] == _system(instructions)
+    return history[1:] if begins_so else history
+
+
+def _system(instructions: str) -> Message:
+    return {"role": "system", "content": instructions}
 
 
 def _chat_tool(tool: FunctionTool) -> dict[str, Any]:
     return {"type": "function", "function": tool.model_dump(include={"name", "description", "parameters"})}
 
 
-def _chat_choice(choice: NamedFunctionChoice) -> dict[str, Any]:
+def _chat_choice(choice: str | NamedFunctionChoice | AllowedFunctions | None) -> Any:
+    match choice:
+        case NamedFunctionChoice():
+            return _chat_function(choice)
+        case AllowedFunctions(mode=mode, tools=tools):
+            return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [*map(_chat_function, tools)]}}
+    return choice
+
+
+def _chat_function(choice: NamedFunctionChoice) -> dict[str, Any]:
     return {"type": "function", "function": {"name": choice.name}}
 
 

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, aclosing
 
 from runtime.agent.loop import Run, RunEvent, StepTaken
 from runtime.http.parts import Parts
+from runtime.store.keys import Key
 
 
 class RunEvents:
@@ -16,8 +17,11 @@ class RunEvents:
     An object and not a generator: one that nobody has begun to iterate would give nothing back when it is closed.
     """
 
-    def __init__(self, parts: Parts, runs: Sequence[Run], lease: AsyncExitStack) -> None:
+    def __init__(self, parts: Parts, runs: Sequence[Run], lease: AsyncExitStack, key: Key) -> None:
         self._metrics = parts.metrics
+        self._load = parts.load
+        self._key = key
+        self._cutting = parts.cutting
         self._lease = lease
         streams = [run.events(parts.log, parts.limits) for run in runs]
         self._stream = streams[0] if len(streams) == 1 else _Merged(streams)
@@ -26,9 +30,10 @@ class RunEvents:
         return self
 
     async def __anext__(self) -> RunEvent:
-        event = await anext(self._stream)
+        event = await self._cutting.next_of(self._stream)
         if isinstance(event, StepTaken):
             self._metrics.count_step(event.step)
+            self._load.count(self._key, event.step)
         return event
 
     async def first(self) -> RunEvent:
@@ -54,6 +59,9 @@ class _Merged:
         self._arrivals: asyncio.Queue[RunEvent | Exception | None] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._num_running = len(streams)
+
+    def __aiter__(self) -> _Merged:
+        return self
 
     async def __anext__(self) -> RunEvent:
         if not self._tasks:

@@ -1,21 +1,29 @@
 """HTTP bodies: what a request may say, and how answers are written. Answers are the openai package's own types.
 
-Unknown fields are ignored, as clients send many; a field that is known and cannot be honoured is refused, since an
-option that silently does nothing is worse than an error.
+What becomes of each field that OpenAI's package knows stands in `runtime.http.fields`; unknown ones are ignored.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Annotated, Any, Literal
 
+import orjson
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from policies.types import Message, SamplingParams, ToolSchema
+from runtime.agent.conversation import LEGACY_CALL_ID
 from runtime.agent.demonstrations import Demonstration
-from runtime.store.episodes import Purpose
+from runtime.http.fields import CHAT_FIELDS, check_fields
+from runtime.store.episodes import Purpose, Role
 
 _NAME = r"^[A-Za-z0-9_.-]{1,64}$"
 EPISODE_ID = r"^[A-Za-z0-9_.:-]{1,128}$"
+
+
+MAX_MESSAGES = 20_000
+MAX_METADATA_BYTES = 64 * 1024
 
 
 class WireModel(BaseModel):
@@ -27,18 +35,34 @@ class WireModel(BaseModel):
 # ------------------------------------------------------------------------------------------------ messages
 
 
-class TextPart(WireModel):
-    type: Literal["text"]
+class Nullable(WireModel):
+    """An object in which null is the same as nothing, as OpenAI's clients send it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_nothing(cls, value: Any) -> Any:
+        return {name: each for name, each in value.items() if each is not None} if isinstance(value, dict) else value
+
+
+class TextPart(Nullable):
+    type: Literal["text", "refusal"]
     text: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refusal_is_text(cls, part: Any) -> Any:
+        if isinstance(part, dict) and part.get("type") == "refusal":
+            return {"type": "refusal", "text": part.get("refusal")}
+        return part
 
-class FunctionCall(WireModel):
+
+class FunctionCall(Nullable):
     name: str = Field(min_length=1)
     arguments: str = "{}"
     """A JSON object, as a string."""
 
 
-class ToolCallEntry(WireModel):
+class ToolCallEntry(Nullable):
     id: str = ""
     type: Literal["function"] = "function"
     function: FunctionCall
@@ -47,18 +71,31 @@ class ToolCallEntry(WireModel):
 class ChatMessage(WireModel):
     """One message of the conversation."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[TextPart] | None = None
     """Text, or text parts. Images and audio are not supported."""
     tool_calls: list[ToolCallEntry] | None = None
     tool_call_id: str | None = None
+    function_call: FunctionCall | None = None
+    """OpenAI's older form of a call; a message of role `function` answers it."""
+    refusal: str | None = None
+    """What an assistant's message says instead of content."""
+    reasoning_content: str | None = None
+    """What was thought; chat templates that keep thoughts are given it. Also under `reasoning`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name_for_thoughts(cls, message: Any) -> Any:
+        if isinstance(message, dict) and isinstance(message.get("reasoning"), str):
+            return {"reasoning_content": message["reasoning"], **message}
+        return message
 
     @field_validator("content", mode="before")
     @classmethod
     def _text_only(cls, content: Any) -> Any:
         parts = content if isinstance(content, list) else []
         for part in parts:
-            if isinstance(part, dict) and part.get("type", "text") != "text":
+            if isinstance(part, dict) and part.get("type", "text") not in ("text", "refusal"):
                 raise ValueError(f"only text is understood here, not {part['type']}; leave such parts out")
         return content
 
@@ -66,21 +103,47 @@ class ChatMessage(WireModel):
     def _check_role(self) -> ChatMessage:
         if self.role == "tool" and not self.tool_call_id:
             raise ValueError("a tool message needs the tool_call_id of the call that it answers")
-        if self.tool_calls and self.role != "assistant":
+        if self.calls and self.role != "assistant":
             raise ValueError("only an assistant message may have tool_calls")
-        if self.content is None and not self.tool_calls:
+        if self.content is None and self.role not in ("assistant", "function"):
             raise ValueError(f"a {self.role} message needs content")
         return self
 
+    @property
+    def calls(self) -> list[ToolCallEntry]:
+        """Its tool calls, in whichever form they came."""
+        if self.function_call is not None:
+            return [ToolCallEntry(id=LEGACY_CALL_ID, function=self.function_call)]
+        return self.tool_calls or []
+
+    @property
+    def answered_call_id(self) -> str | None:
+        """The call that a tool's message answers."""
+        return LEGACY_CALL_ID if self.role == "function" else self.tool_call_id
+
     def as_message(self) -> Message:
-        role = "system" if self.role == "developer" else self.role
-        return {**self.model_dump(exclude_none=True), "role": role}
+        role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
+        message: Message = {"role": role, "content": self._content()}
+        if self.content is None and self.refusal is None and self.calls:
+            del message["content"]
+        if self.calls:
+            message["tool_calls"] = [call.model_dump() for call in self.calls]
+        if self.answered_call_id is not None and role == "tool":
+            message["tool_call_id"] = self.answered_call_id
+        if self.reasoning_content and role == "assistant":
+            message["reasoning_content"] = self.reasoning_content
+        return message
+
+    def _content(self) -> Any:
+        if self.content is None:
+            return self.refusal or ""
+        return self.content if isinstance(self.content, str) else [part.model_dump() for part in self.content]
 
 
 # ------------------------------------------------------------------------------------------------- options
 
 
-class FunctionSchema(WireModel):
+class FunctionSchema(Nullable):
     name: str = Field(pattern=_NAME)
     description: str = ""
     parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
@@ -88,7 +151,7 @@ class FunctionSchema(WireModel):
 
 
 class Tool(WireModel):
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: FunctionSchema
 
 
@@ -97,11 +160,23 @@ class NamedFunction(WireModel):
 
 
 class NamedToolChoice(WireModel):
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: NamedFunction
 
 
-class JsonSchema(WireModel):
+class AllowedTools(WireModel):
+    mode: Literal["auto", "required"]
+    tools: list[NamedToolChoice] = Field(min_length=1)
+
+
+class AllowedToolChoice(WireModel):
+    """Only these of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+class JsonSchema(Nullable):
     name: str = "answer"
     json_schema: dict[str, Any] = Field(default_factory=dict, alias="schema")
 
@@ -124,7 +199,7 @@ class ResponseFormat(WireModel):
         return {"type": "object"} if self.type == "json_object" else None
 
 
-class StreamOptions(WireModel):
+class StreamOptions(Nullable):
     include_usage: bool = False
 
 
@@ -139,20 +214,42 @@ class RequestMetadata(WireModel):
     """`world/split/index` of a world's task."""
     purpose: Purpose = Field(default=Purpose.SERVE, strict=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _bounded(cls, given: Any) -> Any:
+        _require_few_bytes("metadata", given)
+        return given
+
+
+def _require_few_bytes(what: str, value: Any) -> None:
+    """Lists show what a client says of an episode with each of them: it must not be a document."""
+    if isinstance(value, dict) and (size := len(orjson.dumps(value))) > MAX_METADATA_BYTES:
+        raise ValueError(f"{what} may have {MAX_METADATA_BYTES} bytes, this has {size}: keep the rest elsewhere")
+
 
 _StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class ChatCompletionRequest(WireModel):
-    """Body of POST /v1/chat/completions. With `tools` the client runs them; without, the server runs its own."""
+    """Body of POST /v1/chat/completions; `runtime.http.fields` says what becomes of each field.
+
+    With `tools` the client runs them. Without, the server runs its own, where it has any.
+    """
 
     model: str
     """The served name, or an adapter's name to pin it."""
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     stream: bool = False
     stream_options: StreamOptions | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | AllowedToolChoice | None = None
+    functions: list[FunctionSchema] | None = None
+    """OpenAI's older form of `tools`."""
+    function_call: Literal["none", "auto"] | NamedFunction | None = None
+    """OpenAI's older form of `tool_choice`."""
+    parallel_tool_calls: bool = True
+    """False: the answer ends with its first call."""
     response_format: ResponseFormat | None = None
     stop: _StopText | Annotated[list[_StopText], Field(max_length=16)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -161,37 +258,61 @@ class ChatCompletionRequest(WireModel):
     top_logprobs: int = Field(0, ge=0, le=20)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    """Most tokens of each step; takes precedence over max_tokens."""
+    """Most tokens of the whole answer, hidden steps and thinking included; takes precedence over max_tokens."""
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
     """Not in OpenAI's form, but usual: keep this many of the likeliest tokens; 0 keeps all."""
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: dict[str, float] | None = None
-    parallel_tool_calls: bool = True
+    min_p: float = Field(0.0, ge=0, le=1)
+    """Likewise: leave out tokens less likely than this part of the likeliest one's probability."""
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    """Likewise: above 1, what was said before becomes less likely."""
+    frequency_penalty: _Penalty = 0.0
+    presence_penalty: _Penalty = 0.0
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    reasoning_effort: str | None = None
+    """Handed to the chat template: `reasoning_effort`, and for `none` and `minimal` `enable_thinking` as false."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Handed to the chat template as they are."""
     metadata: RequestMetadata = Field(default_factory=RequestMetadata)
+    user: str | None = None
+    safety_identifier: str | None = None
+    warnings: list[str] = Field(default_factory=list)
+    """Not the client's: what of its request has no effect."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_fields(cls, body: Any) -> Any:
+        return check_fields(body, CHAT_FIELDS)
 
     @field_validator(
-        "temperature", "top_p", "top_k", "n", "top_logprobs", "stream", "logprobs", "metadata", mode="before"
-    )
+        "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "n",
+        "top_logprobs", "stream", "logprobs", "metadata", "parallel_tool_calls", mode="before",
+    )  # fmt: skip
     @classmethod
     def _null_is_default(cls, value: Any, field: Any) -> Any:
         return cls.model_fields[field.field_name].get_default(call_default_factory=True) if value is None else value
 
-    @field_validator("frequency_penalty", "presence_penalty", "logit_bias", mode="before")
+    @field_validator("logit_bias")
     @classmethod
-    def _refuse_penalties(cls, value: Any, field: Any) -> Any:
-        if value:
-            raise ValueError(f"{field.field_name} is not supported: the logged logprobs would not be the policy's own")
-        return cls.model_fields[field.field_name].default
+    def _named_by_token_ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
+        if wrong := [name for name in bias or () if not (name.isascii() and name.isdigit() and len(name) < 10)]:
+            raise ValueError(f"token ids are whole numbers, not {wrong[0]!r}")
+        return bias
 
-    @field_validator("parallel_tool_calls", mode="before")
-    @classmethod
-    def _refuse_one_call_only(cls, value: Any) -> Any:
-        if value is False:
-            raise ValueError("the policy decides itself how many calls it makes: leave parallel_tool_calls out")
-        return True if value is None else value
+    @model_validator(mode="after")
+    def _take_the_older_form(self) -> ChatCompletionRequest:
+        if self.functions is None:
+            return self
+        if self.tools:
+            raise ValueError("tools and functions are two forms of one thing: send tools alone")
+        self.tools = [Tool(function=function) for function in self.functions] or None
+        self.parallel_tool_calls = False  # the older form has a place for one call
+        if isinstance(self.function_call, NamedFunction):
+            self.tool_choice = NamedToolChoice(function=self.function_call)
+        elif self.function_call is not None:
+            self.tool_choice = self.function_call
+        return self
 
     @model_validator(mode="after")
     def _check_together(self) -> ChatCompletionRequest:
@@ -200,32 +321,53 @@ class ChatCompletionRequest(WireModel):
         names = [tool.function.name for tool in self.tools or []]
         if len(set(names)) < len(names):
             raise ValueError("two tools have the same name")
-        if isinstance(self.tool_choice, NamedToolChoice) and self.tool_choice.function.name not in names:
-            raise ValueError(
-                f"tool_choice names {self.tool_choice.function.name!r}, which is not among the tools: "
-                f"{', '.join(names) or 'none were given'}"
-            )
+        for chosen in self.chosen_tools or ():
+            if chosen not in names:
+                offered = ", ".join(names) or "none were given"
+                raise ValueError(f"tool_choice names {chosen!r}, which is not among the tools: {offered}")
         if self.tool_choice == "required" and not names:
             raise ValueError("tool_choice is 'required' but there are no tools")
-        if self.requires_call and self.response_format and self.response_format.schema_of_answer is not None:
-            raise ValueError("response_format cannot be asked for together with a tool call: drop one of them")
         return self
 
     @model_validator(mode="after")
     def _check_tool_messages(self) -> ChatCompletionRequest:
-        called: set[str] = set()
+        called: set[str | None] = set()
         for number, message in enumerate(self.messages):
-            called.update(call.id for call in message.tool_calls or ())
-            if message.role == "tool" and message.tool_call_id not in called:
-                raise ValueError(
-                    f"message {number} answers the call {message.tool_call_id!r}, which no message before it makes"
-                )
+            called.update(call.id for call in message.calls)
+            answered = message.answered_call_id
+            if message.role in ("tool", "function") and answered not in called:
+                raise ValueError(f"message {number} answers the call {answered!r}, which no message before it makes")
         return self
+
+    @property
+    def chosen_tools(self) -> list[str] | None:
+        """Names of the tools that tool_choice restricts the policy to; None: it does not."""
+        match self.tool_choice:
+            case NamedToolChoice(function=function):
+                return [function.name]
+            case AllowedToolChoice(allowed_tools=allowed):
+                return [choice.function.name for choice in allowed.tools]
+        return None
 
     @property
     def requires_call(self) -> bool:
         """The answer must be a tool call."""
-        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedToolChoice)
+        match self.tool_choice:
+            case "required" | NamedToolChoice():
+                return True
+            case AllowedToolChoice(allowed_tools=allowed):
+                return allowed.mode == "required"
+        return False
+
+    @property
+    def may_call(self) -> bool:
+        return self.tool_choice != "none"
+
+    @property
+    def asks_for_grammar(self) -> bool:
+        """The answer must have a form that sampling is held to."""
+        has_schema = self.response_format is not None and self.response_format.schema_of_answer is not None
+        return self.requires_call or has_schema or not self.may_call
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -233,11 +375,36 @@ class ChatCompletionRequest(WireModel):
 
     @property
     def tool_schemas(self) -> tuple[ToolSchema, ...]:
-        return tuple(tool.model_dump() for tool in self.tools or ())
+        """The tools on offer."""
+        tools = self.tools or []
+        if isinstance(self.tool_choice, AllowedToolChoice):
+            tools = [tool for tool in tools if tool.function.name in (self.chosen_tools or ())]
+        return tuple(tool.model_dump() for tool in tools)
+
+    @property
+    def conversation(self) -> tuple[Message, ...]:
+        """The messages; results of parallel calls in the order of the calls, whichever came first."""
+        return in_order_of_calls([message.as_message() for message in self.messages])
+
+    @property
+    def user_name(self) -> str:
+        """Whom the client asks for; empty where it does not say."""
+        return self.safety_identifier or self.user or ""
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """What the chat template is given beside messages and tools."""
+        effort = self.reasoning_effort
+        asked = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": _thinks(effort)}
+        return asked | (self.chat_template_kwargs or {})
+
+    @property
+    def asked_max_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
     def sampling(self, max_context_tokens: int, grammar: str | None) -> SamplingParams:
         """Raises ValueError where more tokens are asked for than the context could ever hold."""
-        asked = self.max_completion_tokens or self.max_tokens
+        asked = self.asked_max_tokens
         if asked and asked > max_context_tokens:
             raise ValueError(f"{asked} tokens are asked for, but the model's context holds {max_context_tokens}")
         return SamplingParams(
@@ -248,7 +415,29 @@ class ChatCompletionRequest(WireModel):
             seed=self.seed,
             num_top_logprobs=self.top_logprobs,
             grammar=grammar,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            logit_bias=tuple((int(token_id), bias) for token_id, bias in (self.logit_bias or {}).items()),
         )
+
+
+def _thinks(reasoning_effort: str) -> bool:
+    return reasoning_effort not in ("none", "minimal")
+
+
+def in_order_of_calls(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Results that follow one another, in the order of the calls that they answer."""
+    ordered, calls = list[Message](), dict[str, int]()
+    for is_result, group in groupby(messages, lambda message: message["role"] == "tool"):
+        found = list(group)
+        if is_result:
+            found.sort(key=lambda message: calls.get(message["tool_call_id"], len(calls)))
+        elif made := found[-1].get("tool_calls"):
+            calls = {call["id"]: number for number, call in enumerate(made)}
+        ordered += found
+    return tuple(ordered)
 
 
 class OutcomeRequest(WireModel):
@@ -263,16 +452,10 @@ class OutcomeRequest(WireModel):
 # ---------------------------------------------------------------------------------------- demonstrations
 
 
-class DemonstrationMessage(ChatMessage):
-    """One message of an expert's conversation; its assistant messages may tell what was thought."""
-
-    reasoning_content: str | None = None
-
-
 class DemonstrationEntry(WireModel):
     """One expert's conversation."""
 
-    messages: list[DemonstrationMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1)
     tools: list[Tool] = Field(default_factory=list)
     """The tools that were on offer."""
     learn_from: list[int] | None = None
@@ -282,6 +465,12 @@ class DemonstrationEntry(WireModel):
     expert: str = Field(default="expert", pattern=_NAME)
     task: str | None = None
     """`world/split/index` of a world's task."""
+
+    @field_validator("provenance", mode="before")
+    @classmethod
+    def _bounded(cls, given: Any) -> Any:
+        _require_few_bytes("provenance", given)
+        return given
 
     def as_demonstration(self) -> Demonstration:
         return Demonstration(
@@ -307,11 +496,17 @@ class PromotionRequest(WireModel):
     """Who vouches for the episode."""
 
 
+class WithdrawalRequest(WireModel):
+    """Body of a DELETE of an outcome, a correction or a demonstration; may be left out."""
+
+    reason: str = Field("", max_length=10_000)
+
+
 class CorrectionRequest(WireModel):
     """Body of POST /v1/episodes/{id}/corrections: what should have been done at one of its steps."""
 
     step_id: str = Field(min_length=1, max_length=128)
-    message: DemonstrationMessage
+    message: ChatMessage
     """The assistant's message that an expert would have written there."""
     source: str = Field("user", pattern=_NAME)
 
@@ -336,6 +531,23 @@ class CycleRequest(WireModel):
         if "objectives" in said:
             said["objectives"] = ",".join(said["objectives"])
         return [part for name, value in said.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+# -------------------------------------------------------------------------------------------------- keys
+
+
+class KeyRequest(WireModel):
+    """Body of POST /v1/keys."""
+
+    name: str = Field(pattern=_NAME)
+    """Whose key it is; never given again."""
+    role: Role = Field(Role.USE, strict=False)
+    """Each includes those before it: use, feedback, teach, admin."""
+    requests_per_day: int | None = Field(None, ge=0, lt=2**62)
+    """In a day of UTC; None: no bound."""
+    steps_per_day: int | None = Field(None, ge=0, lt=2**62)
+    tokens_per_day: int | None = Field(None, ge=0, lt=2**62)
+    """Of prompts and completions together."""
 
 
 # ---------------------------------------------------------------------------------------------- adapters
@@ -364,6 +576,8 @@ class AdapterChange(WireModel):
 class AdapterPromotion(AdapterChange):
     """Body of POST /v1/adapters/{name}/promote; may be left out."""
 
+    is_proposal: bool = False
+    """A learner asks: what comes of it is for the server's `--promote` to say."""
     expected_acting: str | None = None
     """What it was found to be better than (`base`: the base network). Where another adapter acts by now, nothing is
     changed."""

@@ -30,6 +30,9 @@ class CycleTrigger:
         """0: never by itself."""
         self._started: str | None = None
         """The cycle that we started last."""
+        self._newest_seen: str | None = None
+        self._seen_at = 0
+        """How many episodes there were when the newest cycle was seen first."""
         self._pause_s = 0.0
         self._not_before = 0.0
         """time.monotonic()"""
@@ -47,9 +50,18 @@ class CycleTrigger:
 
     def _is_due(self) -> bool:
         newest = self._cycles.cycles(limit=1)
-        self._back_off(newest[0].cycle if newest else None)
+        cycle = newest[0].cycle if newest else None
+        self._back_off(cycle)
+        if cycle != self._newest_seen:
+            self._newest_seen, self._seen_at = cycle, self._log.num_episodes()
+        if time.monotonic() < self._not_before:
+            return False
         since = newest[0].started_at if newest else 0.0
-        return time.monotonic() >= self._not_before and self._log.num_learnable_since(since) >= self.every_episodes
+        most = self.every_episodes
+        if self._log.num_learnable_since(since, most) >= most:
+            return True
+        # A clock that was set back: episodes come, and none of them is later than the last cycle.
+        return self._newest_seen is not None and self._log.num_learnable_after(self._seen_at, most) >= most
 
     def _back_off(self, newest: str | None) -> None:
         if self._started is None:

@@ -74,6 +74,45 @@ class AdapterEvent:
     reason: str
     created_at: float
     """Unix seconds."""
+    key: str = ""
+    """Name of the key that asked for it; empty: the server itself, or somebody who was asked for none."""
+
+
+LOCK_TIMEOUT_S = 5.0
+"""How long a write waits for another process that writes to the file."""
+
+
+class ProposalEvent(StrEnum):
+    """What became of a candidate that needs somebody's yes."""
+
+    PROPOSED = "proposed"  # it passed the gate and waits
+    APPROVED = "approved"  # somebody let it act
+    DECLINED = "declined"  # somebody refused it
+    EXPIRED = "expired"  # nobody said anything for too long
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A candidate that waits for somebody's yes."""
+
+    adapter: str
+    reason: str
+    expected_acting: str | None
+    """What it was found to be better than."""
+    key: str
+    created_at: float
+    """Unix seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class WatchEvent:
+    """The watch over live adapters was paused, or goes on."""
+
+    is_paused: bool
+    reason: str = ""
+    key: str = ""
+    created_at: float = 0.0
+    """Unix seconds; 0: it was never paused."""
 
 
 MODEL_CARD = "README.md"
@@ -112,6 +151,51 @@ def name_the_cycle(db: Database) -> None:
     db.execute("ALTER TABLE adapters ADD COLUMN cycle TEXT")
 
 
+@migrations()
+def say_who(db: Database) -> None:
+    """Who asked for each change."""
+    for table in ("adapter_events", "acting"):
+        db.execute(f"ALTER TABLE {table} ADD COLUMN key TEXT NOT NULL DEFAULT ''")
+
+
+@migrations()
+def pause_the_watch(db: Database) -> None:
+    """Whether live evidence may change what acts."""
+    db.execute(
+        "CREATE TABLE watch_events (id INTEGER PRIMARY KEY, is_paused INTEGER NOT NULL, reason TEXT NOT NULL, "
+        "key TEXT NOT NULL, created_at REAL NOT NULL) STRICT"
+    )
+    for verb in ("UPDATE", "DELETE"):
+        db.execute(
+            f"CREATE TRIGGER watch_events_no_{verb.lower()} BEFORE {verb} ON watch_events "
+            "BEGIN SELECT RAISE(ABORT, 'watch_events is append-only'); END"
+        )
+
+
+@migrations()
+def ask_before_promoting(db: Database) -> None:
+    """Candidates that wait for somebody's yes, and what became of them."""
+    db.execute(
+        "CREATE TABLE proposal_events (id INTEGER PRIMARY KEY, adapter TEXT NOT NULL REFERENCES adapters(name), "
+        "event TEXT NOT NULL, reason TEXT NOT NULL, expected_acting TEXT, key TEXT NOT NULL, "
+        "created_at REAL NOT NULL) STRICT"
+    )
+    db.execute("CREATE INDEX proposal_events_by_adapter ON proposal_events(adapter, id)")
+    for verb in ("UPDATE", "DELETE"):
+        db.execute(
+            f"CREATE TRIGGER proposal_events_no_{verb.lower()} BEFORE {verb} ON proposal_events "
+            "BEGIN SELECT RAISE(ABORT, 'proposal_events is append-only'); END"
+        )
+
+
+_WAITING = """
+SELECT adapter, reason, expected_acting, key, created_at FROM proposal_events AS said
+WHERE event = 'proposed' AND id = (SELECT max(id) FROM proposal_events WHERE adapter = said.adapter)
+  AND NOT EXISTS (SELECT 1 FROM adapter_events WHERE adapter_events.adapter = said.adapter
+                  AND state IN ('acting', 'canary', 'refused') AND adapter_events.created_at >= said.created_at)
+ORDER BY id"""
+
+
 class AdapterRegistry:
     """The store. Its folders lie beside the database file: `adapters/agent-v0007`. May be used from any thread.
 
@@ -125,7 +209,7 @@ class AdapterRegistry:
         for left_by_a_crash in self._folder.glob(f"{INCOMING}*"):
             shutil.rmtree(left_by_a_crash, ignore_errors=True)
         self._lock = threading.RLock()
-        self.db = Database(sqlite3.connect(path, check_same_thread=False, timeout=30.0))
+        self.db = Database(sqlite3.connect(path, check_same_thread=False, timeout=LOCK_TIMEOUT_S))
         self.db.enable_wal()
         self.db.execute("PRAGMA synchronous=FULL")
         migrations.apply(self.db)
@@ -138,7 +222,9 @@ class AdapterRegistry:
 
     # ---------------------------------------------------------------------------------------------- write
 
-    def register(self, path: Path, parent: str | None = None, reason: str = "", cycle: str | None = None) -> Adapter:
+    def register(
+        self, path: Path, parent: str | None = None, reason: str = "", cycle: str | None = None, key: str = ""
+    ) -> Adapter:
         """Copy a PEFT folder in under the next version's name. The folder itself may go afterwards.
 
         Registering the very same files again gives the adapter they already are, so that a maker who did not hear
@@ -152,12 +238,15 @@ class AdapterRegistry:
         try:
             self._copy(path, incoming)
             rank, digest = adapter_rank(incoming), weights_digest(incoming)
+            if not 1 <= rank < 2**31:
+                raise AdapterRefused(f"its rank is {rank}, which no network has")
             with self._lock:
-                return self._known(incoming, digest) or self._adopt(incoming, rank, digest, parent, reason, cycle)
+                known = self._known(incoming, digest)
+                return known or self._adopt(incoming, rank, digest, parent, reason, cycle, key)
         finally:
             shutil.rmtree(incoming, ignore_errors=True)
 
-    def record(self, adapter: Adapter | str, state: AdapterState, reason: str = "") -> None:
+    def record(self, adapter: Adapter | str, state: AdapterState, reason: str = "", key: str = "") -> None:
         """Append a change of state. Raises RegistryError where the transition table does not allow it.
 
         An adapter becomes acting here only if the pointer is on it already (its engine has started anew); else
@@ -169,15 +258,15 @@ class AdapterRegistry:
                 raise RegistryError(f"{name} cannot become acting without being promoted")
             self._require_transition(name, state)
             with write_transaction(self.db):
-                self._insert_event(name, state, reason)
+                self._insert_event(name, state, reason, key)
 
-    def promote(self, name: str, reason: str = "") -> None:
+    def promote(self, name: str, reason: str = "", key: str = "") -> None:
         """Let an adapter that is verified, or a canary, act from now on; the one before it drains."""
         with self._lock:
             current = self._acting_row()
-            self._flip(name, current["id"] if current else None, reason)
+            self._flip(name, current["id"] if current else None, reason, key)
 
-    def rollback(self, reason: str, num_back: int = 1) -> Adapter | None:
+    def rollback(self, reason: str, num_back: int = 1, key: str = "") -> Adapter | None:
         """Let act again what acted `num_back` promotions before; None is the base network.
 
         Raises RegistryError where nothing is behind, or where what is behind does not lie verified in the engine.
@@ -187,10 +276,57 @@ class AdapterRegistry:
             if not 1 <= num_back < len(chain):
                 raise RegistryError(f"nothing to roll back to: {self._chain_in_words()}")
             target = chain[num_back]
-            self._flip(target["adapter"], target["behind"], reason)
+            self._flip(target["adapter"], target["behind"], reason, key)
             return self.acting()
 
+    def note_proposal(
+        self, name: str, event: ProposalEvent, reason: str, expected_acting: str | None, key: str = ""
+    ) -> None:
+        """Append that an adapter waits for somebody's yes, or why it no longer does. Raises UnknownAdapter."""
+        self.adapter(name)
+        with self._lock, write_transaction(self.db):
+            self.db.execute(
+                "INSERT INTO proposal_events (adapter, event, reason, expected_acting, key, created_at) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
+                [name, event.value, reason, expected_acting, key, time.time()],
+            )
+
+    def record_watch(self, is_paused: bool, reason: str, key: str = "") -> None:
+        """Append that the watch pauses, or goes on."""
+        with self._lock, write_transaction(self.db):
+            self.db.execute(
+                "INSERT INTO watch_events (is_paused, reason, key, created_at) VALUES (?, ?, ?, ?)",
+                [int(is_paused), reason, key, time.time()],
+            )
+
     # ----------------------------------------------------------------------------------------------- read
+
+    def proposals(self) -> list[Proposal]:
+        """What waits for somebody's yes, oldest first."""
+        return [Proposal(**row) for row in self._rows(_WAITING)]
+
+    def proposal(self, name: str) -> Proposal | None:
+        return next((proposal for proposal in self.proposals() if proposal.adapter == name), None)
+
+    def watch(self) -> WatchEvent:
+        """Whether the watch is paused, and who said so."""
+        for row in self._rows("SELECT * FROM watch_events ORDER BY id DESC LIMIT 1"):
+            return WatchEvent(bool(row["is_paused"]), row["reason"], row["key"], row["created_at"])
+        return WatchEvent(False)
+
+    def state_since(self, name: str, state: AdapterState) -> float:
+        """When an adapter was last put into this state by a change; 0 for never. Unix seconds."""
+        rows = self._rows(
+            "SELECT created_at FROM adapter_events WHERE adapter = ? AND state = ? ORDER BY id DESC LIMIT 1",
+            name,
+            state.value,
+        )
+        return rows[0]["created_at"] if rows else 0.0
+
+    def acting_since(self) -> float:
+        """When what acts was last promoted, or rolled back to; 0 where nothing ever was. Unix seconds."""
+        row = self._acting_row()
+        return row["created_at"] if row else 0.0
 
     def adapter(self, name: str) -> Adapter:
         """Raises UnknownAdapter."""
@@ -249,7 +385,7 @@ class AdapterRegistry:
         return None
 
     def _adopt(
-        self, incoming: Path, rank: int, digest: str, parent: str | None, reason: str, cycle: str | None
+        self, incoming: Path, rank: int, digest: str, parent: str | None, reason: str, cycle: str | None, key: str
     ) -> Adapter:
         version = 1 + len(self.adapters())
         name = f"agent-v{version:04d}"
@@ -261,41 +397,41 @@ class AdapterRegistry:
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",
                 [version, name, rank, parent, digest, time.time(), cycle],
             )
-            self._insert_event(name, AdapterState.REGISTERED, reason)
+            self._insert_event(name, AdapterState.REGISTERED, reason, key)
             incoming.rename(adapter.path)
         return adapter
 
-    def _flip(self, name: str | None, behind: int | None, reason: str) -> None:
+    def _flip(self, name: str | None, behind: int | None, reason: str, key: str) -> None:
         """Move the acting pointer, with both changes of state, in one transaction."""
         before = self.acting()
         if name is not None:
             self._require_transition(name, AdapterState.ACTING)
         with write_transaction(self.db):
             self.db.execute(
-                "INSERT INTO acting (adapter, behind, reason, created_at) VALUES (?, ?, ?, ?)",
-                [name, behind, reason, time.time()],
+                "INSERT INTO acting (adapter, behind, reason, created_at, key) VALUES (?, ?, ?, ?, ?)",
+                [name, behind, reason, time.time(), key],
             )
             if before is not None and self.state(before.name) is AdapterState.ACTING:
-                self._insert_event(before.name, AdapterState.DRAINING, reason)
+                self._insert_event(before.name, AdapterState.DRAINING, reason, key)
             if name is not None:
-                self._insert_event(name, AdapterState.ACTING, reason)
+                self._insert_event(name, AdapterState.ACTING, reason, key)
 
     def _require_transition(self, name: str, state: AdapterState) -> None:
         now = self.state(name)
         if state not in TRANSITIONS[now]:
             raise RegistryError(f"{name} is {now} and cannot become {state}")
 
-    def _insert_event(self, name: str, state: AdapterState, reason: str) -> None:
+    def _insert_event(self, name: str, state: AdapterState, reason: str, key: str) -> None:
         self.db.execute(
-            "INSERT INTO adapter_events (adapter, state, reason, created_at) VALUES (?, ?, ?, ?)",
-            [name, state.value, reason, time.time()],
+            "INSERT INTO adapter_events (adapter, state, reason, created_at, key) VALUES (?, ?, ?, ?, ?)",
+            [name, state.value, reason, time.time(), key],
         )
 
     def _events(self, name: str, order: str) -> tuple[AdapterEvent, ...]:
         rows = self._rows(f"SELECT * FROM adapter_events WHERE adapter = ? {order}", name)
         if not rows:
             raise UnknownAdapter(f"there is no adapter {name!r}")
-        return tuple(AdapterEvent(name, AdapterState(r["state"]), r["reason"], r["created_at"]) for r in rows)
+        return tuple(AdapterEvent(name, AdapterState(r["state"]), r["reason"], r["created_at"], r["key"]) for r in rows)
 
     def _acting_row(self) -> dict[str, Any] | None:
         rows = self._rows("SELECT * FROM acting ORDER BY id DESC LIMIT 1")

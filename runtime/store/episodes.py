@@ -9,7 +9,7 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -58,6 +58,31 @@ class StopReason(StrEnum):
     MALFORMED = "malformed"  # client-run tools: the action could not be read; or too many in a row
 
 
+class PromptChange(StrEnum):
+    """What a client changed of a conversation that it continues, so that its prompt is another one."""
+
+    SYSTEM = "system"  # the system message: a clock in it, instructions swapped at a handoff
+    HISTORY = "history"  # what was said: left out, compacted, replayed in other words
+
+
+class Role(StrEnum):
+    """What a key may do; each role may also do what those before it may."""
+
+    USE = "use"  # ask the agent, and see its own episodes
+    FEEDBACK = "feedback"  # say how its episodes ended, and correct their steps
+    TEACH = "teach"  # import demonstrations, vouch for its episodes
+    ADMIN = "admin"  # everything: all episodes, adapters, cycles, keys
+
+    def may(self, needed: Role) -> bool:
+        """Whether this role includes the other one."""
+        return self.trust >= needed.trust
+
+    @property
+    def trust(self) -> int:
+        """0 for USE up to 3 for ADMIN."""
+        return list(Role).index(self)
+
+
 @dataclass(frozen=True, slots=True)
 class ToolResult:
     """What one tool call gave back. An error is an observation, not an exception."""
@@ -84,6 +109,14 @@ class Episode:
     """What the client sent as `metadata`, or an imported demonstration's provenance."""
     created_at: float = field(default_factory=time.time)
     """Unix seconds."""
+    owner: str = ""
+    """Name of the key that it belongs to (that imported it, for a demonstration); empty: nobody was asked for one."""
+    is_assigned: bool = True
+    """The server chose its adapter; False: the client asked for one by name."""
+    user: str = ""
+    """Whom the key's holder asked for; empty where the request did not say."""
+    agent: str = ""
+    """Name of the agent that acts in it; empty: the server's only one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +130,7 @@ class Step:
     index: int
     """Number of ancestors: 0 for a first step."""
     new_messages: tuple[Message, ...]
-    """The observation: the messages seen since the parent's action (all of them for a first step)."""
+    """The observation: the messages seen since the parent's action (all of them for a first step, or a changed one)."""
     tools: tuple[ToolSchema, ...]
     """The tools that were on offer."""
     prompt_token_ids: TokenIds
@@ -121,6 +154,12 @@ class Step:
     first_token_ms: float
     latency_ms: float
     """From the step's begin to its last token, tools not counted."""
+    prompt_change: PromptChange | None = None
+    """Set where the client changed what it had said before: then `new_messages` is the whole conversation."""
+    thread_digest: str = ""
+    """As `conversation_digest`, but without system messages and however white space stands; empty: not taken."""
+    tail_digest: str = ""
+    """The same of the last two messages only, the answer and what it answers."""
 
     def __post_init__(self) -> None:
         logprobs = self.behavior_logprobs
@@ -130,7 +169,8 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How an episode ended for those who asked. Arrives later, may arrive more than once; the newest counts."""
+    """How an episode ended for those who asked. Arrives later, may arrive more than once: of those who are trusted
+    most, what was said last counts."""
 
     id: str
     episode_id: str
@@ -140,6 +180,10 @@ class Outcome:
     """Who says so: `user`, `world`, ..."""
     note: str = ""
     created_at: float = field(default_factory=time.time)
+    key: str = ""
+    """Name of the key that says so; empty: the server itself, or somebody who was asked for none."""
+    role: Role = Role.ADMIN
+    """The key's role then: how far it is trusted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +197,51 @@ class Correction:
     """The action as the chat protocol renders it after the step's prompt."""
     source: str
     created_at: float = field(default_factory=time.time)
+    key: str = ""
+    """Name of the key that says so; empty as in an outcome."""
 
 
-Fact = Episode | Step | Outcome | Correction
+@dataclass(frozen=True, slots=True)
+class Withdrawal:
+    """An outcome, a correction or a demonstration that no longer counts: it was wrong. What was said stays logged."""
+
+    id: str
+    fact_id: str
+    """Of the outcome or correction, or of the demonstration's episode."""
+    reason: str = ""
+    key: str = ""
+    """Name of the key that took it back."""
+    created_at: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseRecord:
+    """What was asked of a response that can be retrieved; what was answered are its steps."""
+
+    id: str
+    episode_id: str
+    step_id: str
+    """Its first step."""
+    request: dict[str, Any]
+    """The request's body."""
+    created_at: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseDeletion:
+    """A response that must not be retrieved any more. Its steps stay logged."""
+
+    id: str
+    """The response's."""
+    created_at: float = field(default_factory=time.time)
+
+
+def new_messages_along(path: Sequence[Step]) -> Iterator[tuple[Step, tuple[Message, ...]]]:
+    """A path's steps with what was new at each, from the last one on at which the whole conversation was."""
+    begins = max((number for number, step in enumerate(path) if step.prompt_change is not None), default=0)
+    for step in path[begins:]:
+        yield step, step.new_messages
+
+
+Fact = Episode | Step | Outcome | Correction | Withdrawal | ResponseRecord | ResponseDeletion
 """What the step log takes: appended, never edited."""

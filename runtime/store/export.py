@@ -37,6 +37,8 @@ class ExportFilter:
     """Unix seconds: episodes that began then or later."""
     min_outcome: float | None = None
     """The newest outcome is at least this; an episode without one is left out."""
+    owner: str | None = None
+    """Name of the key that they belong to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,9 @@ def export(log: StepLog, learning_log: LearningReader | None, wanted: ExportFilt
 
 def _episodes(log: StepLog, wanted: ExportFilter) -> Iterator[Episode]:
     after: str | None = None
-    while page := log.episodes(after, _PAGE, wanted.purpose, wanted.actor, wanted.adapter, wanted.task_prefix):
+    while page := log.episodes(
+        after, _PAGE, wanted.purpose, wanted.actor, wanted.adapter, wanted.task_prefix, wanted.owner
+    ):
         for episode in page:
             outcomes = log.outcomes(episode.id) if wanted.min_outcome is not None else []
             is_good = wanted.min_outcome is None or (outcomes and outcomes[-1].value >= wanted.min_outcome)

@@ -32,12 +32,15 @@ class CycleStage(StrEnum):
     GATE = "gate"  # holds the candidates against the acting adapter
     PROMOTE = "promote"  # hands the best one to the runtime
     PROMOTED = "promoted"  # ended: a better adapter acts
+    PROPOSED = "proposed"  # ended: a better adapter waits for somebody's yes
     REFUSED = "refused"  # ended: no candidate was better
     NOTHING_TO_LEARN = "no_lesson"  # ended: nothing to learn from, and why; the stored word is that of older logs
     FAILED = "failed"  # ended: something broke, and what
 
 
-ENDINGS = frozenset({CycleStage.PROMOTED, CycleStage.REFUSED, CycleStage.NOTHING_TO_LEARN, CycleStage.FAILED})
+ENDINGS = frozenset({
+    CycleStage.PROMOTED, CycleStage.PROPOSED, CycleStage.REFUSED, CycleStage.NOTHING_TO_LEARN, CycleStage.FAILED
+})  # fmt: skip
 
 
 class RewardSource(StrEnum):
@@ -152,9 +155,9 @@ class LearningReader:
     def last_step_seen(self) -> str | None:
         """The step that the last cycle which learned from the log read up to."""
         rows = self._rows(
-            "SELECT last_step_id FROM cycles WHERE stage IN (?, ?) AND last_step_id IS NOT NULL "
+            "SELECT last_step_id FROM cycles WHERE stage IN (?, ?, ?) AND last_step_id IS NOT NULL "
             "ORDER BY id DESC LIMIT 1",
-            [CycleStage.PROMOTED, CycleStage.REFUSED],
+            [CycleStage.PROMOTED, CycleStage.PROPOSED, CycleStage.REFUSED],
         )
         return rows[0]["last_step_id"] if rows else None
 
@@ -166,6 +169,11 @@ class LearningReader:
         )
         return [{**row, "promote": bool(row["promote"]), "evidence": json.loads(row["evidence"])} for row in rows]
 
+    def evidence_against(self, acting: str) -> list[dict[str, Any]]:
+        """On what evidence candidates were held against an adapter, newest first."""
+        rows = self._rows("SELECT evidence FROM gate_decisions WHERE against = ? ORDER BY id DESC", [acting])
+        return [json.loads(row["evidence"]) for row in rows]
+
     def decisions_on(self, candidate: str) -> list[dict[str, Any]]:
         """What gates decided on an adapter, and on what evidence; oldest first."""
         rows = self._rows(
@@ -173,11 +181,6 @@ class LearningReader:
             [candidate],
         )
         return [{**row, "promote": bool(row["promote"]), "evidence": json.loads(row["evidence"])} for row in rows]
-
-    def evidence_against(self, acting: str) -> list[dict[str, Any]]:
-        """On what evidence candidates were held against an adapter, newest first."""
-        rows = self._rows("SELECT evidence FROM gate_decisions WHERE against = ? ORDER BY id DESC", [acting])
-        return [json.loads(row["evidence"]) for row in rows]
 
     def rewards(self, cycle: str) -> list[StepReward]:
         rows = self._rows("SELECT step_id, cycle, source, value FROM step_rewards WHERE cycle = ?", [cycle])
@@ -216,7 +219,8 @@ class LearningReader:
         """Expert agreement of an adapter's own steps in the newest cycle that judged any: 1 or 0, newest step first."""
         rows = self._rows(
             "SELECT value FROM step_rewards JOIN steps ON steps.id = step_id JOIN episodes ON episodes.id = episode_id "
-            "WHERE source = 'expert_agreement' AND episodes.purpose <> 'evaluation' AND steps.adapter = ? "
+            "WHERE source = 'expert_agreement' AND episodes.purpose <> 'evaluation' AND episodes.is_assigned "
+            "AND steps.adapter = ? "
             "AND cycle = (SELECT cycle FROM cycles WHERE EXISTS (SELECT 1 FROM step_rewards WHERE "
             "step_rewards.cycle = cycles.cycle AND source = 'expert_agreement') ORDER BY id DESC LIMIT 1) "
             "ORDER BY steps.created_at DESC",

@@ -11,37 +11,77 @@ memory, on which SQLite has no WAL.
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 import struct
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from sqlite_utils import Database
 
-from runtime.store.episodes import Actor, Correction, Episode, Fact, Outcome, Purpose, Step
+from runtime.store.episodes import (
+    Actor,
+    Correction,
+    Episode,
+    Fact,
+    Outcome,
+    Purpose,
+    ResponseRecord,
+    Role,
+    Step,
+    Withdrawal,
+)
 from runtime.store.prompt_chains import SequenceCache, sequence_of
 from runtime.store.step_rows import (
     TOKEN_BYTES,
     correction_from_row,
     episode_from_row,
     outcome_from_row,
+    response_from_row,
     step_from_row,
+    withdrawal_from_row,
 )
 from runtime.store.step_schema import FACT_TABLES, STEP_LOG_MIGRATIONS
 from runtime.store.step_writer import StepLogError, StepWriter
 
-__all__ = ["StepLog", "StepLogError"]
+__all__ = ["Mark", "MarkedStep", "StepLog", "StepLogError", "Whose"]
 
-LOCK_TIMEOUT_S = 30.0
+LOCK_TIMEOUT_S = 5.0
 """How long a write waits for another process that writes to the same file (the learner's tables live there too)."""
 
 _STEPS = "SELECT steps.*, tool_sets.tools FROM steps JOIN tool_sets ON tool_sets.digest = steps.tools_digest"
 
-_LEARNABLE = "actor = 'policy' AND purpose <> 'evaluation'"
+_TRUST = "CASE role " + " ".join(f"WHEN '{role}' THEN {role.trust}" for role in Role) + " END"
+
+MOST_OF_A_KEY = 10
+"""Outcomes of one key that is trusted to give feedback and no more, of each adapter."""
+LIVE_EPISODES = 5000
+"""Of an adapter, newest first, that are looked through for outcomes."""
+
+LEARNABLE = "actor = 'policy' AND purpose <> 'evaluation'"
+"""Word for word that of two indexes."""
+
+_NOT_TAKEN_BACK = "NOT EXISTS (SELECT 1 FROM withdrawals WHERE fact_id = {id})"
+
+_LIVE_OUTCOMES = f"""
+WITH live AS (
+    SELECT id FROM episodes
+    WHERE {LEARNABLE} AND adapter = ? AND is_assigned = 1 AND created_at >= ? ORDER BY id DESC LIMIT ?),
+said AS (
+    SELECT outcomes.*, outcomes.rowid AS number, {_TRUST} AS trust, row_number() OVER (
+        PARTITION BY episode_id ORDER BY {_TRUST} DESC, created_at DESC, outcomes.id DESC) AS place
+    FROM live JOIN outcomes ON outcomes.episode_id = live.id
+    WHERE {_NOT_TAKEN_BACK.format(id="outcomes.id")}),
+counted AS (
+    SELECT *, row_number() OVER (PARTITION BY key ORDER BY number DESC) AS nth_of_key FROM said WHERE place = 1)
+SELECT id, episode_id, value, source, note, created_at, key, role FROM counted
+WHERE trust >= {{least_trust}} OR nth_of_key <= ? ORDER BY number DESC LIMIT ?"""
 
 _ANCESTRY = """
 WITH RECURSIVE ancestry (id, parent_id) AS (
@@ -51,6 +91,38 @@ WITH RECURSIVE ancestry (id, parent_id) AS (
 _MISCOUNTED = """
 SELECT steps.id, steps.step_index FROM steps LEFT JOIN steps AS parents ON parents.id = steps.parent_id
 WHERE steps.step_index <> coalesce(parents.step_index + 1, 0)"""
+
+
+class Mark(Enum):
+    """What a step is recognised by: table and column."""
+
+    CONVERSATION = ("steps", "conversation_digest")
+    THREAD = ("steps", "thread_digest")
+    TAIL = ("steps", "tail_digest")
+    CALL = ("step_calls", "call_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Whose:
+    """Where a conversation is looked for: in one episode, or among those of a key's user."""
+
+    owner: str = ""
+    user: str = ""
+    episode_id: str | None = None
+    """Goes before the other two."""
+    is_anybodys: bool = False
+    """Everywhere; who asks must then be allowed to see what is found."""
+
+
+@dataclass(frozen=True, slots=True)
+class MarkedStep:
+    """A step that bears a mark that was looked for."""
+
+    mark: str
+    step_id: str
+    episode_id: str
+    is_continued: bool
+    """Another step stands on it."""
 
 
 class StepLog:
@@ -109,14 +181,42 @@ class StepLog:
         """An episode's steps by time of creation; its branches stand beside each other."""
         return self._steps(f"{_STEPS} WHERE episode_id = ? ORDER BY created_at, steps.id", episode_id)
 
+    def steps_after(self, episode_id: str, step_id: str | None, limit: int) -> Iterator[Step]:
+        """The same, page by page and read one by one: those after this step. Close the iterator where it is left."""
+        after = "AND (created_at, steps.id) > (SELECT created_at, id FROM steps WHERE id = ?)" if step_id else ""
+        query = f"SELECT id FROM steps WHERE episode_id = ? {after} ORDER BY created_at, id LIMIT ?"
+        values = (episode_id, step_id, limit) if step_id else (episode_id, limit)
+        for row in self._rows(query, *values):
+            if (step := self.step(row["id"])) is not None:
+                yield step
+
+    def children(self, step_id: str) -> list[Step]:
+        """The steps that stand on it, by time of creation."""
+        return self._steps(f"{_STEPS} WHERE parent_id = ? ORDER BY created_at, steps.id", step_id)
+
     def path_to(self, step_id: str) -> list[Step]:
         """From the first step to this one, along the parents."""
         return self._steps(f"{_ANCESTRY} {_STEPS} JOIN ancestry ON ancestry.id = steps.id ORDER BY step_index", step_id)
 
-    def find_step(self, conversation_digest: str) -> Step | None:
-        """The newest step that ended in this conversation."""
-        query = f"{_STEPS} WHERE conversation_digest = ? ORDER BY created_at DESC, steps.id DESC LIMIT 1"
-        return _first(self._steps(query, conversation_digest))
+    def marked_steps(self, mark: Mark, values: Iterable[str], whose: Whose) -> list[MarkedStep]:
+        """The steps that bear one of these marks, newest first, in an episode or among a user's."""
+        table, column = mark.value
+        if whose.episode_id is not None:
+            scope, of = "episode_id = ?", (whose.episode_id,)
+        elif whose.is_anybodys:
+            scope, of = "TRUE", ()
+        else:
+            scope, of = "episodes.owner = ? AND episodes.user = ? AND actor = 'policy'", (whose.owner, whose.user)
+        calls = "" if table == "steps" else "JOIN step_calls ON step_calls.step_id = steps.id "
+        query = (
+            f"SELECT {table}.{column} AS mark, steps.id, episode_id, "
+            "EXISTS (SELECT 1 FROM steps AS child WHERE child.parent_id = steps.id) AS is_continued "
+            f"FROM steps {calls}JOIN episodes ON episodes.id = steps.episode_id "
+            f"WHERE {table}.{column} IN (SELECT value FROM json_each(?)) AND {scope} "
+            "ORDER BY steps.created_at DESC, steps.id DESC"
+        )
+        rows = self._rows(query, json.dumps(list(values)), *of)
+        return [MarkedStep(row["mark"], row["id"], row["episode_id"], bool(row["is_continued"])) for row in rows]
 
     def episodes(
         self,
@@ -126,45 +226,111 @@ class StepLog:
         actor: Actor | None = None,
         adapter: str | None = None,
         task_prefix: str | None = None,
+        owner: str | None = None,
     ) -> list[Episode]:
-        """One page, newest first. `after` is the last id of the page before, so that new arrivals shift nothing."""
+        """One page, newest first. `after` is the last id of the page before, so that new arrivals shift nothing.
+
+        Demonstrations that were taken back are not in it.
+        """
+        return list(self.each_episode(after, limit, purpose, actor, adapter, task_prefix, owner))
+
+    def each_episode(
+        self,
+        after: str | None = None,
+        limit: int = 50,
+        purpose: Purpose | None = None,
+        actor: Actor | None = None,
+        adapter: str | None = None,
+        task_prefix: str | None = None,
+        owner: str | None = None,
+    ) -> Generator[Episode, None, None]:
+        """The same, read one by one: close the iterator where the rest is not needed."""
         conditions = {"id < ?": after, "purpose = ?": purpose, "actor = ?": actor, "adapter = ?": adapter}
+        conditions["owner = ?"] = owner
         if task_prefix is not None:  # a range, which an index serves; LIKE would trip over the prefix's own % and _
             conditions |= {"task >= ?": task_prefix, "task < ?": task_prefix + "\U0010ffff"}
         wanted = {condition: value for condition, value in conditions.items() if value is not None}
-        where = " AND ".join(wanted) or "TRUE"
+        where = " AND ".join([*wanted, _NOT_TAKEN_BACK.format(id="episodes.id")])
         page = f"SELECT id FROM episodes WHERE {where} ORDER BY id DESC LIMIT ?"  # sorts ids in an index, no whole rows
-        rows = self._rows(f"SELECT * FROM episodes WHERE id IN ({page}) ORDER BY id DESC", *wanted.values(), limit)
-        return [episode_from_row(row) for row in rows]
+        query = f"SELECT * FROM episodes WHERE id IN ({page}) ORDER BY id DESC"
+        with self._reading() as connection, closing(connection.execute(query, (*wanted.values(), limit))) as rows:
+            for row in rows:
+                yield episode_from_row(row)
+
+    def response(self, response_id: str) -> ResponseRecord | None:
+        """None for one that is not known, or was deleted."""
+        rows = self._rows(
+            "SELECT * FROM responses WHERE id = ? AND id NOT IN (SELECT id FROM response_deletions)", response_id
+        )
+        return response_from_row(rows[0]) if rows else None
+
+    def run_from(self, step_id: str) -> list[Step]:
+        """The steps of an answer, from its first one to the one in which it ended; empty where it never did."""
+        step = self.step(step_id)
+        run = [] if step is None else [step]
+        while run and run[-1].stop_reason is None:
+            following = self.children(run[-1].id)
+            if not following:
+                return []
+            run.append(following[0])
+        return run
 
     def outcomes(self, episode_id: str) -> list[Outcome]:
-        """Oldest first: the last one counts."""
-        rows = self._rows("SELECT * FROM outcomes WHERE episode_id = ? ORDER BY created_at, id", episode_id)
+        """Those that were not taken back. The last one counts: the newest of those who are trusted most."""
+        query = f"SELECT * FROM outcomes WHERE episode_id = ? AND {_NOT_TAKEN_BACK.format(id='outcomes.id')}"
+        rows = self._rows(f"{query} ORDER BY {_TRUST}, created_at, id", episode_id)
         return [outcome_from_row(row) for row in rows]
 
-    def num_learnable_since(self, created_at: float) -> int:
-        """How many of the policy's own episodes, evaluations not counted, began after that moment."""
-        return self._rows(f"SELECT count(*) FROM episodes WHERE {_LEARNABLE} AND created_at > ?", created_at)[0][0]
+    def outcome(self, outcome_id: str) -> Outcome | None:
+        rows = self._rows("SELECT * FROM outcomes WHERE id = ?", outcome_id)
+        return outcome_from_row(rows[0]) if rows else None
 
-    def outcome_values(self, adapter: str, limit: int) -> list[float]:
-        """How the newest of an adapter's own episodes went, evaluations not counted: the last outcome of each."""
-        newest = f"SELECT id FROM episodes WHERE {_LEARNABLE} AND adapter = ? ORDER BY id DESC"
-        query = (
-            "SELECT value FROM outcomes WHERE outcomes.rowid IN "
-            f"(SELECT max(rowid) FROM outcomes WHERE episode_id IN ({newest}) GROUP BY episode_id) "
-            "ORDER BY outcomes.rowid DESC LIMIT ?"
-        )
-        return [row[0] for row in self._rows(query, adapter, limit)]
+    def correction(self, correction_id: str) -> Correction | None:
+        rows = self._rows("SELECT * FROM corrections WHERE id = ?", correction_id)
+        return correction_from_row(rows[0]) if rows else None
+
+    def withdrawals(self, fact_id: str) -> list[Withdrawal]:
+        """Oldest first; the fact no longer counts where there is one."""
+        rows = self._rows("SELECT * FROM withdrawals WHERE fact_id = ? ORDER BY created_at, id", fact_id)
+        return [withdrawal_from_row(row) for row in rows]
+
+    def num_learnable_since(self, created_at: float, most: int) -> int:
+        """How many of the policy's own episodes, evaluations not counted, began after that moment; at most `most`."""
+        query = f"SELECT count(*) FROM (SELECT 1 FROM episodes WHERE {LEARNABLE} AND created_at > ? LIMIT ?)"
+        return self._rows(query, created_at, most)[0][0]
+
+    def num_learnable_after(self, number: int, most: int) -> int:
+        """The same, of those that were logged after the episode with this number: clocks may be set back."""
+        query = f"SELECT count(*) FROM (SELECT 1 FROM episodes NOT INDEXED WHERE {LEARNABLE} AND rowid > ? LIMIT ?)"
+        return self._rows(query, number, most)[0][0]
+
+    def num_episodes(self) -> int:
+        """The number of the newest episode."""
+        return self._rows("SELECT coalesce(max(rowid), 0) FROM episodes")[0][0]
+
+    def live_outcomes(self, adapter: str, limit: int, since: float = 0.0) -> list[Outcome]:
+        """How the newest of the episodes went that the server gave this adapter and that began since: one outcome each,
+        the newest first.
+
+        Neither evaluations count nor what a client pinned, and of a key that is only trusted to give feedback no more
+        than MOST_OF_A_KEY: it takes several of them to be evidence. Looks at the newest LIVE_EPISODES: its cost does
+        not grow with the log.
+        """
+        query = _LIVE_OUTCOMES.format(least_trust=Role.TEACH.trust)
+        rows = self._rows(query, adapter, since, LIVE_EPISODES, MOST_OF_A_KEY, limit)
+        return [outcome_from_row(row) for row in rows]
 
     def corrections(self, step_id: str) -> list[Correction]:
-        """Oldest first."""
-        rows = self._rows("SELECT * FROM corrections WHERE step_id = ? ORDER BY created_at, id", step_id)
+        """Oldest first, without those that were taken back."""
+        query = f"SELECT * FROM corrections WHERE step_id = ? AND {_NOT_TAKEN_BACK.format(id='corrections.id')}"
+        rows = self._rows(f"{query} ORDER BY created_at, id", step_id)
         return [correction_from_row(row) for row in rows]
 
     def corrected_steps(self) -> list[str]:
         """Ids of the steps that have a correction, newest correction first."""
         rows = self._rows(
-            "SELECT step_id, max(created_at) AS newest FROM corrections GROUP BY step_id ORDER BY newest DESC"
+            "SELECT step_id, max(created_at) AS newest FROM corrections WHERE "
+            f"{_NOT_TAKEN_BACK.format(id='corrections.id')} GROUP BY step_id ORDER BY newest DESC"
         )
         return [row["step_id"] for row in rows]
 
@@ -194,6 +360,10 @@ class StepLog:
             return [str(error)]
 
     # ---------------------------------------------------------------------------------------- reading
+
+    def query(self, query: str, *values: object) -> list[sqlite3.Row]:
+        """Rows of a query, for the other readers of this package."""
+        return self._rows(query, *values)
 
     def _rows(self, query: str, *values: object) -> list[sqlite3.Row]:
         with self._reading() as connection:
@@ -313,7 +483,12 @@ def _file_problems(connection: sqlite3.Connection) -> Iterator[str]:
 
 
 def _record_problems(connection: sqlite3.Connection) -> Iterator[str]:
-    readers = {"episodes": episode_from_row, "outcomes": outcome_from_row, "corrections": correction_from_row}
+    readers = {
+        "episodes": episode_from_row,
+        "outcomes": outcome_from_row,
+        "corrections": correction_from_row,
+        "withdrawals": withdrawal_from_row,
+    }
     for table, from_row in readers.items():
         for row in _in_pages(connection, f"SELECT * FROM {table} WHERE id > ? ORDER BY id"):
             try:

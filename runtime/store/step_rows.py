@@ -26,7 +26,20 @@ from policies.types import (
     ToolCalls,
     ToolSchema,
 )
-from runtime.store.episodes import Actor, Correction, Episode, Outcome, Purpose, Step, StopReason, ToolResult
+from runtime.store.episodes import (
+    Actor,
+    Correction,
+    Episode,
+    Outcome,
+    PromptChange,
+    Purpose,
+    ResponseRecord,
+    Role,
+    Step,
+    StopReason,
+    ToolResult,
+    Withdrawal,
+)
 
 Row = dict[str, Any]
 
@@ -98,6 +111,7 @@ def action_from_json(text: str) -> Action:
 def sampling_from_json(text: str) -> SamplingParams:
     fields = json.loads(text)
     fields["stop_token_ids"] = tuple(fields["stop_token_ids"])
+    fields["logit_bias"] = tuple((token_id, bias) for token_id, bias in fields.get("logit_bias", ()))
     return SamplingParams(**fields)
 
 
@@ -119,6 +133,10 @@ def episode_to_row(episode: Episode) -> Row:
         "task": episode.task,
         "metadata": to_json(episode.metadata),
         "created_at": episode.created_at,
+        "owner": episode.owner,
+        "is_assigned": int(episode.is_assigned),
+        "user": episode.user,
+        "agent": episode.agent,
     }
 
 
@@ -131,6 +149,10 @@ def episode_from_row(row: sqlite3.Row) -> Episode:
         task=row["task"],
         metadata=json.loads(row["metadata"]),
         created_at=row["created_at"],
+        owner=row["owner"],
+        is_assigned=bool(row["is_assigned"]),
+        user=row["user"],
+        agent=row["agent"],
     )
 
 
@@ -167,6 +189,9 @@ def step_to_row(step: Step, tools_digest: str, prompt: bytes, completion: bytes,
         "created_at": step.created_at,
         "first_token_ms": step.first_token_ms,
         "latency_ms": step.latency_ms,
+        "prompt_change": None if step.prompt_change is None else PromptChange(step.prompt_change).value,
+        "thread_digest": step.thread_digest,
+        "tail_digest": step.tail_digest,
     }
 
 
@@ -194,15 +219,26 @@ def step_from_row(row: sqlite3.Row, prompt: bytes) -> Step:
         created_at=row["created_at"],
         first_token_ms=row["first_token_ms"],
         latency_ms=row["latency_ms"],
+        prompt_change=None if row["prompt_change"] is None else PromptChange(row["prompt_change"]),
+        thread_digest=row["thread_digest"],
+        tail_digest=row["tail_digest"],
     )
 
 
 def outcome_to_row(outcome: Outcome) -> Row:
-    return fields_of(outcome)
+    return fields_of(outcome) | {"role": Role(outcome.role).value}
 
 
 def outcome_from_row(row: sqlite3.Row) -> Outcome:
-    return Outcome(**dict(row))
+    return Outcome(**{**dict(row), "role": Role(row["role"])})
+
+
+def withdrawal_to_row(withdrawal: Withdrawal) -> Row:
+    return fields_of(withdrawal)
+
+
+def withdrawal_from_row(row: sqlite3.Row) -> Withdrawal:
+    return Withdrawal(**dict(row))
 
 
 def correction_to_row(correction: Correction) -> Row:
@@ -213,6 +249,7 @@ def correction_to_row(correction: Correction) -> Row:
         "completion_token_ids": tokens_to_blob(correction.completion_token_ids),
         "source": correction.source,
         "created_at": correction.created_at,
+        "key": correction.key,
     }
 
 
@@ -224,4 +261,9 @@ def correction_from_row(row: sqlite3.Row) -> Correction:
         completion_token_ids=tokens_from_blob(row["completion_token_ids"]),
         source=row["source"],
         created_at=row["created_at"],
+        key=row["key"],
     )
+
+
+def response_from_row(row: sqlite3.Row) -> ResponseRecord:
+    return ResponseRecord(**{**dict(row), "request": json.loads(row["request"])})

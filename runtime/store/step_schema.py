@@ -15,7 +15,8 @@ from runtime.store.step_views import EPISODE_TEXT, STEP_SUMMARY
 
 STEP_LOG_MIGRATIONS = Migrations("step_log")
 
-FACT_TABLES = ("episodes", "steps", "outcomes", "corrections", "tool_sets")
+FACT_TABLES = ("episodes", "steps", "outcomes", "corrections", "tool_sets", "withdrawals")
+_FIRST_TABLES = FACT_TABLES[:5]
 
 
 @STEP_LOG_MIGRATIONS()
@@ -38,10 +39,58 @@ def create_facts(database: Database) -> None:
     _create(database, "corrections", CORRECTION_COLUMNS, foreign_keys=[("step_id", "steps", "id")])
     for table, columns in INDEXES:
         database.table(table).create_index(columns)
-    for table in FACT_TABLES:
+    for table in _FIRST_TABLES:
         _refuse_edits(database, table, database.table(table).pks[0])
     database.create_view("episode_text", EPISODE_TEXT)
     database.create_view("step_summary", STEP_SUMMARY)
+
+
+@STEP_LOG_MIGRATIONS()
+def say_who(database: Database) -> None:
+    """Whose an episode is, who said what of it, and what was taken back."""
+    for table, column in (
+        ("episodes", "owner TEXT NOT NULL DEFAULT ''"),
+        ("episodes", "is_assigned INTEGER NOT NULL DEFAULT 1"),
+        ("outcomes", "key TEXT NOT NULL DEFAULT ''"),
+        ("outcomes", "role TEXT NOT NULL DEFAULT 'admin'"),
+        ("corrections", "key TEXT NOT NULL DEFAULT ''"),
+    ):
+        database.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
+    _create(database, "withdrawals", WITHDRAWAL_COLUMNS)
+    _refuse_edits(database, "withdrawals", "id")
+    database.table("withdrawals").create_index(["fact_id"])
+    for columns in LIST_INDEXES:
+        database.table("episodes").create_index(columns)
+    for name, columns in (("by_adapter", "adapter, is_assigned, id"), ("by_time", "created_at")):
+        database.execute(
+            f"CREATE INDEX learnable_episodes_{name} ON episodes({columns}) "
+            "WHERE actor = 'policy' AND purpose <> 'evaluation'"
+        )
+
+
+@STEP_LOG_MIGRATIONS()
+def recognise_rewritten_conversations(database: Database) -> None:
+    """Whom an episode is for, and what its steps are recognised by where a client rewrites its conversation."""
+    for table, column in (
+        ("episodes", "user TEXT NOT NULL DEFAULT ''"),
+        ("episodes", "agent TEXT NOT NULL DEFAULT ''"),
+        ("steps", "prompt_change TEXT"),
+        ("steps", "thread_digest TEXT NOT NULL DEFAULT ''"),
+        ("steps", "tail_digest TEXT NOT NULL DEFAULT ''"),
+    ):
+        database.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
+    _create(database, "step_calls", STEP_CALL_COLUMNS, pk=None, foreign_keys=[("step_id", "steps", "id")])
+    _refuse_edits(database, "step_calls", None)
+    database.execute(
+        "INSERT INTO step_calls SELECT json_extract(call.value, '$.id'), steps.id "
+        "FROM steps, json_each(steps.action, '$.calls') AS call"
+    )
+    _create(database, "responses", RESPONSE_COLUMNS, foreign_keys=[("step_id", "steps", "id")])
+    _create(database, "response_deletions", {"id": str, "created_at": float})
+    for table in ("responses", "response_deletions"):
+        _refuse_edits(database, table, "id")
+    for table, columns in (("step_calls", ["call_id"]), ("steps", ["thread_digest"]), ("steps", ["tail_digest"])):
+        database.table(table).create_index(columns)
 
 
 EPISODE_COLUMNS = {
@@ -104,6 +153,27 @@ CORRECTION_COLUMNS = {
     "created_at": float,
 }
 
+WITHDRAWAL_COLUMNS = {
+    "id": str,
+    "fact_id": str,  # of an outcome, a correction, or a demonstration's episode
+    "reason": str,
+    "key": str,
+    "created_at": float,
+}
+
+RESPONSE_COLUMNS = {
+    "id": str,
+    "episode_id": str,
+    "step_id": str,  # the first one
+    "request": str,  # JSON object
+    "created_at": float,
+}
+
+STEP_CALL_COLUMNS = {
+    "call_id": str,
+    "step_id": str,
+}
+
 INDEXES = (
     ("episodes", ["purpose", "id"]),
     ("episodes", ["actor", "id"]),
@@ -117,11 +187,23 @@ INDEXES = (
 )
 
 
+LIST_INDEXES = (
+    ["owner", "id"],
+    ["owner", "purpose", "id"],
+    ["owner", "actor", "id"],
+    ["owner", "adapter", "id"],
+    ["purpose", "actor", "id"],
+    ["purpose", "adapter", "id"],
+    ["actor", "adapter", "id"],
+)
+"""A list with two filters is read off an index as one with a single filter is."""
+
+
 def _create(
     database: Database,
     table: str,
     columns: dict[str, Any],
-    pk: str = "id",
+    pk: str | None = "id",
     may_be_null: set[str] | None = None,
     foreign_keys: list[Any] | None = None,
 ) -> None:
@@ -129,13 +211,15 @@ def _create(
     database.table(table).create(columns, pk=pk, not_null=not_null, foreign_keys=foreign_keys or [], strict=True)
 
 
-def _refuse_edits(database: Database, table: str, pk: str) -> None:
+def _refuse_edits(database: Database, table: str, pk: str | None) -> None:
     for edit in ("UPDATE", "DELETE"):
         sentence = f"{table} are facts: they are appended, never edited. {edit} refused."
         database.execute(
             f"CREATE TRIGGER {table}_refuse_{edit.lower()} BEFORE {edit} ON {table} "
             f"BEGIN SELECT RAISE(ABORT, '{sentence}'); END"
         )
+    if pk is None:
+        return
     # INSERT OR REPLACE deletes the old row without waking the DELETE trigger, unless recursive_triggers is on.
     sentence = f"{table} are facts: what is logged once is never replaced. A second {pk} of the same name refused."
     database.execute(

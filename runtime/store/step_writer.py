@@ -13,16 +13,29 @@ import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from runtime.store.episodes import Correction, Episode, Fact, Outcome, Step
+from policies.types import ToolCalls
+from runtime.store.episodes import (
+    Correction,
+    Episode,
+    Fact,
+    Outcome,
+    ResponseDeletion,
+    ResponseRecord,
+    Step,
+    Withdrawal,
+)
 from runtime.store.prompt_chains import SequenceCache, common_prefix_len, sequence_of
 from runtime.store.step_rows import (
     Row,
     correction_to_row,
     episode_to_row,
+    fields_of,
     outcome_to_row,
     step_to_row,
+    to_json,
     tokens_to_blob,
     tool_set_to_row,
+    withdrawal_to_row,
 )
 
 
@@ -139,8 +152,16 @@ class StepWriter:
                 self._insert("outcomes", outcome_to_row(fact))
             case Correction():
                 self._insert("corrections", correction_to_row(fact))
+            case Withdrawal():
+                self._insert("withdrawals", withdrawal_to_row(fact))
+            case ResponseRecord():
+                self._insert("responses", fields_of(fact) | {"request": to_json(fact.request)})
+            case ResponseDeletion():
+                self._insert("response_deletions", fields_of(fact))
             case _:
-                raise TypeError(f"a fact is an Episode, Step, Outcome or Correction, got {type(fact).__name__}")
+                raise TypeError(
+                    f"a fact is an Episode, Step, Outcome, Correction or Withdrawal, got {type(fact).__name__}"
+                )
 
     def _insert_step(self, step: Step) -> None:
         parent_sequence = b""
@@ -154,6 +175,9 @@ class StepWriter:
             self._insert("tool_sets", tool_set)
         prefix_len = common_prefix_len(parent_sequence, prompt)
         self._insert("steps", step_to_row(step, tool_set["digest"], prompt, completion, prefix_len))
+        if isinstance(step.action, ToolCalls):
+            for call in step.action.calls:
+                self._insert("step_calls", {"call_id": call.id, "step_id": step.id})
         self._cache.put(step.id, prompt + completion)  # not committed yet, but nobody looks for a step he cannot see
 
     def _is_known_tool_set(self, digest: str) -> bool:

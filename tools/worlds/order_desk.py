@@ -10,9 +10,8 @@ pure transition, so that an action can be tried on a copy; undo methods on a mut
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from typing import Any, Literal
 from langchain_core.tools import BaseTool
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tools.worlds.calls import answering, calling, read_call
 from tools.worlds.world import Message, Task
 
 # ------------------------------------------------------------------------------------------------- words
@@ -364,13 +364,6 @@ def _expert_pick(order: Order, state: State) -> Choice:
     return "pick_item", {"shelf": order.shelf}
 
 
-def _expert_states(order: Order, state: State) -> Iterator[tuple[State, Choice]]:
-    """The states in which an expert still acts, from this one on, each with its call."""
-    while (choice := _expert_call(order, state)) is not None:
-        yield state, choice
-        state, _ = _transition(order, state, *choice)
-
-
 def _skill(choice: Choice | None) -> str:
     """The skill of an expert's choice: its tool, and for boxes and ways which one, for they are learned apart."""
     if choice is None:
@@ -409,14 +402,6 @@ class OrderDeskEpisode:
         """The parcel has left, or the desk has closed."""
         return _is_done(self.state)
 
-    @property
-    def can_still_succeed(self) -> bool:
-        """From here the expert ships the right thing before the desk closes."""
-        state = self.state
-        for before, choice in _expert_states(self.order, state):
-            state, _ = _transition(self.order, before, *choice)
-        return _is_success(self.order, state)
-
     def outcome(self) -> float:
         """1.0 where the parcel left in the right box, to the right city, the right way; else 0.0."""
         return float(_is_success(self.order, self.state))
@@ -424,7 +409,7 @@ class OrderDeskEpisode:
     def play(self, message: Message) -> list[Message]:
         """Run an assistant message's tool calls in order and give back their tool messages."""
         return [
-            {"role": "tool", "tool_call_id": call.get("id", ""), "content": self._call(*_read_call(call))}
+            {"role": "tool", "tool_call_id": call.get("id", ""), "content": self._call(*read_call(call))}
             for call in message.get("tool_calls") or ()
         ]
 
@@ -433,11 +418,8 @@ class OrderDeskEpisode:
         choice = _expert_call(self.order, self.state)
         if choice is None:
             text = ANSWER_TEXTS["done" if self.outcome() else "lost"]
-            return {"role": "assistant", "content": text.format(item=self.order.item, city=self.order.city)}
-        name, arguments = choice
-        function = {"name": name, "arguments": json.dumps(arguments)}
-        call = {"id": f"call_{self.state.num_calls}", "type": "function", "function": function}
-        return {"role": "assistant", "content": "", "tool_calls": [call]}
+            return answering(text.format(item=self.order.item, city=self.order.city))
+        return calling(*choice, self.state.num_calls)
 
     def expert_skill(self) -> str:
         """The skill that the expert's next action exercises."""
@@ -455,18 +437,6 @@ class OrderDeskEpisode:
     def _call(self, name: str, arguments: Any) -> str:
         self.state, text = _transition(self.order, self.state, name, arguments)
         return text
-
-
-def _read_call(call: Message) -> tuple[str, Any]:
-    """A tool call's name and arguments. Arguments that are not JSON stay text, which no tool accepts."""
-    function = call["function"]
-    arguments = function["arguments"]
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            return function["name"], arguments
-    return function["name"], arguments
 
 
 # ------------------------------------------------------------------------------------------------- world

@@ -1,20 +1,48 @@
-"""What a world is: tasks by split, tools to act with, an outcome, and an expert who knows what to do in every state.
+"""What a world is: tasks by split, tools to act with, an outcome, and an expert where there is one.
 
 A world speaks OpenAI's message dicts and langchain-core's tools, nothing of ours, so that the server, a client and the
-learner can each open the same task. An episode is rebuilt by opening its task again and replaying its calls; snapshots
-of a state were refused, because they would have to travel through logs and processes.
+learner can each open the same task. An episode is rebuilt by opening its task again and replaying what the agent did;
+snapshots of a state were refused, because they would have to travel through logs and processes.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from langchain_core.tools import BaseTool
+if TYPE_CHECKING:  # a second of import that a simulator's process does without
+    from langchain_core.tools import BaseTool
 
 Message = dict[str, Any]
 """One chat message in OpenAI's form; a tool call's `arguments` are JSON text."""
+
+SPLITS = ("train", "validation", "heldout")
+"""What is learned from, what the gate tries, and what reporting is done on. No task is in two of them."""
+
+_TASK_ID = re.compile(r"([^/]+)/([^/]+)/(0|[1-9][0-9]{0,9})")
+
+
+@dataclass(frozen=True, slots=True)
+class TaskId:
+    """The name of a task, written `world/split/index`."""
+
+    world: str
+    split: str
+    index: int
+    """Its place in the split, from 0."""
+
+    @classmethod
+    def parse(cls, text: str) -> TaskId:
+        """Read `order_desk/train/17`. Raises ValueError for any other form."""
+        found = _TASK_ID.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text!r} is no task id; one is world/split/index, such as order_desk/train/17")
+        return cls(found[1], found[2], int(found[3]))
+
+    def __str__(self) -> str:
+        return f"{self.world}/{self.split}/{self.index}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +59,15 @@ class Task:
     @property
     def id(self) -> str:
         """`order_desk/train/17`."""
-        return f"{self.world}/{self.split}/{self.index}"
+        return str(TaskId(self.world, self.split, self.index))
 
 
 class WorldEpisode(Protocol):
-    """One attempt at a task. The same calls always lead to the same state and the same observations."""
+    """One attempt at a task. The same actions always lead to the same state and the same observations."""
 
     @property
     def tools(self) -> list[BaseTool]:
-        """The tools that act on this episode. A call they cannot read gives an error text and changes nothing."""
+        """The tools that act on this episode now. A call they cannot read gives an error text and changes nothing."""
         ...
 
     @property
@@ -47,25 +75,23 @@ class WorldEpisode(Protocol):
         """No call can change the outcome any more; the agent may still say its final answer."""
         ...
 
-    @property
-    def can_still_succeed(self) -> bool:
-        """From here the expert reaches outcome 1."""
-        ...
-
     def outcome(self) -> float:
-        """1.0 for success, 0.0 for failure or for what is not finished."""
+        """1.0 for success, 0.0 for failure or for what is not finished; between them where a world counts parts."""
         ...
 
     def play(self, message: Message) -> list[Message]:
-        """Run an assistant message's tool calls in order and give back their tool messages; none for an answer."""
+        """Take an assistant message, and give back what the world says to it.
+
+        For tool calls: their tool messages, in order. For a final answer: the user's next message, or nothing where
+        the user has no more to say.
+        """
         ...
 
-    def expert_action(self) -> Message:
-        """The assistant message of an expert in this state: one tool call, or the final answer. Defined everywhere."""
-        ...
+    def expert_action(self) -> Message | None:
+        """The assistant message of an expert in this state: one tool call, or the final answer.
 
-    def expert_skill(self) -> str:
-        """The skill that `expert_action` exercises here."""
+        None where the world has no expert, and where its expert does not know the way from here.
+        """
         ...
 
     def same_effect(self, message_a: Message, message_b: Message) -> bool:
@@ -81,7 +107,7 @@ class World(Protocol):
 
     @property
     def splits(self) -> Mapping[str, int]:
-        """How many tasks each split has: `train`, `validation` and `heldout`, with no task in common."""
+        """How many tasks each of `SPLITS` has."""
         ...
 
     def task(self, split: str, index: int) -> Task:
@@ -93,5 +119,26 @@ class World(Protocol):
         ...
 
     def open(self, task: Task) -> WorldEpisode:
-        """A fresh attempt at a task."""
+        """A fresh attempt at a task; any number of attempts at one task do not touch each other."""
         ...
+
+
+class UnknownTask(ValueError):
+    """A task id that names no task of the world."""
+
+
+def is_of_world(task_id: str, world: World) -> bool:
+    """Whether the id names this world, be there such a task or not."""
+    return task_id.partition("/")[0] == world.name
+
+
+def task_named(world: World, task_id: str) -> Task:
+    """The world's task of that id. Raises UnknownTask where there is none."""
+    try:
+        parsed = TaskId.parse(task_id)
+        if parsed.world == world.name:
+            return world.task(parsed.split, parsed.index)
+    except (ValueError, KeyError, IndexError):
+        pass
+    splits = ", ".join(f"{name} 0..{size - 1}" for name, size in world.splits.items())
+    raise UnknownTask(f"there is no task {task_id!r}; {world.name} has {splits}")

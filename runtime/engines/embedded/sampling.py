@@ -38,17 +38,26 @@ class Sampler:
         self._num_top = [params.num_top_logprobs for params in sampling]
         self.draws_randomly = any(params.temperature > 0 for params in sampling)
         self._is_all_random = all(params.temperature > 0 for params in sampling)
-        filtered = [row for row, params in enumerate(sampling) if params.top_p < 1 or params.top_k > 0]
+        biases = [(row, *bias) for row, params in enumerate(sampling) for bias in params.logit_bias]
+        self._biased = torch.tensor([bias[:2] for bias in biases], device=device).T if biases else None
+        self._biases = torch.tensor([bias[2] for bias in biases], device=device)
+        filtered = [row for row, params in enumerate(sampling) if _filters(params)]
         self._filtered = torch.tensor(filtered, device=device) if filtered else None
+        self._min_p = torch.tensor([sampling[row].min_p for row in filtered], device=device)[:, None]
         self._top_p = torch.tensor([sampling[row].top_p for row in filtered], device=device)[:, None]
         self._top_k = torch.tensor([sampling[row].top_k or 2**62 for row in filtered], device=device)[:, None]
 
     def draw(self, logits: torch.Tensor, uniforms: Sequence[float]) -> Draws:
         """Draw from float logits (rows, vocabulary); `uniforms` in [0, 1) are read where a row is not greedy."""
         all_logprobs = torch.log_softmax(logits, dim=-1)
-        chosen = self._choose(all_logprobs, uniforms)
+        chosen = self._choose(self._with_biases(all_logprobs), uniforms)
         logprobs = all_logprobs.gather(1, chosen[:, None])[:, 0]
         return Draws(chosen.tolist(), logprobs.tolist(), self._top_logprobs(all_logprobs))
+
+    def _with_biases(self, logprobs: torch.Tensor) -> torch.Tensor:
+        if self._biased is None:
+            return logprobs
+        return logprobs.index_put(tuple(self._biased), self._biases, accumulate=True)
 
     def _choose(self, logprobs: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
         if not self.draws_randomly:
@@ -56,7 +65,8 @@ class Sampler:
         # logprobs / T and logits / T differ by a constant, which the softmax drops.
         probs = torch.softmax(logprobs / self._temperatures, dim=-1) if self._has_temperature else logprobs.exp()
         if self._filtered is not None:
-            probs[self._filtered] = keep_likeliest(probs[self._filtered], self._top_p, self._top_k)
+            kept = drop_unlikely(probs[self._filtered], self._min_p)
+            probs[self._filtered] = keep_likeliest(kept, self._top_p, self._top_k)
         drawn = invert_cdf(probs, torch.tensor(uniforms, dtype=torch.float64, device=probs.device))
         return drawn if self._is_all_random else torch.where(self._is_greedy, logprobs.argmax(dim=-1), drawn)
 
@@ -68,6 +78,15 @@ class Sampler:
         rows = zip(token_ids, values, self._num_top, strict=True)
         # What a grammar forbids has no probability, and is nobody's alternative.
         return [tuple(p for p in zip(ids[:n], row[:n], strict=True) if p[1] > float("-inf")) for ids, row, n in rows]
+
+
+def _filters(params: SamplingParams) -> bool:
+    return params.top_p < 1 or params.top_k > 0 or params.min_p > 0
+
+
+def drop_unlikely(probs: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    """Zero each row's tokens below `min_p` times its likeliest. `probs` is (rows, vocabulary), `min_p` (rows, 1)."""
+    return probs.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0)
 
 
 def keep_likeliest(probs: torch.Tensor, top_p: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:

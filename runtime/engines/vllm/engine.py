@@ -121,6 +121,7 @@ class VllmEngine:
             vocab_size=config.model_config.get_vocab_size(),
             supports_grammar=llm.tokenizer is not None,
             logprob_tolerance=tolerance_in(config.model_config.dtype),
+            supports_penalties=True,
         )
         engine = cls(llm, limits, config.lora_config.target_modules or TARGET_MODULES)
         tell_stage("it answers once, so that no user waits for a first compile")
@@ -182,6 +183,11 @@ class VllmEngine:
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
+                min_p=sampling.min_p,
+                repetition_penalty=sampling.repetition_penalty,
+                frequency_penalty=sampling.frequency_penalty,
+                presence_penalty=sampling.presence_penalty,
+                logit_bias=dict(sampling.logit_bias) or None,
                 seed=None if sampling.seed is None else sampling.seed % 2**63,  # vLLM takes -1 for "no seed"
                 stop_token_ids=stop_token_ids,
                 ignore_eos=True,  # what ends a completion is said by the caller

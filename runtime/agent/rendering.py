@@ -1,0 +1,50 @@
+"""A turn's prompt in tokens: made beside the event loop where it is long, refused early where it is far too long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from policies.chat_protocol import ChatProtocol, text_of
+from policies.types import Message, TokenIds
+from runtime.agent.step import ContextFull
+from runtime.agent.turn import Policy, Turn
+from runtime.off_loop import off_loop
+
+SMALL_LETTERS = 2000
+"""Of a conversation that is rendered on the event loop: about a millisecond."""
+_PIECE = 16 * 1024
+_LETTERS_PER_TOKEN = 16
+"""A conversation with fewer for each place in the context is rendered, and then said to be too long if it is."""
+
+
+def num_letters(messages: Iterable[Message]) -> int:
+    """What a conversation says, roughly: enough to tell a large one."""
+    return sum(len(message.get("content") or "") + 100 * len(message.get("tool_calls") or ()) for message in messages)
+
+
+async def rendered(turn: Turn, policy: Policy, is_first: bool = True) -> TokenIds:
+    """The turn's prompt. `is_first`: nothing was done yet that a refusal would lose. Raises ContextFull where it is far
+    longer than the context, and ChatProtocolError."""
+    letters = num_letters(turn.messages) + 200 * len(turn.messages)
+    return await off_loop(letters > SMALL_LETTERS, _render, turn, policy, letters if is_first else 0)
+
+
+def _render(turn: Turn, policy: Policy, letters: int) -> TokenIds:
+    limit = policy.engine.limits.max_context_tokens
+    if letters > limit * _LETTERS_PER_TOKEN:
+        _require_not_far_too_long(turn.messages, policy.protocol, limit)
+    return turn.prompt(policy.protocol)
+
+
+def _require_not_far_too_long(messages: Iterable[Message], protocol: ChatProtocol, limit: int) -> None:
+    """Count tokens until there are too many: of what templates keep, whatever else they drop (an answer's thinking)."""
+    num_tokens = 0
+    for message in messages:
+        text = "" if message["role"] == "assistant" else text_of(message)
+        for start in range(0, len(text), _PIECE):
+            num_tokens += len(protocol.encode(text[start : start + _PIECE]))
+            if num_tokens > limit:
+                raise ContextFull(
+                    f"the conversation is more than {num_tokens} tokens long and the model's context holds {limit}; "
+                    "shorten it"
+                )

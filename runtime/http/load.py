@@ -1,0 +1,187 @@
+"""Who is served next when more is asked than can be done, and when somebody has had enough for today.
+
+As many requests run as the engine has places; the others wait, but not without bound: a client that is told 429 at
+once is better off than one that waits for minutes. A free place goes to the key that has the fewest, and where the
+queue is full, a newcomer takes the place of the last who waits with the key that has most of them: one busy client
+keeps nobody else out.
+
+Not covered: a restart forgets what was used up today.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import Counter as CounterMetric
+
+from runtime.http.shutdown import Cutting
+from runtime.store.episodes import Step
+from runtime.store.keys import Key
+
+DAY_S = 24 * 3600
+
+
+class Refused(Exception):
+    """Too much is asked; `retry_after_s` says when it makes sense to ask again."""
+
+    def __init__(self, message: str, code: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retry_after_s = max(1, round(retry_after_s))
+
+
+@dataclass(slots=True)
+class Usage:
+    """What a key has used up today."""
+
+    day: int
+    requests: int = 0
+    steps: int = 0
+    tokens: int = 0
+
+
+class Load:
+    """The places, the queue for them, and what each key has used up. Used on the event loop alone."""
+
+    def __init__(
+        self,
+        places: int = 32,
+        most_waiting: int = 1000,
+        cutting: Cutting | None = None,
+        metrics: CollectorRegistry | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._free = places
+        self._places = places
+        self._most_waiting = most_waiting
+        self._cutting = cutting or Cutting()
+        self._clock = clock
+        self._running: Counter[str] = Counter()
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        self._served_at: dict[str, int] = {}
+        """By key, the number of the turn that it was given last: who was served longer ago comes first."""
+        self._num_turns = 0
+        self._usage: dict[str, Usage] = {}
+        self._mean_s = 1.0
+        """How long a request has held its place lately."""
+        registry = metrics or CollectorRegistry()
+        self._used = {
+            what: CounterMetric(f"stepagent_key_{what}", f"The {what} of each key.", ["key"], registry=registry)
+            for what in ("requests", "steps", "tokens")
+        }
+        self._refused = CounterMetric(
+            "stepagent_refused_requests", "Requests refused for load or quota.", ["key", "reason"], registry=registry
+        )
+        Gauge("stepagent_requests_waiting", "Requests that wait for a place.", registry=registry).set_function(
+            lambda: float(self.num_waiting)
+        )
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    @asynccontextmanager
+    async def place(self, key: Key, num_completions: int = 1) -> AsyncIterator[None]:
+        """Hold places for a request's completions. Raises Refused where the queue is full or the key's day is over,
+        and ServerStopping."""
+        self._require_quota(key)
+        if self._free < 1 or self._waiting:
+            await self._wait(key)
+        else:
+            self._free -= 1
+        self._free -= num_completions - 1  # perhaps below zero: else who asks for many would wait for ever
+        self._running[key.name] += num_completions
+        self._num_turns += 1
+        self._served_at[key.name] = self._num_turns
+        self._today(key).requests += 1
+        self._used["requests"].labels(key.name).inc()
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._mean_s += 0.1 * (time.monotonic() - began - self._mean_s)
+            self._running[key.name] -= num_completions
+            self._free += num_completions
+            self._hand_on()
+
+    def count(self, key: Key, step: Step) -> None:
+        """A step was taken for this key."""
+        num_tokens = len(step.prompt_token_ids) + len(step.completion_token_ids)
+        usage = self._today(key)
+        usage.steps += 1
+        usage.tokens += num_tokens
+        self._used["steps"].labels(key.name).inc()
+        self._used["tokens"].labels(key.name).inc(num_tokens)
+
+    # ------------------------------------------------------------------------------------------- the queue
+
+    async def _wait(self, key: Key) -> None:
+        if self.num_waiting >= self._most_waiting:
+            self._make_room(key)
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(key.name, deque()).append(turn)
+        try:
+            with self._cutting.waiting():
+                await turn
+        except BaseException:
+            if turn.done() and not turn.cancelled() and turn.exception() is None:  # given, but no longer wanted
+                self._free += 1
+                self._hand_on()
+            else:
+                self._forget(key.name, turn)
+            raise
+
+    def _make_room(self, key: Key) -> None:
+        """Send the last of the busiest key away, or the newcomer where it is of that key itself."""
+        busiest = max(self._waiting, key=lambda name: len(self._waiting[name]))
+        if len(self._waiting[busiest]) <= len(self._waiting.get(key.name, ())) + 1:
+            raise self._refusal(key.name)
+        last = self._waiting[busiest][-1]
+        self._forget(busiest, last)
+        last.set_exception(self._refusal(busiest))
+
+    def _refusal(self, name: str) -> Refused:
+        self._refused.labels(name, "queue_full").inc()
+        message = f"{self.num_waiting} requests wait already, as many as this server lets wait: ask again later"
+        return Refused(message, "queue_full", self.num_waiting * self._mean_s / self._places)
+
+    def _hand_on(self) -> None:
+        """Give free places to those who wait: first to the key with the fewest."""
+        while self._free > 0 and self._waiting:
+            name = min(self._waiting, key=lambda each: (self._running[each], self._served_at.get(each, 0)))
+            turn = self._waiting[name][0]
+            self._forget(name, turn)
+            if not turn.done():
+                self._free -= 1
+                turn.set_result(None)
+
+    def _forget(self, name: str, turn: asyncio.Future[None]) -> None:
+        queue = self._waiting.get(name)
+        if queue is not None and turn in queue:
+            queue.remove(turn)
+            if not queue:
+                del self._waiting[name]
+
+    # -------------------------------------------------------------------------------------------- the quota
+
+    def _today(self, key: Key) -> Usage:
+        day = int(self._clock() // DAY_S)
+        usage = self._usage.get(key.name)
+        if usage is None or usage.day != day:
+            usage = self._usage[key.name] = Usage(day)
+        return usage
+
+    def _require_quota(self, key: Key) -> None:
+        usage = self._today(key)
+        for what in ("requests", "steps", "tokens"):
+            used, bound = getattr(usage, what), getattr(key.quota, what)
+            if bound is not None and used >= bound:
+                self._refused.labels(key.name, "quota").inc()
+                message = f"the key {key.name!r} has used up its {bound} {what} of today (UTC): ask again tomorrow"
+                raise Refused(message, "quota_exceeded", DAY_S - self._clock() % DAY_S)

@@ -1,0 +1,61 @@
+"""/v1/learner/watch: what live evidence says of the adapter that acts; pause the watch over it, and let it go on."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from statistics import fmean
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Request
+
+from runtime.adapters.live_guard import Evidence
+from runtime.http.cycles import learning_of
+from runtime.http.keys import asking_key
+from runtime.http.parts import Parts
+from runtime.http.schemas import AdapterChange
+from runtime.http.strict_json import StrictJsonRoute
+
+_NO_REASON = AdapterChange()
+
+
+def watch_routes(parts: Parts) -> APIRouter:
+    router = APIRouter(prefix="/v1/learner/watch", route_class=StrictJsonRoute)
+    registry = parts.registry
+
+    def shown() -> dict[str, Any]:
+        evidence = learning_of(parts).watch.evidence()
+        return {"object": "learner.watch", **asdict(registry.watch()), "evidence": [_shown(each) for each in evidence]}
+
+    @router.get("")
+    async def read_watch() -> dict[str, Any]:
+        """The evidence that would change what acts, and whether the watch is paused."""
+        return await asyncio.to_thread(shown)
+
+    @router.post("/pause")
+    async def pause_watch(request: Request, body: Annotated[AdapterChange, Body()] = _NO_REASON) -> dict[str, Any]:
+        """Let live evidence change nothing until the watch is resumed, also after a restart."""
+        await asyncio.to_thread(registry.record_watch, True, body.reason, asking_key(request).name)
+        return await asyncio.to_thread(shown)
+
+    @router.post("/resume")
+    async def resume_watch(request: Request, body: Annotated[AdapterChange, Body()] = _NO_REASON) -> dict[str, Any]:
+        """Let live evidence roll back, refuse and promote again."""
+        await asyncio.to_thread(registry.record_watch, False, body.reason, asking_key(request).name)
+        return await asyncio.to_thread(shown)
+
+    return router
+
+
+def _shown(evidence: Evidence) -> dict[str, Any]:
+    return {
+        "measure": evidence.measure,
+        "adapter": evidence.adapter,
+        "against": evidence.against,
+        "mean": fmean(evidence.values) if evidence.values else None,
+        "mean_against": fmean(evidence.others) if evidence.others else None,
+        "num_values": len(evidence.values),
+        "num_values_against": len(evidence.others),
+        "num_values_by_key": dict(evidence.by_key),
+        "is_worse": evidence.is_worse,
+    }

@@ -1,0 +1,103 @@
+"""Which of the policy's own episodes a cycle learns from, read off indexes: its cost does not grow with the log.
+
+*Fresh* are episodes with a step that was logged after a given one; the others are *old*. Where a number would have to
+be counted through the whole log, it is counted up to MOST_COUNTED.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from runtime.store.episodes import Episode
+from runtime.store.step_log import LEARNABLE, StepLog
+from runtime.store.step_rows import episode_from_row
+
+MOST_COUNTED = 1000
+_PAGE = 2000
+_TRIES = 20
+"""Random places in the log for each old episode that is wanted, before the oldest are taken."""
+
+_ADAPTERS = """
+WITH RECURSIVE named (adapter) AS (
+    SELECT min(adapter) FROM episodes
+    UNION ALL SELECT (SELECT min(adapter) FROM episodes WHERE adapter > named.adapter) FROM named
+    WHERE named.adapter IS NOT NULL)
+SELECT adapter FROM named WHERE adapter IS NOT NULL"""
+"""Jumps from name to name in an index: DISTINCT would read all of it."""
+
+_IS_OLD = "NOT EXISTS (SELECT 1 FROM steps WHERE steps.episode_id = episodes.id AND steps.rowid > ?)"
+
+
+class OwnEpisodes:
+    """Those of these adapters, as they stand in the log; `after_step` is the last step that was read before."""
+
+    def __init__(self, log: StepLog, adapters: Sequence[str], after_step: str | None) -> None:
+        self._log = log
+        self._adapters = list(adapters)
+        self._places = ", ".join("?" * len(adapters))
+        rows = log.query("SELECT rowid FROM steps WHERE id = ?", after_step or "")
+        self._cursor = rows[0][0] if rows else 0
+
+    def last_step_id(self) -> str | None:
+        """The newest step there is."""
+        rows = self._log.query("SELECT id FROM steps ORDER BY rowid DESC LIMIT 1")
+        return rows[0][0] if rows else None
+
+    def fresh(self, limit: int) -> list[Episode]:
+        """Newest step first."""
+        found: list[Episode] = []
+        seen: set[str] = set()
+        below = 2**62
+        query = "SELECT rowid, episode_id FROM steps WHERE rowid > ? AND rowid < ? ORDER BY rowid DESC LIMIT ?"
+        while len(found) < limit and (rows := self._log.query(query, self._cursor, below, _PAGE)):
+            below = rows[-1][0]
+            new = list(dict.fromkeys(row[1] for row in rows if row[1] not in seen))
+            seen.update(new)
+            found += self._own(new)
+        return found[:limit]
+
+    def num_too_old(self) -> int:
+        """Learnable episodes of other adapters; MOST_COUNTED where there are more."""
+        names = [row[0] for row in self._log.query(_ADAPTERS)]
+        query = f"SELECT count(*) FROM (SELECT 1 FROM episodes WHERE {LEARNABLE} AND adapter = ? LIMIT ?)"
+        counts = (self._log.query(query, name, MOST_COUNTED)[0][0] for name in names if name not in self._adapters)
+        return min(sum(counts), MOST_COUNTED)
+
+    def old(self, limit: int, draw: random.Random) -> list[Episode]:
+        """So many of the old ones, drawn at random."""
+        oldest = self._oldest(4 * limit + 1)
+        if len(oldest) <= 4 * limit:
+            return draw.sample(sorted(oldest, key=lambda episode: episode.id), min(limit, len(oldest)))
+        drawn = {episode.id: episode for episode in self._drawn(limit, draw)}
+        for episode in oldest:
+            if len(drawn) < limit:
+                drawn.setdefault(episode.id, episode)
+        return list(drawn.values())
+
+    def _oldest(self, limit: int) -> list[Episode]:
+        query = f"SELECT * FROM episodes WHERE {LEARNABLE} AND adapter = ? AND {_IS_OLD} ORDER BY id LIMIT ?"
+        return [
+            episode_from_row(row)
+            for adapter in self._adapters
+            for row in self._log.query(query, adapter, self._cursor, limit)
+        ]
+
+    def _drawn(self, limit: int, draw: random.Random) -> list[Episode]:
+        most = self._log.query("SELECT coalesce(max(rowid), 0) FROM episodes")[0][0]
+        query = f"SELECT * FROM episodes WHERE rowid = ? AND {LEARNABLE} AND adapter IN ({self._places}) AND {_IS_OLD}"
+        found: dict[str, Episode] = {}
+        for _ in range(_TRIES * limit):
+            if len(found) == limit:
+                break
+            for row in self._log.query(query, draw.randint(1, most), *self._adapters, self._cursor):
+                found[row["id"]] = episode_from_row(row)
+        return list(found.values())
+
+    def _own(self, ids: Sequence[str]) -> list[Episode]:
+        """Those of these episodes that are learnable and of these adapters, in the order of the ids."""
+        chosen = f"id IN ({', '.join('?' * len(ids))})"
+        query = f"SELECT * FROM episodes WHERE {chosen} AND +actor = 'policy' AND purpose <> 'evaluation'"
+        rows = self._log.query(f"{query} AND +adapter IN ({self._places})", *ids, *self._adapters) if ids else []
+        found = {row["id"]: episode_from_row(row) for row in rows}
+        return [found[each] for each in ids if each in found]

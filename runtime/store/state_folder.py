@@ -1,0 +1,58 @@
+"""The state folder: for its owner's eyes alone, and for one server at a time.
+
+The lock is the system's own lock on a file (a POSIX record lock: children do not inherit it), so it ends with its
+process, however that dies, and is never left over. Refused: a file with a process id in it, which a crash leaves behind
+and another process may bear tomorrow.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+SERVER_LOCK = "server.lock"
+_FILES = ("agent.db", "agent.db-wal", "agent.db-shm", "learner.log", "learner.lock", SERVER_LOCK)
+
+
+class StateFolderTaken(ValueError):
+    """Another server works on the folder, and which."""
+
+
+class StateFolder:
+    """Constructing makes the folder, closes it to others, and takes it. Raises StateFolderTaken, or OSError."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        os.umask(0o077)  # for all that this process and its children will write
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = os.open(path / SERVER_LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.pread(self._lock, 200, 0).decode(errors="replace").strip()
+            os.close(self._lock)
+            raise StateFolderTaken(
+                f"{path} is in use by another server ({holder or 'it has not said which'}): stop that one first, or "
+                "give this one another --state"
+            ) from None
+        self.say(f"process {os.getpid()}")
+        self._close_to_others()
+
+    def say(self, holder: str) -> None:
+        """What a second server is told of us."""
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"{holder}\n".encode(), 0)
+
+    def close(self) -> None:
+        """Give it back. May be called twice."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _close_to_others(self) -> None:
+        """Also what an older release has left open."""
+        os.chmod(self.path, 0o700)
+        for name in _FILES:
+            if (self.path / name).exists():
+                os.chmod(self.path / name, 0o600)

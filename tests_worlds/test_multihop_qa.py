@@ -1,0 +1,91 @@
+"""Multi-hop questions over geographical facts, on the real packages and our real search."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests_worlds import promises
+from tools.worlds import load_world
+from tools.worlds.calls import answering
+from tools.worlds.multihop_qa import MultihopQA
+from tools.worlds.questions import QuestionEpisode, exact_match, f1
+
+
+@pytest.fixture(scope="module")
+def world() -> MultihopQA:
+    loaded = load_world("multihop_qa")
+    assert isinstance(loaded, MultihopQA)
+    return loaded
+
+
+def test_no_city_is_asked_about_in_two_splits(world: MultihopQA) -> None:
+    promises.assert_tasks_are_told_apart(world)
+    texts = [task.messages[1]["content"] for task in promises.all_tasks(world)]
+    assert len(set(texts)) == len(texts) > 5000
+    first_queries = [world.item(task.split, task.index).queries[0] for task in promises.all_tasks(world)]
+    assert len(set(first_queries)) == len(first_queries)
+
+
+def test_questions_need_two_to_four_facts(world: MultihopQA) -> None:
+    num_facts = [len(world.item(task.split, task.index).queries) for task in promises.all_tasks(world)]
+    assert {number: num_facts.count(number) / len(num_facts) > 0.2 for number in set(num_facts)} == {
+        2: True, 3: True, 4: True,
+    }  # fmt: skip
+
+
+def test_each_search_of_the_expert_finds_its_fact_and_the_last_one_the_answer(world: MultihopQA) -> None:
+    for task in promises.some_tasks(world, every=25):
+        episode = world.open(task)
+        assert isinstance(episode, QuestionEpisode)
+        said = promises.follow_expert(episode)
+        observed = [message["content"] for message in said if message["role"] == "tool"]
+        for query, passages in zip(episode.question.queries, observed, strict=True):
+            subject = re.sub(r" (country capital currency|currency number ISO|language code ISO)$", "", query)
+            assert f"{subject}: " in passages, query
+        answer = episode.question.answers[0]
+        assert answer in observed[-1] or answer in ("yes", "no")
+        assert (episode.outcome(), episode.f1()) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("said", "right", "exact", "overlap"),
+    [
+        ("The Euro.", ["Euro"], 1.0, 1.0),
+        ("euro", ["Euro", "EUR"], 1.0, 1.0),
+        ("It is the Euro", ["Euro"], 0.0, 0.5),
+        ("978", ["978"], 1.0, 1.0),
+        ("yes", ["no"], 0.0, 0.0),
+        ("yes it is", ["yes"], 0.0, 0.0),
+        ("", ["Oslo"], 0.0, 0.0),
+        ("New York City", ["York"], 0.0, 0.5),
+    ],
+)
+def test_scores_are_those_of_hotpotqa(said: str, right: list[str], exact: float, overlap: float) -> None:
+    assert (exact_match(said, right), f1(said, right)) == (exact, pytest.approx(overlap))
+
+
+def test_the_answer_decides_and_guessing_needs_no_search(world: MultihopQA) -> None:
+    episode = world.open(world.task("heldout", 3))
+    assert episode.outcome() == 0.0
+    episode.play(answering("I do not know."))
+    assert (episode.is_done, episode.outcome()) == (True, 0.0)
+
+
+def test_tools_bad_input_and_copies(world: MultihopQA) -> None:
+    task = world.task("train", 0)
+    promises.assert_tools_convert(world.open(task))
+    promises.assert_found_by_text(world, task)
+    promises.assert_bad_calls_are_told_in_words(world, task)
+    promises.assert_episodes_do_not_mix(world, task)
+    promises.assert_server_tools_act_as_play(world, task)
+    promises.assert_same_effect_is_judged(world, task)
+    episode = world.open(task)
+    answer = episode.question.answers[0]
+    assert episode.same_effect(answering(answer), answering(f" {answer}. "))
+    assert not episode.same_effect(answering(answer), answering("Elsewhere"))
+
+
+def test_twenty_searches_are_replayed_quickly(world: MultihopQA) -> None:
+    promises.assert_reopens_quickly(world, world.task("train", 0), limit_s=0.1)

@@ -1,0 +1,85 @@
+"""A world whose tasks are a list: a package's own, or those of a file."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from tools.worlds.world import SPLITS, Message, Task, WorldEpisode
+
+Item = TypeVar("Item")
+
+
+class ListedWorld(ABC, Generic[Item]):
+    """Tasks by split, each made from one item of a list."""
+
+    name: str
+
+    def __init__(self, items: Mapping[str, Sequence[Item]]) -> None:
+        self._items = {split: tuple(items[split]) for split in SPLITS}
+        self._places: dict[str, tuple[str, int]] = {}
+        for split, listed in self._items.items():
+            for index, item in enumerate(listed):
+                self._places.setdefault(_first_user_text(self.messages_of(item)) or "", (split, index))
+
+    @abstractmethod
+    def messages_of(self, item: Item) -> tuple[Message, ...]:
+        """How the conversation about an item begins."""
+
+    @abstractmethod
+    def open_item(self, item: Item) -> WorldEpisode:
+        """A fresh attempt at an item."""
+
+    @property
+    def splits(self) -> Mapping[str, int]:
+        return {split: len(listed) for split, listed in self._items.items()}
+
+    def task(self, split: str, index: int) -> Task:
+        """One task. Raises KeyError for an unknown split, IndexError for an index beyond its end."""
+        return Task(self.name, split, index, self.messages_of(self.item(split, index)))
+
+    def item(self, split: str, index: int) -> Item:
+        """The item that a task is made of; raises as `task` does."""
+        listed = self._items[split]
+        if not 0 <= index < len(listed):
+            raise IndexError(f"{self.name}/{split} has {len(listed)} tasks from 0 on, not {index}")
+        return listed[index]
+
+    def find_task(self, messages: Sequence[Message]) -> Task | None:
+        """The first task that begins with the same user message, spaces aside; None for any other text."""
+        place = self._places.get(_first_user_text(messages) or "\n")
+        return self.task(*place) if place else None
+
+    def open(self, task: Task) -> WorldEpisode:
+        return self.open_item(self.item(task.split, task.index))
+
+
+def _first_user_text(messages: Sequence[Message]) -> str | None:
+    content = next((message.get("content") for message in messages if message.get("role") == "user"), None)
+    return " ".join(content.split()) if isinstance(content, str) else None
+
+
+def split_by_fives(items: Sequence[Item]) -> dict[str, list[Item]]:
+    """Three fifths to train on, a fifth to validate, a fifth held out, mixed over the list: for one without splits."""
+    splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
+    for number, item in enumerate(items):
+        splits[("train", "train", "train", "validation", "heldout")[number % 5]].append(item)
+    return splits
+
+
+def split_of_file(file: Path, items: Sequence[Item]) -> dict[str, list[Item]]:
+    """The same for what a user's file holds. Raises ValueError where that is too little."""
+    if len(items) < 5:
+        raise ValueError(f"{file} holds {len(items)} tasks that can be done; five are needed for three splits")
+    return split_by_fives(items)
+
+
+def some_for_validation(train: Sequence[Item], held_out: Sequence[Item]) -> dict[str, list[Item]]:
+    """A published train and test split; every fifth of the former becomes validation, the latter stays held out."""
+    return {
+        "train": [item for number, item in enumerate(train) if number % 5 != 4],
+        "validation": list(train[4::5]),
+        "heldout": list(held_out),
+    }

@@ -1,0 +1,149 @@
+"""Questions that are answered by searching a collection of texts: what the worlds of multi-hop questions share.
+
+An answer is scored as HotpotQA and SQuAD score theirs: exact match and F1 over normalised words, the best over all
+accepted answers (Rajpurkar et al. 2016; Yang et al. 2018). The outcome is the exact match.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import orjson
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_openai_tool
+
+from tools.search import search_tool
+from tools.worlds.cache import cache_folder
+from tools.worlds.calls import ToolEpisode, ToolSchema, answering, calling
+from tools.worlds.listed import ListedWorld
+from tools.worlds.world import Message
+
+SYSTEM_PROMPT = (
+    "Answer the question from what you find with the search tool; it may take several searches. "
+    "Your answer is the bare fact, in as few words as it takes."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question, and how an expert answers it."""
+
+    text: str
+    answers: tuple[str, ...]
+    """All that are right; the first is the expert's."""
+    queries: tuple[str, ...]
+    """What the expert searches for, one after the other."""
+
+
+# ------------------------------------------------------------------------------------------------- scores
+
+
+def normalized(answer: str) -> list[str]:
+    """The words that count: in lower case, without punctuation and articles."""
+    text = answer.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def exact_match(answer: str, right: Iterable[str]) -> float:
+    return float(any(normalized(answer) == normalized(each) for each in right))
+
+
+def f1(answer: str, right: Iterable[str]) -> float:
+    return max((_f1(normalized(answer), normalized(each)) for each in right), default=0.0)
+
+
+def _f1(said: list[str], right: list[str]) -> float:
+    if said != right and (said in (["yes"], ["no"]) or right in (["yes"], ["no"])):
+        return 0.0  # HotpotQA: no credit for words around a wrong yes or no
+    num_common = (Counter(said) & Counter(right)).total()
+    return 2 * num_common / (len(said) + len(right)) if num_common else 0.0
+
+
+# ------------------------------------------------------------------------------------------------ episode
+
+
+class QuestionEpisode(ToolEpisode):
+    """One attempt at one question. The last answer counts."""
+
+    def __init__(self, question: Question, search: BaseTool, schema: ToolSchema) -> None:
+        super().__init__()
+        self.question = question
+        self._search, self._schema = search, schema
+        self._num_found = 0
+        """How many of the expert's searches were made."""
+        self.said: str | None = None
+
+    @property
+    def is_done(self) -> bool:  # type: ignore[override]
+        return self.said is not None
+
+    def schemas(self) -> list[ToolSchema]:
+        return [self._schema]
+
+    def run(self, name: str, arguments: dict[str, Any]) -> str:
+        del name
+        queries = self.question.queries
+        self._num_found += self._num_found < len(queries) and arguments.get("query") == queries[self._num_found]
+        return self._search.invoke(arguments)
+
+    def answer(self, text: str) -> None:
+        self.said = text
+
+    def outcome(self) -> float:
+        return 0.0 if self.said is None else exact_match(self.said, self.question.answers)
+
+    def f1(self) -> float:
+        return 0.0 if self.said is None else f1(self.said, self.question.answers)
+
+    def expert_action(self) -> Message:
+        """The next search, then the answer. No search that was made before it does harm."""
+        if self._num_found < len(self.question.queries):
+            return calling(self._search.name, {"query": self.question.queries[self._num_found]}, self.num_moves)
+        return answering(self.question.answers[0])
+
+    def reopened(self) -> QuestionEpisode:
+        return QuestionEpisode(self.question, self._search, self._schema)
+
+    def is_where(self, other: QuestionEpisode) -> bool:
+        reached, others = ((each.is_done, each.outcome(), each.f1()) for each in (self, other))
+        return reached == others
+
+
+# -------------------------------------------------------------------------------------------------- world
+
+
+class QuestionWorld(ListedWorld[Question]):
+    """Questions over a collection of passages (title and text)."""
+
+    def __init__(
+        self, name: str, questions: dict[str, Sequence[Question]], passages: Iterable[tuple[str, str]]
+    ) -> None:
+        self.name = name
+        self._search = search_tool(corpus_file(name, passages))
+        self._schema: ToolSchema = convert_to_openai_tool(self._search)["function"]
+        super().__init__(questions)
+
+    def messages_of(self, item: Question) -> tuple[Message, ...]:
+        return ({"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": item.text})
+
+    def open_item(self, item: Question) -> QuestionEpisode:
+        return QuestionEpisode(item, self._search, self._schema)
+
+
+def corpus_file(name: str, passages: Iterable[tuple[str, str]]) -> Path:
+    """The passages as a file for the search tool; written once for the same passages."""
+    lines = b"".join(orjson.dumps({"title": title, "text": text}) + b"\n" for title, text in passages)
+    path = cache_folder() / f"{name}-{zlib.crc32(lines):08x}.jsonl"
+    if not path.exists():
+        half_made = path.with_name(f"{path.name}.{uuid4().hex}.part")
+        half_made.write_bytes(lines)
+        half_made.replace(path)
+    return path
