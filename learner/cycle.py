@@ -205,7 +205,7 @@ async def _promote(
     if adapter["state"] == "refused":
         return Ending(CycleStage.REFUSED, f"{best.name}: a dry run promotes nothing: {reason}")
     record.add(promoted=best.name)
-    how = ", as a canary" if adapter["state"] == "canary" else ""
+    how = f", canary of {share:.0%}" if share else ", as a canary" if adapter["state"] == "canary" else ""
     return Ending(CycleStage.PROMOTED, f"{best.name}{how}: {reason}")
 
 

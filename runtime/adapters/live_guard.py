@@ -138,11 +138,11 @@ class Watch:
         said = self._log.live_outcomes(adapter, most, since)
         others = [outcome.value for outcome in self._log.live_outcomes(against, most)]
         agrees, others_agree = (self._cycles.agreement(name)[:most] for name in (adapter, against))
+        values, by_key = [outcome.value for outcome in said], Counter(outcome.key for outcome in said)
         return [
-            self._evidence("live outcome", adapter, against, [outcome.value for outcome in said], others,
-                           Counter(outcome.key for outcome in said)),
+            self._evidence("live outcome", adapter, against, values, others, by_key),
             self._evidence("step reward", adapter, against, agrees, others_agree, {}),
-        ]  # fmt: skip
+        ]
 
     def _evidence(
         self,

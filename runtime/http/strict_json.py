@@ -28,12 +28,12 @@ class StrictJsonRoute(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         answer = super().get_route_handler()
-        annotation = self.body_field.field_info.annotation if self.body_field else None
-        is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        annotation: Any = self.body_field.field_info.annotation if self.body_field else None
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
         async def answer_strictly(request: Request) -> Response:
             strict = _StrictJsonRequest(request.scope, request.receive)
-            strict.model = annotation if is_model else None  # pyright: ignore[reportAttributeAccessIssue]
+            strict.model = model
             return await answer(strict)
 
         return answer_strictly

@@ -26,6 +26,10 @@ WITH RECURSIVE named (adapter) AS (
 SELECT adapter FROM named WHERE adapter IS NOT NULL"""
 """Jumps from name to name in an index: DISTINCT would read all of it."""
 
+_LAST_OLD = """
+SELECT max(episodes.rowid) FROM steps CROSS JOIN episodes ON episodes.id = steps.episode_id
+WHERE steps.rowid BETWEEN ? AND ?"""
+
 _IS_OLD = "NOT EXISTS (SELECT 1 FROM steps WHERE steps.episode_id = episodes.id AND steps.rowid > ?)"
 
 
@@ -38,6 +42,9 @@ class OwnEpisodes:
         self._places = ", ".join("?" * len(adapters))
         rows = log.query("SELECT rowid FROM steps WHERE id = ?", after_step or "")
         self._cursor = rows[0][0] if rows else 0
+        rows = log.query(_LAST_OLD, self._cursor - _PAGE, self._cursor)
+        self._last_old = rows[0][0] or 0
+        """No episode with a later number is old: it was logged with a fresh step."""
 
     def last_step_id(self) -> str | None:
         """The newest step there is."""
@@ -76,21 +83,21 @@ class OwnEpisodes:
         return list(drawn.values())
 
     def _oldest(self, limit: int) -> list[Episode]:
-        query = f"SELECT * FROM episodes WHERE {LEARNABLE} AND adapter = ? AND {_IS_OLD} ORDER BY id LIMIT ?"
+        wanted = f"{LEARNABLE} AND adapter = ? AND rowid <= ? AND {_IS_OLD}"
+        query = f"SELECT * FROM episodes WHERE {wanted} ORDER BY id LIMIT ?"
         return [
             episode_from_row(row)
-            for adapter in self._adapters
-            for row in self._log.query(query, adapter, self._cursor, limit)
+            for adapter in (self._adapters if self._last_old else ())
+            for row in self._log.query(query, adapter, self._last_old, self._cursor, limit)
         ]
 
     def _drawn(self, limit: int, draw: random.Random) -> list[Episode]:
-        most = self._log.query("SELECT coalesce(max(rowid), 0) FROM episodes")[0][0]
         query = f"SELECT * FROM episodes WHERE rowid = ? AND {LEARNABLE} AND adapter IN ({self._places}) AND {_IS_OLD}"
         found: dict[str, Episode] = {}
         for _ in range(_TRIES * limit):
             if len(found) == limit:
                 break
-            for row in self._log.query(query, draw.randint(1, most), *self._adapters, self._cursor):
+            for row in self._log.query(query, draw.randint(1, self._last_old), *self._adapters, self._cursor):
                 found[row["id"]] = episode_from_row(row)
         return list(found.values())
 
