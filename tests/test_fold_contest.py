@@ -45,7 +45,7 @@ class ScriptedServer:
 
     async def register(self, folder: Path, parent: str, reason: str, cycle: str) -> str:
         if why := self.refused.get(folder.name, ""):
-            response = Response(409, request=Request("POST", "http://127.0.0.1"))
+            response: Any = Response(409, request=Request("POST", "http://127.0.0.1"))
             raise APIStatusError(why, response=response, body=None)
         self.loaded.append(folder.name)
         self.most_loaded = max(self.most_loaded, len(self.loaded))
