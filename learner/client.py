@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,13 +182,18 @@ class Endpoint:
     async def refuse(self, name: str, reason: str) -> None:
         await self.client.post(f"/adapters/{name}/refuse", cast_to=object, body={"reason": reason})
 
-    async def refuse_left_over(self, cycles: Sequence[str]) -> list[str]:
-        """Refuse what these cycles have registered and nobody has judged; returns the names."""
+    async def unload(self, name: str) -> None:
+        """Free its slot; `register` brings it up again. Raises openai's ConflictError where it serves."""
+        await self.client.post(f"/adapters/{name}/unload", cast_to=object, body={"reason": "its trials are done"})
+
+    async def refuse_left_over(self, cycles: Sequence[str], spared: Collection[str] = ()) -> list[str]:
+        """Refuse what these cycles have registered and nobody let act, but for the spared; returns the names."""
         listed: Any = await self.client.get("/adapters", cast_to=object)
         names = []
         for adapter in listed["data"]:
-            if adapter["cycle"] in cycles and adapter["state"] in UNJUDGED and not adapter["proposal"]:
-                await self.refuse(adapter["name"], f"its cycle ended before it was judged ({adapter['cycle']})")
+            is_left_over = adapter["cycle"] in cycles and adapter["state"] in UNJUDGED and not adapter["proposal"]
+            if is_left_over and adapter["name"] not in spared:
+                await self.refuse(adapter["name"], f"its cycle has ended without it ({adapter['cycle']})")
                 names.append(adapter["name"])
         return names
 

@@ -22,12 +22,15 @@ from learner.data.experts import ModelExpert
 from learner.data.inspection import Inspection, inspect
 from learner.data.rewards import agreement_rewards
 from learner.data.training_data import TrainingData
+from learner.evaluation.fold_contest import TrainWithout
+from learner.evaluation.folds import left_out
 from learner.evaluation.judging import Verdict, best_of, judge
 from learner.evaluation.trials import CycleTrials
+from learner.evaluation.twins import needed_later
 from learner.objectives.build import NothingToLearn
 from learner.options import CycleOptions
 from learner.report import CycleRecord
-from learner.training.candidates import Candidate, CandidateOptions, train_candidates
+from learner.training.candidates import Candidate, CandidateOptions, train_candidates, train_quietly
 from learner.training.discriminator import Discriminator, DiscriminatorOptions, discriminate
 from learner.training.trainer import TrainingFailed
 from runtime.store.learning_log import CycleStage
@@ -64,13 +67,18 @@ async def _run(record: CycleRecord, who: Collaborators, options: CycleOptions) -
     discriminator = _reward(record, who, options, inspection.training_data)
     try:
         with _candidate_folders(who.state) as folders:
-            training_data = inspection.training_data
-            candidates = _train(record, who, options, parents[0], training_data, discriminator, folders)
-            verdicts = await judge(record, who, trials, candidates, parents[0])
+            candidates = _train(record, who, options, parents[0], inspection.training_data, discriminator, folders)
+            train_without = _fold_training(record, who, options, collected, inspection.training_data)
+            verdicts = await judge(record, who, trials, candidates, parents[0], train_without)
         return await _promote(record, who, options, verdicts, parents[0])
     finally:  # whatever happened: what is neither promoted nor refused would keep its slot in the engine
         with suppress(OpenAIError):
-            await who.endpoint.refuse_left_over([record.cycle])
+            await refuse_left_over([record.cycle], who)
+
+
+async def refuse_left_over(cycles: Sequence[str], who: Collaborators) -> None:
+    """Refuse what these cycles have registered, but for what was promoted and what later gates need."""
+    await who.endpoint.refuse_left_over(cycles, spared=needed_later(cycles, who.learning_log))
 
 
 # ------------------------------------------------------------------------------------------------- stages
@@ -148,8 +156,28 @@ def _train(
     folders: Path,
 ) -> list[Candidate]:
     """A candidate for each objective that can be trained. Raises why where none can."""
-    settings = CandidateOptions(options.objectives, options.objective, options.training, options.device)
-    return train_candidates(record, who, settings, acting, training_data, discriminator, folders)
+    return train_candidates(record, who, _settings(options), acting, training_data, discriminator, folders)
+
+
+def _fold_training(
+    record: CycleRecord,
+    who: Collaborators,
+    options: CycleOptions,
+    collected: Collected,
+    training_data: TrainingData,
+) -> TrainWithout:
+    """How the gate gets an adapter that has not seen a fold."""
+
+    def train_without(fold: int, objective: str, begin: str, folder: Path) -> set[str]:
+        others = training_data.without(left_out(fold, collected.groups_of))
+        train_quietly(record, who, _settings(options), begin, others, objective, folder)
+        return {demonstration.episode_id for demonstration in others.demonstrations}
+
+    return train_without
+
+
+def _settings(options: CycleOptions) -> CandidateOptions:
+    return CandidateOptions(options.objectives, options.objective, options.training, options.device)
 
 
 async def _promote(

@@ -30,9 +30,9 @@ class CycleReport:
     diagnostics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """What was measured, by what it is of: the training data, the discriminator, an objective."""
     not_trained: Mapping[str, str] = field(default_factory=dict)
-    """Why, for each objective that no candidate was trained for."""
+    """Why, for each objective that no candidate was trained for, or none without a fold."""
     not_registered: Mapping[str, str] = field(default_factory=dict)
-    """Why, for each objective whose candidate the runtime did not take in."""
+    """Why, for each objective whose candidate, or the one without a fold, the runtime did not take in."""
     gate: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By candidate: the evidence, the decision and its reason."""
     promoted: str | None = None

@@ -115,6 +115,19 @@ def test_a_refused_adapter_stays_refused(server: Served, tiny: TinyNetwork) -> N
     assert "cannot become refused" in refusal(post(server, "/agent-v0001/refuse", {"reason": "again"}))
 
 
+def test_an_unloaded_adapter_frees_its_slot_and_is_brought_up_again(server: Served, tiny: TinyNetwork) -> None:
+    for seed in (1, 2):
+        register(server, tiny.adapter(seed))
+    post(server, "/agent-v0001/promote")
+    assert "it cannot be unloaded" in refusal(post(server, "/agent-v0001/unload"))
+    for _ in range(2):  # again: nothing is done
+        assert post(server, "/agent-v0002/unload", {"reason": "tried"}).json()["state"] == "unloaded"
+    assert [adapter.name for adapter in server.parts.engine.loaded_adapters()] == ["agent-v0001"]
+    record = register(server, tiny.adapter(2))
+    assert (record["name"], record["state"]) == ("agent-v0002", "verified")
+    assert refusal(post(server, "/agent-v0009/unload"), 404)
+
+
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "x" * 4000, "\x00"])
 def test_a_folder_that_is_none_is_refused_and_serving_goes_on(server: Served, path: str) -> None:
     refusal(post(server, "", {"path": path}))

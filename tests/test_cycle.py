@@ -86,7 +86,7 @@ def test_one_cycle_rewards_every_own_action_from_every_source_and_answers_own_st
         assert not list((tmp_path / "candidates").glob("*"))
 
 
-def test_without_a_world_held_out_demonstrations_are_the_gate(
+def test_without_a_world_all_demonstrations_are_the_gate(
     engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
 ) -> None:
     with served(parts_of(engine, protocol, tmp_path)) as server:
@@ -95,10 +95,7 @@ def test_without_a_world_held_out_demonstrations_are_the_gate(
         status = run(server, tmp_path, options=options, world=None, experts=())
     assert status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED), status.message
     (decision,) = status.report["gate"].values()
-    assert (decision["unit"], decision["num_planned"]) == (
-        "held-out demonstrations",
-        status.report["collected"]["held_out"],
-    )
+    assert (decision["unit"], decision["num_planned"]) == ("demonstrations", 24)
 
 
 def test_a_stronger_model_teaches_at_own_states(engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path) -> None:
@@ -279,4 +276,4 @@ def test_demonstrations_of_another_tool_set_are_their_own_gate(
         status = run(server, tmp_path, options=options)
     assert status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED), status.message
     (decision,) = status.report["gate"].values()
-    assert decision["unit"] == "held-out demonstrations"
+    assert decision["unit"] == "demonstrations"

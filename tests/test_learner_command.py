@@ -54,6 +54,22 @@ def test_an_import_takes_what_it_can_and_tells_the_rest_by_line(
     assert "0 imported, 1 known already, 0 refused" in capfd.readouterr().out
 
 
+def test_an_import_says_what_the_gate_could_show_and_how_many_more_would_help(
+    serve_scripted: ServeScripted, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server = serve_scripted()
+    path = jsonl(tmp_path / "desk.jsonl", *(demonstration(number) for number in range(3)))
+    options = ["--url", f"{server.url}/v1", "--state", str(tmp_path)]
+    assert main(["import", str(path), *options]) == 0
+    said = capfd.readouterr().out
+    num_states = server.parts.log.counts()["steps"]
+    assert f"where no world's tasks judge, with 3 demonstrations of {num_states} states no gain can be shown" in said
+    assert "more demonstrations would show 30" in said
+    more = jsonl(tmp_path / "more.jsonl", *(demonstration(number) for number in range(3, 12)))
+    assert main(["import", str(more), *options]) == 0
+    assert "points or more can be shown" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [(b"", ": the file is empty"), (b'{"messages": [', "line 1: "), (b"\xff\xfe\x00nonsense", ": the file is UTF-16")],

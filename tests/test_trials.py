@@ -41,11 +41,9 @@ def trials_of(
     share: float = 1.0,
     world: World | None = None,
     num_tasks: int = 4,
-    by_folds: bool = False,
 ) -> CycleTrials:
-    return CycleTrials.of_cycle(
-        "base", collected(server, share, world), collaborators(server, folder, world=world), num_tasks, by_folds
-    )
+    who = collaborators(server, folder, world=world)
+    return CycleTrials.of_cycle("base", collected(server, share, world), who, num_tasks)
 
 
 def num_evaluations(server: Served) -> int:
@@ -145,7 +143,7 @@ def test_few_demonstrations_all_judge_each_by_a_fold_that_was_not_trained_on_it(
 ) -> None:
     with served(parts_of(SayingEngine(protocol), protocol, tmp_path)) as server:
         post(server, *(expert_demonstration(number) for number in range(12))).raise_for_status()
-        trials = trials_of(server, tmp_path, share=0.2, by_folds=True)
+        trials = trials_of(server, tmp_path, share=0.2)
         found = collected(server, 0.2)
     assert len(trials.units) == 12
     assert trials.kind == "demonstrations"

@@ -112,7 +112,7 @@ def run(options: OnceOptions) -> int:
 
 
 async def _clear_up_and_run(options: OnceOptions) -> str:
-    from learner.cycle import run_cycle
+    from learner.cycle import refuse_left_over, run_cycle
     from runtime.store.episodes import new_id
 
     who = collaborators(options)
@@ -120,7 +120,7 @@ async def _clear_up_and_run(options: OnceOptions) -> str:
     for cycle in cut_off:
         print(f"cycle {cycle} was cut off and is marked as failed")
     if cut_off:
-        await who.endpoint.refuse_left_over(cut_off)
+        await refuse_left_over(cut_off, who)
     return await run_cycle(options.cycle or new_id("cycle"), who, options.cycle_options())
 
 

@@ -107,7 +107,7 @@ def collect(
 
     `world`: whose tasks the gate may try; what is of them is held out, whatever names it.
     """
-    experts = [_logged(log, episode) for episode in log.episodes(limit=1_000_000, actor=Actor.EXPERT)]
+    experts = _experts(log)
     anchors, anchor_tasks = _listed_anchors(log, options.anchors, world)
     anchors += _contented(log, parents, options)
     apart = HeldOut.among(
@@ -125,6 +125,18 @@ def collect(
     counts |= own_counts | {"own_held_out": len(own) - len(trained), "anchors": len(anchors) + len(anchor_tasks)}
     groups_of = {each.episode.id: apart.groups(each.conversation) for each in (*demonstrations, *trained)}
     return Collected(demonstrations, held_out, trained, anchors, anchor_tasks, last_step_id, groups_of, counts)
+
+
+def dealt_demonstrations(log: StepLog, options: CollectionOptions) -> tuple[list[LoggedEpisode], list[LoggedEpisode]]:
+    """(to train on, held out) of a cycle without a world and anchors."""
+    experts = _experts(log)
+    apart = HeldOut.among([expert.conversation for expert in experts], None, options.held_out_share)
+    demonstrations, held_out, _ = _dealt(experts, apart, options, seed=0)
+    return demonstrations, held_out
+
+
+def _experts(log: StepLog) -> list[LoggedEpisode]:
+    return [_logged(log, episode) for episode in log.episodes(limit=1_000_000, actor=Actor.EXPERT)]
 
 
 def _listed_anchors(log: StepLog, listed: Sequence[str], world: World | None) -> tuple[list[LoggedEpisode], list[str]]:

@@ -5,6 +5,7 @@ its own rollouts) hands it to `learner/objectives/build.py`, which makes objecti
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from policies.types import TokenIds
@@ -74,3 +75,11 @@ class TrainingData:
     @property
     def trajectories(self) -> tuple[Trajectory, ...]:
         return self.demonstrations + self.policy_episodes
+
+    def without(self, episodes: Collection[str]) -> TrainingData:
+        """The same without the trajectories of these episodes."""
+        demonstrations, policy_episodes = (
+            tuple(trajectory for trajectory in side if trajectory.episode_id not in episodes)
+            for side in (self.demonstrations, self.policy_episodes)
+        )
+        return TrainingData(demonstrations, policy_episodes)

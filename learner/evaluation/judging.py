@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from openai import APIStatusError
@@ -11,8 +10,10 @@ from openai import APIStatusError
 from learner.client import Endpoint
 from learner.data.collaborators import Collaborators
 from learner.evaluation import gate
-from learner.evaluation.gate import Contest, Contestants, GateDecision
+from learner.evaluation.fold_contest import FoldContest, TrainWithout
+from learner.evaluation.gate import GateDecision
 from learner.evaluation.trials import CycleTrials
+from learner.evaluation.twins import as_evidence
 from learner.report import CycleRecord
 from learner.training.candidates import Candidate
 from runtime.store.learning_log import CycleStage
@@ -41,11 +42,17 @@ class Verdict:
 
 
 async def judge(
-    record: CycleRecord, who: Collaborators, trials: CycleTrials, candidates: Sequence[Candidate], acting: str
+    record: CycleRecord,
+    who: Collaborators,
+    trials: CycleTrials,
+    candidates: Sequence[Candidate],
+    acting: str,
+    train_without: TrainWithout,
 ) -> list[Verdict]:
     """Judge the candidates one after the other. Raises why where the runtime takes none of them in.
 
-    At most two are in the engine at a time, the best one so far and the next: slots are few.
+    At most two are in the engine at a time, the best one so far and the next: slots are few. By folds the first one
+    that passes is taken: each further one would cost a training a fold.
     """
     verdicts, best, problem = list[Verdict](), None, None
     num_earlier = gate.num_earlier(who.learning_log.evidence_against(acting), len(trials.units))
@@ -59,24 +66,18 @@ async def judge(
                 problem = problem or error
                 record.add(not_registered={candidate.objective: error.message})
                 continue
-            decision = await gate.judge(trials, _themselves(name, acting), level, count)
+            contests = FoldContest(record, who, candidate, name, acting, train_without)
+            decision = await gate.judge(trials, contests.contest, level, count)
+            decision.evidence.update(as_evidence(contests.twins))
         verdict = Verdict(candidate, name, decision)
         _log(record, who, verdict, acting)
         verdicts.append(verdict)
         best = await _keep_the_better(who.endpoint, best, verdict)
+        if best is not None and trials.folds:
+            break
     if problem is not None and not verdicts:
         raise problem
     return verdicts
-
-
-def _themselves(candidate: str, acting: str) -> Contest:
-    """Adapters that are trained without a fold are not made here: a fold's units are left out."""
-
-    @asynccontextmanager
-    async def contest(fold: int | None) -> AsyncIterator[Contestants | None]:
-        yield Contestants(candidate, acting) if fold is None else None
-
-    return contest
 
 
 def best_of(verdicts: Sequence[Verdict]) -> Verdict:

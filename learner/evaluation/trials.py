@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -21,6 +21,7 @@ from learner.evaluation.gate import Contestants
 from learner.evaluation.outlook import Outlook, evidence_outlook
 from learner.evaluation.past_trials import PastTrials
 from learner.evaluation.state_trials import score, try_states
+from learner.evaluation.twins import Twin, twins_of
 from policies.types import ToolCalls
 from tools.worlds.world import Task, World
 
@@ -58,17 +59,15 @@ class CycleTrials:
     past: PastTrials
 
     @classmethod
-    def of_cycle(
-        cls, acting: str, collected: Collected, who: Collaborators, num_tasks: int, by_folds: bool = False
-    ) -> CycleTrials:
+    def of_cycle(cls, acting: str, collected: Collected, who: Collaborators, num_tasks: int) -> CycleTrials:
         """The acting adapter draws the world's tasks: its trials can be used again until another one acts, and no line
-        of adapters is selected on the same tasks. `by_folds`: adapters of folds can be had."""
+        of adapters is selected on the same tasks."""
         world = who.world
         fitting = fitting_world(world, [*collected.demonstrations, *collected.held_out])
         anchors = [Unit(anchor) for anchor in collected.anchors]
         anchors += [Unit(task_named(name, world)) for name in collected.anchor_tasks if world]
         if fitting is None:
-            units = _demonstrations(collected, by_folds)
+            units = _demonstrations(collected, twins_of(acting, who.learning_log))
         else:
             size = fitting.splits["validation"]
             places = random.Random(acting).sample(range(size), min(num_tasks, size))
@@ -135,12 +134,14 @@ def task_named(name: str, world: World) -> Task:
     return world.task(split, int(index))
 
 
-def _demonstrations(collected: Collected, by_folds: bool) -> list[Unit]:
-    """Those held out; and by folds the others, where these are too few."""
+def _demonstrations(collected: Collected, twins: Mapping[int, Twin]) -> list[Unit]:
+    """Those held out; and by folds the others, where these are too few, as far as the fold's twin has not seen them."""
     units = sorted((Unit(each) for each in collected.held_out), key=_order)
-    if by_folds and needs_folds(len(units)):
-        folded = [Unit(each, _fold(each, collected)) for each in collected.demonstrations]
-        units += sorted(folded, key=lambda unit: (unit.fold, _order(unit)))
+    if needs_folds(len(units)):
+        folds = [(each, _fold(each, collected)) for each in collected.demonstrations]
+        has_seen = {fold: twin.has_seen for fold, twin in twins.items()}
+        judging = [Unit(each, fold) for each, fold in folds if fold in twins and each.episode.id not in has_seen[fold]]
+        units += sorted(judging, key=lambda unit: (unit.fold, _order(unit)))
     return units
 
 

@@ -112,8 +112,7 @@ def _candidate(
     objective: Objective,
     folder: Path,
 ) -> Candidate:
-    begin = None if acting == BASE_ADAPTER else who.adapter_folder(acting)
-    trainer = Trainer(who.base, begin, options.training, options.device)
+    trainer = _trainer(who, options, acting)
     watched = WatchedActions.of(training_data)
     sequences = watched.sequences()
     before = trainer.logprobs(sequences)
@@ -132,6 +131,33 @@ def _candidate(
     return Candidate(name, folder, rewards)
 
 
+def train_quietly(
+    record: CycleRecord,
+    who: Collaborators,
+    options: CandidateOptions,
+    begin: str,
+    training_data: TrainingData,
+    name: str,
+    folder: Path,
+) -> None:
+    """Train an objective as a candidate's, from another adapter on other data: only its progress is noted, under the
+    folder's name.
+
+    Raises NothingToLearn and TrainingFailed. `inverse` is refused: its discriminator is made of all data of the cycle.
+    """
+    if name == "inverse":
+        raise NothingToLearn("its discriminator was trained on what was to be left out")
+    title, objective = folder.name, objective_of(name, training_data, options.objective)
+    trainer = _trainer(who, options, begin)
+    trainer.train(objective, lambda done, total: record.progress(CycleStage.TRAIN, title, done, total))
+    trainer.save(folder, _probe_prompts(training_data), _card(record.cycle, title, begin, training_data))
+
+
+def _trainer(who: Collaborators, options: CandidateOptions, begin: str) -> Trainer:
+    folder = None if begin == BASE_ADAPTER else who.adapter_folder(begin)
+    return Trainer(who.base, folder, options.training, options.device)
+
+
 def _probe_prompts(training_data: TrainingData) -> list[TokenIds]:
     """Prompts of states that the policy has to change at, where there are any: there a probe tells most."""
     states = [state for trajectory in training_data.trajectories for state in trajectory.states]
@@ -139,9 +165,9 @@ def _probe_prompts(training_data: TrainingData) -> list[TokenIds]:
     return [state.prompt for state in states[:NUM_PROBE_PROMPTS]]
 
 
-def _card(cycle: str, objective: str, acting: str, training_data: TrainingData) -> str:
+def _card(cycle: str, title: str, begin: str, training_data: TrainingData) -> str:
     return (
-        f"# {objective}, {cycle}\n\nA LoRA trained by StepAgent from {acting}, on "
+        f"# {title}, {cycle}\n\nA LoRA trained by StepAgent from {begin}, on "
         f"{len(training_data.demonstrations)} demonstrations and {len(training_data.policy_episodes)} own episodes. "
         "`probe.json` holds what it says after fixed prompts.\n"
     )

@@ -162,6 +162,17 @@ class Swap:
             await self.write(self._registry.record, name, AdapterState.REFUSED, reason, key)
             await self._sweep()
 
+    async def unload(self, name: str, reason: str = "") -> None:
+        """Free the slot, if it has one, of an adapter that serves no new episodes; it can be brought up again.
+
+        Raises SwapError where it acts, is a canary, or takes a step.
+        """
+        async with self._changes:
+            adapter, state = self._registry.adapter(name), self._registry.state(name)
+            if state in (AdapterState.ACTING, AdapterState.CANARY) or self._leases.idle_since(name) is None:
+                raise SwapError(f"{name} is {state} and serves: it cannot be unloaded")
+            await self._unload(adapter, reason)
+
     async def rollback(self, reason: str, expected_acting: str | None = None, key: str = "") -> Adapter | None:
         """Let act again what acted before; None is the base network. A flip, where that is still loaded.
 

@@ -1,4 +1,4 @@
-"""/v1/adapters: what was registered and what became of it; register, promote, refuse, roll back."""
+"""/v1/adapters: what was registered and what became of it; register, promote, refuse, unload, roll back."""
 
 from __future__ import annotations
 
@@ -79,6 +79,12 @@ def adapter_routes(parts: Parts) -> APIRouter:
             await approval.propose(name, body.reason, body.expected_acting, key)
         else:
             await swap.start_canary(name, body.share, body.reason, body.expected_acting, key)
+        return record(registry.adapter(name))
+
+    @router.post("/{name}/unload")
+    async def unload_adapter(name: str, body: Annotated[AdapterChange, Body()] = _NO_REASON) -> dict[str, Any]:
+        """Free its slot in the engine; registering its files again brings it up again. 409 where it serves."""
+        await swap.unload(name, body.reason)
         return record(registry.adapter(name))
 
     @router.post("/{name}/refuse")

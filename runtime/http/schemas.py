@@ -568,7 +568,7 @@ class AdapterRegistration(WireModel):
 
 
 class AdapterChange(WireModel):
-    """Body of POST /v1/adapters/rollback; may be left out."""
+    """Body of POST /v1/adapters/rollback and /v1/adapters/{name}/unload; may be left out."""
 
     reason: _Reason = ""
 
