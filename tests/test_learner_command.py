@@ -132,7 +132,7 @@ def test_a_second_learner_waits_for_the_first(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["import"], "files"),
+        (["import"], "FILES"),
         (["once", "--expert-url", "http://127.0.0.1:9/v1"], "go together"),
         (["fly"], "no command is called 'fly'"),
     ],

@@ -145,7 +145,7 @@ def test_many_trajectories_under_one_system_prompt_are_cut_between_them() -> Non
 
 
 def test_an_owner_larger_than_the_budget_is_named() -> None:
-    with pytest.raises(ValueError, match=r"rows of \(0, 4\) need 256 tokens, the budget is 250"):
+    with pytest.raises(ValueError, match=r"sequences of \(0, 4\) need 256 tokens, the budget is 250"):
         pack_sequences(trajectory(5), token_budget=250)
 
 
@@ -166,7 +166,7 @@ def test_large_token_ids_sort_and_survive() -> None:
         ((), "no span"),
         ((Span(1, 3), Span(2, 4)), "overlap"),
         ((Span(3, 4), Span(1, 2)), "out of order"),
-        ((Span(1, 6),), "passes the row's 5 tokens"),
+        ((Span(1, 6),), "passes the sequence's 5 tokens"),
     ],
 )
 def test_a_row_refuses_spans_that_cannot_be_scored(spans: tuple[Span, ...], problem: str) -> None:

@@ -44,12 +44,12 @@ class MortalRegistry(AdapterRegistry):
 
     writes_left: int | None = None
 
-    def _insert_event(self, name: str, state: AdapterState, reason: str) -> None:
+    def _insert_event(self, name: str, state: AdapterState, reason: str, key: str) -> None:
         if self.writes_left is not None:
             if self.writes_left == 0:
                 raise Crash
             self.writes_left -= 1
-        super()._insert_event(name, state, reason)
+        super()._insert_event(name, state, reason, key)
 
 
 def machine_on(folders: list[Path], tiny: TinyNetwork) -> type[RuleBasedStateMachine]:

@@ -227,7 +227,7 @@ def test_where_memory_runs_out_the_budget_is_halved_and_the_same_is_learned(unde
 
 def test_no_memory_for_the_longest_row_ends_training_with_what_to_change(under_limits: dict[str, Any]) -> None:
     failed = under_limits["one long row"]["failed"]
-    assert "not enough memory on cpu for a pass over 5600 tokens, the longest row" in failed
+    assert "not enough memory on cpu for a pass over 5600 tokens, the longest sequence" in failed
     assert "leave longer episodes out" in failed
 
 

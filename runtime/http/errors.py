@@ -53,6 +53,25 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 """For the OpenAPI document; FastAPI's own 422 is never sent."""
 
 
+class AnthropicErrorDetail(BaseModel):
+    """What was wrong, in Anthropic's form."""
+
+    type: str
+    message: str
+
+
+class AnthropicErrorBody(BaseModel):
+    """The body of every answer under /v1/messages that is an error."""
+
+    type: Literal["error"]
+    error: AnthropicErrorDetail
+
+
+ANTHROPIC_ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    kind: {**told, "model": AnthropicErrorBody} for kind, told in ERROR_RESPONSES.items()
+}
+
+
 class ApiError(HTTPException):
     """An answer that is an error: HTTP status, message, and OpenAI's machine-readable code and parameter.
 
