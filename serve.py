@@ -14,7 +14,7 @@ from runtime.config import Settings, parse_settings
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from policies.chat_protocol import ChatProtocol
+    from policies.chat.chat_protocol import ChatProtocol
     from policies.types import Engine
     from runtime.engines.gpu_share import GpuShare
     from runtime.http.parts import Parts
@@ -116,7 +116,7 @@ def build_parts(settings: Settings) -> Parts:
     import sqlite3
 
     from policies.adapters.base_network import BaseNetworkError, model_folder, read_base_network
-    from policies.chat_protocol import ChatProtocol
+    from policies.chat.chat_protocol import ChatProtocol
     from runtime.adapters.approval import Approval, PromotionMode
     from runtime.adapters.swap import Swap
     from runtime.agent.budget import RunLimits

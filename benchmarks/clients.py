@@ -25,12 +25,7 @@ ENVIRONMENTS = {
 }
 
 CLIENTS = {
-    "`openai` for Python: chat, responses, streams": (
-        "test_a_chat_with_tools",
-        "test_a_stream_tells",
-        "test_responses_go",
-        "test_a_response_streams",
-    ),
+    "`openai` for Python: chat, responses, streams": ("test_a_", "test_responses_"),
     "`openai` for Node, `runTools`": ("test_openai_for_node",),
     "`openai-agents`: chat and responses models, handoffs, clocks, output types": ("test_openai_agents",),
     "`langchain-openai`: `create_agent`, structured output, `ProviderStrategy`": ("test_langchain",),

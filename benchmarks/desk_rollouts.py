@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from learner.data.comparison import compare
 from learner.data.training_data import PolicyAction, State, Trajectory
 from learner.practice import MAX_STEPS
-from policies.chat_protocol import ChatProtocol, action_message, message_action
+from policies.chat.chat_protocol import ChatProtocol, action_message, message_action
 from policies.types import Action, Completion, FinalAnswer, FinishReason, TokenIds, ToolCall, ToolCalls
 from tools.worlds.order_desk import OrderDesk, OrderDeskEpisode
 from tools.worlds.world import Message, Task

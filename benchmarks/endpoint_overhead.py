@@ -57,7 +57,7 @@ def serve(pipe: Connection, synchronous: str) -> None:
 
 
 async def _serve(pipe: Connection, synchronous: str) -> None:
-    from policies.chat_protocol import ChatProtocol
+    from policies.chat.chat_protocol import ChatProtocol
     from runtime.http.app import create_app
     from runtime.http.shutdown import server_of
     from runtime.startup import listen

@@ -96,7 +96,7 @@ def traced(root: Path) -> Iterator[set[str]]:
 
 def files_of_a_streamed_request() -> set[str]:
     """A request without tools, streamed: the server runs its own. The files of the engine are not counted."""
-    from policies.chat_protocol import ChatProtocol
+    from policies.chat.chat_protocol import ChatProtocol
     from tests.serving import MODEL, NOVICE_FOLDER, SayingEngine, parts_of, served
 
     protocol = ChatProtocol.load(NOVICE_FOLDER)
@@ -116,7 +116,7 @@ def files_of_a_streamed_request() -> set[str]:
 
 def files_of_a_cycle() -> set[str]:
     """One cycle with eight demonstrations, in the learner's process; the server's files are not counted."""
-    from policies.chat_protocol import ChatProtocol
+    from policies.chat.chat_protocol import ChatProtocol
     from tests.conftest import novice_engine_of
     from tests.cycles import run
     from tests.demonstrations import expert_demonstration, post

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from policies.types import SamplingParams, TokenIds
 from runtime.engines.embedded.engine import EmbeddedEngine
 from tools.worlds.order_desk import OrderDesk

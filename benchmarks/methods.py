@@ -38,7 +38,7 @@ from learner.options import ObjectiveOptions, TrainingOptions
 from learner.training.discriminator import DiscriminatorOptions, discriminate
 from learner.training.trainer import Trainer
 from policies.adapters.base_network import read_base_network
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from policies.novice.build import NOVICE_PATH
 from tools.worlds.world import Task
 

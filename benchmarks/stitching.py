@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 
 from benchmarks.client_traffic import ANSWERS, PLACES, REWRITES, SYSTEMS, Conversation
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from runtime.agent.tools import Toolbox
 from runtime.http.app import create_app
 from runtime.store.episodes import Step
@@ -129,13 +129,9 @@ class Traffic:
                 tally.why_not_exact[str(why)] += 1
 
     def _is_as_meant(self, found: Step, meant: Step) -> bool:
-        if found.id == meant.id or found.conversation_digest == meant.conversation_digest:
-            return self._whose(found) == self._whose(meant)
-        return (
-            bool(found.thread_digest)
-            and found.thread_digest == meant.thread_digest
-            and self._whose(found) == self._whose(meant)
-        )
+        """They are one step, or what was said is the very same to the last word, within one key and user."""
+        is_same = found.conversation_digest == meant.conversation_digest or found.thread_digest == meant.thread_digest
+        return found.id == meant.id or (is_same and self._whose(found) == self._whose(meant))
 
     def _whose(self, step: Step) -> tuple[str, str]:
         episode = self._log.episode(step.episode_id)

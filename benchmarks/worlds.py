@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from learner.practice import Attempt, PracticeOptions, practise
-from policies.chat_protocol import ChatProtocol, message_action
+from policies.chat.chat_protocol import ChatProtocol, message_action
 from runtime.agent.budget import RunLimits
 from runtime.agent.tools import Toolbox
 from tests.serving import LIMITS, MODEL, NOVICE_FOLDER, SayingEngine, Served, parts_of, served

@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.http.connections import DEFAULT_LIMITS, ConnectionLimits
 from tests.serving import NOVICE_FOLDER, SayingEngine, Served, parts_of, served

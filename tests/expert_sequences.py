@@ -6,7 +6,7 @@ from learner.objectives.objectives import (
     action_sequence,
 )
 from learner.packing.prefix_tree import ScoredSequence
-from policies.chat_protocol import ChatProtocol, message_action
+from policies.chat.chat_protocol import ChatProtocol, message_action
 from policies.types import FinalAnswer
 from tools.worlds.order_desk import OrderDesk
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from policies.fetch.packaged_models import GEMMA3_270M, SMOLLM2_135M
 from policies.novice.tokenizer import build_tokenizer
 from tests.tiny_checkpoints import (

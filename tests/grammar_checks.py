@@ -5,7 +5,7 @@ from __future__ import annotations
 import llguidance
 import llguidance.hf
 
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 
 
 def admits(protocol: ChatProtocol, grammar: str, token_ids: tuple[int, ...]) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 from openai import AsyncOpenAI, OpenAI
 
 from policies.adapters.base_network import read_base_network
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from policies.types import Adapter, Engine, EngineLimits, SampledToken, SamplingParams, TokenIds
 from runtime.adapters.swap import Swap
 from runtime.agent.loop import RunLimits

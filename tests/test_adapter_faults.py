@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from benchmarks.swap import make_network, make_versions
 from policies.adapters.base_network import read_base_network
 from policies.adapters.files import CONFIG_FILE, WEIGHTS_FILE
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from runtime.adapters.swap import Swap
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.adapter_registry import AdapterRegistry

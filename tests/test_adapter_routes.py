@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from runtime.adapters.swap import Swap
 from runtime.store.adapter_registry import AdapterRegistry
 from tests.scripted_engine import ScriptedEngine

@@ -16,7 +16,7 @@ import pytest
 from langchain_core.tools import BaseTool, tool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from policies.types import (
     BASE_ADAPTER,
     Action,

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from policies.chat_protocol import ChatProtocol
-from policies.grammars import (
+from policies.chat.chat_protocol import ChatProtocol
+from policies.chat.grammars import (
     GrammarError,
     call_or_answer_grammar,
     json_grammar,

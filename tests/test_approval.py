@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from learner.__main__ import main as learner_command
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from runtime.adapters.approval import Approval, PromotionMode
 from runtime.adapters.swap import Swap, SwapError
 from runtime.http.parts import Parts

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from tests.conftest import ServeScripted
 from tests.serving import MODEL, SayingEngine, Served, parts_of, served, wait_until
 

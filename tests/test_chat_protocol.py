@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policies.chat_protocol import (
+from policies.chat.chat_protocol import (
     ChatProtocol,
     ChatProtocolError,
     action_message,

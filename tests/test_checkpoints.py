@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from policies.adapters.base_network import BaseNetworkError, model_folder, read_base_network
 from policies.adapters.probe import write_probe
-from policies.chat_protocol import ChatProtocol, ChatProtocolError, action_message, plain_message
-from policies.grammars import json_grammar, tool_call_grammar
-from policies.response_templates import FAMILIES, known_response_template
+from policies.chat.chat_protocol import ChatProtocol, ChatProtocolError, action_message, plain_message
+from policies.chat.grammars import json_grammar, tool_call_grammar
+from policies.chat.response_templates import FAMILIES, known_response_template
 from policies.types import (
     Action,
     EngineLimits,

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from policies.closed_schemas import closed
-from policies.grammars import json_grammar
+from policies.chat.closed_schemas import closed
+from policies.chat.grammars import json_grammar
 from tests.families import protocol_of
 from tests.grammar_checks import admits
 

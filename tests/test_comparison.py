@@ -19,7 +19,7 @@ from learner.data.comparison import (
     compare_state,
     report_on,
 )
-from policies.chat_protocol import message_action
+from policies.chat.chat_protocol import message_action
 from policies.types import Action, FinalAnswer, MalformedAction, ToolCall, ToolCalls
 from tools.worlds import load_world
 from tools.worlds.world import WorldEpisode

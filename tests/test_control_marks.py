@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from policies.chat_protocol import ChatProtocol, action_message
-from policies.control_marks import ControlMarks, Mender, mended
+from policies.chat.chat_protocol import ChatProtocol, action_message
+from policies.chat.control_marks import ControlMarks, Mender, mended
 from policies.types import FinalAnswer, Message, ToolCall, ToolCalls, ToolSchema
 from tests.families import FAMILIES, WITH_CALL_TOKENS, protocol_of, tokenizer_of
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policies.chat_protocol import action_message
+from policies.chat.chat_protocol import action_message
 from policies.types import (
     BASE_ADAPTER,
     Action,

@@ -12,7 +12,7 @@ from openai import APIConnectionError
 from learner.client import Endpoint
 from learner.data.experts import Corrections, ModelExpert
 from learner.options import CollectionOptions, CycleOptions, TrainingOptions
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.adapter_registry import AdapterState
 from runtime.store.episodes import Outcome, Purpose, new_id

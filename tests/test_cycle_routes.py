@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from learner.__main__ import main as learner
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.episodes import Actor, Episode, Purpose
 from runtime.store.learning_log import LearningReader

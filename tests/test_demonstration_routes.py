@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from learner.importing.demonstrations import ImportedDemonstration, read_record
-from policies.chat_protocol import ChatProtocol, message_action
+from policies.chat.chat_protocol import ChatProtocol, message_action
 from policies.types import EngineLimits, FinalAnswer, Message, ToolCalls
 from runtime.agent.conversation import history_of
 from runtime.store.episodes import Actor, Step, StopReason, demonstration_digest

@@ -23,7 +23,7 @@ from learner.importing.demonstrations import ImportedDemonstration, read_demonst
 from learner.importing.formats import records_of
 from learner.importing.json_lines import Record, Refusal, read_values
 from learner.importing.turns import SourceFormat
-from policies.chat_protocol import ChatProtocol, message_action
+from policies.chat.chat_protocol import ChatProtocol, message_action
 from policies.types import FinalAnswer, Message, ToolCalls
 from tests.import_expectations import FOLDER
 from tools.worlds import load_world

@@ -15,7 +15,7 @@ from learner.options import ObjectiveOptions, TrainingOptions
 from learner.packing.prefix_tree import ScoredSequence
 from learner.training.discriminator import Discriminator, DiscriminatorOptions, discriminate
 from learner.training.trainer import Trainer
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from tests.expert_sequences import expert_rows
 from tests.serving import NOVICE_FOLDER
 

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
 from tests.demonstrations import expert_demonstration
 from tests.serving import Served, parts_of, served

@@ -10,7 +10,7 @@ import httpx
 from learner.data.collect import LoggedState, main_line
 from learner.data.experts import Corrections, ModelExpert, WorldExpert, ask, open_at, same_effect_at
 from learner.practice import PracticeOptions, practise
-from policies.chat_protocol import ChatProtocol, action_message
+from policies.chat.chat_protocol import ChatProtocol, action_message
 from policies.types import FinalAnswer, ToolCalls
 from runtime.store.episodes import Step
 from runtime.store.step_log import StepLog

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from learner.__main__ import main
 from learner.importing.demonstrations import ImportedDemonstration, read_demonstrations
 from learner.importing.json_lines import Refusal
-from policies.chat_protocol import action_message, message_action
+from policies.chat.chat_protocol import action_message, message_action
 from policies.types import (
     Action,
     FinalAnswer,

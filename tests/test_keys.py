@@ -293,3 +293,23 @@ def test_the_state_of_every_release_still_opens(release: Path, tmp_path: Path) -
     assert len(log.corrected_steps()) == 1
     assert registry.acting() == registry.adapter("agent-v0001")
     log.close()
+
+
+def test_a_background_response_is_read_and_cancelled_by_its_own_key_only(
+    serve_scripted: ServeScripted, protocol: Any, tmp_path: Path
+) -> None:
+    """Whoever knew its id once read another's answer while it was made."""
+    slow = SayingEngine(protocol, [65] * 400, pause_s=0.05)
+    store = KeyStore(tmp_path / "agent.db")
+    owner, other = store.make("owner", Role.USE), store.make("other", Role.USE)
+    url = serve_scripted(engine=slow, keys=KeyRing(store, OPERATOR_SECRET)).url
+
+    def ask(secret: str, method: str, path: str, **more: Any) -> httpx.Response:
+        headers = {"authorization": f"Bearer {secret}"}
+        return httpx.request(method, f"{url}/v1/responses{path}", headers=headers, timeout=30, **more)
+
+    begun = ask(owner, "POST", "", json={"model": MODEL, "input": "Hello", "background": True}).json()["id"]
+    assert ask(other, "GET", f"/{begun}").status_code == 404
+    assert ask(other, "POST", f"/{begun}/cancel").status_code == 404
+    assert ask(owner, "GET", f"/{begun}").json()["status"] in ("queued", "in_progress")
+    assert ask(owner, "POST", f"/{begun}/cancel").json()["status"] == "cancelled"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from learner.options import CycleOptions, TrainingOptions
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.learning_log import CycleStage, RewardSource
 from tests.cycles import collaborators, run

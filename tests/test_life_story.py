@@ -16,7 +16,7 @@ from openai import BadRequestError, NotFoundError, OpenAI
 from openai.types import Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessageFunctionToolCall
 
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from policies.types import FinalAnswer, ToolCalls
 from runtime.agent.tools import Toolbox
 from runtime.store.episodes import Purpose, StopReason

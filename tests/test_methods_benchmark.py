@@ -16,7 +16,7 @@ from learner.data.training_data import Trajectory
 from learner.objectives.objectives import action_sequence
 from learner.options import TrainingOptions
 from learner.training.trainer import Trainer
-from policies.chat_protocol import ChatProtocol, action_message, message_action
+from policies.chat.chat_protocol import ChatProtocol, action_message, message_action
 from policies.novice.build import NOVICE_PATH, roll_out
 from tests.expert_sequences import expert_rows
 

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from runtime.store.episodes import Episode, new_id
 from tests.conftest import ServeScripted
 from tests.serving import MODEL, Served

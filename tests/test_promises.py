@@ -22,7 +22,7 @@ from learner.options import TrainingOptions
 from learner.packing.prefix_tree import pack_sequences
 from policies.adapters.base_network import read_base_network
 from policies.adapters.probe import write_probe
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.learning_log import CycleStage
 from tests.cycles import QUICK, WORLD, run

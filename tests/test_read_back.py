@@ -6,8 +6,8 @@ import pytest
 
 from learner.data.collect import LoggedState
 from learner.data.inspection import _in_tokens
-from policies.chat_protocol import ChatProtocol
-from policies.read_back import misreading
+from policies.chat.chat_protocol import ChatProtocol
+from policies.chat.read_back import misreading
 from policies.types import Action, FinalAnswer, FinishReason, Message, SamplingParams, ToolCall, ToolCalls, ToolSchema
 from runtime.agent.demonstrations import Demonstration, DemonstrationRefused, demonstrated_steps
 from runtime.store.episodes import Step, new_id

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policies.chat_protocol import CallDelta, ChatProtocol, TextDelta
+from policies.chat.chat_protocol import CallDelta, ChatProtocol, TextDelta
 from policies.types import Action, FinalAnswer, FinishReason, MalformedAction, Message, ToolCall, ToolCalls, ToolSchema
 from tests.families import FAMILIES, WITH_JSON_CALLS, WITH_TOOLS, protocol_of
 

@@ -41,6 +41,7 @@ def test_the_picture_of_the_house_names_every_floor() -> None:
         "tests_vllm",
         "tests_real",
         "tests_clients",
+        "tests_worlds",
         "benchmarks",
     }
     drawn = set(re.findall(r"^(?:floor \d|ground) +(\w+)/", README, re.MULTILINE))

@@ -12,7 +12,7 @@ import pytest
 from openai import APIError, BadRequestError, NotFoundError
 from openai.types.responses import Response, ResponseFunctionToolCall
 
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from runtime.agent.tools import Toolbox
 from tests.conftest import ServeScripted
 from tests.serving import MODEL, SayingEngine, Served, parts_of, served, wait_until

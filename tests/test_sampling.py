@@ -62,3 +62,18 @@ def test_a_row_that_is_not_finite_has_a_logprob_of_nan_and_spares_the_others():
     draws = Sampler([SamplingParams(top_p=0.9), SamplingParams(temperature=0)], CPU).draw(logits, [0.5, 0.5])
     assert math.isnan(draws.logprobs[0])
     assert (draws.token_ids[1], draws.logprobs[1]) == (2, pytest.approx(-0.40760597))
+
+
+def test_a_bias_changes_the_draw_and_not_the_logprobs() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    plain = Sampler([SamplingParams(temperature=0)], torch.device("cpu")).draw(logits, [0.0])
+    biased = Sampler([SamplingParams(temperature=0, logit_bias=((2, 50.0),))], torch.device("cpu")).draw(logits, [0.0])
+    assert (plain.token_ids, biased.token_ids) == ([0], [2])
+    assert biased.logprobs[0] == pytest.approx(float(torch.log_softmax(logits, -1)[0, 2]))
+
+
+def test_min_p_leaves_out_what_is_far_less_likely_than_the_likeliest() -> None:
+    logits = torch.log(torch.tensor([[0.6, 0.3, 0.1]]))
+    sampler = Sampler([SamplingParams(min_p=0.4)], torch.device("cpu"))
+    drawn = {sampler.draw(logits, [uniform / 20]).token_ids[0] for uniform in range(20)}
+    assert drawn == {0, 1}

@@ -43,10 +43,12 @@ from runtime.store.episodes import (
     new_id,
 )
 from runtime.store.prompt_chains import SequenceCache, common_prefix_len
-from runtime.store.step_log import StepLog, StepLogError
+from runtime.store.step_log import Mark, StepLog, StepLogError, Whose
 from tests.records import make_chain, make_episode, make_step
 
 ROOT = Path(__file__).parent.parent
+
+EVERYWHERE = Whose(is_anybodys=True)
 
 
 @pytest.fixture
@@ -132,8 +134,15 @@ def assert_reads_back(log: StepLog, episode: Episode, steps: list[Step]) -> None
     for step in reversed(steps):
         assert log.step(step.id) == step
         assert log.path_to(step.id) == ancestry(step, steps)
+        assert log.children(step.id) == sorted(
+            (other for other in steps if other.parent_id == step.id), key=lambda other: (other.created_at, other.id)
+        )
+        if not step.conversation_digest.isprintable():  # a digest is hex; SQLite's JSON ends a text at its first NUL
+            continue
         same = [other for other in steps if other.conversation_digest == step.conversation_digest]
-        assert log.find_step(step.conversation_digest) == max(same, key=lambda other: (other.created_at, other.id))
+        found = log.marked_steps(Mark.CONVERSATION, [step.conversation_digest], EVERYWHERE)
+        newest_first = sorted(same, key=lambda other: (other.created_at, other.id), reverse=True)
+        assert [each.step_id for each in found] == [other.id for other in newest_first]
     assert log.steps(episode.id) == sorted(steps, key=lambda step: (step.created_at, step.id))
 
 
@@ -183,7 +192,9 @@ def test_outcomes_and_corrections_read_back_oldest_first(log: StepLog) -> None:
 def test_unknown_ids_read_as_nothing(log: StepLog) -> None:
     assert log.episode("?") is None
     assert log.step("?") is None
-    assert log.find_step("?") is None
+    assert log.marked_steps(Mark.CONVERSATION, ["?"], EVERYWHERE) == []
+    assert log.response("?") is None
+    assert log.run_from("?") == []
     assert log.steps("?") == log.path_to("?") == log.outcomes("?") == log.corrections("?") == []
     assert set(log.counts().values()) == {0}
 
@@ -402,7 +413,7 @@ episode = make_episode()
 steps = make_chain(episode, 60)
 log.append(episode).result()
 no_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, no_limit[1]))
+resource.setrlimit(resource.RLIMIT_FSIZE, (450_000, no_limit[1]))
 logged = 0
 try:
     for step in steps:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from benchmarks.client_traffic import REWRITES
 from benchmarks.stitching import run
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 
 _ALWAYS_EXACT = ("plain", "spaced", "retried", "branched", "two_users", "sub_agents", "foreign", "judge")
 """What these clients send is word for word what was said: their steps stand on the very tokens of the step before."""

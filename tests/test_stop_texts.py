@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from policies.chat_protocol import TextDelta
+from policies.chat.chat_protocol import TextDelta
 from runtime.agent.stop_texts import StopTexts
 
 letters = st.text("ab\n", max_size=12)

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from policies.types import Adapter, EngineError, SampledToken, SamplingParams
 from runtime.adapters.swap import Swap
 from runtime.engines.supervised import SupervisedEngine

@@ -36,7 +36,7 @@ from learner.training.trainer import Trainer, TrainingFailed
 from policies.adapters.base_network import read_base_network
 from policies.adapters.files import TENSOR_NAME, WEIGHTS_FILE, weights_digest
 from policies.adapters.probe import read_probe
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
 from tests.expert_sequences import expert_rows
 from tests.serving import NOVICE_FOLDER, ROOT, parts_of

@@ -16,7 +16,7 @@ from learner.evaluation.folds import NUM_FOLDS, fold_of, left_out
 from learner.evaluation.gate import Contestants
 from learner.evaluation.trials import CycleTrials, fitting_world
 from learner.options import CollectionOptions
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from policies.types import SampledToken
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.episodes import Actor, Outcome, Purpose, new_id

@@ -14,7 +14,7 @@ from examples.own_world import Lamps, LampsEpisode
 from learner.data.collect import LoggedState, main_line
 from learner.data.experts import WorldExpert, open_at
 from learner.practice import Attempt, PracticeOptions, Record, practise
-from policies.chat_protocol import ChatProtocol, message_action
+from policies.chat.chat_protocol import ChatProtocol, message_action
 from policies.types import TokenIds
 from runtime.agent.tools import Toolbox
 from tests.serving import LIMITS, MODEL, SayingEngine, Served, parts_of, served

@@ -13,7 +13,7 @@ from benchmarks.methods import METHODS, Run, Scene
 from learner.training.probing import make_probe
 from policies.adapters.base_network import read_base_network
 from policies.adapters.probe import write_probe
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from policies.novice.build import NOVICE_PATH
 
 

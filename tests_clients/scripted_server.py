@@ -15,7 +15,7 @@ from typing import Any
 
 import uvicorn
 
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from runtime.agent.tools import Toolbox
 from runtime.http.app import create_app
 from runtime.startup import listen

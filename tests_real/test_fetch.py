@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from policies.chat_protocol import ChatProtocol
-from policies.grammars import call_or_answer_grammar, tool_call_grammar
+from policies.chat.chat_protocol import ChatProtocol
+from policies.chat.grammars import call_or_answer_grammar, tool_call_grammar
 from policies.types import FinalAnswer, FinishReason, Message, SamplingParams, ToolCalls, ToolSchema
 from runtime.engines.embedded.engine import EmbeddedEngine
 

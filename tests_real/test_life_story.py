@@ -23,7 +23,7 @@ from openai import OpenAI
 from learner.objectives.objectives import Likelihood, action_sequence
 from learner.options import TrainingOptions
 from learner.training.trainer import Trainer
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from policies.types import ToolCall, ToolCalls
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from tests.serving import NOVICE_FOLDER
 from tests_vllm.novice_adapters import NoviceAdapters
 from tests_vllm.server_process import engine_processes_of

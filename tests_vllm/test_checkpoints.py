@@ -11,8 +11,8 @@ import pytest
 from policies.adapters.base_network import read_base_network
 from policies.adapters.files import AdapterRefused
 from policies.adapters.probe import HALF_TOLERANCE
-from policies.chat_protocol import ChatProtocol
-from policies.grammars import tool_call_grammar
+from policies.chat.chat_protocol import ChatProtocol
+from policies.chat.grammars import tool_call_grammar
 from policies.novice.build import NOVICE_PATH
 from policies.types import FinishReason, MalformedAction, SamplingParams, ToolCalls
 from runtime.adapters.swap import Swap

@@ -12,8 +12,8 @@ import pytest
 import pytest_asyncio
 import torch
 
-from policies.chat_protocol import ChatProtocol
-from policies.grammars import json_grammar, tool_call_grammar
+from policies.chat.chat_protocol import ChatProtocol
+from policies.chat.grammars import json_grammar, tool_call_grammar
 from policies.types import EngineError, FinishReason, SamplingParams, ToolCalls
 from runtime.engines.vllm.engine import VllmEngine
 from runtime.engines.vllm.settings import parse_engine_args

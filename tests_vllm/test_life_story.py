@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.demo import ENDINGS, write_demonstrations
 from learner.__main__ import main as learner
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from runtime.store.step_log import StepLog
 from tests.serving import NOVICE_FOLDER
 from tests_vllm.novice_adapters import NoviceAdapters

@@ -127,7 +127,7 @@ async def _clear_up_and_run(options: OnceOptions) -> str:
 def collaborators(options: OnceOptions) -> Collaborators:
     """Who a cycle works with, as the options say."""
     from learner.data.collaborators import Collaborators
-    from policies.chat_protocol import ChatProtocol
+    from policies.chat.chat_protocol import ChatProtocol
     from runtime.store.learning_log import LearningLog
     from runtime.store.step_log import StepLog
     from tools.worlds import load_world

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from learner.client import Endpoint
 from learner.data.experts import Expert
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from runtime.store.learning_log import LearningLog
 from runtime.store.step_log import StepLog
 from tools.worlds.world import World

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from learner.data.held_out import Conversation, HeldOut, is_held_out, split_of
 from learner.data.training_data import NO_ANCESTOR
 from learner.options import CollectionOptions
-from policies.chat_protocol import action_message
+from policies.chat.chat_protocol import action_message
 from policies.types import Message
 from runtime.store.episodes import Actor, Episode, Purpose, Step, new_messages_along
 from runtime.store.own_episodes import MOST_COUNTED, OwnEpisodes

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from policies.chat_protocol import action_message
+from policies.chat.chat_protocol import action_message
 from policies.types import Action, FinalAnswer, MalformedAction, Message, ToolCalls
 
 SameEffect = Callable[[Message, Message], bool]

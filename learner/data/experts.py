@@ -16,7 +16,7 @@ from openai import AsyncOpenAI, OpenAIError
 
 from learner.data.collect import LoggedState
 from learner.data.comparison import SameEffect
-from policies.chat_protocol import action_message, message_action, text_of
+from policies.chat.chat_protocol import action_message, message_action, text_of
 from policies.types import Action, MalformedAction, Message
 from runtime.store.step_log import StepLog
 from tools.worlds.world import UnknownTask, World, WorldEpisode, task_named

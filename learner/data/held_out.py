@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from learner.data.comparison import meaning, normal_text
-from policies.chat_protocol import message_action, text_of
+from policies.chat.chat_protocol import message_action, text_of
 from policies.types import FinalAnswer, Message
 from tools.worlds.world import TaskId, World
 

@@ -18,8 +18,8 @@ from learner.data.collect import Collected, LoggedEpisode, LoggedState
 from learner.data.comparison import ComparedState, compare_state, report_on
 from learner.data.experts import ask, same_effect_at
 from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
-from policies.chat_protocol import ChatProtocol, ChatProtocolError
-from policies.read_back import misreading
+from policies.chat.chat_protocol import ChatProtocol, ChatProtocolError
+from policies.chat.read_back import misreading
 from policies.types import Action, MalformedAction, TokenIds
 from runtime.store.episodes import Step
 

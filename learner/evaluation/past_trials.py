@@ -13,7 +13,7 @@ from learner.client import StateTrial
 from learner.data.collect import main_line
 from learner.evaluation.evidence import Trial
 from learner.practice import step_seed
-from policies.chat_protocol import action_message, text_of
+from policies.chat.chat_protocol import action_message, text_of
 from policies.types import MalformedAction, Message, ToolCalls
 from runtime.store.episodes import Purpose, Step
 from runtime.store.step_log import StepLog

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import orjson
 
-from policies.chat_protocol import action_message, text_of
+from policies.chat.chat_protocol import action_message, text_of
 from policies.types import Action, MalformedAction, Message
 from runtime.store.episodes import PromptChange, Step, ToolResult, new_messages_along
 from runtime.store.step_log import Mark, MarkedStep, StepLog, Whose
@@ -29,6 +29,9 @@ LEGACY_CALL_ID = "function_call"
 
 _OWN_CALL_ID = re.compile(r"\bcall_[0-9a-f]{24}\b")
 """Ids that this server makes. They are random: two conversations never share one."""
+
+_ADDED = "added"
+"""Key of what a client put behind an answer: no part of the answer, but perhaps the calls of it as text."""
 
 _FEWEST_LETTERS = 40
 """Of a message and its answer, for them to say which conversation they are from. "Thanks." and "You're welcome." do
@@ -65,7 +68,9 @@ def _without_stop(message: Message, stops: Sequence[str]) -> Message:
     """An answer up to its first stop text: what follows, no answer of this server's has said."""
     text = text_of(message)
     ends = [at for stop in stops if (at := text.find(stop)) >= 0]
-    return {**message, "content": text[: min(ends)]} if ends and message["role"] == "assistant" else message
+    if not ends or message["role"] != "assistant":
+        return message
+    return {**message, "content": text[: min(ends)], _ADDED: text[min(ends) :]}
 
 
 def _place(log: StepLog, messages: Sequence[Message], whose: Whose) -> Place:
@@ -275,7 +280,7 @@ def _letters(messages: Sequence[Message]) -> int:
 def _own_call_ids(message: Message) -> list[str]:
     """Ids of calls that this server made, as calls or in a text that replays them."""
     written = [call.get("id") or "" for call in _calls(message)]
-    return _OWN_CALL_ID.findall(" ".join([*written, text_of(message)]))
+    return _OWN_CALL_ID.findall(" ".join([*written, text_of(message), message.get(_ADDED, "")]))
 
 
 def _calls(message: Message) -> list[Message]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from policies.chat_protocol import ChatProtocol, action_message, message_action
-from policies.read_back import misreading
+from policies.chat.chat_protocol import ChatProtocol, action_message, message_action
+from policies.chat.read_back import misreading
 from policies.types import (
     Action,
     FinalAnswer,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from langchain_core.tools import BaseTool
 
-from policies.chat_protocol import CallDelta, ChatProtocol, TextDelta
+from policies.chat.chat_protocol import CallDelta, ChatProtocol, TextDelta
 from policies.types import Action, FinalAnswer, FinishReason, MalformedAction, Message, ToolCalls
 from runtime.agent.budget import RunBudget, RunLimits
 from runtime.agent.conversation import Digests

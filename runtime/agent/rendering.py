@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from policies.chat_protocol import ChatProtocol, text_of
+from policies.chat.chat_protocol import ChatProtocol, text_of
 from policies.types import Message, TokenIds
 from runtime.agent.step import ContextFull
 from runtime.agent.turn import Policy, Turn

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from policies.chat_protocol import CallDelta, action_message
+from policies.chat.chat_protocol import CallDelta, action_message
 from policies.types import Action, Message, ToolCalls
 from runtime.agent.conversation import LEGACY_CALL_ID
 from runtime.agent.step import Progress
 
 
 class Shown:
-    """The text, the thoughts and the calls as far as they were told; a whole answer is gathered so too."""
+    """Text, thoughts and calls as far as they were told; an answer that is sent whole is gathered so, too."""
 
     def __init__(self) -> None:
         self.text = ""

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from policies.chat_protocol import CallDelta, TextDelta
+from policies.chat.chat_protocol import CallDelta, TextDelta
 from policies.types import (
     Action,
     EngineError,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from policies.chat_protocol import CallDelta, TextDelta
+from policies.chat.chat_protocol import CallDelta, TextDelta
 
 
 class StopTexts:

@@ -12,7 +12,7 @@ from functools import partial
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
-from policies.chat_protocol import action_message, text_of
+from policies.chat.chat_protocol import action_message, text_of
 from policies.types import Action, FinalAnswer, MalformedAction, Message, ToolSchema
 from runtime.agent.loop import ServerTools
 from runtime.store.episodes import Step

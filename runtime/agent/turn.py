@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from policies.chat_protocol import ChatProtocol, action_message
+from policies.chat.chat_protocol import ChatProtocol, action_message
 from policies.types import Action, Adapter, Engine, Message, SamplingParams, TokenIds, ToolSchema, adapter_name
 from runtime.agent.conversation import messages_after
 from runtime.store.episodes import Episode, PromptChange, ToolResult, new_id

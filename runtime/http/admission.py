@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 
-from policies.grammars import (
+from policies.chat.grammars import (
     GrammarError,
     call_or_answer_grammar,
     json_grammar,
@@ -64,7 +64,7 @@ async def admit(
     """
     if not (health := parts.engine.health()).is_alive:
         raise EngineError(health.problem)  # before adapters are looked for, which a dead engine has none of
-    is_large = len(request.messages) > FEW_MESSAGES or previous is not None
+    is_large = previous is not None or _num_parts(request) > FEW_MESSAGES
     messages = await off_loop(is_large, lambda: request.conversation)
     is_large = is_large or num_letters(messages) > 10 * SMALL_LETTERS
     asked_id = request.metadata.episode_id or caller.episode_id
@@ -90,6 +90,11 @@ async def admit(
     opens_world = request.tools is None and episode.task is not None  # which may take its time to replay what was done
     is_large = is_large or len(place.path) > FEW_MESSAGES or request.asks_for_grammar or bool(request.tools)
     return [await off_loop(is_large or opens_world, admitted.run, choice) for choice in range(request.n)]
+
+
+def _num_parts(request: ChatCompletionRequest) -> int:
+    """Of all messages together; a text is one."""
+    return sum(len(each.content) if isinstance(each.content, list) else 1 for each in request.messages)
 
 
 def prompt_length(parts: Parts, request: ChatCompletionRequest, caller: Caller, previous: Step | None = None) -> int:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from policies.chat_protocol import CallDelta, ChatProtocol, action_message
+from policies.chat.chat_protocol import CallDelta, ChatProtocol, action_message
 from policies.types import MalformedAction
 from runtime.agent.loop import RunEvent
 from runtime.agent.shown import Shown

@@ -14,19 +14,21 @@ import asyncio
 import resource
 from dataclasses import dataclass
 from enum import Enum, auto
+from pathlib import Path
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _RESERVED_FILES = 256
-"""Of the process's open files: for the database's readers, adapters, the engine."""
+"""Of the files that the process may open yet: for the database's readers, adapters, the learner, tools."""
 
 
 def _most_connections() -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return 4096
-    return max(32, min(4096, soft - _RESERVED_FILES))
+    num_open = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
+    return max(32, min(4096, soft - num_open - _RESERVED_FILES))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query, Request, Response
 
-from policies.chat_protocol import message_action
+from policies.chat.chat_protocol import message_action
 from policies.types import Message
 from runtime.agent.demonstrations import correction_in_tokens, promoted_episode
 from runtime.http.chat_answer import step_summary

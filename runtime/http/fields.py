@@ -78,7 +78,7 @@ CHAT_FIELDS: dict[str, Rule] = _IN_BOTH | {
     ),
     "function_call": _honoured("as `tool_choice`"),
     "functions": _honoured("as `tools`; the answer has `function_call`"),
-    "logit_bias": _honoured("where the engine can (vLLM); else refused"),
+    "logit_bias": _honoured(),
     "logprobs": _honoured("of the tokens of the content"),
     "max_completion_tokens": _honoured("of all steps of the answer together"),
     "max_tokens": _honoured("as `max_completion_tokens`, which goes before it"),
@@ -146,7 +146,7 @@ MESSAGE_FIELDS: dict[str, Rule] = {
 
 BESIDE_OPENAIS = {
     "chat_template_kwargs": _honoured("passed to the chat template, as vLLM does"),
-    "min_p": _honoured("where the engine can (vLLM); else refused"),
+    "min_p": _honoured(),
     "repetition_penalty": _honoured("where the engine can (vLLM); else refused"),
     "top_k": _honoured(),
 }

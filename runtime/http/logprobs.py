@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from policies.types import SampledToken
 from runtime.agent.step import Progress
 
@@ -27,7 +27,8 @@ class Logprobs:
         self._unseen += [token for token in progress.tokens if token.token_id not in stops]
         if not progress.deltas:
             return []
-        tokens = self._tokens_of(progress.text.strip())
+        # An empty line between two steps is in no token.
+        tokens = self._tokens_of(progress.text) or self._tokens_of(progress.text.strip())
         self._unseen = []
         entries = [self._entry(token) for token in tokens]
         self.told += entries

@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from policies.chat_protocol import CallDelta, ChatProtocol
+from policies.chat.chat_protocol import CallDelta, ChatProtocol
 from policies.types import FinishReason
 from runtime.agent.loop import RunEvent
 from runtime.agent.step import Progress

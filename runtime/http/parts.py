@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from policies.chat_protocol import ChatProtocol
+from policies.chat.chat_protocol import ChatProtocol
 from policies.types import Engine
 from runtime.adapters.approval import Approval
 from runtime.adapters.swap import Swap

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 from openai.types.responses import Response as ResponseBody
 
-from policies.messages import action_message
+from policies.chat.messages import action_message
 from policies.types import Message, ToolCalls
 from runtime.agent.conversation import history_of
 from runtime.agent.loop import Run, RunEvent
@@ -48,7 +48,7 @@ def response_routes(parts: Parts) -> APIRouter:
         """Answer an input. Every step behind the answer is in the log before its last byte leaves."""
         runs, events, answer = await open_response(parts, body, request)
         if body.background:
-            background.start(answer, events)
+            background.start(answer, events, runs[0].turn.episode.owner)
             return json_answer(answer.whole(), headers_of(runs, runs[0].turn.step_id, body.warnings))
         if not body.stream:
             await until_gone(request.receive, gather(answer, events))
@@ -73,7 +73,7 @@ def response_routes(parts: Parts) -> APIRouter:
         starting_after: Annotated[int, Query(ge=-1)] = -1,
     ) -> Response:
         """A stored response; as a stream, its events again, those after `starting_after`."""
-        if (running := background.answer(response_id)) is not None:
+        if (running := background.answer(response_id, asking_key(request))) is not None:
             return json_answer(running.whole(), {})
         record, steps = _stored(parts, response_id, asking_key(request))
         asked = ResponsesRequest.model_validate(record.request)
@@ -93,7 +93,7 @@ def response_routes(parts: Parts) -> APIRouter:
     @router.post("/{response_id}/cancel", responses=_ANSWERS)
     async def cancel_response(response_id: str, request: Request) -> Response:
         """End a background response. What was not answered by then is not logged."""
-        if (answer := await background.cancel(response_id)) is not None:
+        if (answer := await background.cancel(response_id, asking_key(request))) is not None:
             return json_answer(answer.whole() | {"status": "cancelled"}, {})
         _stored(parts, response_id, asking_key(request))
         raise ApiError(400, "only a background response that still runs can be cancelled", None, "response_id")
@@ -213,23 +213,25 @@ def _shown_item(item: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 class Background:
-    """Responses whose clients do not wait. They live as long as the server."""
+    """Responses whose clients do not wait. They live as long as the server; a key reaches its own only."""
 
     def __init__(self) -> None:
-        self._running: dict[str, tuple[asyncio.Task[None], ResponseAnswer]] = {}
+        self._running: dict[str, tuple[asyncio.Task[None], ResponseAnswer, str]] = {}
+        """With the owner of its episode."""
 
-    def start(self, answer: ResponseAnswer, events: RunEvents) -> None:
+    def start(self, answer: ResponseAnswer, events: RunEvents, owner: str) -> None:
         task = asyncio.create_task(self._run(answer, events))
-        self._running[answer.id] = (task, answer)
+        self._running[answer.id] = (task, answer, owner)
 
-    def answer(self, response_id: str) -> ResponseAnswer | None:
+    def answer(self, response_id: str, key: Key) -> ResponseAnswer | None:
         """One that still runs, or failed; None for every other."""
-        return self._running[response_id][1] if response_id in self._running else None
+        _, answer, owner = self._running.get(response_id, (None, None, ""))
+        return answer if answer is not None and key.sees(owner) else None
 
-    async def cancel(self, response_id: str) -> ResponseAnswer | None:
-        if response_id not in self._running:
+    async def cancel(self, response_id: str, key: Key) -> ResponseAnswer | None:
+        if self.answer(response_id, key) is None:
             return None
-        task, answer = self._running.pop(response_id)
+        task, answer, _ = self._running.pop(response_id)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         return answer

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from policies.chat_protocol import CallDelta, ChatProtocol, TextDelta
-from policies.messages import action_message
+from policies.chat.chat_protocol import CallDelta, ChatProtocol, TextDelta
+from policies.chat.messages import action_message
 from policies.types import ToolCalls
 from runtime.agent.loop import RunEvent, StepTaken
 from runtime.agent.step import Delta, Progress

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from policies.chat_protocol import action_message, text_of
+from policies.chat.chat_protocol import action_message, text_of
 from policies.types import MalformedAction, Message, ToolSchema
 from runtime import __version__
 from runtime.store.episodes import Actor, Episode, Outcome, Purpose, Step

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from policies.argument_types import resolved
+from policies.chat.argument_types import resolved
 
 _OPENERS = ("additionalProperties", "unevaluatedProperties", "patternProperties")
 _COMPOSERS = ("allOf", "anyOf", "oneOf")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
-from policies.messages import ARGUMENT_KEYS
+from policies.chat.messages import ARGUMENT_KEYS
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
 """Messages to tokens and tokens to actions, with the model's own chat template and response template.
 
-Both templates come from the model's files (the latter also from policies/response_templates.py, or from the user) and
+Both templates come from the model's files (the latter also from response_templates.py, or from the user) and
 are run by transformers; there is no tool-call parser here. What is peculiar to a chat template is found out by
 rendering with it, never by the model's name. What was sampled stays as it was sampled: a conversation that goes on is
 continued on its token ids, and only its new messages are rendered. Re-rendering everything would be simpler, but a
@@ -22,16 +22,16 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from transformers.utils.chat_parsing.response_templates import ResponseTemplate as LoadedTemplate
 from transformers.utils.chat_parsing.response_templates import load_response_template
 
-from policies.action_reader import ActionReader, CallDelta, ReadingRules, TextDelta, new_call_id
-from policies.control_marks import ControlMarks, mended
-from policies.messages import action_message, message_action, text_of, tool_call_of
-from policies.response_templates import (
+from policies.chat.action_reader import ActionReader, CallDelta, ReadingRules, TextDelta, new_call_id
+from policies.chat.control_marks import ControlMarks, mended
+from policies.chat.messages import action_message, message_action, text_of, tool_call_of
+from policies.chat.response_templates import (
     ResponseTemplate,
     known_response_template,
     read_response_template,
     thinking_begins_the_turn,
 )
-from policies.template_traits import QUESTION, CallHabits, find_traits
+from policies.chat.template_traits import QUESTION, CallHabits, find_traits
 from policies.types import Action, FinishReason, Message, TokenIds, ToolSchema
 
 __all__ = [

@@ -13,10 +13,10 @@ from tokenizers.decoders import DecodeStream
 from transformers.utils.chat_parsing import ResponseParser
 from transformers.utils.chat_parsing.response_templates import ResponseTemplate as LoadedTemplate
 
-from policies.argument_types import typed_arguments
-from policies.call_stream import CallStream, WrittenCall
-from policies.control_marks import ControlMarks, Mender, mended, mended_value
-from policies.messages import tool_call_of
+from policies.chat.argument_types import typed_arguments
+from policies.chat.call_stream import CallStream, WrittenCall
+from policies.chat.control_marks import ControlMarks, Mender, mended, mended_value
+from policies.chat.messages import tool_call_of
 from policies.types import (
     Action,
     FinalAnswer,

@@ -15,9 +15,9 @@ from typing import Any
 
 from llguidance import LLMatcher
 
-from policies.chat_protocol import ChatProtocol
-from policies.closed_schemas import closed
-from policies.messages import ARGUMENT_KEYS
+from policies.chat.chat_protocol import ChatProtocol
+from policies.chat.closed_schemas import closed
+from policies.chat.messages import ARGUMENT_KEYS
 from policies.types import FinalAnswer, ToolCall, ToolCalls, ToolSchema
 
 _A_THOUGHT, _AN_ANSWER = "A thought.", "An answer."

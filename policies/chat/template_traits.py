@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from policies.messages import action_message
+from policies.chat.messages import action_message
 from policies.types import FinalAnswer, Message, ToolCall, ToolCalls, ToolSchema
 
 Render = Callable[[Sequence[Message], Sequence[ToolSchema], bool, "CallHabits"], str]

@@ -69,7 +69,8 @@ class ControlMarks:
 
     def encode(self, text: str) -> TokenIds:
         """Token ids of what a chat template wrote of broken messages: only its own marks become control tokens."""
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        # `encode` keeps the interpreter's lock as long as it runs, for a long text that is seconds; this does not.
+        [encoding] = self._backend.encode_batch([text], add_special_tokens=False)
         if _BREAK not in text:
             return tuple(encoding.ids)
         breaks = {at.start() for at in _BREAKS.finditer(text) if len(at.group()) == 1}
