@@ -32,7 +32,7 @@ def collaborators(
     server: Served, folder: Path, experts: tuple[Expert, ...] = (WorldExpert(WORLD),), **changes: Any
 ) -> Collaborators:
     who = Collaborators(
-        endpoint=Endpoint(server.async_client()),
+        endpoint=Endpoint(server.async_client(max_retries=2)),  # as the command asks: a training outlasts connections
         log=StepLog(folder / "agent.db", read_only=True),
         learning_log=LearningLog(folder),
         protocol=server.parts.protocol,

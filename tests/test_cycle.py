@@ -169,7 +169,7 @@ def test_a_candidate_for_another_parent_than_what_acts_is_refused_and_leaves_its
     engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
 ) -> None:
     with served(parts_of(engine, protocol, tmp_path)) as server:
-        meddled = MeddledWith(server.async_client())
+        meddled = MeddledWith(server.async_client(max_retries=2))
         status = run(server, tmp_path, options=learned_well(server), endpoint=meddled)
         assert status.stage is CycleStage.REFUSED
         assert "was better" in status.message
