@@ -143,10 +143,10 @@ def machine_on(folders: list[Path], tiny: TinyNetwork) -> type[RuleBasedStateMac
         def rollback(self) -> None:
             if self.do(self.swap.rollback("worse")):
                 acting = self.registry.acting()
-                self.line.pop()
+                taken_back = self.line.pop()
                 while self.line[-1] != (acting.name if acting else "base"):
                     skipped = self.line.pop()
-                    assert self.registry.state(skipped) is AdapterState.REFUSED or skipped == acting
+                    assert self.registry.state(skipped) is AdapterState.REFUSED or skipped == taken_back
 
         @rule()
         def drain(self) -> None:
