@@ -7,8 +7,8 @@ from typing import Any
 
 import httpx
 import pytest
-from policies.chat_protocol import ChatProtocol
 
+from policies.chat.chat_protocol import ChatProtocol
 from policies.types import MalformedAction
 from runtime.agent.tools import Toolbox
 from tests.conftest import ServeScripted

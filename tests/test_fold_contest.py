@@ -10,7 +10,6 @@ from typing import Any, cast
 import pytest
 from httpx import Request, Response
 from openai import APIStatusError
-from policies.chat_protocol import ChatProtocol
 
 import learner.training.candidates
 from learner.data.collaborators import Collaborators
@@ -26,6 +25,7 @@ from learner.options import CollectionOptions, CycleOptions, TrainingOptions
 from learner.report import CycleRecord
 from learner.training.candidates import Candidate
 from learner.training.trainer import Trainer, TrainingReport
+from policies.chat.chat_protocol import ChatProtocol
 from policies.types import BASE_ADAPTER
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.adapter_registry import AdapterState
