@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -19,6 +20,7 @@ from runtime.store.step_log import StepLog
 from tests.serving import NOVICE_FOLDER
 from tests_vllm.novice_adapters import NoviceAdapters
 from tests_vllm.server_process import MODEL, QUESTION, ServerProcess, serving, wait_until
+from tools.worlds.order_desk import OrderDesk
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +62,9 @@ def test_it_answers_whole_and_streamed_and_logs_what_the_engine_saw(
 
 
 def test_it_runs_its_worlds_tools_to_an_answer(life: ServerProcess) -> None:
+    task: list[Any] = list(OrderDesk().task("heldout", 0).messages)
     answer = life.client().chat.completions.create(
-        model=MODEL, messages=[{"role": "user", "content": QUESTION}], temperature=0,
+        model=MODEL, messages=task, temperature=0,
         extra_headers={"x-episode-id": "run"},
     )  # fmt: skip
     steps = life.get("/v1/episodes/run").json()["steps"]
