@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -17,16 +18,17 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen2ForCausalLM
 
-from learner.objectives.objectives import action_sequence
 from learner.options import TrainingOptions
-from learner.packing.prefix_tree import pack_sequences
+from learner.packing.scoring import PackedBatch, SequenceLogprobs, score
 from policies.adapters.base_network import read_base_network
 from policies.adapters.probe import write_probe
 from policies.chat.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
+from runtime.store.episodes import Actor
 from runtime.store.learning_log import CycleStage
 from tests.cycles import QUICK, WORLD, run
 from tests.demonstrations import expert_demonstration
+from tests.demonstrations import post as demonstrate
 from tests.serving import NOVICE_FOLDER, Served, parts_of, served, wait_until
 from tests.tiny_adapters import randomise_lora, true_probe
 
@@ -148,11 +150,30 @@ def logprobs_of(network: torch.nn.Module, prompt: tuple[int, ...], completion: t
 # ------------------------------------------------------------------------------------- the log, and what is learned
 
 
-def test_2_prompt_and_tool_output_tokens_are_never_trained_on() -> None:
-    prompt, completion = tuple(range(10, 30)), (1, 2, 3)
-    (pack,) = pack_sequences([action_sequence(prompt, completion, ("episode", "step"))], token_budget=100)
-    (scored,) = pack.packed_sequences
-    assert tuple(scored.target_ids) == completion
+def test_2_prompt_and_tool_output_tokens_are_never_trained_on(
+    engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real cycle on episodes with tool output: what has a gradient is, token for token, somebody's whole action."""
+    trained: list[tuple[int, ...]] = []
+
+    def watched(network: Any, batch: PackedBatch) -> SequenceLogprobs:
+        if torch.is_grad_enabled():
+            for number in range(len(batch.sequences)):
+                tokens = batch.pair_of_token[batch.sequence_of_token == number]
+                trained.append(tuple(batch.pair_targets[tokens].tolist()))
+        return score(network, batch)
+
+    monkeypatch.setattr("learner.training.trainer.score", watched)
+    with served(parts_of(engine, protocol, tmp_path)) as server:
+        demonstrate(server, *(expert_demonstration(number) for number in range(4))).raise_for_status()
+        run(server, tmp_path, options=replace(QUICK, objectives=("sft",)))
+        log = server.parts.log
+        steps = [step for episode in log.episodes(limit=1000) for step in log.steps(episode.id)]
+        experts = [step for episode in log.episodes(actor=Actor.EXPERT) for step in log.steps(episode.id)]
+    assert any(message["role"] == "tool" for step in experts for message in step.new_messages)
+    assert {step.completion_token_ids for step in experts} <= set(trained)
+    # The discriminator also learns from the policy's samples; whoever acted, a whole action and not a token beside it.
+    assert set(trained) <= {step.completion_token_ids for step in steps}
 
 
 def test_3_every_logged_step_rebuilds_to_exactly_the_ids_the_engine_saw(serve_scripted) -> None:
