@@ -86,9 +86,9 @@ class Settings(Options):
     """Threads of the engine's arithmetic on a CPU; default: the engine's own choice."""
     kv_memory: ByteSize | None = Field(None, ge=1)
     """Most memory for keys and values, such as 2GiB; it bounds the context. Default: a quarter of what is free."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Numbers that the embedded engine computes in: auto measures which are faster on this CPU where the model is not
-    small, and takes the model's own on a GPU."""
+    precision: Literal["auto", "measured", "float32", "bfloat16"] = "auto"
+    """Numbers that the embedded engine computes in: auto is float32 on a CPU, the model's own on a GPU; measured takes
+    on a CPU what is faster there. Adapters that were trained in float32 may be refused beside 16 bits."""
     learn_every: int = Field(200, ge=0)
     """Start a learning cycle by itself after so many new episodes; 0: only when asked."""
     promote: Literal["auto", "canary", "ask"] = "auto"

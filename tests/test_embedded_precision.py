@@ -24,7 +24,7 @@ from tests.trained_adapters import trained_in_32_bits
 def test_a_small_network_stays_exact_whatever_the_processor(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(precision, "has_16_bits", lambda: True)
     monkeypatch.setattr(precision, "gain_of_16_bits", lambda sizes: 10.0)
-    assert choose_dtype(NOVICE_PATH, "auto", "cpu") == torch.float32
+    assert choose_dtype(NOVICE_PATH, "measured", "cpu") == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_16_bits_are_taken_where_they_were_seen_to_be_faster(
     monkeypatch.setattr(precision, "MIN_WEIGHTS", 1)
     monkeypatch.setattr(precision, "has_16_bits", lambda: has_16_bits)
     monkeypatch.setattr(precision, "gain_of_16_bits", lambda sizes: gain)
-    assert choose_dtype(NOVICE_PATH, "auto", "cpu") == expected
+    assert choose_dtype(NOVICE_PATH, "measured", "cpu") == expected
     assert choose_dtype(NOVICE_PATH, "float32", "cpu") == torch.float32
     assert choose_dtype(NOVICE_PATH, "bfloat16", "cpu") == torch.bfloat16
     assert choose_dtype(NOVICE_PATH, "auto", "cuda") == "auto"

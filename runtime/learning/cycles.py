@@ -18,14 +18,17 @@ class Cycles:
 
     def newest(self, limit: int) -> list[dict[str, Any]]:
         """Newest first; one that was started and has logged nothing yet stands before them all."""
+        unlogged = self._process.unlogged()  # before the log is read: one that begins meanwhile is found in either
         logged = [self._shown(status) for status in self._log.cycles(limit)]
-        return [*self._process.unlogged(), *logged][:limit]
+        known = {cycle["id"] for cycle in logged}
+        return [*(cycle for cycle in unlogged if cycle["id"] not in known), *logged][:limit]
 
     def cycle(self, name: str) -> dict[str, Any] | None:
         """One cycle, with the gate's decisions and a summary of its step rewards; None for one nobody started."""
+        unlogged = self._process.unlogged()
         status = self._log.status(name)
         if status is None:
-            return next((cycle for cycle in self._process.unlogged() if cycle["id"] == name), None)
+            return next((cycle for cycle in unlogged if cycle["id"] == name), None)
         details = {"decisions": self._log.decisions(name), "rewards": self._log.reward_summary(name)}
         return self._shown(status) | details
 
