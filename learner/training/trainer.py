@@ -87,6 +87,8 @@ class Trainer:
         """
         self.options = options
         self._base, self._parent = base, adapter
+        # Read before training: what is trained must not be lost at its end because memory has become short.
+        self._base_fingerprint = read_base_network(base).fingerprint
         self._device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self._token_budget = options.token_budget
         self._origin: Origin | None = None
@@ -266,7 +268,7 @@ class Trainer:
         for name, parameter in self.network.named_parameters():
             if parameter.requires_grad:
                 _require_finite(parameter, f"the adapter's {name}", "at the end of training")
-        probe = make_probe(self.network, read_base_network(self._base).fingerprint, probe_prompts)
+        probe = make_probe(self.network, self._base_fingerprint, probe_prompts)
         try:
             with whole_folder(folder) as incoming:
                 self.network.save_pretrained(incoming, save_embedding_layers=False)
@@ -280,7 +282,7 @@ class Trainer:
     def _origin_of(self, objective: Objective, num_gradient_steps: int, diagnostics: dict[str, float]) -> Origin:
         return Origin(
             base=str(self._base),
-            base_fingerprint=read_base_network(self._base).fingerprint,
+            base_fingerprint=self._base_fingerprint,
             parent=self._parent.name if self._parent else None,
             objective=objective.name,
             num_trajectories=len(trajectories_of(objective.sequences)),
