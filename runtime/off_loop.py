@@ -18,6 +18,16 @@ T = TypeVar("T")
 _threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="large-request")
 
 
+FREE_AFTER_S = 1.0
+
+
+def free_off_loop(*things: object) -> None:
+    """Let large objects go in a thread, a moment later, when whoever still holds them has ended: a hundred thousand
+    small ones take tens of milliseconds, which whoever drops the last reference would spend on the event loop."""
+    held = [*things]
+    asyncio.get_running_loop().call_later(FREE_AFTER_S, lambda: _threads.submit(held.clear))
+
+
 async def off_loop(is_large: bool, work: Callable[P, T], *values: P.args, **more: P.kwargs) -> T:
     """Do it in a thread if it is large, else here and now: going to a thread and back costs a tenth of a millisecond,
     which most requests do not take altogether."""

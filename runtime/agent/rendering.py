@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import orjson
+
 from policies.chat.chat_protocol import ChatProtocol, text_of
-from policies.types import Message, TokenIds
+from policies.types import Message, TokenIds, ToolSchema
 from runtime.agent.step import ContextFull
 from runtime.agent.turn import Policy, Turn
 from runtime.off_loop import off_loop
 
 SMALL_LETTERS = 2000
 """Of a conversation that is rendered on the event loop: about a millisecond."""
+SMALL_TOOLS_BYTES = 8000
+"""Of tools' schemas that are rendered on the event loop."""
 _PIECE = 16 * 1024
 _LETTERS_PER_TOKEN = 16
 """A conversation with fewer for each place in the context is rendered, and then said to be too long if it is."""
@@ -26,7 +30,17 @@ async def rendered(turn: Turn, policy: Policy, is_first: bool = True) -> TokenId
     """The turn's prompt. `is_first`: nothing was done yet that a refusal would lose. Raises ContextFull where it is far
     longer than the context, and ChatProtocolError."""
     letters = num_letters(turn.messages) + 200 * len(turn.messages)
-    return await off_loop(letters > SMALL_LETTERS, _render, turn, policy, letters if is_first else 0)
+    is_large = letters > SMALL_LETTERS or _are_large(turn.tools)
+    return await off_loop(is_large, _render, turn, policy, letters if is_first else 0)
+
+
+def _are_large(tools: Iterable[ToolSchema]) -> bool:
+    num_bytes = 0
+    for tool in tools:
+        num_bytes += len(orjson.dumps(tool))
+        if num_bytes > SMALL_TOOLS_BYTES:
+            return True
+    return False
 
 
 def _render(turn: Turn, policy: Policy, letters: int) -> TokenIds:

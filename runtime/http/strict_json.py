@@ -15,7 +15,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
 from runtime.http.errors import ApiError, as_api_error
-from runtime.off_loop import off_loop
+from runtime.off_loop import free_off_loop, off_loop
 
 LARGE_BYTES = 32 * 1024
 
@@ -34,7 +34,11 @@ class StrictJsonRoute(APIRoute):
         async def answer_strictly(request: Request) -> Response:
             strict = _StrictJsonRequest(request.scope, request.receive)
             strict.model = model
-            return await answer(strict)
+            try:
+                return await answer(strict)
+            finally:
+                if strict.large_value is not None:
+                    free_off_loop(strict.large_value)
 
         return answer_strictly
 
@@ -42,13 +46,18 @@ class StrictJsonRoute(APIRoute):
 class _StrictJsonRequest(Request):
     model: type[BaseModel] | None = None
     """Of the body."""
+    large_value: Any = None
+    """What a large body was read to."""
 
     async def json(self) -> Any:
         """The body's value; of a large one already its model, which FastAPI takes as it is: a hundred thousand messages
         are not checked on the event loop. Raises orjson.JSONDecodeError, which FastAPI takes for the json module's own.
         """
         body = await self.body()
-        return await off_loop(len(body) > LARGE_BYTES, self._read, body)
+        if len(body) <= LARGE_BYTES:
+            return self._read(body)
+        self.large_value = await off_loop(True, self._read, body)
+        return self.large_value
 
     def _read(self, body: bytes) -> Any:
         value = orjson.loads(body)
