@@ -90,6 +90,13 @@ def test_a_large_request_is_refused_or_answered_and_stalls_nobody(serve_scripted
     assert dog.wall_s < MOST_WALL_S, f"the loop stood still for {dog.wall_s * 1000:.0f} ms"
 
 
+def test_a_large_body_is_checked_once(serve_scripted: ServeScripted) -> None:
+    """Its thread has made a model of it: checked again, `functions` were refused beside the tools made of them."""
+    functions = [{"name": f"f{n}", "description": "d" * 400} for n in range(100)]
+    answer = chat(serve_scripted(), said("Hello"), tools=None, functions=functions)
+    assert "two forms of one thing" not in answer.text
+
+
 def test_what_is_far_too_long_is_refused_with_its_reason_before_all_of_it_is_read(
     serve_scripted: ServeScripted,
 ) -> None:

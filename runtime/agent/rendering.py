@@ -14,6 +14,7 @@ from runtime.off_loop import off_loop
 
 SMALL_LETTERS = 2000
 """Of a conversation that is rendered on the event loop: about a millisecond."""
+MANY_MESSAGES = 100
 SMALL_TOOLS_BYTES = 8000
 """Of tools' schemas that are rendered on the event loop."""
 _PIECE = 16 * 1024
@@ -29,7 +30,9 @@ def num_letters(messages: Iterable[Message]) -> int:
 async def rendered(turn: Turn, policy: Policy, is_first: bool = True) -> TokenIds:
     """The turn's prompt. `is_first`: nothing was done yet that a refusal would lose. Raises ContextFull where it is far
     longer than the context, and ChatProtocolError."""
-    letters = num_letters(turn.messages) + 200 * len(turn.messages)
+    # Many messages are large by their number: going through them all would take its time here.
+    many = len(turn.messages) > MANY_MESSAGES
+    letters = await off_loop(many, num_letters, turn.messages) + 200 * len(turn.messages)
     is_large = letters > SMALL_LETTERS or _are_large(turn.tools)
     return await off_loop(is_large, _render, turn, policy, letters if is_first else 0)
 

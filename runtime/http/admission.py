@@ -65,8 +65,8 @@ async def admit(
     if not (health := parts.engine.health()).is_alive:
         raise EngineError(health.problem)  # before adapters are looked for, which a dead engine has none of
     is_large = previous is not None or _num_parts(request) > FEW_MESSAGES
-    messages = await off_loop(is_large, lambda: request.conversation)
-    is_large = is_large or num_letters(messages) > 10 * SMALL_LETTERS
+    messages, letters = await off_loop(is_large, _conversation, request)
+    is_large = is_large or letters > 10 * SMALL_LETTERS
     asked_id = request.metadata.episode_id or caller.episode_id
     named = None if asked_id is None else parts.log.episode(asked_id)
     if named is not None and not caller.key.sees(named.owner):
@@ -90,6 +90,12 @@ async def admit(
     opens_world = request.tools is None and episode.task is not None  # which may take its time to replay what was done
     is_large = is_large or len(place.path) > FEW_MESSAGES or request.asks_for_grammar or bool(request.tools)
     return [await off_loop(is_large or opens_world, admitted.run, choice) for choice in range(request.n)]
+
+
+def _conversation(request: ChatCompletionRequest) -> tuple[tuple[Message, ...], int]:
+    """With how many letters it has, roughly."""
+    messages = request.conversation
+    return messages, num_letters(messages)
 
 
 def _num_parts(request: ChatCompletionRequest) -> int:

@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from policies.types import Message, SamplingParams, ToolSchema
 from runtime.agent.conversation import LEGACY_CALL_ID
@@ -275,6 +275,7 @@ class ChatCompletionRequest(WireModel):
     chat_template_kwargs: dict[str, Any] | None = None
     """Handed to the chat template as they are."""
     metadata: RequestMetadata = Field(default_factory=RequestMetadata)
+    _is_checked: bool = PrivateAttr(False)
     user: str | None = None
     safety_identifier: str | None = None
     warnings: list[str] = Field(default_factory=list)
@@ -301,9 +302,18 @@ class ChatCompletionRequest(WireModel):
         return bias
 
     @model_validator(mode="after")
-    def _take_the_older_form(self) -> ChatCompletionRequest:
+    def _check(self) -> ChatCompletionRequest:
+        """Once: a large body comes from its thread as this model already, and pydantic checks a model again."""
+        if not self._is_checked:
+            self._take_the_older_form()
+            self._check_together()
+            self._check_tool_messages()
+            self._is_checked = True
+        return self
+
+    def _take_the_older_form(self) -> None:
         if self.functions is None:
-            return self
+            return
         if self.tools:
             raise ValueError("tools and functions are two forms of one thing: send tools alone")
         self.tools = [Tool(function=function) for function in self.functions] or None
@@ -312,10 +322,8 @@ class ChatCompletionRequest(WireModel):
             self.tool_choice = NamedToolChoice(function=self.function_call)
         elif self.function_call is not None:
             self.tool_choice = self.function_call
-        return self
 
-    @model_validator(mode="after")
-    def _check_together(self) -> ChatCompletionRequest:
+    def _check_together(self) -> None:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         names = [tool.function.name for tool in self.tools or []]
@@ -327,17 +335,14 @@ class ChatCompletionRequest(WireModel):
                 raise ValueError(f"tool_choice names {chosen!r}, which is not among the tools: {offered}")
         if self.tool_choice == "required" and not names:
             raise ValueError("tool_choice is 'required' but there are no tools")
-        return self
 
-    @model_validator(mode="after")
-    def _check_tool_messages(self) -> ChatCompletionRequest:
+    def _check_tool_messages(self) -> None:
         called: set[str | None] = set()
         for number, message in enumerate(self.messages):
             called.update(call.id for call in message.calls)
             answered = message.answered_call_id
             if message.role in ("tool", "function") and answered not in called:
                 raise ValueError(f"message {number} answers the call {answered!r}, which no message before it makes")
-        return self
 
     @property
     def chosen_tools(self) -> list[str] | None:
