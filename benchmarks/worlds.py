@@ -1,10 +1,14 @@
-"""The worlds: tasks, how an expert fares directly and through the endpoint, speed and memory.
+"""The worlds: tasks, how an expert fares directly and through the endpoint, speed and memory; and their students.
 
     .venv/bin/python -m benchmarks.worlds [--worlds bfcl,agentdojo] [--tasks 40] [--endpoint-tasks 8]
+    .venv/bin/python -m benchmarks.worlds --students [--worlds babyai] [--tasks 200]
 
 Each world is measured in a process of its own. Through the endpoint an engine replays what the expert says, token by
 token, once with tools that the client runs and once with those that the server runs: what is measured is the server
 and the world, not a model. Prints one table; a world whose package is missing is named below it.
+
+With `--students`: how often each world's small student succeeds on held-out tasks at temperature 1, before and after
+one `sft` adapter that was trained on demonstrations which it had not seen (no gate, no server).
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -23,8 +28,17 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
+from benchmarks.rollouts import Rollouts, load_policy
+from benchmarks.students import PLANS, student
+from learner.data.training_data import TrainingData
+from learner.objectives.build import objective_of
+from learner.options import ObjectiveOptions, TrainingOptions
 from learner.practice import Attempt, PracticeOptions, practise
+from learner.training.trainer import Trainer
 from policies.chat.chat_protocol import ChatProtocol, message_action
+from policies.novice.build import wilson_interval
 from runtime.agent.budget import RunLimits
 from runtime.agent.tools import Toolbox
 from tests.serving import LIMITS, MODEL, NOVICE_FOLDER, SayingEngine, Served, parts_of, served
@@ -49,10 +63,11 @@ class Row:
     direct: float
     """Share of the tried tasks on which the expert reached outcome 1."""
     steps_per_s: float
+    """Of an expert and its world, each task for the first time but for one of each split, which warm up."""
     replay_ms: float
     """Of opening a task and replaying `NUM_REPLAYED` calls."""
     memory_mib: int
-    """Of the process with the world loaded and its tasks tried, over that of the process before."""
+    """Of the process with the world loaded and its tasks tried, over that of the process before; with its children."""
     num_through_endpoint: int
     client_run: float
     server_run: float
@@ -154,12 +169,13 @@ def measure(name: str, num_tasks: int, num_endpoint_tasks: int) -> Row:
     began = time.perf_counter()
     world = load_world(name)
     load_s = time.perf_counter() - began
+    for split, size in world.splits.items():  # starts processes, fills what the world caches
+        expert_messages(world, world.task(split, size - 1))
     tasks = spread(world, num_tasks)
-    tried = {task.id: expert_messages(world, task) for task in tasks}  # also warms what the world caches
     began = time.perf_counter()
-    again = [expert_messages(world, task) for task in tasks]
-    steps_per_s = sum(len(said) for _, said, _ in again) / (time.perf_counter() - began)
-    memory_mib = _memory_mib() - memory_before
+    tried = {task.id: expert_messages(world, task) for task in tasks}
+    steps_per_s = sum(len(said) for _, said, _ in tried.values()) / (time.perf_counter() - began)
+    memory_mib = _memory_mib() - memory_before + _memory_of_children_mib()
     knows = [task for task in tasks if _comes_to_an_end(tried[task.id][1])]
     longest = max(knows, key=lambda task: len(tried[task.id][1]))
     replays = [replay_ms(world, longest, tried[longest.id][1]) for _ in range(5)]
@@ -194,6 +210,22 @@ def _memory_mib() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
+def _memory_of_children_mib() -> int:
+    """Resident, of all processes below this one."""
+    parents, pages = dict[int, int](), dict[int, int]()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            pages[int(folder.name)] = int((folder / "statm").read_text().split()[1])
+        except OSError:  # it has just ended
+            continue
+    below, newest = set[int](), {os.getpid()}
+    while newest:
+        newest = {child for child, parent in parents.items() if parent in newest}
+        below |= newest
+    return sum(pages.get(each, 0) for each in below) * resource.getpagesize() // 2**20
+
+
 def table(rows: Sequence[Row]) -> str:
     lines = [
         "| world | tasks train / validation / heldout | expert's steps: median (range) | outcome 1: directly | "
@@ -217,27 +249,108 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+# ---------------------------------------------------------------------------------------------- students
+
+NUM_DEMONSTRATIONS = 64
+"""Of training tasks that the student was not made of."""
+SFT = TrainingOptions(lr=2e-3, epochs=0, min_gradient_steps=48, trajectories_per_step=4)
+
+
+@dataclass(frozen=True, slots=True)
+class StudentRow:
+    """What a student learns in one cycle."""
+
+    world: str
+    num_weights: int
+    num_demonstrations: int
+    num_tasks: int
+    num_right_before: int
+    num_right_after: int
+    training_cpu_s: float
+
+
+def measure_student(name: str, num_tasks: int) -> StudentRow:
+    torch.set_num_threads(1)
+    folder, world = student(name), load_world(name)
+    rollouts = Rollouts(world, folder)
+    tasks = [world.task("heldout", index) for index in range(min(num_tasks, world.splits["heldout"]))]
+
+    def num_right(network: Any) -> int:
+        attempts = rollouts.attempts(network, tasks, [1.0] * len(tasks), torch.Generator().manual_seed(0))
+        return sum(attempt.outcome == 1.0 for attempt in attempts)
+
+    first = PLANS[name].num_demonstrations
+    fresh = range(first, min(first + NUM_DEMONSTRATIONS, world.splits["train"]))
+    demonstrations = rollouts.demonstrations([world.task("train", index) for index in fresh])
+    before = load_policy(folder, None)
+    began = time.process_time()
+    trainer = Trainer(folder, None, SFT, device="cpu")
+    trainer.train(objective_of("sft", TrainingData(tuple(demonstrations)), ObjectiveOptions(), None))
+    training_cpu_s = time.process_time() - began
+    with TemporaryDirectory() as adapter:
+        trainer.network.save_pretrained(adapter)
+        after = load_policy(folder, Path(adapter))
+    return StudentRow(
+        world=name,
+        num_weights=sum(weight.numel() for weight in before.parameters()),
+        num_demonstrations=len(demonstrations),
+        num_tasks=len(tasks),
+        num_right_before=num_right(before),
+        num_right_after=num_right(after),
+        training_cpu_s=training_cpu_s,
+    )
+
+
+def student_table(rows: Sequence[StudentRow]) -> str:
+    lines = [
+        "| student of | weights | new demonstrations | held-out tasks | T=1 before | after one `sft` | CPU s |",
+        "|" + "---|" * 7,
+    ]
+    for row in rows:
+        rates = [_rate(right, row.num_tasks) for right in (row.num_right_before, row.num_right_after)]
+        cells = [row.world, f"{row.num_weights / 1e6:.2f}M", row.num_demonstrations, row.num_tasks, *rates]
+        lines.append(f"| {' | '.join(map(str, cells))} | {row.training_cpu_s:.0f} |")
+    return "\n".join(lines)
+
+
+def _rate(num_right: int, num_tried: int) -> str:
+    low, high = wilson_interval(num_right, num_tried)
+    return f"{num_right / num_tried:.1%} ({low:.0%} to {high:.0%})"
+
+
+# -------------------------------------------------------------------------------------------------- main
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--worlds", default="", help="names by commas; default: all that need no file of yours")
     parser.add_argument("--tasks", type=int, default=10_000, help="most tasks of a world on which the expert is tried")
     parser.add_argument("--endpoint-tasks", type=int, default=10, help="of them, how many go through the endpoint")
     parser.add_argument("--one", action="store_true", help="measure the one world in this process and print JSON")
+    parser.add_argument("--students", action="store_true", help="measure the worlds' students instead")
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(asdict(measure(options.worlds, options.tasks, options.endpoint_tasks))))
+        row = (
+            measure_student(options.worlds, options.tasks)
+            if options.students
+            else measure(options.worlds, options.tasks, options.endpoint_tasks)
+        )
+        print(json.dumps(asdict(row)))
         return
-    names = options.worlds.split(",") if options.worlds else [n for n, each in WORLDS.items() if not each.takes_file]
+    every = PLANS if options.students else [name for name, listing in WORLDS.items() if not listing.takes_file]
     rows, missing = [], []
-    for name in names:
-        command = [sys.executable, "-m", "benchmarks.worlds", "--one", "--worlds", name]
-        command += ["--tasks", str(options.tasks), "--endpoint-tasks", str(options.endpoint_tasks)]
+    for name in options.worlds.split(",") if options.worlds else every:
+        command = [sys.executable, "-m", "benchmarks.worlds", "--one", "--worlds", name, "--tasks", str(options.tasks)]
+        command += ["--endpoint-tasks", str(options.endpoint_tasks), *(["--students"] if options.students else [])]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             missing.append(name)
         else:
-            rows.append(Row(**json.loads(done.stdout.splitlines()[-1])))
-    print(table(rows))
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+    if options.students:
+        print(student_table([StudentRow(**row) for row in rows]))
+    else:
+        print(table([Row(**row) for row in rows]))
     for name in missing:
         print(f"{name} could not be measured; see the error above")
 
