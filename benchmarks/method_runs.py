@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, TypeVar
 
 import torch
@@ -59,6 +59,8 @@ class Axis:
     rank: int = 16
     judged_share: float = 1.0
     """Of own episodes whose outcome somebody tells."""
+    is_narrow: bool = False
+    """Taught, and practised, is only what the expert does in few steps; tried is the rest: what is forgotten there."""
 
 
 AXES = {
@@ -71,6 +73,7 @@ AXES = {
         Axis("LoRA rank 1", rank=1),
         Axis("5 % judged", judged_share=0.05),
         Axis("25 % judged", judged_share=0.25),
+        Axis("short tasks taught, long ones tried", is_narrow=True),
     )
 }
 
@@ -115,6 +118,8 @@ class Stage:
     rollouts: Rollouts = field(init=False)
     demonstrated: list[Task] = field(init=False)
     others: list[Task] = field(init=False)
+    tried: list[Task] = field(init=False)
+    """At which success is measured."""
     demonstrations: tuple[Trajectory, ...] = field(init=False)
     _shared: dict[str, tuple[Any, float]] = field(default_factory=dict)
 
@@ -126,9 +131,17 @@ class Stage:
         if scene.axis.permutes:
             world = PermutingExpert(world, scene.seed)
         self.rollouts = Rollouts(world, scene.base)
-        size = world.splits["train"]
-        order = Random(f"demonstrations/{scene.seed}").sample(range(first_unseen(scene), size), min(size, 1000))
+        unseen = range(first_unseen(scene), world.splits["train"])
+        order = Random(f"demonstrations/{scene.seed}").sample(unseen, min(len(unseen), 1000))
         tasks = [world.task("train", index) for index in order]
+        tried = [world.task(scene.split, index) for index in range(world.splits[scene.split])]
+        if scene.axis.is_narrow:
+            tasks, tried = tasks[:400], tried[: 3 * scene.num_tasks]
+            lengths = {task.id: self._num_steps(task) for task in (*tasks, *tried)}
+            middle = median(lengths[task.id] for task in tasks)
+            tasks = [task for task in tasks if lengths[task.id] <= middle]
+            tried = [task for task in tried if lengths[task.id] > middle]
+        self.tried = tried[: scene.num_tasks]
         found = list[Trajectory]()
         place = 0
         while len(found) < scene.demonstrations:
@@ -137,6 +150,11 @@ class Stage:
         self.demonstrations = tuple(found)
         self.demonstrated = [task for task in tasks[:place] if task.id in {each.task for each in found}]
         self.others = tasks[place:]
+
+    def _num_steps(self, task: Task) -> int:
+        """Of the expert; endless where it does not succeed."""
+        found = self.rollouts.demonstrations([task])
+        return len(found[0].states) if found else 1000
 
     def shared(self, name: str, make: Callable[[], Value]) -> tuple[Value, float]:
         """What all methods of the scene have alike, made once, and the CPU seconds that it took."""
@@ -181,13 +199,16 @@ class Run:
 
     def result(self) -> Result:
         """Run all cycles, and measure."""
+        if self._method.objective == "none":
+            sampled, greedy = measured(self._stage, self._network())
+            return Result(sampled, greedy, 0.0, (), {})
         first = 0
         if not self._method.at_once:
             self._adapter = self._take("first cycle", lambda: self._first_cycle())
             first = 1
         for number in range(first, NUM_CYCLES):
             self._cycle(number)
-        sampled, greedy = measured(self._stage.rollouts, self._network(), self._scene)
+        sampled, greedy = measured(self._stage, self._network())
         return Result(sampled, greedy, self._seconds, tuple(self._notes), self._diagnostics)
 
     # ------------------------------------------------------------------------------------------- cycles
@@ -411,13 +432,12 @@ class Run:
         return replace(task, messages=tuple(messages))
 
 
-def measured(rollouts: Rollouts, network: Any, scene: Scene) -> tuple[float, float]:
+def measured(stage: Stage, network: Any) -> tuple[float, float]:
     """Mean outcome in % at temperature 1, and greedy."""
-    size = rollouts.world.splits[scene.split]
-    tasks = [rollouts.world.task(scene.split, index) for index in range(min(scene.num_tasks, size))]
+    tasks = stage.tried
     temperatures = [1.0] * len(tasks) + [0.0] * len(tasks)
-    generator = torch.Generator().manual_seed(1_000_000 * scene.seed + 2)
-    outcomes = [each.outcome for each in rollouts.attempts(network, tasks + tasks, temperatures, generator)]
+    generator = torch.Generator().manual_seed(1_000_000 * stage.scene.seed + 2)
+    outcomes = [each.outcome for each in stage.rollouts.attempts(network, tasks + tasks, temperatures, generator)]
     return 100 * fmean(outcomes[: len(tasks)]), 100 * fmean(outcomes[len(tasks) :])
 
 

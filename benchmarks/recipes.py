@@ -93,6 +93,7 @@ IMPLICIT_OWN = Method("implicit", (Takes.ANSWERS,))
 IMPLICIT_FOLDS = Method("implicit", samples=Samples.FOLDS)
 MAJORITY = Method("majority", (Takes.TRAFFIC,), Samples.OWN_STATES)
 METHODS: dict[str, Method] = {
+    "untrained": Method("none"),
     CONTROL: Method("sft"),
     "rft + sft": Method("sft_rft", (Takes.OUTCOMES,)),
     "majority": MAJORITY,

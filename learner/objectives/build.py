@@ -179,3 +179,5 @@ OBJECTIVES: Mapping[str, Callable[[TrainingData, ObjectiveOptions, ActionRewards
     "ppo": _ppo,
 }
 """By name: what makes each objective of training data without stale actions."""
+TAKES_OUTCOMES = frozenset({"sft_rft", "eto", "rft", "ppo"})
+"""The objectives that learn from outcomes of own episodes."""
