@@ -3,9 +3,9 @@
     .venv/bin/python -m benchmarks.worlds [--worlds bfcl,agentdojo] [--tasks 40] [--endpoint-tasks 8]
     .venv/bin/python -m benchmarks.worlds --students [--worlds babyai] [--tasks 200]
 
-Each world is measured in a process of its own. Through the endpoint an engine replays what the expert says, token by
-token, once with tools that the client runs and once with those that the server runs: what is measured is the server
-and the world, not a model. Prints one table; a world whose package is missing is named below it.
+Each world is measured in a process of its own. Through the endpoint (`benchmarks/expert_endpoint.py`), eight episodes
+at once, tools are run once by the client and once by the server. Prints one table; a world whose package is missing is
+named below it.
 
 With `--students`: how often each world's small student succeeds on held-out tasks at temperature 1, before and after
 one `sft` adapter that was trained on demonstrations which it had not seen (no gate, no server).
@@ -14,15 +14,14 @@ one `sft` adapter that was trained on demonstrations which it had not seen (no g
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -30,22 +29,17 @@ from typing import Any
 
 import torch
 
+from benchmarks.expert_endpoint import client_run, expert_messages, expert_served, server_run
 from benchmarks.rollouts import Rollouts, load_policy
 from benchmarks.students import PLANS, student
 from learner.data.training_data import TrainingData
 from learner.objectives.build import objective_of
 from learner.options import ObjectiveOptions, TrainingOptions
-from learner.practice import Attempt, PracticeOptions, practise
 from learner.training.trainer import Trainer
-from policies.chat.chat_protocol import ChatProtocol, message_action
 from policies.novice.build import wilson_interval
-from runtime.agent.budget import RunLimits
-from runtime.agent.tools import Toolbox
-from tests.serving import LIMITS, MODEL, NOVICE_FOLDER, SayingEngine, Served, parts_of, served
 from tools.worlds import WORLDS, load_world
 from tools.worlds.world import Message, Task, World
 
-MOST_STEPS = 100
 NUM_REPLAYED = 20
 
 
@@ -73,20 +67,6 @@ class Row:
     server_run: float
 
 
-# ---------------------------------------------------------------------------------------------- the expert
-
-
-def expert_messages(world: World, task: Task) -> tuple[list[Message], list[Message], float]:
-    """The whole conversation of an expert, its own messages alone, and the outcome."""
-    episode, conversation, said = world.open(task), list(task.messages), list[Message]()
-    while len(said) < MOST_STEPS and (message := episode.expert_action()) is not None:
-        said.append(message)
-        conversation += [message, *(told := episode.play(message))]
-        if not told:
-            break
-    return conversation, said, episode.outcome()
-
-
 def spread(world: World, num: int) -> list[Task]:
     """Tasks from all splits, evenly."""
     places = [(split, index) for split, size in world.splits.items() for index in range(size)]
@@ -103,62 +83,6 @@ def replay_ms(world: World, task: Task, said: Sequence[Message]) -> float:
     for message in (calls * NUM_REPLAYED)[:NUM_REPLAYED]:
         episode.play(message)
     return (time.perf_counter() - began) * 1000
-
-
-# -------------------------------------------------------------------------------------------- the endpoint
-
-
-def completions(protocol: ChatProtocol, conversation: Sequence[Message]) -> Iterator[tuple[int, ...]]:
-    """What a policy would have to write, message by message."""
-    for place, message in enumerate(conversation):
-        if message["role"] == "assistant":
-            yield protocol.completion_of(conversation[:place], message_action(message))[1]
-
-
-def through_endpoint(world: World, tasks: Sequence[Task]) -> tuple[float, float]:
-    """Shares of outcome 1 with tools that the client runs, and with those that the server runs."""
-    protocol = ChatProtocol.load(NOVICE_FOLDER)
-    engine = SayingEngine(protocol, limits=replace(LIMITS, max_context_tokens=10_000_000))
-    limits = RunLimits(max_steps=MOST_STEPS, max_completion_tokens=10_000_000)
-    by_client, by_server = [], []
-    with TemporaryDirectory() as folder:
-        parts = parts_of(engine, protocol, Path(folder), toolbox=Toolbox((), world), limits=limits)
-        with served(parts) as server:
-            for task in tasks:
-                conversation, _, _ = expert_messages(world, task)
-                engine.says.clear()
-                engine.says.extend(completions(protocol, conversation))
-                by_client.append(_client_run(server, world, task))
-                engine.says.clear()
-                engine.says.extend(completions(protocol, conversation))
-                by_server.append(_server_run(server, world, task))
-    return _share(by_client), _share(by_server)
-
-
-def _client_run(server: Served, world: World, task: Task) -> float:
-    async def practised() -> Attempt:
-        async with server.async_client(timeout=300) as client:
-            [attempt] = await practise(client, world, [task], PracticeOptions(MODEL, purpose="evaluation"))
-            return attempt
-
-    attempt = asyncio.run(practised())
-    if attempt.error:
-        print(f"{task.id}, client-run: {attempt.error}", file=sys.stderr)
-    return attempt.outcome
-
-
-def _server_run(server: Served, world: World, task: Task) -> float:
-    """The server runs the tools; what the world's user says after an answer is said from here."""
-    user, messages, episode_id = world.open(task), list[Any](task.messages), ""
-    metadata: Any = {"task": task.id, "purpose": "evaluation"}
-    while messages[-1]["role"] == "user":
-        answer = server.client(timeout=300).chat.completions.with_raw_response.create(
-            model=MODEL, messages=messages, metadata=metadata
-        )
-        episode_id = answer.headers["x-episode-id"]
-        messages.append({"role": "assistant", "content": answer.parse().choices[0].message.content or ""})
-        messages += user.play(messages[-1])
-    return server.parts.log.outcomes(episode_id)[-1].value
 
 
 # --------------------------------------------------------------------------------------------- measuring
@@ -180,7 +104,8 @@ def measure(name: str, num_tasks: int, num_endpoint_tasks: int) -> Row:
     longest = max(knows, key=lambda task: len(tried[task.id][1]))
     replays = [replay_ms(world, longest, tried[longest.id][1]) for _ in range(5)]
     through = knows[:: -(-len(knows) // num_endpoint_tasks)]
-    client_run, server_run = through_endpoint(world, through)
+    with TemporaryDirectory() as folder, expert_served(world, through, Path(folder)) as server:
+        by_client, by_server = client_run(server, world, through), server_run(server, world, through)
     return Row(
         world=name,
         splits=dict(world.splits),
@@ -193,8 +118,8 @@ def measure(name: str, num_tasks: int, num_endpoint_tasks: int) -> Row:
         replay_ms=min(replays),
         memory_mib=memory_mib,
         num_through_endpoint=len(through),
-        client_run=client_run,
-        server_run=server_run,
+        client_run=_share(by_client),
+        server_run=_share(by_server),
     )
 
 
