@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from learner.data.comparison import compare
 from policies.chat.chat_protocol import message_action, text_of
-from tools.worlds.world import Message, Task, World, WorldEpisode
+from tools.worlds.world import Message, Task, World, WorldEpisode, max_steps_of
 
 if TYPE_CHECKING:
     from langchain_core.tools import BaseTool
@@ -33,10 +33,8 @@ class WrappedWorld:
 
     @property
     def max_steps(self) -> int:
-        """Of the wrapped world, or the benchmark's own limit."""
-        from learner.practice import MAX_STEPS
-
-        return getattr(self.inner, "max_steps", MAX_STEPS)
+        """Of the wrapped world."""
+        return max_steps_of(self.inner)
 
     def task(self, split: str, index: int) -> Task:
         return self.inner.task(split, index)
