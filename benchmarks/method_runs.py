@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.experience import experience
 from benchmarks.harder_worlds import ErringExpert, PermutingExpert, Resumed
+from benchmarks.own_choice import majority, raft, sft_rft_majority
 from benchmarks.recipes import Labels, Method, Samples, Takes
 from benchmarks.rollouts import MAX_ROWS, Lockstep, Rollouts, load_policy
 from learner.data.comparison import compare
@@ -239,10 +240,18 @@ class Run:
         if method.objective == "experience, sft":
             sft = objective_of("sft", training_data, options)
             return [(experience(training_data), GRADIENT_STEPS // 2), (sft, GRADIENT_STEPS // 2)]
-        discriminator = None
-        if method.objective in ("inverse", "raft"):
-            discriminator = self._discriminator(training_data, number)
-        return [(objective_of(method.objective, training_data, options, discriminator), GRADIENT_STEPS)]
+        discriminator = self._discriminator(training_data, number) if method.objective in ("inverse", "raft") else None
+        match method.objective:
+            case "majority":
+                objective: Objective = majority(training_data, options)
+            case "raft":
+                assert discriminator is not None
+                objective = raft(training_data, options, discriminator)
+            case "sft_rft, majority":
+                objective = sft_rft_majority(training_data, options)
+            case name:
+                objective = objective_of(name, training_data, options, discriminator)
+        return [(objective, GRADIENT_STEPS)]
 
     def _trained(
         self, objective: Objective, folder: Path, number: int, steps: int, begin: Path | None

@@ -54,7 +54,8 @@ class Method:
     """An objective, its settings, and what it is given."""
 
     objective: str
-    """Of the learner; `experience, sft` is the benchmark's own."""
+    """Of the learner; `experience, sft`, `majority`, `raft` and `sft_rft, majority` are the benchmark's own, and with
+    `none` the student stays as it is."""
     takes: tuple[Takes, ...] = ()
     samples: Samples = Samples.NONE
     labels: Labels = Labels.EXPERT
@@ -98,7 +99,7 @@ METHODS: dict[str, Method] = {
     "rft + sft": Method("sft_rft", (Takes.OUTCOMES,)),
     "majority": MAJORITY,
     "majority, 16 episodes": replace(MAJORITY, num_sampled=16),
-    "rft + sft + majority": Method("sft_rft", (Takes.OUTCOMES,), Samples.OWN_STATES),
+    "rft + sft + majority": Method("sft_rft, majority", (Takes.OUTCOMES,), Samples.OWN_STATES),
     "sft, expert at own states": ANSWERED,
     "implicit, folds": IMPLICIT_FOLDS,
     "reward as teacher": Method("raft", (Takes.TRAFFIC,), Samples.BOTH),

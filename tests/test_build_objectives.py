@@ -80,16 +80,6 @@ def rich_training_data() -> TrainingData:
     )
 
 
-def data_for_every_objective() -> TrainingData:
-    """The same, and an own episode that nobody judged, with samples at its states."""
-    rich = rich_training_data()
-    states = (
-        State("g-0", (30, 4), None, (own(RIGHT), own(WRONG), own(WRONG))),
-        State("g-1", (30, 4, 4), None, (own(WORSE), own(WORSE), own(RIGHT))),
-    )
-    return replace(rich, policy_episodes=(*rich.policy_episodes, Trajectory("g", states)))
-
-
 def make(name: str, training_data: TrainingData, options: ObjectiveOptions = OPTIONS) -> Objective:
     return objective_of(name, training_data, options, CountingRewards())
 
@@ -105,7 +95,7 @@ def completions(objective: Objective, indexes: Sequence[int] | None = None) -> l
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_only_actions_are_scored_and_never_a_prompt(name: str) -> None:
-    training_data = data_for_every_objective()
+    training_data = rich_training_data()
     prompts = {state.prompt for trajectory in training_data.trajectories for state in trajectory.states}
     objective = make(name, training_data)
     for row in objective.sequences:
@@ -117,8 +107,8 @@ def test_only_actions_are_scored_and_never_a_prompt(name: str) -> None:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_trainer_batches_rows_by_the_trajectory_or_task_that_owns_them(name: str) -> None:
-    names = {"a", "b", "c", "d", "e", "f", "g", "t1", "t2"}
-    assert {row.owner[0] for row in make(name, data_for_every_objective()).sequences} <= names  # type: ignore[index]
+    names = {"a", "b", "c", "d", "e", "f", "t1", "t2"}
+    assert {row.owner[0] for row in make(name, rich_training_data()).sequences} <= names  # type: ignore[index]
 
 
 def test_sft_learns_experts_actions_at_demonstrations_and_where_asked_at_own_states() -> None:
@@ -235,32 +225,6 @@ def test_an_outcome_speaks_of_the_actions_that_were_taken_and_not_of_samples_bes
     assert make(name, replace(rich, policy_episodes=besides)).sequences == plain.sequences
 
 
-def test_majority_imitates_the_commonest_sample_of_own_states_that_nobody_answered_or_judged() -> None:
-    training_data = data_for_every_objective()
-    chosen = [row for row in make("majority", training_data).sequences if row.owner[0] == "g"]  # type: ignore[index]
-    assert [row.token_ids[row.spans[0].start :] for row in chosen] == [WRONG, WORSE]
-    assert len(make("majority", training_data).sequences) == 6 + 2
-    assert len(make("sft_rft", training_data).sequences) == 6 + 3 + 2
-    judged = replace(training_data, policy_episodes=(replace(training_data.policy_episodes[-1], outcome=0.0),))
-    with pytest.raises(NothingToLearn, match="nobody judged"):
-        make("majority", judged)
-
-
-def test_raft_imitates_what_the_discriminator_rewards_most_of_what_was_sampled_twice() -> None:
-    assert completions(make("raft", data_for_every_objective()))[-2:] == [
-        WRONG,
-        WORSE,
-    ]  # RIGHT was sampled once: no choice
-    state = State("g-0", (30, 4), None, (own(WORSE), own(WORSE), own(WRONG), own(WRONG), own(RIGHT)))
-    tied = TrainingData((), (Trajectory("g", (state,)),))
-    assert completions(objective_of("raft", tied, OPTIONS, CountingRewards())) == [WRONG]
-
-
-def test_raft_needs_a_discriminator() -> None:
-    with pytest.raises(ValueError, match="none was given"):
-        objective_of("raft", data_for_every_objective(), OPTIONS)
-
-
 def test_pivot_rewards_agreement_within_a_state_where_samples_differ_and_anchors_experts_everywhere() -> None:
     objective = make("pivot", rich_training_data())
     assert isinstance(objective, PolicyGradient)
@@ -349,9 +313,6 @@ MASTERED = TrainingData(
         ("sft_rft", TrainingData((), (attempt("c", 0.0, [own(WRONG)]),)), "no own episode succeeded: 1 own episodes"),
         ("pivot", MASTERED, "no pivot among 1 states"),
         ("pivot", TrainingData((demonstration("a", (own(WRONG, False), own(WORSE, False))),)), "no pivot among 1"),
-        ("majority", MASTERED, "at no own state that nobody judged"),
-        ("majority", TrainingData((), (attempt("f", None, [own(RIGHT)]),)), "at no own state that nobody judged"),
-        ("raft", MASTERED, "at no own state that nobody judged"),
         ("ppo", MASTERED, "the outcomes of all own episodes are equal: 1 own episodes, 1 succeeded"),
         ("ppo", TrainingData((demonstration("a", ()),)), "the outcomes of all own episodes are equal: 0 own episodes"),
     ],
@@ -404,12 +365,8 @@ def materials(draw: st.DrawFn) -> TrainingData:
     disagreeing = State("d2-0", draw(tokens), (1, 2), (own((3,), False),))
     episodes = [Trajectory(f"o{at}", states(f"o{at}", True), f"t{at % 2}", float(at == 2)) for at in range(4)]
     pivot = State("d3-0", draw(tokens), (1, 2), (own((1, 2), True), own((3,), False)))
-    action = draw(tokens)
-    sampled = State("o4-0", draw(tokens), None, (own(action), own(draw(tokens)), own(action)))
-    return TrainingData(
-        (*demonstrations, Trajectory("d2", (disagreeing,), "t2", 1.0), Trajectory("d3", (pivot,), "t3", 1.0)),
-        (*episodes, Trajectory("o4", (sampled,))),
-    )
+    further = Trajectory("d2", (disagreeing,), "t2", 1.0), Trajectory("d3", (pivot,), "t3", 1.0)
+    return TrainingData((*demonstrations, *further), tuple(episodes))
 
 
 class HashedRewards:

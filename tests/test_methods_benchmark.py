@@ -25,14 +25,17 @@ from benchmarks.method_runs import (
     with_hard_negatives,
 )
 from benchmarks.methods import Row, Rows, run_all, scene_table
+from benchmarks.own_choice import majority, raft
 from benchmarks.recipes import CONTROL, DEFAULT, METHODS
-from learner.data.training_data import TrainingData, Trajectory
+from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
 from learner.objectives.objectives import action_sequence
-from learner.options import CycleOptions, TrainingOptions
+from learner.objectives.states import NothingToLearn
+from learner.options import CycleOptions, ObjectiveOptions, TrainingOptions
+from learner.packing.prefix_tree import ScoredSequence
 from learner.training.trainer import Trainer
 from policies.chat.chat_protocol import ChatProtocol, action_message, message_action
 from policies.novice.build import NOVICE_PATH, roll_out
-from policies.types import ToolCalls
+from policies.types import TokenIds, ToolCalls
 from tests.expert_sequences import expert_rows
 
 torch.set_num_threads(1)
@@ -190,6 +193,38 @@ def test_experience_learns_what_the_world_said_and_nothing_that_the_policy_wrote
     texts = [desk.protocol.decode(row.token_ids[row.spans[0].start :]) for row in objective.sequences]
     assert len(texts) == sum(len(each.states) - 1 for each in own)
     assert all("tool_call>" not in text.replace("<tool_response>", "") for text in texts)
+
+
+# ------------------------------------------------------------------------------------------- own choices
+
+RIGHT, WRONG, WORSE = (7, 2), (8, 9, 2), (5, 2)
+
+
+class LongestIsBest:
+    def rewards(self, sequences: Sequence[ScoredSequence]) -> Sequence[float]:
+        return [float(len(sequence.token_ids) - sequence.spans[0].start) for sequence in sequences]
+
+
+def sampled(*actions: TokenIds, outcome: float | None = None, expert: TokenIds | None = None) -> TrainingData:
+    """One own state with these samples."""
+    own = tuple(PolicyAction("step", action, (-1.0,) * len(action), None) for action in actions)
+    return TrainingData((), (Trajectory("g", (State("g-0", (30, 4), expert, own),), None, outcome),))
+
+
+def test_majority_imitates_the_commonest_sample_of_own_states_that_nobody_answered_or_judged() -> None:
+    [chosen] = majority(sampled(RIGHT, WRONG, WRONG), ObjectiveOptions()).sequences
+    assert (chosen.token_ids, chosen.spans[0].start) == ((30, 4, *WRONG), 2)
+    unfit = (sampled(RIGHT, RIGHT, outcome=0.0), sampled(RIGHT, RIGHT, expert=WRONG), sampled(RIGHT))
+    for training_data in unfit:
+        with pytest.raises(NothingToLearn, match="nobody judged"):
+            majority(training_data, ObjectiveOptions())
+
+
+def test_raft_imitates_what_the_discriminator_rewards_most_of_what_was_sampled_twice() -> None:
+    [once] = raft(sampled(RIGHT, WORSE, WORSE, WRONG), ObjectiveOptions(), LongestIsBest()).sequences
+    assert once.token_ids == (30, 4, *WORSE)
+    [twice] = raft(sampled(RIGHT, WORSE, WORSE, WRONG, WRONG), ObjectiveOptions(), LongestIsBest()).sequences
+    assert twice.token_ids == (30, 4, *WRONG)
 
 
 # ---------------------------------------------------------------------------------------- harder worlds

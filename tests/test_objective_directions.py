@@ -34,11 +34,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class RightIsBest:
-    def rewards(self, sequences):
-        return [float(sequence.token_ids[sequence.spans[0].start] == RIGHT[0]) for sequence in sequences]
-
-
 def trainer_of(base: Path) -> Trainer:
     return Trainer(base, None, TrainingOptions(lr=2e-2, min_gradient_steps=8, rank=4), "cpu")
 
@@ -73,17 +68,6 @@ def test_sft_rft_makes_what_experts_do_and_what_succeeded_likelier_and_leaves_fa
     trainer.train(objective)
     after = [likelihood(trainer, *each) for each in watched]
     assert all(now > then + 1 for now, then in zip(after, before, strict=True))
-
-
-@pytest.mark.parametrize("name", ["majority", "raft"])
-def test_a_chosen_sample_becomes_likelier_than_the_others_at_its_state(base: Path, name: str) -> None:
-    trainer = trainer_of(base)
-    chosen, other = (WRONG, RIGHT) if name == "majority" else (RIGHT, WRONG)
-    votes = (chosen, chosen, other) if name == "majority" else (chosen, chosen, other, other, other)
-    state = State("g-0", PROMPTS[3], None, tuple(sampled(trainer, PROMPTS[3], action) for action in votes))
-    before = likelihood(trainer, PROMPTS[3], chosen) - likelihood(trainer, PROMPTS[3], other)
-    trainer.train(objective_of(name, TrainingData((), (episode("g", (state,)),)), OPTIONS, RightIsBest()))
-    assert likelihood(trainer, PROMPTS[3], chosen) - likelihood(trainer, PROMPTS[3], other) > before + 1
 
 
 def test_pivot_pushes_agreeing_samples_up_and_others_down_also_without_an_anchor(base: Path) -> None:

@@ -4,8 +4,7 @@ against.
 `sft`, `dft`, `implicit`, `inverse` and `pivot` learn at states where an expert has answered: those of demonstrations
 and, with `own_states`, the policy's own logged ones, which is what repairs the drift from the experts' paths (DAgger,
 arXiv 1011.0686). `eto`, `rft` and `ppo` learn from whole own episodes and their outcomes, `sft_rft` from demonstrations
-and own successes alike; `ppo` may hold on to experts' actions besides. At own states that nobody answered or
-judged `majority` learns what the policy does mostly, and `raft` what a discriminator chooses.
+and own successes alike; `ppo` may hold on to experts' actions besides.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from learner.objectives.objectives import (
     action_sequence,
     normalised,
 )
-from learner.objectives.own_choice import majority, raft
 from learner.objectives.pivot import pivot
 from learner.objectives.states import (
     ActionRewards,
@@ -48,7 +46,7 @@ from policies.types import TokenIds
 def objective_of(
     name: str, training_data: TrainingData, options: ObjectiveOptions, discriminator: ActionRewards | None = None
 ) -> Objective:
-    """The objective of that name on the training data. `inverse` and `raft` need the discriminator, others ignore it.
+    """The objective of that name on the training data. `inverse` needs the discriminator, the others ignore it.
 
     Raises NothingToLearn, and ValueError for an unknown name.
     """
@@ -172,8 +170,6 @@ OBJECTIVES: Mapping[str, Callable[[TrainingData, ObjectiveOptions, ActionRewards
     "implicit": _implicit,
     "inverse": _inverse,
     "pivot": pivot,
-    "majority": majority,
-    "raft": raft,
     "eto": _eto,
     "rft": rft,
     "ppo": _ppo,

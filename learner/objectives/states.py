@@ -18,7 +18,7 @@ class NothingToLearn(Exception):
 
 
 class ActionRewards(Protocol):
-    """What `inverse` and `raft` need of a discriminator."""
+    """What `inverse` needs of a discriminator."""
 
     def rewards(self, sequences: Sequence[ScoredSequence]) -> Sequence[float]:
         """One for each sequence, larger for what an expert would rather do."""

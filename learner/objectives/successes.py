@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from learner.data.training_data import TrainingData
 from learner.objectives.objectives import Likelihood
-from learner.objectives.own_choice import majority_choices
 from learner.objectives.states import ActionRewards, NothingToLearn, answered_states, outcome_counts, taken_actions
 from learner.options import ObjectiveOptions
 from learner.packing.prefix_tree import ScoredSequence
@@ -24,11 +23,10 @@ def sft_rft(training_data: TrainingData, options: ObjectiveOptions, discriminato
     It is the improvement step of expert iteration (arXiv 1705.08439) with the demonstrations kept in every step. An own
     success shows what demonstrations leave out, the ways of tasks nobody demonstrated; the experts' actions hold what
     the policy never succeeds at by itself. Where an expert contradicts a step of a success, the expert's action alone
-    is learned. At own states that nobody judged, where the policy was sampled, its commonest action is learned too.
-    Without outcomes and such samples it is `sft`; without experts `rft`.
+    is learned. Without outcomes it is `sft`; without experts `rft`.
     """
     experts = tuple(labelled.expert_sequence for labelled in answered_states(training_data, options))
-    sequences = (*experts, *_successes(training_data, contradicted=False), *majority_choices(training_data))
+    sequences = (*experts, *_successes(training_data, contradicted=False))
     if not sequences:
         own = outcome_counts(training_data.policy_episodes)
         raise NothingToLearn(f"no expert has acted or answered at any state, and no own episode succeeded: {own}")

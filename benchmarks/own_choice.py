@@ -1,5 +1,8 @@
 """Own states that nobody answered or judged: one of the policy's samples there is chosen, and imitated beside the
-experts' actions. The policy chooses itself (`majority`), or a discriminator does (`raft`)."""
+experts' actions. The policy chooses itself (`majority`), or a discriminator does (`raft`).
+
+Experiments of the benchmark, and no objectives of the learner: neither beat imitation alone.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from learner.data.training_data import State, TrainingData
+from learner.objectives.build import objective_of
 from learner.objectives.objectives import Likelihood, action_sequence
 from learner.objectives.states import ActionRewards, NothingToLearn, answered_states
 from learner.options import ObjectiveOptions
@@ -30,7 +34,7 @@ class Sampled:
         return action_sequence(self.state.prompt, action, (self.episode_id, self.state.id))
 
 
-def majority(training_data: TrainingData, options: ObjectiveOptions, discriminator: ActionRewards | None) -> Likelihood:
+def majority(training_data: TrainingData, options: ObjectiveOptions) -> Likelihood:
     """The commonest sample of each own state, imitated: self-training by self-consistency (arXiv 2210.11610).
 
     It takes no outcome and no expert: what the policy does mostly is made what it does, at tasks nobody demonstrated.
@@ -41,14 +45,12 @@ def majority(training_data: TrainingData, options: ObjectiveOptions, discriminat
     return Likelihood("majority", (*_experts(training_data, options), *chosen))
 
 
-def raft(training_data: TrainingData, options: ObjectiveOptions, discriminator: ActionRewards | None) -> Likelihood:
+def raft(training_data: TrainingData, options: ObjectiveOptions, discriminator: ActionRewards) -> Likelihood:
     """The best-rewarded sample of each own state, imitated: RAFT (arXiv 2304.06767, algorithm 1).
 
     The reward is the discriminator's, StepAgent's inverse reward (arXiv 2411.03817), used to choose where a policy
     gradient would follow it: a choice among what the policy says more than once cannot run away from it.
     """
-    if discriminator is None:
-        raise ValueError("raft takes its choices from a discriminator, and none was given")
     groups = [
         [each.sequence_of(action) for action, votes in each.votes.items() if votes >= MIN_VOTES]
         for each in _sampled(training_data)
@@ -62,6 +64,12 @@ def raft(training_data: TrainingData, options: ObjectiveOptions, discriminator: 
         rewarded = [(next(rewards), place) for place in range(len(group))]
         chosen.append(group[max(rewarded, key=lambda each: each[0])[1]])
     return Likelihood("raft", (*_experts(training_data, options), *chosen))
+
+
+def sft_rft_majority(training_data: TrainingData, options: ObjectiveOptions) -> Likelihood:
+    """Experts' actions, own successes, and the commonest sample where nobody judged."""
+    judged = objective_of("sft_rft", training_data, options)
+    return Likelihood("sft_rft, majority", (*judged.sequences, *majority_choices(training_data)))
 
 
 _NOTHING_SAMPLED = "at no own state that nobody judged was the policy sampled more than once"
