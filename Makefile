@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 ARGS ?=
 MODEL ?=
+PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 .PHONY: setup serve demo quick test test-real check
 
@@ -22,10 +23,10 @@ demo: setup
 	$(VENV)/bin/python -m benchmarks.demo $(ARGS)
 
 test: setup
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 quick: setup
-	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-real: setup
 	$(VENV)/bin/python -m pytest tests_real --timeout 480 $(ARGS)
