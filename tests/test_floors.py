@@ -140,11 +140,7 @@ def test_names_that_say_nothing_are_not_used() -> None:
     vague = ("Manager", "Handler", "Processor", "Helper", "Service")
     for path in [*MODULES, ATTIC]:
         assert path.stem not in ("utils", "common", "base", "helpers", "misc"), path
-        classes = [
-            node.name
-            for node in ast.walk(tree_of(path))
-            if isinstance(node, ast.ClassDef)
-        ]
+        classes = [node.name for node in ast.walk(tree_of(path)) if isinstance(node, ast.ClassDef)]
         assert not [name for name in classes if name.endswith(vague)], path
 
 
