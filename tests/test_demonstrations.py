@@ -105,6 +105,14 @@ HERMES = {
     "tools": json.dumps([WEATHER_TOOL]),
 }
 
+HERMES_AS_USER = {
+    **HERMES,
+    "conversations": [
+        {**turn, "from": "human"} if turn["from"] == "tool" else turn for turn in HERMES["conversations"]
+    ],
+}
+"""As Qwen's template says results, and as files of rendered conversations keep them."""
+
 LANGCHAIN_MESSAGES = [
     SystemMessage("You know the weather."),
     HumanMessage("Is it raining in Oslo?"),
@@ -132,6 +140,7 @@ SAMPLES = {
     "openai_old": (OPENAI_OLD, SourceFormat.OPENAI),
     "sharegpt": (SHAREGPT, SourceFormat.SHAREGPT),
     "hermes": (HERMES, SourceFormat.SHAREGPT),
+    "hermes, results as user": (HERMES_AS_USER, SourceFormat.SHAREGPT),
     "langchain_dicts": (LANGCHAIN_DICTS, SourceFormat.LANGCHAIN),
     "langchain_dump": (LANGCHAIN_DUMP, SourceFormat.LANGCHAIN),
     "preference": (PREFERENCE, SourceFormat.PREFERENCE),
