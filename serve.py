@@ -132,11 +132,13 @@ def build_parts(settings: Settings) -> Parts:
     from runtime.store.step_log import StepLog, StepLogError
     from tools import load_tools
     from tools.worlds import load_world
+    from tools.worlds.world import max_steps_of
 
     try:
+        world = load_world(settings.world_name) if settings.world_name else None
         toolbox = Toolbox(
             load_tools(settings.tools, settings.search_corpus),
-            load_world(settings.world_name) if settings.world_name else None,
+            world,
             is_default=settings.run_tools == "always",
         )
         folder_of_state = StateFolder(settings.state)
@@ -162,7 +164,7 @@ def build_parts(settings: Settings) -> Parts:
         swap=swap,
         toolbox=toolbox,
         limits=RunLimits(
-            max_steps=settings.max_steps,
+            max_steps=settings.max_steps or max_steps_of(world),
             max_completion_tokens=settings.max_run_tokens,
             deadline_s=settings.deadline,
             tool_timeout_s=settings.tool_timeout,

@@ -27,6 +27,7 @@ from runtime.http.sse import ClientGone
 from runtime.learning.process import LearnerBusy
 from runtime.store.adapter_registry import RegistryError, UnknownAdapter
 from runtime.store.step_log import StepLogError
+from tools.worlds.world import WorldFailed
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), None, "messages")
         case EngineError():
             return ApiError(503, f"the engine could not answer: {error}", "engine_error")
+        case WorldFailed():
+            return ApiError(503, f"the world could not open the task: {error}", "world_error")
         case LearnerBusy():
             return ApiError(409, str(error), "learner_busy")
         case SwapError():
@@ -191,6 +194,7 @@ def install_error_handlers(app: FastAPI) -> None:
     of_adapters = (SwapError, AdapterRefused, RegistryError, LearnerBusy)
     failed = (
         EngineError,
+        WorldFailed,
         StepLogError,
         sqlite3.Error,
         ClientGone,
