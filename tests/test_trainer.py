@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -249,6 +249,7 @@ class Broken:
     value: float
     slope: float
     name: str = "broken"
+    needs_reference: ClassVar[bool] = False
 
     def loss(self, scored: SequenceLogprobs, reference: Sequence[Tensor]) -> Loss:
         total = scored.tokens.sum()

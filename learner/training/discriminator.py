@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -53,6 +54,7 @@ class Discrimination:
     """Those of one state weigh 1 together."""
     anchor_weight: float
     name: str = "discriminator"
+    needs_reference: ClassVar[bool] = True
 
     def loss(self, scored: SequenceLogprobs, reference: Sequence[Tensor]) -> Loss:
         place = {sequence: at for at, sequence in enumerate(scored.sequences)}

@@ -146,7 +146,7 @@ class Trainer:
     ) -> TrainingReport:
         """Train the adapter. Raises TrainingFailed; the adapter is then not to be used."""
         options, sequences = self.options, objective.sequences
-        ref = self.logprobs(sequences)
+        ref = self.logprobs(sequences) if objective.needs_reference else []
         batches = self._batches(sequences)
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         lr = lr_for(self.network.config.get_text_config().hidden_size) if options.lr is None else options.lr
