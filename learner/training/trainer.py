@@ -30,6 +30,7 @@ from learner.options import TrainingOptions
 from learner.packing.prefix_tree import Pack, ScoredSequence, num_packed_tokens, pack_sequences
 from learner.packing.scoring import SequenceLogprobs, reference, score, to_batch
 from learner.packing.tree_attention import TREE_ATTENTION
+from learner.training.activation_memory import fits, layers_computed_again
 from learner.training.adapter_writer import whole_folder
 from learner.training.model_card import Origin, model_card
 from learner.training.probing import make_probe
@@ -128,7 +129,11 @@ class Trainer:
         return found
 
     def _score(self, pack: Pack) -> SequenceLogprobs:
-        return score(self.network, to_batch(pack, self._device))
+        batch = to_batch(pack, self._device)
+        if not torch.is_grad_enabled() or fits(self.network.config, pack.num_tokens, self.network.device):
+            return score(self.network, batch)
+        with layers_computed_again(self.network):
+            return score(self.network, batch)
 
     def _packs_of_sequences(self, sequences: Sequence[ScoredSequence]) -> list[Pack]:
         """Packs within the budget, without regard to owners."""
