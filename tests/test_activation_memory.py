@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -74,10 +73,10 @@ def test_the_estimate_is_near_what_a_pass_keeps(name: str, tmp_path: Path) -> No
 
 
 @pytest.fixture
-def free(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     found = {"bytes": 0}
     monkeypatch.setattr(learner.training.activation_memory, "free_bytes", lambda: found["bytes"])
-    yield found
+    return found
 
 
 def test_what_fits_is_kept(free: dict[str, int], tmp_path: Path) -> None:
