@@ -82,7 +82,9 @@ class TrainingOptions:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     seed: int = 0
-    """Decides the adapter to the byte, on a CPU; a GPU adds up in another order each time."""
+    """Decides the adapter to the byte, on a CPU and without `spare_cores`; a GPU adds up in another order each time."""
+    spare_cores: bool = True
+    """Train a real network (50 million weights or more) on the cores of a CPU that nobody else uses at the moment."""
 
 
 @dataclass(frozen=True, slots=True, config=_DOCUMENTED)

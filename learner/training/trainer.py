@@ -33,8 +33,9 @@ from learner.packing.tree_attention import TREE_ATTENTION
 from learner.training.activation_memory import fits, layers_computed_again
 from learner.training.adapter_writer import whole_folder
 from learner.training.model_card import Origin, model_card
-from learner.training.precision import training_dtype
+from learner.training.precision import MIN_WEIGHTS, num_weights, training_dtype
 from learner.training.probing import make_probe
+from learner.training.spare_cores import SpareCores
 from policies.adapters.base_network import read_base_network
 from policies.adapters.probe import Probe, write_probe
 from policies.types import TokenIds
@@ -93,6 +94,8 @@ class Trainer:
         self._base_fingerprint = read_base_network(base).fingerprint
         self._device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self._token_budget = options.token_budget
+        may_take_cores = options.spare_cores and self._device == "cpu" and num_weights(base) >= MIN_WEIGHTS
+        self._cores = SpareCores.of_this_machine() if may_take_cores else None
         self._origin: Origin | None = None
         torch.manual_seed(options.seed)
         dtype = dtype or training_dtype(base, options.precision, self._device)
@@ -130,6 +133,8 @@ class Trainer:
         return found
 
     def _score(self, pack: Pack) -> SequenceLogprobs:
+        if self._cores:
+            self._cores.take()
         batch = to_batch(pack, self._device)
         if not torch.is_grad_enabled() or fits(self.network.config, pack.num_tokens, self.network.device):
             return score(self.network, batch)
