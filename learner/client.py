@@ -120,9 +120,10 @@ class Endpoint:
         temperature: float,
         on_done: Callable[[], object] = lambda: None,
         seed: int | None = None,
+        max_tokens: int | None = None,
     ) -> list[Attempt]:
-        """Try tasks under an adapter; they are not learned from."""
-        options = PracticeOptions(adapter, temperature, Purpose.EVALUATION, self.concurrency, seed)
+        """Try tasks under an adapter, with `max_tokens` at most in a step; they are not learned from."""
+        options = PracticeOptions(adapter, temperature, Purpose.EVALUATION, self.concurrency, seed, max_tokens)
         return await practise(self.client, world, tasks, options, lambda _: on_done())
 
     async def register(self, folder: Path, parent: str, reason: str, cycle: str) -> str:
