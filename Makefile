@@ -1,10 +1,10 @@
-# make serve [MODEL=FOLDER] | make demo | make quick | make test | make test-real | make setup | make check; everything lives in .venv.
+# make serve [MODEL=FOLDER] | make demo | make demo-real | make quick | make test | make test-real | make setup | make check; everything lives in .venv.
 PYTHON ?= python3
 VENV := .venv
 ARGS ?=
 MODEL ?=
 
-.PHONY: setup serve demo quick test test-real check
+.PHONY: setup serve demo demo-real quick test test-real check
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -20,6 +20,9 @@ serve: setup
 
 demo: setup
 	$(VENV)/bin/python -m benchmarks.demo $(ARGS)
+
+demo-real: setup-worlds
+	$(VENV)/bin/python -m benchmarks.demo_real $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 test: setup
 	$(VENV)/bin/python -m pytest $(ARGS)
