@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from policies.types import ToolCalls
+from runtime.store.damage import WHAT_TO_DO, StepLogError, is_damage
 from runtime.store.episodes import (
     Correction,
     Episode,
@@ -37,10 +38,6 @@ from runtime.store.step_rows import (
     tool_set_to_row,
     withdrawal_to_row,
 )
-
-
-class StepLogError(Exception):
-    """The step log could not be opened, read or written; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,4 +211,6 @@ def _file_problem(error: Exception) -> str:
         return "the disk is full: these facts were not logged; free some space and try again"
     if "locked" in message:
         return "another process holds the file's write lock for too long: these facts were not logged"
+    if isinstance(error, sqlite3.Error) and is_damage(error):
+        return f"agent.db is damaged ({message}): these facts were not logged. {WHAT_TO_DO}"
     return f"the step log could not be written, these facts were not logged: {message or type(error).__name__}"
