@@ -262,6 +262,8 @@ def registry_problems(query: Query) -> Iterator[str]:
 
 def weights_to_check(query: Query) -> Iterator[Adapter]:
     """The adapters that may serve again, with their folders' names as paths: what lies there must have their digest."""
+    if not query("SELECT 1 FROM sqlite_schema WHERE name = 'adapters'"):
+        return
     last_state = "(SELECT state FROM adapter_events WHERE adapter = adapters.name ORDER BY id DESC LIMIT 1)"
     for row in query(f"SELECT *, {last_state} AS state FROM adapters ORDER BY version"):
         if row["state"] != AdapterState.REFUSED.value:  # such a one never acts: its files may go

@@ -29,6 +29,7 @@ from typing import IO
 
 from policies.adapters.files import ADAPTER_FILES
 from runtime.store.adapter_registry import MODEL_CARD, AdapterState
+from runtime.store.damage import is_damage, text_or_bytes
 from runtime.store.soundness import file_problems, problems_of
 from runtime.store.state_folder import DATABASE, LOCKS, RESTORING, StateFolder
 
@@ -164,24 +165,20 @@ def _copy_database(source: Path, target: Path) -> None:
         with closing(_opened(source, "mode=ro")) as live, closing(sqlite3.connect(target)) as copy:
             live.backup(copy)
     except sqlite3.Error as error:
-        raise BackupError(
-            f"{source} could not be copied: {error}. Where it is damaged, stop the server, keep its state folder, and "
-            "restore the newest backup that `verify` finds sound"
-        ) from error
+        advice = "restore the newest backup that `verify` finds sound" if is_damage(error) else "is the disk full?"
+        raise BackupError(f"{source} could not be copied: {error}; {advice}") from error
 
 
 def _adapters_of(database: Path) -> list[str]:
     """Names of those that may serve again."""
     try:
         with closing(_opened(database, "mode=ro&immutable=1")) as connection:
-            rows = connection.execute(_ADAPTERS).fetchall()
-    except sqlite3.OperationalError as error:
+            rows = connection.execute(_ADAPTERS).fetchall()  # text that is no UTF-8 is no name of a folder
+    except sqlite3.Error as error:
         if "no such table" in str(error):  # a server that never came to its registry
             return []
         raise BackupError(f"the adapters in {database.name} could not be read: {error}") from error
-    except sqlite3.Error as error:
-        raise BackupError(f"the adapters in {database.name} could not be read: {error}") from error
-    return [name for name, last_state in rows if last_state != AdapterState.REFUSED.value]
+    return _that_may_serve(rows)
 
 
 def _add_adapter(archive: _Archive, state: Path, name: str) -> list[str]:
@@ -198,12 +195,17 @@ def _add_adapter(archive: _Archive, state: Path, name: str) -> list[str]:
 
 def _adapters_of_live(state: Path) -> list[str]:
     with closing(_opened(state / DATABASE, "mode=ro")) as connection:
-        rows = connection.execute(_ADAPTERS).fetchall()
-    return [name for name, last_state in rows if last_state != AdapterState.REFUSED.value]
+        return _that_may_serve(connection.execute(_ADAPTERS).fetchall())
+
+
+def _that_may_serve(rows: list[tuple[object, object]]) -> list[str]:
+    return [name for name, last_state in rows if isinstance(name, str) and last_state != AdapterState.REFUSED.value]
 
 
 def _opened(path: Path, how: str) -> sqlite3.Connection:
-    return sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True, timeout=30.0)
+    connection = sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True, timeout=30.0)
+    connection.text_factory = text_or_bytes
+    return connection
 
 
 @dataclass(slots=True)
