@@ -315,9 +315,7 @@ def test_the_command_says_what_it_did_and_what_is_wrong(
     assert "Traceback" not in said
 
 
-def test_what_is_damaged_is_backed_up_and_told(
-    state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_damaged_is_backed_up_and_told(state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = bytearray((state / "agent.db").read_bytes())
     content[-4096:] = bytes(4096)
     (state / "agent.db").write_bytes(content)
@@ -333,7 +331,15 @@ def test_a_file_that_cannot_grow_is_a_sentence_and_leaves_nothing(tmp_path: Path
     """A limit on the size of files stands for a full disk."""
     (tmp_path / "state").mkdir()
     fill(tmp_path / "state" / "agent.db", 400)
-    command = [sys.executable, "-m", "runtime.backup", "make", str(tmp_path / "b.tar"), "--state", str(tmp_path / "state")]
+    command = [
+        sys.executable,
+        "-m",
+        "runtime.backup",
+        "make",
+        str(tmp_path / "b.tar"),
+        "--state",
+        str(tmp_path / "state"),
+    ]
     done = subprocess.run(
         ["bash", "-c", 'ulimit -f 200; exec "$@"', "bash", *command], cwd=ROOT, text=True, capture_output=True
     )
