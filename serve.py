@@ -122,7 +122,7 @@ def build_parts(settings: Settings) -> Parts:
     from runtime.adapters.swap import Swap
     from runtime.agent.budget import RunLimits
     from runtime.agent.tools import Toolbox
-    from runtime.http.load import Load
+    from runtime.http.load import Load, today
     from runtime.http.metrics import Metrics
     from runtime.http.parts import Parts
     from runtime.http.shutdown import Cutting
@@ -132,7 +132,7 @@ def build_parts(settings: Settings) -> Parts:
     from runtime.store.keys import KeyRing, KeyStore
     from runtime.store.learning_log import migrate_learning_log
     from runtime.store.state_folder import StateFolder
-    from runtime.store.step_log import StepLog
+    from runtime.store.step_log import LOCK_TIMEOUT_S, StepLog
     from tools import load_tools
     from tools.worlds import load_world
 
@@ -143,7 +143,7 @@ def build_parts(settings: Settings) -> Parts:
             is_default=settings.run_tools == "always",
         )
         folder_of_state = StateFolder(settings.state)
-        log = StepLog(settings.state / "agent.db")
+        log = StepLog(settings.state / "agent.db", lock_timeout_s=min(LOCK_TIMEOUT_S, settings.deadline))
         registry = AdapterRegistry(settings.state / "agent.db")
         registry.acting()  # raises where it can no longer be read: another adapter would be served
         migrate_learning_log(settings.state)
@@ -184,7 +184,7 @@ def build_parts(settings: Settings) -> Parts:
             settings.canary_share,
             settings.approval_days * 86400,
         ),
-        load=Load(settings.max_batch_size, settings.max_waiting, cutting, metrics.registry),
+        load=Load(settings.max_batch_size, settings.max_waiting, cutting, metrics.registry, used=log.usage_of(today())),
         keys=keys,
         state=folder_of_state,
         cors_origins=tuple(settings.cors_origins),

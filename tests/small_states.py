@@ -24,15 +24,15 @@ from runtime.store.learning_log import CycleStage, LearningLog, RewardSource, St
 from runtime.store.step_log import StepLog
 from tests.records import make_episode, make_step
 
-EPISODES = ("ep_1", "ep_2", "ep_3")
+NUMBERS = (1, 2, 3)
 
 
 def fill_state(state: Path, *adapters: Path) -> None:
     """Log and registry with a few records of every kind; the last adapter acts, the first one waits for a yes."""
     state.mkdir(parents=True, exist_ok=True)
     with closing(StepLog(state / "agent.db")) as log:
-        for number, name in enumerate(EPISODES):
-            _log_episode(log, number, name)
+        for number in NUMBERS:
+            _log_episode(log, number)
     _register(state, adapters)
     _learn(state)
     with closing(KeyStore(state / "agent.db")) as keys:
@@ -42,7 +42,8 @@ def fill_state(state: Path, *adapters: Path) -> None:
         keys.revoke("eve")
 
 
-def _log_episode(log: StepLog, number: int, name: str) -> None:
+def _log_episode(log: StepLog, number: int) -> None:
+    name = f"ep_{number}"
     episode = make_episode(id=name, metadata={"who": "ann"}, task=f"desk/train/{number}", created_at=1e9 + number)
     tools = ({"type": "function", "function": {"name": f"look_{number}", "parameters": {"type": "object"}}},)
     call = ToolCalls((ToolCall(f"call_{number}", "look", {"at": "the shelf"}),))
@@ -76,7 +77,8 @@ def _register(state: Path, adapters: tuple[Path, ...]) -> None:
 
 def _learn(state: Path) -> None:
     with closing(LearningLog(state)) as log:
-        for number, cycle in enumerate(("cycle_1", "cycle_2", "cycle_3")):
+        for number in NUMBERS:
+            cycle = f"cycle_{number}"
             log.note(cycle, CycleStage.COLLECT)
             log.note(cycle, CycleStage.REFUSED, "not better", report={"diagnostics": {"sft": {"loss": 0.5}}})
             log.add_decision(cycle, "agent-v0001", "base", False, "not better", {"gain": 0.0})

@@ -257,13 +257,19 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a path in an adapter": (
         lambda b: rewritten(b, lambda m: m.insert(0, (member("adapters/../../README.md"), b"x"))), "README",
     ),
-    "a link": (lambda b: rewritten(b, lambda m: m.insert(0, (member("agent.db", tarfile.SYMTYPE, "/etc/passwd"), b""))), "agent.db"),
-    "a hard link": (lambda b: rewritten(b, lambda m: m.insert(1, (member("adapters/a/README.md", tarfile.LNKTYPE, "agent.db"), b""))), "README"),
+    "a link": (
+        lambda b: rewritten(b, lambda m: m.insert(0, (member("agent.db", tarfile.SYMTYPE, "/etc/passwd"), b""))),
+        "agent.db",
+    ),
+    "a hard link": (
+        lambda b: rewritten(b, lambda m: m.insert(1, (member("adapters/a/README.md", tarfile.LNKTYPE, "x"), b""))),
+        "README",
+    ),
     "a device": (lambda b: rewritten(b, lambda m: m.insert(0, (member("agent.db", tarfile.CHRTYPE), b""))), "agent.db"),
     "the database twice": (lambda b: rewritten(b, lambda m: m.insert(1, m[0])), "agent.db"),
     "another file": (lambda b: rewritten(b, lambda m: m.insert(0, (member("server.lock"), b""))), "server.lock"),
     "an adapter too few": (lambda b: rewritten(b, lambda m: m.pop(1)), "not what was backed up"),
-    "something after its end": (lambda b: rewritten(b, lambda m: m.append((member("agent.db"), b"x"))), "after its end"),
+    "something after its end": (lambda b: rewritten(b, lambda m: m.append((member("x"), b"x"))), "after its end"),
 }  # fmt: skip
 
 

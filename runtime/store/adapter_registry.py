@@ -388,9 +388,13 @@ class AdapterRegistry:
         return next((proposal for proposal in self.proposals() if proposal.adapter == name), None)
 
     def watch(self) -> WatchEvent:
-        """Whether the watch is paused, and who said so."""
+        """Whether the watch is paused, and who said so. Where that can no longer be read, it is: the safe side."""
         for row in self._rows("SELECT * FROM watch_events ORDER BY id DESC LIMIT 1"):
-            return _watch_from_row(row)
+            try:
+                return _watch_from_row(row)
+            except Damaged as damaged:
+                self.damage.note(damaged)
+                return WatchEvent(True, str(damaged))
         return WatchEvent(False)
 
     def state_since(self, name: str, state: AdapterState) -> float:

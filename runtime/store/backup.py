@@ -84,7 +84,8 @@ def verify_backup(file: Path) -> list[str]:
 def restore_backup(file: Path, state: Path) -> None:
     """Make a state folder of a backup. `state` must be empty, or not there, and no server may work on it.
 
-    Broken off, it is done by asking again; no server starts on half of it. Raises BackupError, StateFolderTaken, OSError.
+    Broken off, it is done by asking again; no server starts on half of it. Raises BackupError, StateFolderTaken, and
+    OSError.
     """
     if not (state / LOCKS[0]).exists():
         _require_empty(state)  # before anything is made in a folder that may be somebody's

@@ -133,11 +133,14 @@ class KeyStore:
         self.db.enable_wal()
         self.db.execute("PRAGMA synchronous=FULL")
         migrations.apply(self.db)
-        self.db.conn.text_factory = text_or_bytes
+        self._reading = threading.Lock()
+        self._reader = Database(sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, check_same_thread=False))
+        self._reader.conn.text_factory = text_or_bytes
         self.damage = DamageNotes()
         """What could not be read."""
 
     def close(self) -> None:
+        self._reader.close()
         self.db.close()
 
     # ---------------------------------------------------------------------------------------------- write
@@ -177,8 +180,8 @@ class KeyStore:
 
     def with_digests(self) -> list[tuple[Key, str]]:
         """The same, each with the hash of its secret; an empty one where it is revoked."""
-        with self._lock:
-            rows = list(self.db.query("SELECT * FROM key_events ORDER BY id"))
+        with self._reading:  # not the lock of those who write, and who may wait for another process
+            rows = list(self._reader.query("SELECT * FROM key_events ORDER BY id"))
         found: dict[str, tuple[Key, str]] = {}
         for row in rows:
             try:
@@ -194,8 +197,8 @@ class KeyStore:
 
     def num_events(self) -> int:
         """Grows with every change: a few microseconds to ask."""
-        with self._lock:
-            return self.db.execute("SELECT coalesce(max(id), 0) FROM key_events").fetchone()[0]
+        with self._reading:
+            return self._reader.execute("SELECT coalesce(max(id), 0) FROM key_events").fetchone()[0]
 
     def _newest(self, name: str) -> dict[str, Any] | None:
         rows = self.db.query("SELECT * FROM key_events WHERE name = ? ORDER BY id DESC LIMIT 1", [name])

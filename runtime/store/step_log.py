@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shutil
 import sqlite3
+import tempfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -39,6 +42,7 @@ from runtime.store.episodes import (
     Correction,
     Episode,
     Fact,
+    KeyUsage,
     Outcome,
     Purpose,
     ResponseRecord,
@@ -54,13 +58,15 @@ from runtime.store.step_rows import (
     outcome_from_row,
     response_from_row,
     step_from_row,
+    tool_set_from_row,
+    usage_from_row,
     withdrawal_from_row,
 )
 from runtime.store.step_schema import FACT_TABLES, STEP_LOG_MIGRATIONS
 from runtime.store.step_writer import StepWriter
 from runtime.store.tables import all_rows, page_problems, reference_problems, table_problems
 
-__all__ = ["Damaged", "Mark", "MarkedStep", "StepLog", "StepLogError", "Whose"]
+__all__ = ["LOCK_TIMEOUT_S", "Damaged", "Mark", "MarkedStep", "StepLog", "StepLogError", "Storage", "Whose"]
 
 LOCK_TIMEOUT_S = 5.0
 """How long a write waits for another process that writes to the same file (the learner's tables live there too)."""
@@ -82,7 +88,7 @@ _NOT_TAKEN_BACK = "NOT EXISTS (SELECT 1 FROM withdrawals WHERE fact_id = {id})"
 _LIVE_OUTCOMES = f"""
 WITH live AS (
     SELECT id FROM episodes
-    WHERE {LEARNABLE} AND adapter = ? AND is_assigned = 1 AND created_at >= ? ORDER BY id DESC LIMIT ?),
+    WHERE {LEARNABLE} AND adapter = ? AND is_assigned = 1 AND (created_at >= ? OR rowid > ?) ORDER BY id DESC LIMIT ?),
 said AS (
     SELECT outcomes.*, outcomes.rowid AS number, {_TRUST} AS trust, row_number() OVER (
         PARTITION BY episode_id ORDER BY {_TRUST} DESC, created_at DESC, outcomes.id DESC) AS place
@@ -102,6 +108,24 @@ WITH RECURSIVE ancestry (id, parent_id) AS (
 _MISCOUNTED = """
 SELECT steps.id, steps.step_index FROM steps LEFT JOIN steps AS parents ON parents.id = steps.parent_id
 WHERE steps.step_index <> coalesce(parents.step_index + 1, 0)"""
+
+
+LOW_SPACE_BYTES = 512 * 2**20
+"""Below this the operator is told; SQLite itself goes on until nothing is left."""
+_PROBE_BYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How the disk below the log does."""
+
+    is_writable: bool
+    """Steps can be logged, and so answers be given."""
+    problem: str
+    """What is wrong, or soon will be; empty: nothing."""
+    free_bytes: int
+    num_failed_writes: int
+    """Since the start: each refused the answers of all that waited for it."""
 
 
 class Mark(Enum):
@@ -143,7 +167,7 @@ class StepLog:
     not yet migrated.
     """
 
-    def __init__(self, path: str | Path, read_only: bool = False) -> None:
+    def __init__(self, path: str | Path, read_only: bool = False, lock_timeout_s: float = LOCK_TIMEOUT_S) -> None:
         self._path = Path(path)
         self.damage = DamageNotes()
         """What could not be read."""
@@ -154,7 +178,8 @@ class StepLog:
         if read_only:
             self._check_readable()
         else:
-            self._writer = StepWriter(_open_to_write(self._path), self._cache)
+            connection = _open_to_write(self._path)
+            self._writer = StepWriter(connection, self._cache, self._path, lock_timeout_s)
 
     # ------------------------------------------------------------------------------------------ write
 
@@ -367,16 +392,16 @@ class StepLog:
         """The number of the newest episode."""
         return self._rows("SELECT coalesce(max(rowid), 0) FROM episodes")[0][0]
 
-    def live_outcomes(self, adapter: str, limit: int, since: float = 0.0) -> list[Outcome]:
-        """How the newest of the episodes went that the server gave this adapter and that began since: one outcome each,
-        the newest first.
+    def live_outcomes(self, adapter: str, limit: int, since: float = 0.0, after_number: int = 2**62) -> list[Outcome]:
+        """How the newest of the episodes went that the server gave this adapter and that began since, or were logged
+        after the episode with this number (clocks may be set back): one outcome each, the newest first.
 
         Neither evaluations count nor what a client pinned, and of a key that is only trusted to give feedback no more
         than MOST_OF_A_KEY: it takes several of them to be evidence. Looks at the newest LIVE_EPISODES: its cost does
         not grow with the log.
         """
         query = _LIVE_OUTCOMES.format(least_trust=Role.TEACH.trust)
-        rows = self._rows(query, adapter, since, LIVE_EPISODES, MOST_OF_A_KEY, limit)
+        rows = self._rows(query, adapter, since, after_number, LIVE_EPISODES, MOST_OF_A_KEY, limit)
         return list(self.damage.sound(rows, outcome_from_row))
 
     def corrections(self, step_id: str) -> list[Correction]:
@@ -400,6 +425,38 @@ class StepLog:
         """
         cursor = "coalesce((SELECT rowid FROM steps WHERE id = ?), 0)"
         return self._steps(f"{_STEPS} WHERE steps.rowid > {cursor} ORDER BY steps.rowid LIMIT ?", step_id, limit)
+
+    def usage_of(self, day: int) -> list[KeyUsage]:
+        """What keys with a quota have used up on a day (UTC, since 1970)."""
+        rows = self._rows("SELECT * FROM key_usage WHERE day = ?", day)
+        return list(self.damage.sound(rows, usage_from_row))
+
+    def storage(self) -> Storage:
+        """How the disk below the log does. Where the last write failed, another is tried: not for the event loop."""
+        assert self._writer is not None, "who writes is asked"
+        problem = self._writer.problem and self._problem_now()
+        try:
+            self._writer.require_place()
+            free_bytes = shutil.disk_usage(self._path.parent).free
+        except (OSError, StepLogError) as error:
+            return Storage(False, str(error), 0, self._writer.num_failed)
+        if not problem and free_bytes < LOW_SPACE_BYTES:
+            told = f"only {free_bytes // 2**20} MiB are free where {self._path.parent} lies: make room"
+            return Storage(True, told, free_bytes, self._writer.num_failed)
+        return Storage(not problem, problem, free_bytes, self._writer.num_failed)
+
+    def _problem_now(self) -> str:
+        """Why a write would fail now; empty where it would not."""
+        assert self._writer is not None, "who writes is asked"
+        try:
+            with tempfile.TemporaryFile(dir=self._path.parent) as file:
+                file.write(bytes(_PROBE_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+            self.append().result()
+        except (OSError, StepLogError) as error:
+            return str(error) if isinstance(error, StepLogError) else f"{self._path.parent}: {error.strerror}"
+        return ""
 
     def counts(self) -> dict[str, int]:
         """Rows of each table, without counting them: rowids of a table that nothing is deleted from have no gaps."""
@@ -554,11 +611,13 @@ def _first(steps: list[Step]) -> Step | None:
 # ------------------------------------------------------------------------------------------------ verifying
 
 _READERS = {
+    "tool_sets": tool_set_from_row,
     "episodes": episode_from_row,
     "outcomes": outcome_from_row,
     "corrections": correction_from_row,
     "withdrawals": withdrawal_from_row,
     "responses": response_from_row,
+    "key_usage": usage_from_row,
 }
 
 

@@ -31,6 +31,7 @@ from runtime.store.episodes import (
     Actor,
     Correction,
     Episode,
+    KeyUsage,
     Outcome,
     PromptChange,
     Purpose,
@@ -48,6 +49,7 @@ from runtime.store.step_schema import (
     RESPONSE_COLUMNS,
     STEP_COLUMNS,
     STEP_MAY_BE_NULL,
+    TOOL_SET_COLUMNS,
     WITHDRAWAL_COLUMNS,
 )
 
@@ -174,6 +176,13 @@ def tool_set_to_row(step: Step) -> Row:
     return {"digest": hashlib.sha256(tools.encode()).hexdigest(), "tools": tools}
 
 
+@record_of("tool_sets", TOOL_SET_COLUMNS, key="digest")
+def tool_set_from_row(row: sqlite3.Row) -> tuple[ToolSchema, ...]:
+    if hashlib.sha256(row["tools"].encode("utf-8", "surrogatepass")).hexdigest() != row["digest"]:
+        raise ValueError("its tools are not those that its digest is of")
+    return tools_from_json(row["tools"])
+
+
 def step_to_row(step: Step, tools_digest: str, prompt: bytes, completion: bytes, prefix_len: int) -> Row:
     """A step's row. `prompt` and `completion` are its ids as blobs; its parent has the first `prefix_len` of them."""
     logprobs = step.behavior_logprobs
@@ -292,3 +301,8 @@ def correction_from_row(row: sqlite3.Row) -> Correction:
 @record_of("responses", RESPONSE_COLUMNS)
 def response_from_row(row: sqlite3.Row) -> ResponseRecord:
     return ResponseRecord(**{**dict(row), "request": json_object(row["request"])})
+
+
+@record_of("key_usage", {"key": str, "day": int, "requests": int, "steps": int, "tokens": int}, key="key")
+def usage_from_row(row: sqlite3.Row) -> KeyUsage:
+    return KeyUsage(**dict(row))

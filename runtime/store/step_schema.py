@@ -95,6 +95,13 @@ def recognise_rewritten_conversations(database: Database) -> None:
         database.table(table).create_index(columns)
 
 
+@STEP_LOG_MIGRATIONS()
+def remember_what_keys_use_up(database: Database) -> None:
+    """A row for each key with a quota and day: a count, and no fact, so that a start reads few of them."""
+    columns = {"key": str, "day": int, "requests": int, "steps": int, "tokens": int}
+    _create(database, "key_usage", columns, pk=["day", "key"])
+
+
 EPISODE_COLUMNS = {
     "id": str,
     "actor": str,
@@ -207,7 +214,7 @@ def _create(
     database: Database,
     table: str,
     columns: dict[str, Any],
-    pk: str | None = "id",
+    pk: str | list[str] | None = "id",
     may_be_null: Collection[str] = (),
     foreign_keys: list[Any] | None = None,
 ) -> None:
