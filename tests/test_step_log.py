@@ -652,9 +652,9 @@ def test_facts_are_never_edited(path: Path, log: StepLog, table: str) -> None:
     ("damage", "problem"),
     [
         ("UPDATE steps SET prompt_suffix = zeroblob(length(prompt_suffix)) WHERE step_index = 1", "served"),
-        ("UPDATE steps SET completion_token_ids = x'' WHERE step_index = 1", "tokens but 2 logprobs"),
+        ("UPDATE steps SET completion_token_ids = x'' WHERE step_index = 1", "served"),
         ("UPDATE steps SET prefix_len = prefix_len - 1 WHERE step_index = 2", "another length"),
-        ("UPDATE steps SET action = '{}' WHERE step_index = 1", "cannot be read"),
+        ("UPDATE steps SET action = '{}' WHERE step_index = 1", "is damaged: "),
         ("UPDATE steps SET step_index = 7 WHERE step_index = 2", "number of its ancestors"),
         ("UPDATE steps SET parent_id = 'nobody' WHERE step_index = 2", "not in steps"),
         ("UPDATE episodes SET actor = 'nobody'", "nobody"),
