@@ -30,9 +30,7 @@ def test_orders_are_learned_verified_and_tried(tmp_path: Path) -> None:
     assert found["num_states"] == len(orders["held_out"][0])
 
 
-def test_without_peft_a_sentence_says_so_and_the_rest_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_peft_a_sentence_says_so_and_the_rest_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "engine", lambda *_: iter([{"at_once": 1}]))
     monkeypatch.setitem(sys.modules, "peft", None)
     assert main(["--tiny", "--json", str(tmp_path / "gpu.json")]) == 0
