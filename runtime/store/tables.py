@@ -22,7 +22,7 @@ def page_problems(connection: sqlite3.Connection, check: str = "integrity_check"
         for (verdict,) in connection.execute(f"PRAGMA {check}"):
             if verdict != "ok":
                 yield f"agent.db: {verdict}"
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         if not is_damage(error):
             raise
         yield f"agent.db: {error}"
@@ -43,7 +43,7 @@ def table_problems(connection: sqlite3.Connection) -> Iterator[str]:
                     yield str(Damaged(table.name, f"row {row}", "it lies on a damaged page of the file"))
                 else:
                     yield from _row_problems(table, row, number)
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             if not is_damage(error):
                 raise
             yield str(Damaged(table.name, "", f"{error}; which rows cannot be told"))
