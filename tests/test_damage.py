@@ -24,6 +24,7 @@ from runtime.store.damage import StepLogError
 from runtime.store.episodes import Role
 from runtime.store.keys import KeyRing, KeyStore
 from runtime.store.learning_log import LearningReader
+from runtime.store.salvage import salvage
 from runtime.store.soundness import problems_of
 from runtime.store.step_log import StepLog
 from serve import build_parts
@@ -325,6 +326,27 @@ def test_whatever_page_is_damaged_the_log_is_read_beside_it_or_the_start_says_wh
         log.close()
         shutil.rmtree(state)
     assert num_read > 0.7 * num_pages / stride
+
+
+def test_what_can_be_read_is_salvaged(sound_state: Path, tmp_path: Path) -> None:
+    """The database without its every fifth page, from the fifth on: what is lost is named, the rest is sound."""
+    num_pages, page_size = pages_of(sound_state / "agent.db")
+    whole = (sound_state / "agent.db").read_bytes()
+    assert salvage(sound_state, tmp_path / "all") == []
+    assert list(problems_of(tmp_path / "all")) == []
+    num_saved = 0
+    for page in range(4, num_pages, 5):
+        damaged = tmp_path / f"damaged-{page}"
+        shutil.copytree(sound_state / "adapters", damaged / "adapters")
+        content = bytearray(whole)
+        content[page * page_size : (page + 1) * page_size] = bytes(page_size)
+        (damaged / "agent.db").write_bytes(content)
+        lost = salvage(damaged, tmp_path / f"saved-{page}")
+        left = list(problems_of(tmp_path / f"saved-{page}"))
+        assert lost or not left, "what is not named is as it was"
+        assert not [each for each in left if each.startswith("agent.db")], "the file itself is sound again"
+        num_saved += not lost
+    assert num_saved > 3, "indexes are made anew"
 
 
 def test_a_start_on_a_damaged_file_ends_with_a_sentence_that_says_what_to_do(sound_state: Path, tmp_path: Path) -> None:
