@@ -156,7 +156,7 @@ def build_parts(settings: Settings) -> Parts:
         if settings.tools and not protocol.takes_tools:
             raise ValueError(f"the chat template of {settings.model} has no words for tools: leave --tools out")
         engine = load_engine(settings, folder, protocol)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         told = damaged_file(error, settings.state / "agent.db") if is_damage(error) else error
         raise SystemExit(f"cannot start: {told}") from error
     except (ValueError, OSError, StepLogError, BaseNetworkError) as error:
