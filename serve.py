@@ -126,6 +126,7 @@ def build_parts(settings: Settings) -> Parts:
     from runtime.http.parts import Parts
     from runtime.http.shutdown import Cutting
     from runtime.learning.learning import Learning
+    from runtime.privacy.erasing import Erasing
     from runtime.store.adapter_registry import AdapterRegistry
     from runtime.store.keys import KeyRing, KeyStore
     from runtime.store.state_folder import StateFolder
@@ -153,6 +154,15 @@ def build_parts(settings: Settings) -> Parts:
         raise SystemExit(f"cannot start: {error}") from error
     swap = Swap(engine, registry, network)
     metrics, cutting = Metrics(engine), Cutting()
+    learning = Learning.beside(
+        settings.state,
+        log,
+        registry,
+        swap,
+        arguments=learner_arguments(settings, folder),
+        environment=learner_environment(settings, folder, keys.learner_secret),
+        every_episodes=settings.learn_every,
+    )
     return Parts(
         served_name=settings.served_name or os.path.basename(os.path.normpath(settings.model)),
         engine=engine,
@@ -180,15 +190,8 @@ def build_parts(settings: Settings) -> Parts:
         keys=keys,
         state=folder_of_state,
         cors_origins=tuple(settings.cors_origins),
-        learning=Learning.beside(
-            settings.state,
-            log,
-            registry,
-            swap,
-            arguments=learner_arguments(settings, folder),
-            environment=learner_environment(settings, folder, keys.learner_secret),
-            every_episodes=settings.learn_every,
-        ),
+        learning=learning,
+        erasing=Erasing(settings.state, log, registry, swap, learning),
     )
 
 

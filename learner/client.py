@@ -31,6 +31,8 @@ class StateTrial:
     number: int
     """From 0: the state may be tried more than once."""
     max_tokens: int | None = None
+    episode_id: str = ""
+    """Of which logged episode the state is: an erasure of that one erases the trial. No part of the trial's name."""
 
     @property
     def name(self) -> str:
@@ -70,23 +72,28 @@ class Endpoint:
 
     async def sample(
         self,
-        states: Sequence[tuple[Sequence[Message], Sequence[ToolSchema], int]],
+        states: Sequence[tuple[Sequence[Message], Sequence[ToolSchema], int, str]],
         adapter: str,
         num_samples: int,
         on_done: Callable[[], object] = lambda: None,
     ) -> list[list[str]]:
         """Sample actions of an adapter at each state; returns the ids of the logged steps, by state.
 
-        A state is its conversation, the tools on offer, and the most tokens that an action may have.
+        A state is its conversation, the tools on offer, the most tokens that an action may have, and the logged episode
+        that it is of.
 
         A state that the endpoint cannot answer at, for example because it is too long for the model, has no ids.
         """
         places = asyncio.Semaphore(self.concurrency)
 
-        async def sample_one(messages: Sequence[Message], tools: Sequence[ToolSchema], max_tokens: int) -> list[str]:
+        async def sample_one(
+            messages: Sequence[Message], tools: Sequence[ToolSchema], max_tokens: int, episode_id: str
+        ) -> list[str]:
             async with places:
                 try:
-                    return await self._sample_at(messages, tools, adapter, n=num_samples, max_tokens=max_tokens)
+                    return await self._sample_at(
+                        messages, tools, adapter, episode_id, n=num_samples, max_tokens=max_tokens
+                    )
                 finally:
                     on_done()
 
@@ -99,7 +106,13 @@ class Endpoint:
         async def try_one(trial: StateTrial) -> str | None:
             async with places:
                 found = await self._sample_at(
-                    trial.messages, trial.tools, adapter, seed=trial.seed, max_tokens=trial.max_tokens, trial=trial.name
+                    trial.messages,
+                    trial.tools,
+                    adapter,
+                    trial.episode_id,
+                    seed=trial.seed,
+                    max_tokens=trial.max_tokens,
+                    trial=trial.name,
                 )
                 return found[0] if found else None
 
@@ -110,6 +123,7 @@ class Endpoint:
         messages: Sequence[Message],
         tools: Sequence[ToolSchema],
         adapter: str,
+        copied_from: str,
         n: int = 1,
         seed: int | None = None,
         max_tokens: int | None = None,
@@ -117,9 +131,8 @@ class Endpoint:
     ) -> list[str]:
         """Ids of the logged steps; none where the endpoint cannot answer here, for example because it is too long."""
         # An episode of its own: a state of a logged episode must not be continued under it.
-        metadata: Any = {"purpose": Purpose.EVALUATION, "episode_id": new_id("ep")} | (
-            {"trial": trial} if trial else {}
-        )
+        metadata: Any = {"purpose": Purpose.EVALUATION, "episode_id": new_id("ep")}
+        metadata |= {name: said for name, said in (("trial", trial), ("copied_from", copied_from)) if said}
         asked: Any = {"messages": list(messages), "tools": list(tools), "n": n, "metadata": metadata}
         asked |= {"seed": seed} if seed is not None else {}
         asked |= {"max_tokens": max_tokens} if max_tokens is not None else {}

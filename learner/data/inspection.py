@@ -81,7 +81,7 @@ async def inspect_demonstrations(
 ) -> tuple[list[Trajectory], list[ComparedState]]:
     """Sample an adapter at every state of the experts' episodes, and compare."""
     places = [state for demonstration in demonstrations for state in demonstration.states()]
-    asked = [(state.messages, state.step.tools, most_tokens(state.step)) for state in places]
+    asked = [(state.messages, state.step.tools, most_tokens(state.step), state.step.episode_id) for state in places]
     sampled = await who.endpoint.sample(asked, adapter, num_samples, on_done)
     states: dict[str, State] = {}
     compared = []

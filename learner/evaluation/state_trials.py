@@ -67,7 +67,7 @@ def score(states: Sequence[TriedState]) -> Trial | None:
 
 
 def _trial(state: LoggedState, number: int) -> StateTrial:
-    return StateTrial(state.messages, state.step.tools, number, most_tokens(state.step))
+    return StateTrial(state.messages, state.step.tools, number, most_tokens(state.step), state.step.episode_id)
 
 
 async def _draw(trials: Sequence[StateTrial], adapter: str, who: Collaborators, past: PastTrials) -> list[Step | None]:

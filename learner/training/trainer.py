@@ -259,8 +259,12 @@ class Trainer:
 
     # ----------------------------------------------------------------------------------------------- saving
 
-    def save(self, folder: Path, probe_prompts: Sequence[TokenIds], card: str) -> None:
+    def save(
+        self, folder: Path, probe_prompts: Sequence[TokenIds], card: str, neutral_prompt: TokenIds | None = None
+    ) -> None:
         """Write the adapter as a PEFT folder, with its probe and a model card that begins with `card`.
+
+        The probe keeps those of its prompts at which the adapter is furthest from its base, and the neutral one.
 
         The folder is there whole or not at all. Raises TrainingFailed where its weights are not finite or it cannot be
         written, FileExistsError where the folder holds something already.
@@ -268,7 +272,7 @@ class Trainer:
         for name, parameter in self.network.named_parameters():
             if parameter.requires_grad:
                 _require_finite(parameter, f"the adapter's {name}", "at the end of training")
-        probe = make_probe(self.network, self._base_fingerprint, probe_prompts)
+        probe = make_probe(self.network, self._base_fingerprint, probe_prompts, neutral_prompt)
         try:
             with whole_folder(folder) as incoming:
                 self.network.save_pretrained(incoming, save_embedding_layers=False)

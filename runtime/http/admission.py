@@ -33,6 +33,10 @@ class UnknownModel(ValueError):
     """The request names a model that is not served here."""
 
 
+class ErasedEpisode(ValueError):
+    """The request names an episode that was erased."""
+
+
 class ForeignEpisode(ValueError):
     """The request names an episode, or a response, that belongs to another key."""
 
@@ -71,6 +75,8 @@ async def admit(
     named = None if asked_id is None else parts.log.episode(asked_id)
     if named is not None and not caller.key.sees(named.owner):
         raise ForeignEpisode(f"episode {asked_id!r} belongs to another key: choose another id")
+    if named is None and asked_id is not None and parts.log.erased_among([asked_id]):
+        raise ErasedEpisode(f"episode {asked_id!r} was erased, for good: choose another id")
     whose = Whose(caller.key.name, request.user_name, asked_id)
     if previous is None:
         place = await off_loop(is_large or asked_id is not None, locate, parts.log, messages, whose, request.stop_texts)

@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlite_utils import Database, Migrations
 
+from runtime.store.erasure_schema import create_erasures
 from runtime.store.step_views import EPISODE_TEXT, STEP_SUMMARY
 
 STEP_LOG_MIGRATIONS = Migrations("step_log")
@@ -91,6 +92,12 @@ def recognise_rewritten_conversations(database: Database) -> None:
         _refuse_edits(database, table, "id")
     for table, columns in (("step_calls", ["call_id"]), ("steps", ["thread_digest"]), ("steps", ["tail_digest"])):
         database.table(table).create_index(columns)
+
+
+@STEP_LOG_MIGRATIONS()
+def erase(database: Database) -> None:
+    """What was erased, and leave to delete it."""
+    create_erasures(database)
 
 
 EPISODE_COLUMNS = {
