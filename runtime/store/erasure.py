@@ -26,7 +26,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from policies.chat.chat_protocol import action_message, text_of
+from policies.chat.messages import action_message, text_of
 from policies.types import Message
 from runtime.store.episodes import Actor, Purpose, Step, new_id, new_messages_along
 from runtime.store.erasure_schema import source_in_metadata

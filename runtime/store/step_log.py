@@ -361,8 +361,8 @@ class StepLog:
         return rows[0]["number"] if rows else 0
 
     def counts(self) -> dict[str, int]:
-        """Rows that were logged in each table, without counting them: rowids have no gaps but those of erased rows, which
-        count, unless they were the last ones.
+        """Rows that were logged in each table, without counting them: rowids have no gaps but those of erased rows,
+        which count, unless they were the last ones.
         """
         columns = ", ".join(f"(SELECT coalesce(max(rowid), 0) FROM {table}) AS {table}" for table in FACT_TABLES)
         return dict(self._rows(f"SELECT {columns}")[0])
