@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from policies.types import Engine
     from runtime.engines.gpu_share import GpuShare
     from runtime.http.parts import Parts
+    from runtime.privacy.redaction import Redactor
 
 
 def main(arguments: list[str]) -> None:
@@ -149,6 +150,7 @@ def build_parts(settings: Settings) -> Parts:
         protocol = ChatProtocol.load(folder, settings.response_template)
         if settings.tools and not protocol.takes_tools:
             raise ValueError(f"the chat template of {settings.model} has no words for tools: leave --tools out")
+        redactor = redactor_of(settings)
         engine = load_engine(settings, folder, protocol)
     except (ValueError, OSError, StepLogError, BaseNetworkError, sqlite3.Error) as error:
         raise SystemExit(f"cannot start: {error}") from error
@@ -191,8 +193,18 @@ def build_parts(settings: Settings) -> Parts:
         state=folder_of_state,
         cors_origins=tuple(settings.cors_origins),
         learning=learning,
+        redactor=redactor,
         erasing=Erasing(settings.state, log, registry, swap, learning),
     )
+
+
+def redactor_of(settings: Settings) -> Redactor | None:
+    """What replaces secrets; None: nothing does. Raises ValueError for a function that cannot be imported."""
+    from runtime.privacy.redaction import Redactor, load_hook
+    from runtime.privacy.secret_shapes import SHAPES
+
+    hooks = [load_hook(path) for path in settings.redact]
+    return Redactor(SHAPES if settings.redact_secrets else (), hooks) if hooks or settings.redact_secrets else None
 
 
 def learner_arguments(settings: Settings, folder: Path) -> list[str]:

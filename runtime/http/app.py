@@ -55,6 +55,7 @@ def create_app(parts: Parts) -> FastAPI:
     if parts.learning is not None:
         parts.metrics.show_cycles(parts.learning.log)
     app = FastAPI(title="StepAgent", version=__version__, lifespan=lifespan, responses=ERROR_RESPONSES)
+    app.state.redactor = parts.redactor
     install_error_handlers(app)
     of_agent = (chat_routes, response_routes, message_routes, episode_routes, demonstration_routes, export_routes)
     for routes in (*of_agent, erasure_routes, adapter_routes, learner_routes, watch_routes, key_routes, server_routes):

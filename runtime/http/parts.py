@@ -15,6 +15,7 @@ from runtime.http.metrics import Metrics
 from runtime.http.shutdown import Cutting
 from runtime.learning.learning import Learning
 from runtime.privacy.erasing import Erasing
+from runtime.privacy.redaction import Redactor
 from runtime.store.adapter_registry import AdapterRegistry
 from runtime.store.keys import KeyRing
 from runtime.store.state_folder import StateFolder
@@ -46,5 +47,7 @@ class Parts:
     """None: what passes the gate acts at once."""
     learning: Learning | None = None
     """None: a server that only serves, as in benchmarks and tests."""
+    redactor: Redactor | None = None
+    """None: what is said is logged as it is said."""
     erasing: Erasing | None = None
     """None: nothing can be erased, as in benchmarks."""
