@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 
     from policies.chat.chat_protocol import ChatProtocol
     from policies.types import Engine
+    from runtime.adapters.swap import Swap
     from runtime.engines.gpu_share import GpuShare
     from runtime.http.parts import Parts
+    from runtime.privacy.erasing import Erasing
     from runtime.privacy.redaction import Redactor
+    from runtime.privacy.retention import Retention
+    from runtime.store.step_log import StepLog
 
 
 def main(arguments: list[str]) -> None:
@@ -165,6 +169,7 @@ def build_parts(settings: Settings) -> Parts:
         environment=learner_environment(settings, folder, keys.learner_secret),
         every_episodes=settings.learn_every,
     )
+    erasing = Erasing(settings.state, log, registry, swap, learning, metrics.registry)
     return Parts(
         served_name=settings.served_name or os.path.basename(os.path.normpath(settings.model)),
         engine=engine,
@@ -194,8 +199,19 @@ def build_parts(settings: Settings) -> Parts:
         cors_origins=tuple(settings.cors_origins),
         learning=learning,
         redactor=redactor,
-        erasing=Erasing(settings.state, log, registry, swap, learning),
+        erasing=erasing,
+        retention=retention_of(settings, log, erasing, swap),
     )
+
+
+def retention_of(settings: Settings, log: StepLog, erasing: Erasing, swap: Swap) -> Retention:
+    """What erases what was kept long enough."""
+    from policies.command_line import split_commas
+    from runtime.privacy.retention import Limits, Retention
+
+    limits = Limits(settings.keep_days, None if settings.keep_gb is None else int(settings.keep_gb * 1e9))
+    anchors = split_commas(str(settings.learner_arg.get("anchors", "")))
+    return Retention(settings.state, log, erasing, limits, swap.is_in_progress, anchors)
 
 
 def redactor_of(settings: Settings) -> Redactor | None:

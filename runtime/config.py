@@ -54,6 +54,10 @@ class Settings(Options):
     `python -m runtime.keys`: nobody is asked for one."""
     api_key_file: Path | None = None
     """File that holds the admin key."""
+    keep_days: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Erase the policy's own episodes so many days after their last step; unset: never."""
+    keep_gb: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Erase the oldest of them where the log takes more; unset: never. Demonstrations stay in any case."""
     redact_secrets: bool = True
     """Replace keys, tokens and passwords of known shapes in what clients and tools say, before it is rendered or
     logged."""

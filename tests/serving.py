@@ -99,7 +99,7 @@ def parts_of(engine: Engine, protocol: ChatProtocol, folder: Path, **changes: An
         metrics=Metrics(engine),
         learning=Learning.beside(folder, log, registry, swap, arguments=["--model", str(NOVICE_FOLDER)]),
     )
-    parts = replace(parts, erasing=Erasing(folder, log, registry, swap, parts.learning))
+    parts = replace(parts, erasing=Erasing(folder, log, registry, swap, parts.learning, parts.metrics.registry))
     return replace(parts, **changes)
 
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
+from langchain_core.tools import tool
 
+from runtime.agent.tools import Toolbox
 from runtime.config import Settings
 from runtime.privacy.presidio import replaced
 from runtime.privacy.redaction import Redactor, UnknownHook, load_hook

@@ -108,6 +108,10 @@ class Swap:
         """The episode is over; its adapter need not wait for the idle time-out."""
         self._leases.finish(episode_id)
 
+    def is_in_progress(self, episode_id: str) -> bool:
+        """Whether an episode holds an adapter now."""
+        return self._leases.adapter_of(episode_id) is not None
+
     def num_leases(self, name: str) -> int:
         """Episodes that hold this adapter now."""
         return self._leases.num_on(name)

@@ -44,6 +44,8 @@ def create_app(parts: Parts) -> FastAPI:
             beside.append(asyncio.create_task(parts.approval.keep_expiring()))
         if parts.erasing is not None:
             beside.append(asyncio.create_task(parts.erasing.keep_finishing()))
+        if parts.retention is not None:
+            beside.append(asyncio.create_task(parts.retention.keep_sweeping()))
         if parts.learning is not None:
             beside.append(asyncio.create_task(parts.learning.keep_watching()))
         yield

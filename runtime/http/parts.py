@@ -16,6 +16,7 @@ from runtime.http.shutdown import Cutting
 from runtime.learning.learning import Learning
 from runtime.privacy.erasing import Erasing
 from runtime.privacy.redaction import Redactor
+from runtime.privacy.retention import Retention
 from runtime.store.adapter_registry import AdapterRegistry
 from runtime.store.keys import KeyRing
 from runtime.store.state_folder import StateFolder
@@ -51,3 +52,5 @@ class Parts:
     """None: what is said is logged as it is said."""
     erasing: Erasing | None = None
     """None: nothing can be erased, as in benchmarks."""
+    retention: Retention | None = None
+    """None: all is kept."""

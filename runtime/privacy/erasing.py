@@ -14,6 +14,8 @@ import shutil
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
+from prometheus_client import CollectorRegistry, Counter
+
 from runtime.adapters.swap import Swap
 from runtime.background import keep_doing
 from runtime.learning.learning import Learning
@@ -37,7 +39,13 @@ class Erasing:
     EVERY_S = 30.0
 
     def __init__(
-        self, state: Path, log: StepLog, registry: AdapterRegistry, swap: Swap, learning: Learning | None = None
+        self,
+        state: Path,
+        log: StepLog,
+        registry: AdapterRegistry,
+        swap: Swap,
+        learning: Learning | None = None,
+        metrics: CollectorRegistry | None = None,
     ) -> None:
         self.eraser = Eraser(state, log)
         self.on_erased: list[Callable[[Collection[str]], object]] = []
@@ -48,6 +56,7 @@ class Erasing:
         self._swap = swap
         self._learning = learning
         self._is_stopping = False
+        self._num_erased = Counter("stepagent_erased_episodes", "Erased episodes.", ["scope"], registry=metrics)
 
     async def erase(self, episode_ids: Sequence[str], scope: Scope, reason: str, key: str = "") -> Erasure:
         """Erase these episodes and what was made of them. Where whoever asked goes away, it goes on all the same."""
@@ -95,7 +104,11 @@ class Erasing:
                 self._swap.finish(episode_id)
             for forget in self.on_erased:
                 forget(episode_ids)
-        return await asyncio.to_thread(self.eraser.work, erasure.id, lambda: self._is_stopping)
+        begun = erasure.state == "running"
+        erasure = await asyncio.to_thread(self.eraser.work, erasure.id, lambda: self._is_stopping)
+        if begun and erasure.state != "running":
+            self._num_erased.labels(erasure.scope.value).inc(erasure.num_episodes)
+        return erasure
 
     async def _end_cycle(self, erasure: Erasure) -> None:
         """End the cycle that runs in our process if it has read one of the episodes. Any other learner sees the

@@ -143,7 +143,7 @@ class Eraser:
         """Put up the tombstones, of these and of what was made of them. Durable when it returns."""
         with self._lock:
             erasure_id = new_id("erase")
-            causes = self._with_derived(episode_ids)
+            causes = self._with_derived(episode_ids, is_retention=scope is Scope.RETENTION)
             with self._connected() as connection, _transaction(connection):
                 connection.execute(
                     "INSERT INTO erasures (id, scope, reason, key, created_at) VALUES (?, ?, ?, ?, ?)",
@@ -238,17 +238,24 @@ class Eraser:
 
     # --------------------------------------------------------------------------------- what was made of it
 
-    def _with_derived(self, episode_ids: Sequence[str]) -> dict[str, tuple[Cause, str]]:
-        """By episode, why it goes and what it was made of: the named ones, and all that stems from them."""
+    def _with_derived(self, episode_ids: Sequence[str], is_retention: bool) -> dict[str, tuple[Cause, str]]:
+        """By episode, why it goes and what it was made of: the named ones, and all that stems from them.
+
+        What is merely old takes no demonstration with it, and no trial that does not say what it is of: those have an
+        age of their own.
+        """
         found: dict[str, tuple[Cause, str]] = dict.fromkeys(episode_ids, (Cause.NAMED, ""))
         waiting = list(found)
         while waiting:
-            more = [each for each in self._made_of(waiting) if each[0] not in found]
+            made = [*self._said_to_be_made_of(waiting), *(() if is_retention else self._copies_by_content(waiting))]
+            if is_retention:
+                made = [each for each in made if each[1] is not Cause.PROMOTED]
+            more = [each for each in made if each[0] not in found]
             found |= {id: (cause, source) for id, cause, source in more}
             waiting = list(dict.fromkeys(id for id, _, _ in more))
         return found
 
-    def _made_of(self, sources: Sequence[str]) -> Iterator[tuple[str, Cause, str]]:
+    def _said_to_be_made_of(self, sources: Sequence[str]) -> Iterator[tuple[str, Cause, str]]:
         """(episode, how, of which)."""
         wanted = json.dumps(list(sources))
         of = "IN (SELECT value FROM json_each(?))"
@@ -263,7 +270,6 @@ class Eraser:
             wanted,
         ):
             yield row["id"], Cause.CONTINUED, row["source"]
-        yield from self._copies_by_content(sources)
 
     def _copies_by_content(self, sources: Sequence[str]) -> Iterator[tuple[str, Cause, str]]:
         """Trials at the same states that do not say so: learners of older releases did not. Found by what was said."""

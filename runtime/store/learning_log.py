@@ -270,6 +270,11 @@ class LearningReader:
         )
         return [row["value"] for row in rows]
 
+    def episodes_of(self, cycle: str) -> list[str]:
+        """The episodes that a cycle has read."""
+        rows = self._rows("SELECT DISTINCT episode_id FROM cycle_episodes WHERE cycle = ?", [cycle])
+        return [row["episode_id"] for row in rows]
+
     def is_learner_alive(self) -> bool:
         """Whether a learner works on this state folder now, whoever started it."""
         return is_learner_alive(self.state)
