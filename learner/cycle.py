@@ -138,6 +138,9 @@ def _reward(
     """Agreement and discriminator rewards; the implicit ones come with a trained policy."""
     with record.stage(CycleStage.REWARD):
         who.learning_log.add_rewards(agreement_rewards(record.cycle, training_data))
+        if not options.discriminator and "inverse" not in options.objectives:
+            record.add(no_discriminator="it was not asked for")
+            return None
         settings = DiscriminatorOptions(training=options.training)
         try:
             discriminator = discriminate(training_data, who.base, options.objective, settings, options.device)
