@@ -102,7 +102,7 @@ async def inspect_demonstrations(
 
 def trial_of(state: LoggedState, number: int) -> StateTrial:
     """A draw at an expert's state, to be held against what the expert did there."""
-    return StateTrial(state.messages, state.step.tools, number, most_tokens(state.step))
+    return StateTrial(state.messages, state.step.tools, number, most_tokens(state.step), state.step.episode_id)
 
 
 def most_tokens(expert: Step) -> int:
