@@ -46,6 +46,8 @@ class ServerTools:
     """The tools that the server runs for an episode, and who judges where it led (a world, or nobody)."""
 
     tools: Mapping[str, BaseTool]
+    redact: Callable[[str], str] = lambda text: text
+    """What may be kept of a tool's result."""
     judge: Callable[[Action], float] | None = None
     """How good the end is that the last action makes; called once, on a thread of its own."""
 
@@ -65,6 +67,8 @@ class Run:
     """What the client wants at most, of all steps together."""
     beside: tuple[Fact, ...] = ()
     """What is logged with the last step."""
+    beside_each: Callable[[Step], tuple[Fact, ...]] = lambda _: ()
+    """What is logged with each step."""
 
     def events(self, log: StepLog, limits: RunLimits) -> AsyncGenerator[RunEvent, None]:
         return _client_step(self, log) if self.server_tools is None else _episode(self, self.server_tools, log, limits)
@@ -83,7 +87,7 @@ async def _client_step(run: Run, log: StepLog) -> AsyncGenerator[RunEvent, None]
         yield shown.add(Progress(run.choice, (), (rest,)))
     digests = await _digests(turn, shown.message(sampled.action, turn.shows_call_ids))
     step = sampled.led_to(_client_stop(sampled), digests)
-    await _commit(log, turn.episode if run.is_new else None, step, *run.beside)
+    await _commit(log, turn.episode if run.is_new else None, step, *run.beside_each(step), *run.beside)
     yield StepTaken(run.choice, step)
 
 
@@ -108,7 +112,7 @@ async def _episode(
         stop_reason = budget.stop_reason(sampled, run.policy.room_after(prompt))
         digests = await _digests(run.turn, transcript.message) if stop_reason else Digests()
         step = sampled.led_to(stop_reason, digests, results)
-        beside = run.beside if stop_reason else ()
+        beside = (*run.beside_each(step), *(run.beside if stop_reason else ()))
         await _commit(log, turn.episode if is_new else None, step, *await _outcome(step, server_tools), *beside)
         turn, is_new = next_turn, False
         yield StepTaken(run.choice, step)
@@ -127,7 +131,7 @@ async def _commit(log: StepLog, new_episode: Episode | None, *facts: Fact) -> No
 
 async def _digests(turn: Turn, answer: Message) -> Digests:
     """Of the conversation as the client has it after this answer."""
-    messages = [*turn.client_messages, answer]
+    messages = [*turn.client_messages, turn.as_sent_back(answer)]
     return await off_loop(num_letters(messages) > 10 * SMALL_LETTERS, Digests.of, messages)
 
 
@@ -188,7 +192,7 @@ def _client_stop(sampled: SampledStep) -> StopReason:
 async def _tool_results(action: Action, server_tools: ServerTools, timeout_s: float) -> tuple[ToolResult, ...]:
     if not isinstance(action, ToolCalls):
         return ()
-    return tuple(await run_tool_calls(action.calls, server_tools.tools, timeout_s))
+    return tuple(await run_tool_calls(action.calls, server_tools.tools, timeout_s, server_tools.redact))
 
 
 async def _outcome(step: Step, server_tools: ServerTools) -> list[Outcome]:

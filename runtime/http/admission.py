@@ -33,6 +33,10 @@ class UnknownModel(ValueError):
     """The request names a model that is not served here."""
 
 
+class ErasedEpisode(ValueError):
+    """The request names an episode that was erased."""
+
+
 class ForeignEpisode(ValueError):
     """The request names an episode, or a response, that belongs to another key."""
 
@@ -71,6 +75,8 @@ async def admit(
     named = None if asked_id is None else parts.log.episode(asked_id)
     if named is not None and not caller.key.sees(named.owner):
         raise ForeignEpisode(f"episode {asked_id!r} belongs to another key: choose another id")
+    if named is None and asked_id is not None and parts.log.erased_among([asked_id]):
+        raise ErasedEpisode(f"episode {asked_id!r} was erased, for good: choose another id")
     whose = Whose(caller.key.name, request.user_name, asked_id)
     if previous is None:
         place = await off_loop(is_large or asked_id is not None, locate, parts.log, messages, whose, request.stop_texts)
@@ -186,6 +192,7 @@ class _Admitted:
             stream=body.stream,
             tells_tokens=body.logprobs,
             prompt_change=place.change,
+            **({} if self.parts.redactor is None else {"as_sent_back": self.parts.redactor.message}),
         )
         return Run(choice, self.policy, turn, self.is_new, server_tools, body.asked_max_tokens)
 
@@ -197,6 +204,8 @@ class _Admitted:
         if asked == "client" or (asked is None and not toolbox.is_default):
             return (), None
         schemas, server_tools = toolbox.open(self.episode.task, self.place.path)
+        if (redactor := self.parts.redactor) is not None:
+            server_tools = replace(server_tools, redact=lambda text: redactor.text(text)[0])
         return schemas, server_tools if schemas else None
 
     def _sampling(self, choice: int, offered: tuple[ToolSchema, ...]) -> SamplingParams:

@@ -6,6 +6,7 @@ import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 from fastapi import APIRouter, Request
@@ -106,7 +107,11 @@ async def open_runs(
     """
     async with AsyncExitStack() as lease:
         await lease.enter_async_context(parts.load.place(caller.key, body.n))
-        runs = [replace(run, beside=beside(run)) for run in await admit(parts, body, caller, lease, previous)]
+        used = partial(parts.load.usage_of, caller.key)
+        runs = [
+            replace(run, beside=beside(run), beside_each=used)
+            for run in await admit(parts, body, caller, lease, previous)
+        ]
         return runs, RunEvents(parts, runs, lease.pop_all(), caller.key)
 
 

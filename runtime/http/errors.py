@@ -19,14 +19,14 @@ from policies.chat.chat_protocol import ChatProtocolError
 from policies.types import EngineError
 from runtime.adapters.swap import SwapError
 from runtime.agent.step import ContextFull
-from runtime.http.admission import ForeignEpisode, UnknownModel
+from runtime.http.admission import ErasedEpisode, ForeignEpisode, UnknownModel
 from runtime.http.fields import FieldRefused
 from runtime.http.load import Refused
 from runtime.http.shutdown import ServerStopping
 from runtime.http.sse import ClientGone
 from runtime.learning.process import LearnerBusy
 from runtime.store.adapter_registry import RegistryError, UnknownAdapter
-from runtime.store.step_log import StepLogError
+from runtime.store.damage import Damaged, StepLogError
 from tools.worlds.world import WorldFailed
 
 logger = logging.getLogger(__name__)
@@ -113,6 +113,8 @@ def as_api_error(error: Exception) -> ApiError:
             return _validation_error(error)
         case UnknownModel():
             return ApiError(404, str(error), "model_not_found", "model")
+        case ErasedEpisode():
+            return ApiError(410, str(error), "episode_erased", "metadata.episode_id")
         case ForeignEpisode():
             return ApiError(409, str(error), "episode_taken", "metadata.episode_id")
         case ContextFull():
@@ -142,6 +144,8 @@ def as_api_error(error: Exception) -> ApiError:
         case sqlite3.Error():
             problem = f"the server's database, agent.db, could not be used: {error}"
             return ApiError(503, f"{problem}; is the disk full, or does another program hold a lock?", "database_error")
+        case Damaged():
+            return ApiError(503, f"what was asked for cannot be read: {error}", "damaged")
         case StepLogError():
             return ApiError(503, f"the answer could not be logged, so it was not given: {error}", "log_error")
         case HTTPException(status_code=404):
