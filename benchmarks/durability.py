@@ -9,7 +9,7 @@ whole. Then the log is opened as the next start would open it: every such step m
 served with, and the state folder must verify (at every tenth kill, and at the last). A backup that has its name must be
 whole. All kills hit one state folder, so that it also lives through as many recoveries.
 
-The servers are forked from a process that has done their imports: for each kill anew, those would take most of the time.
+The servers are forked from a process that has done their imports: for each kill, those would take most of the time.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import httpx
 from tqdm import tqdm
 
 from benchmarks.plain_http import PlainClient
@@ -131,9 +132,8 @@ async def nothing(_: int) -> None:
 
 async def a_cycle(port: int) -> None:
     """It dies with its server."""
-    client = PlainClient(port)
-    await client.post("/v1/learner/cycles", {})
-    await client.close()
+    async with httpx.AsyncClient(timeout=30) as client:
+        (await client.post(f"http://127.0.0.1:{port}/v1/learner/cycles", json={})).raise_for_status()
 
 
 def a_backup(state: Path, file: Path) -> Beside:

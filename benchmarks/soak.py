@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -160,7 +160,8 @@ if __name__ == "__main__":
     parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        print("| " + " | ".join(Minute.__slots__) + " |\n|" + "---|" * len(Minute.__slots__), flush=True)
+        columns = [each.name for each in fields(Minute)]
+        print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns), flush=True)
         with server_on(Path(folder) / "state") as (process, url):
             found = asyncio.run(soak(url, process.pid, Path(folder) / "state", arguments.minutes, arguments.clients))
         problems = list(problems_of(Path(folder) / "state"))

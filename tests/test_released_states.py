@@ -1,4 +1,4 @@
-"""The state folder of every release opens, serves what acted, is listed, sound, and learned from: an upgrade is a start.
+"""The state folder of every release opens, serves what acted, is sound, and is learned from: an upgrade is a start.
 
 Each archive was made by the server of its release: chats, feedback, demonstrations, an adapter that acts, a cycle.
 """
@@ -80,7 +80,7 @@ def test_its_lists_are_read(upgraded: Served) -> None:
     assert len(episodes["data"]) > 5
     assert "damaged" not in episodes
     assert len(ask(upgraded, "/v1/demonstrations").json()["data"]) == 2
-    (cycle,) = ask(upgraded, "/v1/learner/cycles").json()["data"]
+    (cycle, *_) = ask(upgraded, "/v1/learner/cycles").json()["data"]
     assert ask(upgraded, f"/v1/learner/cycles/{cycle['id']}").json()["rewards"]
     assert {each["name"] for each in ask(upgraded, "/v1/adapters").json()["data"]} >= {"agent-v0001", "agent-v0002"}
     assert len(ask(upgraded, "/v1/export?format=atif").text.splitlines()) > 5

@@ -43,7 +43,7 @@ class OwnEpisodes:
         rows = log.sound_rows("SELECT rowid FROM steps WHERE id = ?", after_step or "")
         self._cursor = rows[0][0] if rows else 0
         rows = log.sound_rows(_LAST_OLD, self._cursor - _PAGE, self._cursor)
-        self._last_old = (rows and rows[0][0]) or 0
+        self._last_old: int = rows[0][0] or 0 if rows else 0
         """No episode with a later number is old: it was logged with a fresh step."""
 
     def last_step_id(self) -> str | None:
