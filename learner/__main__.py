@@ -15,6 +15,7 @@ COMMANDS = {
     "decline": ("learner.commands.approve", "DeclineOptions", "refuse what waits for somebody's yes"),
     "import": ("learner.importing.command", "ImportOptions", "import demonstration files, or show what they teach"),
     "export": ("learner.exporting.command", "ExportOptions", "write episodes in other people's formats"),
+    "lineage": ("learner.commands.lineage", "LineageOptions", "show what taught what: of an adapter, or an episode"),
     "verify": ("learner.commands.verify", "VerifyOptions", "check a state folder"),
 }
 """Where each command lives, the class of its options, and what it does."""

@@ -20,6 +20,7 @@ from learner.data.collect import Collected, collect
 from learner.data.comparison import DropReason
 from learner.data.experts import ModelExpert
 from learner.data.inspection import Inspection, inspect
+from learner.data.lessons import LessonErased, note_reading, require_unerased
 from learner.data.rewards import agreement_rewards
 from learner.data.training_data import TrainingData
 from learner.evaluation.fold_contest import TrainWithout
@@ -51,7 +52,7 @@ async def run_cycle(cycle: str, who: Collaborators, options: CycleOptions) -> Cy
         ending = await _run(record, who, options)
     except NothingToLearn as reason:
         ending = Ending(CycleStage.NOTHING_TO_LEARN, str(reason))
-    except TrainingFailed as error:
+    except (TrainingFailed, LessonErased) as error:
         ending = Ending(CycleStage.FAILED, str(error))
     except Exception as error:  # whatever broke belongs into the cycle's row; serving goes on without us
         ending = Ending(CycleStage.FAILED, f"{type(error).__name__}: {error}")
@@ -62,6 +63,7 @@ async def run_cycle(cycle: str, who: Collaborators, options: CycleOptions) -> Cy
 async def _run(record: CycleRecord, who: Collaborators, options: CycleOptions) -> Ending:
     parents = await _acting_and_parents(who, options)
     collected = _collect(record, who, options, parents)
+    note_reading(record, who, collected)
     trials = _look_ahead(record, who, options, collected, parents[0])
     inspection = await _inspect(record, who, options, collected, parents[0])
     discriminator = _reward(record, who, options, inspection.training_data)
@@ -70,6 +72,7 @@ async def _run(record: CycleRecord, who: Collaborators, options: CycleOptions) -
             candidates = _train(record, who, options, parents[0], inspection.training_data, discriminator, folders)
             train_without = _fold_training(record, who, options, collected, inspection.training_data)
             verdicts = await judge(record, who, trials, candidates, parents[0], train_without)
+        require_unerased(who.log, [each.episode.id for each in collected.read])
         return await _promote(record, who, options, verdicts, parents[0])
     finally:  # whatever happened: what is neither promoted nor refused would keep its slot in the engine
         with suppress(OpenAIError):
@@ -135,6 +138,9 @@ def _reward(
     """Agreement and discriminator rewards; the implicit ones come with a trained policy."""
     with record.stage(CycleStage.REWARD):
         who.learning_log.add_rewards(agreement_rewards(record.cycle, training_data))
+        if not options.discriminator and "inverse" not in options.objectives:
+            record.add(no_discriminator="it was not asked for")
+            return None
         settings = DiscriminatorOptions(training=options.training)
         try:
             discriminator = discriminate(training_data, who.base, options.objective, settings, options.device)

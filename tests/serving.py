@@ -27,6 +27,7 @@ from runtime.http.metrics import Metrics
 from runtime.http.parts import Parts
 from runtime.http.shutdown import DrainingServer, server_of
 from runtime.learning.learning import Learning
+from runtime.privacy.erasing import Erasing
 from runtime.startup import listen, url_of
 from runtime.store.adapter_registry import AdapterRegistry
 from runtime.store.step_log import StepLog
@@ -98,6 +99,7 @@ def parts_of(engine: Engine, protocol: ChatProtocol, folder: Path, **changes: An
         metrics=Metrics(engine),
         learning=Learning.beside(folder, log, registry, swap, arguments=["--model", str(NOVICE_FOLDER)]),
     )
+    parts = replace(parts, erasing=Erasing(folder, log, registry, swap, parts.learning, parts.metrics.registry))
     return replace(parts, **changes)
 
 

@@ -95,6 +95,11 @@ class Collected:
     counts: dict[str, int] = field(default_factory=dict)
     """Of episodes: collected, replayed, and left out by reason."""
 
+    @property
+    def read(self) -> list[LoggedEpisode]:
+        """All that the cycle may train on or try."""
+        return [*self.demonstrations, *self.held_out, *self.policy_episodes, *self.anchors]
+
 
 def collect(
     log: StepLog,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from learner.data.collaborators import Collaborators
+from learner.data.lessons import note_training, note_weights
 from learner.data.rewards import implicit_rewards
 from learner.data.training_data import TrainingData
 from learner.objectives.build import NothingToLearn, objective_of
@@ -16,11 +17,13 @@ from learner.report import CycleRecord
 from learner.training.diagnostics import WatchedActions, diagnostics, policy_action_sums
 from learner.training.discriminator import Discriminator
 from learner.training.trainer import Trainer, TrainingFailed
-from policies.types import BASE_ADAPTER, TokenIds
+from policies.types import BASE_ADAPTER, Message, TokenIds
 from runtime.store.learning_log import CycleStage, StepReward
 
 NUM_PROBE_PROMPTS = 8
 """States whose prompts the probe is chosen from."""
+NEUTRAL: tuple[Message, ...] = ({"role": "user", "content": "Hello! What can you do?"},)
+"""A conversation of nobody's, whose prompt is in every probe: it stays when the others are erased."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,7 @@ def _candidate(
     objective: Objective,
     folder: Path,
 ) -> Candidate:
+    note_training(record.cycle, objective.name, who, training_data)
     trainer = _trainer(who, options, acting)
     watched = WatchedActions.of(training_data)
     sequences = watched.sequences()
@@ -120,7 +124,7 @@ def _candidate(
     training = trainer.train(objective, lambda done, total: record.progress(CycleStage.TRAIN, name, done, total))
     after = trainer.logprobs(sequences)
     record.measure(name, {**training.diagnostics, **diagnostics(watched, before, after)})
-    trainer.save(folder, _probe_prompts(training_data), _card(record.cycle, name, acting, training_data))
+    _save(trainer, who, folder, record.cycle, name, acting, training_data)
     rewards = implicit_rewards(
         record.cycle,
         [action for _, action in watched.policy_actions],
@@ -148,9 +152,24 @@ def train_quietly(
     if name == "inverse":
         raise NothingToLearn("its discriminator was trained on what was to be left out")
     title, objective = folder.name, objective_of(name, training_data, options.objective)
+    note_training(record.cycle, title, who, training_data)
     trainer = _trainer(who, options, begin)
     trainer.train(objective, lambda done, total: record.progress(CycleStage.TRAIN, title, done, total))
-    trainer.save(folder, _probe_prompts(training_data), _card(record.cycle, title, begin, training_data))
+    _save(trainer, who, folder, record.cycle, title, begin, training_data)
+
+
+def _save(
+    trainer: Trainer,
+    who: Collaborators,
+    folder: Path,
+    cycle: str,
+    title: str,
+    begin: str,
+    training_data: TrainingData,
+) -> None:
+    neutral = who.protocol.render(NEUTRAL, ())
+    trainer.save(folder, _probe_prompts(training_data), _card(cycle, title, begin, training_data), neutral)
+    note_weights(cycle, title, who, folder)
 
 
 def _trainer(who: Collaborators, options: CandidateOptions, begin: str) -> Trainer:

@@ -17,7 +17,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import ParamSpec, TypeVar
 
@@ -108,6 +108,10 @@ class Swap:
         """The episode is over; its adapter need not wait for the idle time-out."""
         self._leases.finish(episode_id)
 
+    def is_in_progress(self, episode_id: str) -> bool:
+        """Whether an episode holds an adapter now."""
+        return self._leases.adapter_of(episode_id) is not None
+
     def num_leases(self, name: str) -> int:
         """Episodes that hold this adapter now."""
         return self._leases.num_on(name)
@@ -173,15 +177,19 @@ class Swap:
                 raise SwapError(f"{name} is {state} and serves: it cannot be unloaded")
             await self._unload(adapter, reason)
 
-    async def rollback(self, reason: str, expected_acting: str | None = None, key: str = "") -> Adapter | None:
+    async def rollback(
+        self, reason: str, expected_acting: str | None = None, key: str = "", past: Collection[str] = ()
+    ) -> Adapter | None:
         """Let act again what acted before; None is the base network. A flip, where that is still loaded.
+
+        Adapters named in `past` are passed over.
 
         Goes further down where that cannot be served any more. Raises SwapError where nothing is behind, or where
         another adapter than the one that is to be taken back acts by now (None: whichever acts).
         """
         async with self._changes:
             self.require_acting(expected_acting)
-            return await self._roll_back(reason, key)
+            return await self._roll_back(reason, key, past)
 
     async def restore(self) -> Adapter | None:
         """Serve the acting adapter on an engine that has just started, with nothing loaded; None: the base network.
@@ -325,9 +333,11 @@ class Swap:
             return False
         return True
 
-    async def _roll_back(self, reason: str, key: str = "") -> Adapter | None:
+    async def _roll_back(self, reason: str, key: str = "", past: Collection[str] = ()) -> Adapter | None:
         acting, *behind = self._registry.rollback_chain()
         for num_back, target in enumerate(behind, start=1):
+            if target is not None and target.name in past:
+                continue
             if target is None or (target != acting and await self._comes_up(target)):
                 _log.warning("rolled back to %s: %s", "the base network" if target is None else target.name, reason)
                 return await self.write(self._registry.rollback, reason, num_back, key)

@@ -46,6 +46,8 @@ class ServerTools:
     """The tools that the server runs for an episode, and who judges where it led (a world, or nobody)."""
 
     tools: Mapping[str, BaseTool]
+    redact: Callable[[str], str] = lambda text: text
+    """What may be kept of a tool's result."""
     judge: Callable[[Action], float] | None = None
     """How good the end is that the last action makes; called once, on a thread of its own."""
 
@@ -129,7 +131,7 @@ async def _commit(log: StepLog, new_episode: Episode | None, *facts: Fact) -> No
 
 async def _digests(turn: Turn, answer: Message) -> Digests:
     """Of the conversation as the client has it after this answer."""
-    messages = [*turn.client_messages, answer]
+    messages = [*turn.client_messages, turn.as_sent_back(answer)]
     return await off_loop(num_letters(messages) > 10 * SMALL_LETTERS, Digests.of, messages)
 
 
@@ -190,7 +192,7 @@ def _client_stop(sampled: SampledStep) -> StopReason:
 async def _tool_results(action: Action, server_tools: ServerTools, timeout_s: float) -> tuple[ToolResult, ...]:
     if not isinstance(action, ToolCalls):
         return ()
-    return tuple(await run_tool_calls(action.calls, server_tools.tools, timeout_s))
+    return tuple(await run_tool_calls(action.calls, server_tools.tools, timeout_s, server_tools.redact))
 
 
 async def _outcome(step: Step, server_tools: ServerTools) -> list[Outcome]:

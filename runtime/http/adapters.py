@@ -70,6 +70,7 @@ def adapter_routes(parts: Parts) -> APIRouter:
         """
         key = asking_key(request).name
         if body.is_proposal or key == LEARNER:
+            await _require_unerased(parts, name)
             await approval.propose(name, body.reason, body.expected_acting, key)
         else:
             await approval.promote(name, body.reason, body.expected_acting, key)
@@ -79,6 +80,8 @@ def adapter_routes(parts: Parts) -> APIRouter:
     async def start_canary(name: str, body: CanaryRequest, request: Request) -> dict[str, Any]:
         """Let it serve a share of the new episodes; it is promoted or refused by how they go. 409 beside another."""
         key = asking_key(request).name
+        if body.is_proposal or key == LEARNER:
+            await _require_unerased(parts, name)
         if (body.is_proposal or key == LEARNER) and approval.mode in (PromotionMode.ASK, PromotionMode.DRY_RUN):
             await approval.propose(name, body.reason, body.expected_acting, key)
         else:
@@ -107,6 +110,15 @@ async def _register(registry: AdapterRegistry, body: AdapterRegistration, key: s
         raise ApiError(
             409, f"the adapter could not be copied in: {error.strerror}", "adapter_refused", "path"
         ) from error
+
+
+async def _require_unerased(parts: Parts, name: str) -> None:
+    """Raises ApiError where the learner would let act what has learned from an episode that was erased meanwhile."""
+    if parts.erasing is None:
+        return
+    if erased := await asyncio.to_thread(parts.erasing.lineage.erased_lessons_of, name):
+        message = f"{name} has learned from {len(erased)} episodes that were erased since, {erased[0]} among them"
+        raise ApiError(409, f"{message}: start another cycle", "learned_from_erased")
 
 
 def _waiting(parts: Parts, approval: Approval, name: str) -> dict[str, Any]:

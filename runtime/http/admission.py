@@ -20,7 +20,7 @@ from runtime.agent.turn import Policy, Turn
 from runtime.http.fields import FieldRefused
 from runtime.http.parts import Parts
 from runtime.http.schemas import ChatCompletionRequest
-from runtime.off_loop import off_loop
+from runtime.off_loop import in_world_thread, off_loop
 from runtime.store.episodes import Actor, Episode, Step, new_id
 from runtime.store.keys import Key
 from runtime.store.step_log import Whose
@@ -31,6 +31,10 @@ FEW_MESSAGES = 20
 
 class UnknownModel(ValueError):
     """The request names a model that is not served here."""
+
+
+class ErasedEpisode(ValueError):
+    """The request names an episode that was erased."""
 
 
 class ForeignEpisode(ValueError):
@@ -71,6 +75,8 @@ async def admit(
     named = None if asked_id is None else parts.log.episode(asked_id)
     if named is not None and not caller.key.sees(named.owner):
         raise ForeignEpisode(f"episode {asked_id!r} belongs to another key: choose another id")
+    if named is None and asked_id is not None and parts.log.erased_among([asked_id]):
+        raise ErasedEpisode(f"episode {asked_id!r} was erased, for good: choose another id")
     whose = Whose(caller.key.name, request.user_name, asked_id)
     if previous is None:
         place = await off_loop(is_large or asked_id is not None, locate, parts.log, messages, whose, request.stop_texts)
@@ -83,13 +89,19 @@ async def admit(
     adapter = await lease.enter_async_context(parts.swap.lease(episode_id, began_with=began_with, pinned=pinned))
     protocol = await off_loop(bool(request.template_options), parts.protocol.with_options, request.template_options)
     policy, is_assigned = Policy(parts.engine, protocol, adapter), pinned is None
-    episode = logged or await off_loop(
-        is_large, _new_episode, parts, request, episode_id, policy, messages, caller.key, is_assigned
-    )
+    new = (parts, request, episode_id, policy, messages, caller.key, is_assigned)
+    if logged is not None:
+        episode = logged
+    elif request.metadata.task is not None:
+        episode = await in_world_thread(_new_episode, *new)
+    else:
+        episode = await off_loop(is_large, _new_episode, *new)
     admitted = _Admitted(parts, request, caller, policy, episode, logged is None, place, messages)
     opens_world = request.tools is None and episode.task is not None  # which may take its time to replay what was done
+    if opens_world:
+        return [await in_world_thread(admitted.run, choice) for choice in range(request.n)]
     is_large = is_large or len(place.path) > FEW_MESSAGES or request.asks_for_grammar or bool(request.tools)
-    return [await off_loop(is_large or opens_world, admitted.run, choice) for choice in range(request.n)]
+    return [await off_loop(is_large, admitted.run, choice) for choice in range(request.n)]
 
 
 def _conversation(request: ChatCompletionRequest) -> tuple[tuple[Message, ...], int]:
@@ -180,6 +192,7 @@ class _Admitted:
             stream=body.stream,
             tells_tokens=body.logprobs,
             prompt_change=place.change,
+            **({} if self.parts.redactor is None else {"as_sent_back": self.parts.redactor.message}),
         )
         return Run(choice, self.policy, turn, self.is_new, server_tools, body.asked_max_tokens)
 
@@ -191,6 +204,8 @@ class _Admitted:
         if asked == "client" or (asked is None and not toolbox.is_default):
             return (), None
         schemas, server_tools = toolbox.open(self.episode.task, self.place.path)
+        if (redactor := self.parts.redactor) is not None:
+            server_tools = replace(server_tools, redact=lambda text: redactor.text(text)[0])
         return schemas, server_tools if schemas else None
 
     def _sampling(self, choice: int, offered: tuple[ToolSchema, ...]) -> SamplingParams:

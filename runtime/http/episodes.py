@@ -159,6 +159,8 @@ def episode_routes(parts: Parts) -> APIRouter:
 def _known(parts: Parts, key: Key, episode_id: str) -> Episode:
     """The episode, if the key may see it: to others it does not exist."""
     episode = parts.log.episode(episode_id)
+    if parts.erasing is not None and (erased := parts.erasing.eraser.tombstone(episode_id)) and key.sees(erased.owner):
+        raise ApiError(410, f"episode {episode_id!r} was erased ({erased.erasure_id})", "episode_erased")
     if episode is None or not key.sees(episode.owner):
         raise ApiError(404, f"there is no episode {episode_id!r}; GET /v1/episodes lists them", "episode_not_found")
     return episode

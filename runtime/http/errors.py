@@ -19,7 +19,7 @@ from policies.chat.chat_protocol import ChatProtocolError
 from policies.types import EngineError
 from runtime.adapters.swap import SwapError
 from runtime.agent.step import ContextFull
-from runtime.http.admission import ForeignEpisode, UnknownModel
+from runtime.http.admission import ErasedEpisode, ForeignEpisode, UnknownModel
 from runtime.http.fields import FieldRefused
 from runtime.http.load import Refused
 from runtime.http.shutdown import ServerStopping
@@ -27,6 +27,7 @@ from runtime.http.sse import ClientGone
 from runtime.learning.process import LearnerBusy
 from runtime.store.adapter_registry import RegistryError, UnknownAdapter
 from runtime.store.damage import Damaged, StepLogError
+from tools.worlds.world import WorldFailed
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,8 @@ def as_api_error(error: Exception) -> ApiError:
             return _validation_error(error)
         case UnknownModel():
             return ApiError(404, str(error), "model_not_found", "model")
+        case ErasedEpisode():
+            return ApiError(410, str(error), "episode_erased", "metadata.episode_id")
         case ForeignEpisode():
             return ApiError(409, str(error), "episode_taken", "metadata.episode_id")
         case ContextFull():
@@ -120,6 +123,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), None, "messages")
         case EngineError():
             return ApiError(503, f"the engine could not answer: {error}", "engine_error")
+        case WorldFailed():
+            return ApiError(503, f"the world could not open the task: {error}", "world_error")
         case LearnerBusy():
             return ApiError(409, str(error), "learner_busy")
         case SwapError():
@@ -193,6 +198,7 @@ def install_error_handlers(app: FastAPI) -> None:
     of_adapters = (SwapError, AdapterRefused, RegistryError, LearnerBusy)
     failed = (
         EngineError,
+        WorldFailed,
         StepLogError,
         sqlite3.Error,
         ClientGone,

@@ -14,6 +14,9 @@ from runtime.http.load import Load
 from runtime.http.metrics import Metrics
 from runtime.http.shutdown import Cutting
 from runtime.learning.learning import Learning
+from runtime.privacy.erasing import Erasing
+from runtime.privacy.redaction import Redactor
+from runtime.privacy.retention import Retention
 from runtime.store.adapter_registry import AdapterRegistry
 from runtime.store.keys import KeyRing
 from runtime.store.state_folder import StateFolder
@@ -45,3 +48,9 @@ class Parts:
     """None: what passes the gate acts at once."""
     learning: Learning | None = None
     """None: a server that only serves, as in benchmarks and tests."""
+    redactor: Redactor | None = None
+    """None: what is said is logged as it is said."""
+    erasing: Erasing | None = None
+    """None: nothing can be erased, as in benchmarks."""
+    retention: Retention | None = None
+    """None: all is kept."""

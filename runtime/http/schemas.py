@@ -507,6 +507,15 @@ class WithdrawalRequest(WireModel):
     reason: str = Field("", max_length=10_000)
 
 
+class ErasureRequest(WireModel):
+    """Body of a DELETE of episodes; may be left out. Both fields may stand in the query as well."""
+
+    reason: str = Field("", max_length=1000)
+    """Kept for good, with the tombstones: name nobody in it."""
+    retrain: bool = False
+    """Start a cycle without what is erased; what acts and has learned from it is rolled back first."""
+
+
 class CorrectionRequest(WireModel):
     """Body of POST /v1/episodes/{id}/corrections: what should have been done at one of its steps."""
 

@@ -287,6 +287,7 @@ class AdapterRegistry:
         self.db = Database(sqlite3.connect(path, check_same_thread=False, timeout=LOCK_TIMEOUT_S))
         self.db.enable_wal()
         self.db.execute("PRAGMA synchronous=FULL")
+        self.db.execute("PRAGMA secure_delete=ON")
         migrations.apply(self.db)
         self.damage = DamageNotes()
         """What could not be read."""

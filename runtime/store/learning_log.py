@@ -139,6 +139,36 @@ def keep_the_last_step_in_a_column(db: Database) -> None:
     _create_status_view(db, "last_step_id, ")
 
 
+@migrations()
+def note_who_taught_what(db: Database) -> None:
+    """Which episodes a cycle read and what for, and which weights came of it; and of which cycles words were erased."""
+    db.execute(
+        "CREATE TABLE cycle_episodes (cycle TEXT NOT NULL, title TEXT NOT NULL, role TEXT NOT NULL, "
+        "episode_id TEXT NOT NULL, PRIMARY KEY (cycle, title, role, episode_id)) STRICT, WITHOUT ROWID"
+    )
+    db.execute("CREATE INDEX cycle_episodes_by_episode ON cycle_episodes(episode_id)")
+    db.execute(
+        "CREATE TABLE trained_weights (digest TEXT NOT NULL, cycle TEXT NOT NULL, title TEXT NOT NULL, "
+        "created_at REAL NOT NULL, PRIMARY KEY (digest, cycle, title)) STRICT, WITHOUT ROWID"
+    )
+    db.execute(
+        "CREATE TABLE erased_cycles (cycle TEXT NOT NULL, erasure_id TEXT NOT NULL, "
+        "PRIMARY KEY (cycle, erasure_id)) STRICT, WITHOUT ROWID"
+    )
+    db.execute("DROP TRIGGER cycles_no_update")
+    db.execute(
+        "CREATE TRIGGER cycles_no_update BEFORE UPDATE ON cycles WHEN NOT EXISTS "
+        "(SELECT 1 FROM erased_cycles WHERE cycle = OLD.cycle) "
+        "BEGIN SELECT RAISE(ABORT, 'cycles is append-only, but for words that were erased'); END"
+    )
+    for table in ("cycle_episodes", "trained_weights", "erased_cycles"):
+        for verb in ("UPDATE", "DELETE"):
+            db.execute(
+                f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
+                f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
+            )
+
+
 def _create_status_view(db: Database, more_columns: str) -> None:
     db.create_view(
         "cycle_status",
@@ -146,6 +176,18 @@ def _create_status_view(db: Database, more_columns: str) -> None:
         "JOIN (SELECT cycle, max(id) AS id, min(created_at) AS started_at FROM cycles GROUP BY cycle) AS newest "
         "ON newest.id = cycles.id ORDER BY cycles.id DESC",
     )
+
+
+class LessonRole(StrEnum):
+    """What a cycle read an episode for."""
+
+    DEMONSTRATION = "demonstration"  # trained on, as an expert's
+    OWN = "own"  # trained on, as the policy's own
+    TRIED = "tried"  # the gate's: held out, or an anchor; not trained on
+
+
+_WORDS = ("expert_problems", "not_trained", "not_registered", "no_discriminator")
+"""Parts of a report in which other programs speak."""
 
 
 # ---------------------------------------------------------------------------------------------------- rows
@@ -274,6 +316,11 @@ class LearningReader:
         )
         return [row["value"] for row in rows]
 
+    def episodes_of(self, cycle: str) -> list[str]:
+        """The episodes that a cycle has read."""
+        rows = self._rows("SELECT DISTINCT episode_id FROM cycle_episodes WHERE cycle = ?", [cycle])
+        return [row["episode_id"] for row in rows]
+
     def is_learner_alive(self) -> bool:
         """Whether a learner works on this state folder now, whoever started it."""
         return is_learner_alive(self.state)
@@ -319,10 +366,37 @@ class LearningLog(LearningReader):
         super().__init__(state)
         self.db = Database(sqlite3.connect(state / "agent.db", timeout=30.0))
         self.db.enable_wal()
+        self.db.execute("PRAGMA secure_delete=ON")
         migrations.apply(self.db)
 
     def close(self) -> None:
         self.db.close()
+
+    def note_episodes(self, cycle: str, title: str, episodes: Iterable[tuple[LessonRole, str]]) -> None:
+        """Append what a cycle reads, before it uses it. `title`: the candidate that is trained on it, as its folder is
+        called; empty where it is for none. Twice adds nothing."""
+        rows = [(cycle, title, role.value, episode_id) for role, episode_id in episodes]
+        with write_transaction(self.db):
+            self.db.conn.executemany("INSERT OR IGNORE INTO cycle_episodes VALUES (?, ?, ?, ?)", rows)
+
+    def note_weights(self, cycle: str, title: str, digest: str) -> None:
+        """Append what weights a candidate has, before the runtime hears of them."""
+        with write_transaction(self.db):
+            self.db.execute(
+                "INSERT OR IGNORE INTO trained_weights VALUES (?, ?, ?, ?)", [digest, cycle, title, time.time()]
+            )
+
+    def forget_words(self, cycles: Iterable[str], erasure_id: str) -> None:
+        """Take out of the rows of cycles what may quote an erased episode: words of other programs, and of errors."""
+        parts = ", ".join(f"'$.{name}'" for name in _WORDS)
+        with write_transaction(self.db):
+            for cycle in cycles:
+                self.db.execute("INSERT OR IGNORE INTO erased_cycles VALUES (?, ?)", [cycle, erasure_id])
+                self.db.execute(
+                    f"UPDATE cycles SET report = json_remove(report, {parts}), message = CASE stage WHEN 'failed' "
+                    f"THEN 'what it said of its failure was erased ({erasure_id})' ELSE message END WHERE cycle = ?",
+                    [cycle],
+                )
 
     def note(
         self,

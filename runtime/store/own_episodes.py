@@ -40,8 +40,7 @@ class OwnEpisodes:
         self._log = log
         self._adapters = list(adapters)
         self._places = ", ".join("?" * len(adapters))
-        rows = log.sound_rows("SELECT rowid FROM steps WHERE id = ?", after_step or "")
-        self._cursor = rows[0][0] if rows else 0
+        self._cursor = log.number_of_step(after_step)
         rows = log.sound_rows(_LAST_OLD, self._cursor - _PAGE, self._cursor)
         self._last_old: int = rows[0][0] or 0 if rows else 0
         """No episode with a later number is old: it was logged with a fresh step."""

@@ -198,6 +198,10 @@ class StepLog:
         """`append`, and wait on the event loop."""
         await asyncio.wrap_future(self.append(*facts))
 
+    def forget(self, step_ids: Iterable[str]) -> None:
+        """Drop the tokens of steps that were erased from memory."""
+        self._cache.discard(step_ids)
+
     def close(self) -> None:
         """Write what waits, then close the file. May be called twice."""
         self._is_closed = True
@@ -363,6 +367,11 @@ class StepLog:
         rows = self._rows(f"{query} ORDER BY {_TRUST}, created_at, id", episode_id)
         return list(self.damage.sound(rows, outcome_from_row))
 
+    def erased_among(self, episode_ids: Iterable[str]) -> set[str]:
+        """Those of these episodes that were erased, or are being erased now."""
+        query = "SELECT id FROM erased_episodes WHERE id IN (SELECT value FROM json_each(?))"
+        return {row["id"] for row in self._rows(query, json.dumps(list(episode_ids)))}
+
     def outcome(self, outcome_id: str) -> Outcome | None:
         rows = self._rows("SELECT * FROM outcomes WHERE id = ?", outcome_id)
         return outcome_from_row(rows[0]) if rows else None
@@ -423,8 +432,15 @@ class StepLog:
 
         Not by id: an id is made when a step begins, and a slow step is logged after quicker ones that began later.
         """
-        cursor = "coalesce((SELECT rowid FROM steps WHERE id = ?), 0)"
-        return self._steps(f"{_STEPS} WHERE steps.rowid > {cursor} ORDER BY steps.rowid LIMIT ?", step_id, limit)
+        return self._steps(
+            f"{_STEPS} WHERE steps.rowid > ? ORDER BY steps.rowid LIMIT ?", self.number_of_step(step_id), limit
+        )
+
+    def number_of_step(self, step_id: str | None) -> int:
+        """Where a step stands in the order of logging, or stood before it was erased; 0 for an unknown one and None."""
+        erased = "SELECT number FROM erased_cursors WHERE step_id = ?1"
+        rows = self._rows(f"SELECT rowid AS number FROM steps WHERE id = ?1 UNION ALL {erased}", step_id or "")
+        return rows[0]["number"] if rows else 0
 
     def usage_of(self, day: int) -> list[KeyUsage]:
         """What keys with a quota have used up on a day (UTC, since 1970)."""
@@ -459,7 +475,9 @@ class StepLog:
         return ""
 
     def counts(self) -> dict[str, int]:
-        """Rows of each table, without counting them: rowids of a table that nothing is deleted from have no gaps."""
+        """Rows that were logged in each table, without counting them: rowids have no gaps but those of erased rows,
+        which count, unless they were the last ones.
+        """
         columns = ", ".join(f"(SELECT coalesce(max(rowid), 0) FROM {table}) AS {table}" for table in FACT_TABLES)
         return dict(self._rows(f"SELECT {columns}")[0])
 
@@ -577,6 +595,9 @@ def _open_to_write(path: Path) -> sqlite3.Connection:
             raise StepLogError(f"{path} lies on a file system on which SQLite has no WAL: use a local disk")
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute(
+            "PRAGMA secure_delete = ON"
+        )  # what is erased is overwritten, and so is what trees move about
         database = _database(connection)
         _refuse_newer_schema(database, path)
         STEP_LOG_MIGRATIONS.apply(database)

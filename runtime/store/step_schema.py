@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlite_utils import Database, Migrations
 
+from runtime.store.erasure_schema import create_erasures
 from runtime.store.step_views import EPISODE_TEXT, STEP_SUMMARY
 
 STEP_LOG_MIGRATIONS = Migrations("step_log")
@@ -100,6 +101,12 @@ def remember_what_keys_use_up(database: Database) -> None:
     """A row for each key with a quota and day: a count, and no fact, so that a start reads few of them."""
     columns = {"key": str, "day": int, "requests": int, "steps": int, "tokens": int}
     _create(database, "key_usage", columns, pk=["day", "key"])
+
+
+@STEP_LOG_MIGRATIONS()
+def erase(database: Database) -> None:
+    """What was erased, and leave to delete it."""
+    create_erasures(database)
 
 
 EPISODE_COLUMNS = {
