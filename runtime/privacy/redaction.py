@@ -54,6 +54,11 @@ class Redactor:
     shapes: Sequence[Shape] = SHAPES
     hooks: Sequence[Hook] = ()
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether a short text may take longer than others should wait."""
+        return bool(self.hooks)
+
     def text(self, text: str) -> tuple[str, int]:
         """(the text with placeholders, how many there are). Raises RedactionFailed."""
         number = 0
