@@ -52,6 +52,11 @@ def log_something(log: StepLog) -> None:
     log.append(episode, make_step(episode)).result()
 
 
+def log_until_refused(log: StepLog) -> None:
+    for _ in range(100):
+        log_something(log)
+
+
 @contextmanager
 def files_no_larger_than(num_bytes: int) -> Iterator[None]:
     """Stands for a disk without room."""
@@ -71,8 +76,7 @@ def test_a_disk_without_room_is_told_refuses_answers_and_is_got_over(serve_scrip
     with files_no_larger_than(largest):
         for _ in range(3):
             with pytest.raises(StepLogError):
-                for _ in range(100):
-                    log_something(log)
+                log_until_refused(log)
         refused = chat(server.url)
         status, health = told(server.url)
         assert refused.status_code == 503

@@ -104,7 +104,7 @@ def load_hook(path: str) -> Hook:
     """The function behind `package.module:function`. Raises UnknownHook."""
     module_name, _, name = path.partition(":")
     try:
-        hook = getattr(import_module(module_name), name)
+        hook: Any = getattr(import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UnknownHook(
             f"{path!r} names no function that can be imported ({error}): package.module:function"
