@@ -163,7 +163,7 @@ def build_parts(settings: Settings) -> Parts:
             raise ValueError(f"the chat template of {settings.model} has no words for tools: leave --tools out")
         redactor = redactor_of(settings)
         engine = load_engine(settings, folder, protocol)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         told = damaged_file(error, settings.state / "agent.db") if is_damage(error) else error
         raise SystemExit(f"cannot start: {told}") from error
     except (ValueError, OSError, StepLogError, BaseNetworkError) as error:

@@ -81,7 +81,7 @@ class Plan:
 PLANS = {
     "multihop_qa": Plan(num_demonstrations=2500, num_gradient_steps=1000, longest_told=230, knows_names=True),
     "babyai": Plan(num_demonstrations=1500, num_gradient_steps=800),
-    "textworld": Plan(num_demonstrations=200, num_gradient_steps=800, longest_told=700),
+    "textworld": Plan(num_demonstrations=100, num_gradient_steps=600, longest_told=700),
 }
 """By the world's name."""
 

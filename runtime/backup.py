@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 from runtime.store.backup import BackupError, make_backup, restore_backup, verify_backup
+from runtime.store.damage import StepLogError
+from runtime.store.salvage import salvage
 from runtime.store.state_folder import StateFolderTaken
 
 
@@ -21,9 +23,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         ("make", "write the log and the adapters of this moment to a new file"),
         ("restore", "make a state folder, which must be empty or not there, of a backup"),
         ("verify", "say what is wrong with a backup"),
+        ("salvage", "make a new state folder of what can still be read of a damaged one"),
     ):
         command = commands.add_parser(name, help=text)
-        command.add_argument("file", type=Path, help="the backup")
+        command.add_argument("file", type=Path, help="the damaged folder" if name == "salvage" else "the backup")
         if name != "verify":
             command.add_argument("--state", type=Path, default=Path("state"), help="the server's state folder")
     return parser.parse_args(arguments)
@@ -34,7 +37,7 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     try:
         problems = _do(options)
-    except (BackupError, StateFolderTaken, sqlite3.Error) as problem:
+    except (BackupError, StateFolderTaken, StepLogError, sqlite3.Error) as problem:
         print(problem, file=sys.stderr)
         return 1
     except OSError as error:
@@ -56,6 +59,10 @@ def _do(options: argparse.Namespace) -> list[str]:
             restore_backup(options.file, options.state)
             print(f"{options.state} is as it was backed up: start the server with --state {options.state}")
             return []
+        case "salvage":
+            lost = salvage(options.file, options.state)
+            print(f"{options.state} holds what can be read of {options.file}" + (", without:" if lost else ""))
+            return lost
         case _:
             problems = verify_backup(options.file)
             print(f"{options.file} is damaged:" if problems else f"{options.file} is sound")

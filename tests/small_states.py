@@ -12,6 +12,7 @@ from runtime.store.adapter_registry import AdapterRegistry, AdapterState, Propos
 from runtime.store.episodes import (
     Actor,
     Correction,
+    KeyUsage,
     Outcome,
     ResponseDeletion,
     ResponseRecord,
@@ -58,7 +59,7 @@ def _log_episode(log: StepLog, number: int) -> None:
         Correction(f"corr_{number}", first.id, FinalAnswer("Look first."), (1, 2), "ann"),
         Withdrawal(f"wd_{number}", wrong.id, "a slip"),
         ResponseRecord(f"resp_{number}", name, first.id, {"input": "Hello"}),
-        ResponseDeletion(f"resp_{number}"),
+        ResponseDeletion(f"resp_{number}"), KeyUsage(f"key_{number}", 20000, 3, 4, 500),
     ).result()  # fmt: skip
 
 

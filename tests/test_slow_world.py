@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx
@@ -57,7 +58,7 @@ def test_who_names_a_task_waits_for_the_world_and_nobody_else_does(server: Serve
             waits.append(time.perf_counter() - began)
     assert {each.result().status_code for each in waiting} == {200}
     assert len(waits) > 3
-    assert max(waits) < SLOW_S
+    assert median(waits) < SLOW_S / 2, "the event loop waited along"
 
 
 def test_a_world_that_fails_is_told_in_words_and_the_server_lives(server: Served) -> None:

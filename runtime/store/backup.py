@@ -88,10 +88,10 @@ def restore_backup(file: Path, state: Path) -> None:
     OSError.
     """
     if not (state / LOCKS[0]).exists():
-        _require_empty(state)  # before anything is made in a folder that may be somebody's
+        require_empty(state)  # before anything is made in a folder that may be somebody's
     taken = StateFolder(state, is_being_restored=True)
     try:
-        _require_empty(state)
+        require_empty(state)
         for left_over in (state / RESTORING, state / "adapters"):
             shutil.rmtree(left_over, ignore_errors=True)
         unpacked = state / RESTORING
@@ -270,7 +270,7 @@ def _sync_folder(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------ restoring
 
 
-def _require_empty(state: Path) -> None:
+def require_empty(state: Path) -> None:
     """But for locks, what a file system puts there, and what a restore that was broken off has left."""
     if not state.exists():
         return

@@ -157,14 +157,18 @@ def json_objects(text: str) -> list[dict[str, Any]]:
 # --------------------------------------------------------------------------------------------------- pages
 
 
-def is_damage(error: sqlite3.Error) -> bool:
+def is_damage(error: Exception) -> bool:
     """Whether SQLite says that the file itself is damaged, as against locked, full, or asked for nonsense."""
+    if isinstance(error, UnicodeDecodeError):  # what it says quotes the damage
+        return True
     code = getattr(error, "sqlite_errorcode", None)
     return code is not None and code & 0xFF in _CODES
 
 
-def damaged_file(error: sqlite3.Error, path: object) -> Damaged:
-    return Damaged("", path, f"{error}. {WHAT_TO_DO}")
+def damaged_file(error: Exception, path: object) -> Damaged:
+    """What is raised for an error that `is_damage`."""
+    told = "its schema cannot be read" if isinstance(error, UnicodeDecodeError) else str(error)
+    return Damaged("", path, f"{told}. {WHAT_TO_DO}")
 
 
 def rows_between(

@@ -51,7 +51,7 @@ def file_problems(database: Path) -> list[str]:
     try:
         with closing(sqlite3.connect(uri, uri=True)) as connection:
             return list(page_problems(connection, "quick_check"))
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         if not is_damage(error):
             raise
         return [str(damaged_file(error, database.name))]

@@ -63,7 +63,7 @@ from runtime.store.step_rows import (
     withdrawal_from_row,
 )
 from runtime.store.step_schema import FACT_TABLES, STEP_LOG_MIGRATIONS
-from runtime.store.step_writer import StepWriter
+from runtime.store.step_writer import StepWriter, no_longer_there
 from runtime.store.tables import all_rows, page_problems, reference_problems, table_problems
 
 __all__ = ["LOCK_TIMEOUT_S", "Damaged", "Mark", "MarkedStep", "StepLog", "StepLogError", "Storage", "Whose"]
@@ -421,7 +421,7 @@ class StepLog:
 
     def corrected_steps(self) -> list[str]:
         """Ids of the steps that have a correction, newest correction first."""
-        rows = self._rows(
+        rows = self.sound_rows(
             "SELECT step_id, max(created_at) AS newest FROM corrections WHERE "
             f"{_NOT_TAKEN_BACK.format(id='corrections.id')} GROUP BY step_id ORDER BY newest DESC"
         )
@@ -502,6 +502,35 @@ class StepLog:
         """Rows of a query, for the other readers of this package."""
         return self._rows(query, *values)
 
+    def sound_rows(self, query: str, *values: object) -> list[sqlite3.Row]:
+        """The same; none, which is noted, where a page that it needs is damaged."""
+        try:
+            return self._rows(query, *values)
+        except Damaged as error:
+            self.damage.note(error)
+            return []
+
+    def rows_down(self, query: str, low: int, high: int, limit: int) -> list[sqlite3.Row]:
+        """Rows of a query that ends in `rowid BETWEEN ? AND ? ORDER BY rowid DESC`, without those on damaged pages: the
+        first `limit` of them."""
+        try:
+            return self._rows(f"{query} LIMIT ?", low, high, limit)
+        except Damaged as error:
+            self.damage.note(error)
+        high = min(high, self.num_rows("steps"))
+        found: list[sqlite3.Row] = []
+        with self._reading() as connection:
+            while high >= low and len(found) < limit:
+                rows = rows_between(connection, query, (), max(low, high - 199), high, newest_first=True)
+                found += [row for row in rows if not isinstance(row, int)]
+                high -= 200
+        return found[:limit]
+
+    def num_rows(self, table: str) -> int:
+        """The number of a table's newest row."""
+        with self._reading() as connection:
+            return last_rowid(connection, table)
+
     def sound_episodes(self, rows: Iterable[sqlite3.Row]) -> list[Episode]:
         """The episodes of rows that `query` has read, without those that are damaged."""
         return list(self.damage.sound(rows, episode_from_row))
@@ -528,9 +557,11 @@ class StepLog:
         try:
             connection = self._take_reader()
             yield connection
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             if is_damage(error):
                 raise damaged_file(error, self._path) from error
+            if not self._path.exists():
+                raise StepLogError(no_longer_there(self._path)) from error
             raise StepLogError(f"{self._path} could not be read: {error}") from error
         finally:
             if connection is not None:
@@ -571,7 +602,7 @@ def _open_to_write(path: Path) -> sqlite3.Connection:
         _refuse_newer_schema(database, path)
         STEP_LOG_MIGRATIONS.apply(database)
         return connection
-    except (sqlite3.Error, StepLogError) as error:
+    except (sqlite3.Error, UnicodeDecodeError, StepLogError) as error:
         if connection is not None:
             connection.close()
         if isinstance(error, StepLogError):

@@ -157,10 +157,7 @@ class StepWriter:
         """Raises StepLogError where the file is no longer where it was opened: what is written would be found by no
         restart."""
         if _place_of(self._path) != self._place:
-            raise StepLogError(
-                f"{self._path} is no longer there: its folder was moved or removed. Put it back, or stop the server "
-                "and restore a backup; until then nothing is logged, so nothing is answered"
-            )
+            raise StepLogError(no_longer_there(self._path))
 
     def _write_one(self, append: Append) -> str | None:
         self.connection.execute("SAVEPOINT one_caller")
@@ -241,6 +238,14 @@ def _fact_problem(fact: Fact, error: Exception) -> str:
         owner = f"step {fact.step_id}" if isinstance(fact, Correction) else f"episode {getattr(fact, 'episode_id', '')}"
         return f"{name} belongs to {owner}, which is not in the log"
     return f"{name} cannot be logged: {message}"
+
+
+def no_longer_there(path: Path) -> str:
+    """What is said of a file that was moved or removed."""
+    return (
+        f"{path} is no longer there: its folder was moved or removed. Put it back, or stop the server and restore a "
+        "backup; until then nothing is logged, so nothing is answered"
+    )
 
 
 def _place_of(path: Path) -> tuple[int, int] | None:

@@ -22,7 +22,7 @@ def page_problems(connection: sqlite3.Connection, check: str = "integrity_check"
         for (verdict,) in connection.execute(f"PRAGMA {check}"):
             if verdict != "ok":
                 yield f"agent.db: {verdict}"
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         if not is_damage(error):
             raise
         yield f"agent.db: {error}"
@@ -36,14 +36,14 @@ def reference_problems(connection: sqlite3.Connection) -> Iterator[str]:
 
 def table_problems(connection: sqlite3.Connection) -> Iterator[str]:
     """Rows that cannot be read, or that hold what their columns do not allow."""
-    for table in _tables(connection):
+    for table in tables_of(connection):
         try:
             for number, row in enumerate(all_rows(connection, table.name, table.query), 1):
                 if isinstance(row, int):
                     yield str(Damaged(table.name, f"row {row}", "it lies on a damaged page of the file"))
                 else:
                     yield from _row_problems(table, row, number)
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             if not is_damage(error):
                 raise
             yield str(Damaged(table.name, "", f"{error}; which rows cannot be told"))
@@ -64,35 +64,40 @@ def all_rows(connection: sqlite3.Connection, table: str, query: str = "") -> Ite
 
 
 @dataclass(frozen=True, slots=True)
-class _Table:
+class Table:
+    """A table by its own schema."""
+
     name: str
     query: str
     columns: tuple[tuple[str, type | None, bool], ...]
     """Name, Python's type (None: any), and whether it may be null."""
     key: str
     """The column that names a row; empty: none does."""
+    has_rowids: bool
 
 
-def _tables(connection: sqlite3.Connection) -> list[_Table]:
+def tables_of(connection: sqlite3.Connection) -> list[Table]:
+    """All but SQLite's own. Its rows are read by name: `connection.row_factory` is sqlite3.Row."""
     found = connection.execute(
         "SELECT name, sql FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
     ).fetchall()
     return [_table(connection, name, sql) for name, sql in found]
 
 
-def _table(connection: sqlite3.Connection, name: str, sql: str) -> _Table:
+def _table(connection: sqlite3.Connection, name: str, sql: str) -> Table:
     columns = connection.execute(f'PRAGMA table_info("{name}")').fetchall()
     keys = [column["name"] for column in columns if column["pk"]]
     has_rowids = "WITHOUT ROWID" not in sql.upper()
-    return _Table(
+    return Table(
         name,
         f'SELECT * FROM "{name}"' + (" WHERE rowid BETWEEN ? AND ?" if has_rowids else ""),
         tuple((c["name"], _TYPES.get(c["type"].upper()), not c["notnull"] and not c["pk"]) for c in columns),
         keys[0] if len(keys) == 1 else "",
+        has_rowids,
     )
 
 
-def _row_problems(table: _Table, row: sqlite3.Row, number: int) -> Iterator[str]:
+def _row_problems(table: Table, row: sqlite3.Row, number: int) -> Iterator[str]:
     for name, kind, may_be_null in table.columns:
         value = row[name]
         is_right = kind is None or type(value) is kind or (kind is float and type(value) is int)
