@@ -8,7 +8,7 @@ and an unfinished step is not logged: it was not answered.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -24,6 +24,7 @@ from runtime.agent.step import Delta, Progress, SampledStep, StepSampler
 from runtime.agent.tool_calls import run_tool_calls
 from runtime.agent.turn import Policy, Turn
 from runtime.off_loop import off_loop
+from runtime.privacy.redaction import Redactor
 from runtime.store.episodes import Episode, Fact, Outcome, Step, StopReason, ToolResult, new_id
 from runtime.store.step_log import StepLog, StepLogError
 
@@ -46,8 +47,6 @@ class ServerTools:
     """The tools that the server runs for an episode, and who judges where it led (a world, or nobody)."""
 
     tools: Mapping[str, BaseTool]
-    redact: Callable[[str], str] = lambda text: text
-    """What may be kept of a tool's result."""
     judge: Callable[[Action], float] | None = None
     """How good the end is that the last action makes; called once, on a thread of its own."""
 
@@ -106,7 +105,7 @@ async def _episode(
         transcript.end_step()
         sampled = sampler.sampled
         budget.spend(sampled)
-        results = await _tool_results(sampled.action, server_tools, budget.tool_timeout_s)
+        results = await _tool_results(sampled.action, server_tools, budget.tool_timeout_s, turn.redactor)
         next_turn = turn.after(sampled.action, prompt + sampled.completion_token_ids, results)
         prompt = await rendered(next_turn, run.policy, is_first=False)
         stop_reason = budget.stop_reason(sampled, run.policy.room_after(prompt))
@@ -130,9 +129,14 @@ async def _commit(log: StepLog, new_episode: Episode | None, *facts: Fact) -> No
 
 
 async def _digests(turn: Turn, answer: Message) -> Digests:
-    """Of the conversation as the client has it after this answer."""
-    messages = [*turn.client_messages, turn.as_sent_back(answer)]
-    return await off_loop(num_letters(messages) > 10 * SMALL_LETTERS, Digests.of, messages)
+    """Of the conversation as the client sends it back after this answer."""
+    is_large = num_letters([*turn.client_messages, answer]) > 10 * SMALL_LETTERS
+    return await off_loop(is_large or (turn.redactor is not None and turn.redactor.is_slow), _digests_of, turn, answer)
+
+
+def _digests_of(turn: Turn, answer: Message) -> Digests:
+    sent_back = answer if turn.redactor is None else turn.redactor.message(answer)
+    return Digests.of([*turn.client_messages, sent_back])
 
 
 def _unshown(sampled: SampledStep, shown: Shown, protocol: ChatProtocol) -> Delta | None:
@@ -189,10 +193,17 @@ def _client_stop(sampled: SampledStep) -> StopReason:
             return StopReason.MALFORMED
 
 
-async def _tool_results(action: Action, server_tools: ServerTools, timeout_s: float) -> tuple[ToolResult, ...]:
+async def _tool_results(
+    action: Action, server_tools: ServerTools, timeout_s: float, redactor: Redactor | None
+) -> tuple[ToolResult, ...]:
     if not isinstance(action, ToolCalls):
         return ()
-    return tuple(await run_tool_calls(action.calls, server_tools.tools, timeout_s, server_tools.redact))
+    results = await run_tool_calls(action.calls, server_tools.tools, timeout_s)
+    return tuple(results if redactor is None else await asyncio.to_thread(_redacted, redactor, results))
+
+
+def _redacted(redactor: Redactor, results: Sequence[ToolResult]) -> list[ToolResult]:
+    return [replace(result, content=redactor.text(result.content)[0]) for result in results]
 
 
 async def _outcome(step: Step, server_tools: ServerTools) -> list[Outcome]:

@@ -192,7 +192,7 @@ class _Admitted:
             stream=body.stream,
             tells_tokens=body.logprobs,
             prompt_change=place.change,
-            **({} if self.parts.redactor is None else {"as_sent_back": self.parts.redactor.message}),
+            redactor=self.parts.redactor,
         )
         return Run(choice, self.policy, turn, self.is_new, server_tools, body.asked_max_tokens)
 
@@ -204,8 +204,6 @@ class _Admitted:
         if asked == "client" or (asked is None and not toolbox.is_default):
             return (), None
         schemas, server_tools = toolbox.open(self.episode.task, self.place.path)
-        if (redactor := self.parts.redactor) is not None:
-            server_tools = replace(server_tools, redact=lambda text: redactor.text(text)[0])
         return schemas, server_tools if schemas else None
 
     def _sampling(self, choice: int, offered: tuple[ToolSchema, ...]) -> SamplingParams:

@@ -451,7 +451,7 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 def _tombstone(row: sqlite3.Row) -> Tombstone:
-    fields = {**dict(row), "cause": Cause(row["cause"]), "actor": Actor(row["actor"])}
+    fields: dict[str, Any] = {**dict(row), "cause": Cause(row["cause"]), "actor": Actor(row["actor"])}
     return Tombstone(**fields | {"purpose": Purpose(row["purpose"])})
 
 
