@@ -123,6 +123,7 @@ async def _inspect(
         problems = [expert.problems for expert in who.experts if isinstance(expert, ModelExpert)]
         record.add(inspection=inspection.report(), expert_problems=dict(sum(problems, Counter[str]())))
         record.measure("training_data", inspection.measures())
+        who.learning_log.add_rewards(agreement_rewards(record.cycle, inspection.training_data))
     compared = inspection.at_expert_states + inspection.at_policy_states
     if compared and all(state.drop_reason is DropReason.MASTERED for state in compared):
         raise NothingToLearn(f"the policy does what the experts do at all {len(compared)} states where they answered")
@@ -132,9 +133,9 @@ async def _inspect(
 def _reward(
     record: CycleRecord, who: Collaborators, options: CycleOptions, training_data: TrainingData
 ) -> Discriminator | None:
-    """Agreement and discriminator rewards; the implicit ones come with a trained policy."""
+    """Discriminator rewards; those of agreement are there since the inspection, the implicit ones come with a trained
+    policy."""
     with record.stage(CycleStage.REWARD):
-        who.learning_log.add_rewards(agreement_rewards(record.cycle, training_data))
         settings = DiscriminatorOptions(training=options.training)
         try:
             discriminator = discriminate(training_data, who.base, options.objective, settings, options.device)

@@ -15,7 +15,7 @@ from learner.options import CollectionOptions, CycleOptions, TrainingOptions
 from policies.chat.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.adapter_registry import AdapterState
-from runtime.store.episodes import Outcome, Purpose, new_id
+from runtime.store.episodes import Actor, Outcome, Purpose, new_id
 from runtime.store.learning_log import CycleStage, RewardSource
 from tests.cycles import QUICK, collaborators, practised, run
 from tests.demonstrations import expert_demonstration, post
@@ -69,9 +69,12 @@ def test_one_cycle_rewards_every_own_action_from_every_source_and_answers_own_st
             for episode in server.parts.log.episodes(limit=100, task_prefix="order_desk/train/10")
             for step in server.parts.log.steps(episode.id)
         }
+        demonstrations = server.parts.log.episodes(limit=100, actor=Actor.EXPERT)
+        demonstrated = {step.id for each in demonstrations for step in server.parts.log.steps(each.id)}
         for source in (RewardSource.EXPERT_AGREEMENT, RewardSource.IMPLICIT, RewardSource.DISCRIMINATOR):
             judged = {reward.step_id for reward in rewards if reward.source is source}
             assert taken <= judged, source
+            assert demonstrated <= judged, source
             assert len({reward.value for reward in rewards if reward.source is source}) > 1
         report = status.report
         assert report["collected"]["own_new"] == 6

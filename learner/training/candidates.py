@@ -13,7 +13,7 @@ from learner.objectives.build import NothingToLearn, objective_of
 from learner.objectives.objectives import Objective
 from learner.options import ObjectiveOptions, TrainingOptions
 from learner.report import CycleRecord
-from learner.training.diagnostics import WatchedActions, diagnostics, policy_action_sums
+from learner.training.diagnostics import WatchedActions, diagnostics, logged_action_sums
 from learner.training.discriminator import Discriminator
 from learner.training.trainer import Trainer, TrainingFailed
 from policies.types import BASE_ADAPTER, TokenIds
@@ -123,9 +123,9 @@ def _candidate(
     trainer.save(folder, _probe_prompts(training_data), _card(record.cycle, name, acting, training_data))
     rewards = implicit_rewards(
         record.cycle,
-        [action for _, action in watched.policy_actions],
-        policy_action_sums(watched, after),
-        policy_action_sums(watched, before),
+        watched.logged,
+        logged_action_sums(watched, after),
+        logged_action_sums(watched, before),
         options.objective.beta,
     )
     return Candidate(name, folder, rewards)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from learner.data.held_out import is_held_out
-from learner.data.rewards import discriminator_rewards, policy_actions_of
+from learner.data.rewards import discriminator_rewards, logged_actions_of
 from learner.data.training_data import TrainingData
 from learner.objectives.build import LabelledState, NothingToLearn, labelled_states, without_stale_actions
 from learner.objectives.losses import expert_logits, length_controlled, pairwise_discriminator_loss
@@ -94,10 +94,10 @@ class Discriminator:
         return length_controlled(self._logits(sequences, self._bias), num_tokens).tolist()
 
     def rewards_of(self, cycle: str, training_data: TrainingData) -> list[StepReward]:
-        """The reward of every action of the policy in the training data."""
-        found = policy_actions_of(training_data)
-        sequences = [action_sequence(state.prompt, action.token_ids, (state.id,)) for state, action in found]
-        return discriminator_rewards(cycle, [action for _, action in found], self.rewards(sequences))
+        """The reward of every logged step of the training data."""
+        found = logged_actions_of(training_data)
+        sequences = [action_sequence(each.state.prompt, each.token_ids, (each.state.id,)) for each in found]
+        return discriminator_rewards(cycle, found, self.rewards(sequences))
 
     def measures(self) -> dict[str, float]:
         """For the cycle's report."""

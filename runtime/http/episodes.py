@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -22,6 +23,7 @@ from runtime.http.schemas import CorrectionRequest, OutcomeRequest, PromotionReq
 from runtime.http.strict_json import StrictJsonRoute
 from runtime.store.episodes import Actor, Correction, Episode, Outcome, Purpose, Role, Step, new_id
 from runtime.store.keys import Key
+from runtime.store.learning_log import RewardSource, StepReward
 
 _BY_A_USER = PromotionRequest()
 WORLD = "world"
@@ -62,12 +64,18 @@ def episode_routes(parts: Parts) -> APIRouter:
     ) -> Response:
         """One episode with its outcomes and its steps by time; `with_tokens` adds token ids and logprobs.
 
+        `rewards` of a step is what the newest cycles gave it, by source; empty where none has read it yet.
+
         Of a long one a page of steps: `after_step` is the `last_step_id` of the page before.
         """
         episode = _known(parts, asking_key(request), episode_id)
 
         def read() -> dict[str, Any]:
-            steps = (_step(step, with_tokens) for step in log.steps_after(episode.id, after_step, limit + 1))
+            rewards = parts.learning.log.newest_rewards_of(episode.id) if parts.learning else {}
+            steps = (
+                _step(step, with_tokens) | {"rewards": _rewards(rewards.get(step.id, {}))}
+                for step in log.steps_after(episode.id, after_step, limit + 1)
+            )
             fitting, has_more = that_fit(steps, limit)
             return {
                 **shown_episode(episode),
@@ -156,6 +164,10 @@ def _known(parts: Parts, key: Key, episode_id: str) -> Episode:
     if episode is None or not key.sees(episode.owner):
         raise ApiError(404, f"there is no episode {episode_id!r}; GET /v1/episodes lists them", "episode_not_found")
     return episode
+
+
+def _rewards(newest: Mapping[RewardSource, StepReward]) -> dict[str, Any]:
+    return {source.value: {"value": reward.value, "cycle": reward.cycle} for source, reward in newest.items()}
 
 
 def _step(step: Step, with_tokens: bool) -> dict[str, Any]:

@@ -204,6 +204,13 @@ class LearningReader:
         )
         return [StepReward(r["step_id"], r["cycle"], RewardSource(r["source"]), r["value"]) for r in rows]
 
+    def newest_rewards_of(self, episode_id: str) -> dict[str, dict[RewardSource, StepReward]]:
+        """Of each rewarded step of an episode, by source, what the newest cycle that judged it gave."""
+        newest = dict[str, dict[RewardSource, StepReward]]()
+        for reward in self.rewards_of(episode_id):
+            newest.setdefault(reward.step_id, {})[reward.source] = reward
+        return newest
+
     def num_endings(self) -> dict[CycleStage, int]:
         """How many cycles ended how."""
         rows = self._rows("SELECT stage, count(*) AS num FROM cycle_status GROUP BY stage", [])
