@@ -27,6 +27,8 @@ class CycleReport:
     """Why a model expert did not answer, counted."""
     no_discriminator: str = ""
     """Why there is none; empty where there is one."""
+    no_reward_model: str = ""
+    """Why the discriminator does not lie beside the candidates, though there is one; empty where it does."""
     diagnostics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """What was measured, by what it is of: the training data, the discriminator, an objective."""
     not_trained: Mapping[str, str] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from learner.report import CycleRecord
 from learner.training.diagnostics import WatchedActions, diagnostics, logged_action_sums
 from learner.training.discriminator import Discriminator
 from learner.training.trainer import Trainer, TrainingFailed
+from policies.adapters.reward import REWARD_FOLDER
 from policies.types import BASE_ADAPTER, TokenIds
 from runtime.store.learning_log import CycleStage, StepReward
 
@@ -96,7 +97,10 @@ def _train(
         return Untrained(name, f"there is no discriminator: {record.report.no_discriminator}", has_failed=False)
     try:
         objective = objective_of(name, training_data, options.objective, discriminator)
-        return _candidate(record, who, options, acting, training_data, objective, folder)
+        candidate = _candidate(record, who, options, acting, training_data, objective, folder)
+        if discriminator is not None:
+            _save_reward(record, discriminator, training_data, folder)
+        return candidate
     except NothingToLearn as reason:
         return Untrained(name, str(reason), has_failed=False)
     except TrainingFailed as error:
@@ -129,6 +133,17 @@ def _candidate(
         options.objective.beta,
     )
     return Candidate(name, folder, rewards)
+
+
+def _save_reward(record: CycleRecord, discriminator: Discriminator, training_data: TrainingData, folder: Path) -> None:
+    """The cycle's discriminator beside the adapter, for whoever is to choose among its draws. Where it cannot be
+    written, the adapter is as good without it."""
+    title = f"# Reward model, {record.cycle}"
+    card = f"{title}\n\nA LoRA whose log probabilities tell experts' actions from the policy's, by StepAgent.\n"
+    try:
+        discriminator.save(folder / REWARD_FOLDER, _probe_prompts(training_data), card)
+    except TrainingFailed as error:
+        record.add(no_reward_model=str(error))
 
 
 def train_quietly(

@@ -28,6 +28,8 @@ from learner.options import ObjectiveOptions, TrainingOptions
 from learner.packing.prefix_tree import ScoredSequence
 from learner.packing.scoring import SequenceLogprobs
 from learner.training.trainer import Trainer
+from policies.adapters.reward import RewardCard, write_reward_card
+from policies.types import TokenIds
 from runtime.store.learning_log import StepReward
 
 
@@ -98,6 +100,11 @@ class Discriminator:
         found = logged_actions_of(training_data)
         sequences = [action_sequence(each.state.prompt, each.token_ids, (each.state.id,)) for each in found]
         return discriminator_rewards(cycle, found, self.rewards(sequences))
+
+    def save(self, folder: Path, probe_prompts: Sequence[TokenIds], card: str) -> None:
+        """Write it as a reward model (`policies/adapters/reward.py`). Raises as `Trainer.save`."""
+        self._trainer.save(folder, probe_prompts, card)
+        write_reward_card(folder, RewardCard(self._bias, self.accuracy, self.num_pairs))
 
     def measures(self) -> dict[str, float]:
         """For the cycle's report."""

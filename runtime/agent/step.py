@@ -23,7 +23,7 @@ from runtime.agent.bursts import Bursts
 from runtime.agent.conversation import Digests
 from runtime.agent.stop_texts import StopTexts
 from runtime.agent.turn import Policy, Turn
-from runtime.store.episodes import Step, StopReason, ToolResult
+from runtime.store.episodes import Step, StepCandidate, StopReason, ToolResult
 
 BURST_S = 0.01
 """Tokens that come quicker than this are read and shown together: a hundred times a second is smooth to any reader."""
@@ -70,6 +70,14 @@ class SampledStep:
     created_at: float
     first_token_ms: float
     latency_ms: float
+    candidates: tuple[StepCandidate, ...] = ()
+    """What it was chosen among, itself included; empty where nothing else was drawn."""
+
+    @property
+    def num_drawn_tokens(self) -> int:
+        """Of all that was drawn for it."""
+        drawn = sum(len(candidate.completion_token_ids) for candidate in self.candidates)
+        return drawn or len(self.tokens)
 
     @property
     def completion_token_ids(self) -> TokenIds:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query, Request, Response
 
-from policies.chat.chat_protocol import message_action
+from policies.chat.chat_protocol import action_message, message_action
 from policies.types import Message
 from runtime.agent.demonstrations import correction_in_tokens, promoted_episode
 from runtime.http.chat_answer import step_summary
@@ -24,6 +24,7 @@ from runtime.http.strict_json import StrictJsonRoute
 from runtime.store.episodes import Actor, Correction, Episode, Outcome, Purpose, Role, Step, new_id
 from runtime.store.keys import Key
 from runtime.store.learning_log import RewardSource, StepReward
+from runtime.store.step_log import StepLog
 
 _BY_A_USER = PromotionRequest()
 WORLD = "world"
@@ -73,7 +74,7 @@ def episode_routes(parts: Parts) -> APIRouter:
         def read() -> dict[str, Any]:
             rewards = parts.learning.log.newest_rewards_of(episode.id) if parts.learning else {}
             steps = (
-                _step(step, with_tokens) | {"rewards": _rewards(rewards.get(step.id, {}))}
+                _step(step, with_tokens) | _chosen_among(log, step) | {"rewards": _rewards(rewards.get(step.id, {}))}
                 for step in log.steps_after(episode.id, after_step, limit + 1)
             )
             fitting, has_more = that_fit(steps, limit)
@@ -168,6 +169,24 @@ def _known(parts: Parts, key: Key, episode_id: str) -> Episode:
 
 def _rewards(newest: Mapping[RewardSource, StepReward]) -> dict[str, Any]:
     return {source.value: {"value": reward.value, "cycle": reward.cycle} for source, reward in newest.items()}
+
+
+def _chosen_among(log: StepLog, step: Step) -> dict[str, Any]:
+    """The draws that a step was chosen among, where it was."""
+    if step.sampling.best_of == 1:
+        return {}
+    return {
+        "candidates": [
+            {
+                "action": action_message(each.action),
+                "score": each.score,
+                "scorer": each.scorer,
+                "is_chosen": each.is_chosen,
+                "num_completion_tokens": len(each.completion_token_ids),
+            }
+            for each in log.candidates(step.id)
+        ]
+    }
 
 
 def _step(step: Step, with_tokens: bool) -> dict[str, Any]:

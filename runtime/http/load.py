@@ -110,9 +110,9 @@ class Load:
             self._free += num_completions
             self._hand_on()
 
-    def count(self, key: Key, step: Step) -> None:
-        """A step was taken for this key."""
-        num_tokens = len(step.prompt_token_ids) + len(step.completion_token_ids)
+    def count(self, key: Key, step: Step, num_beside: int = 0) -> None:
+        """A step was taken for this key, and so many tokens drawn beside it that were not chosen."""
+        num_tokens = len(step.prompt_token_ids) + len(step.completion_token_ids) + num_beside
         usage = self._today(key)
         usage.steps += 1
         usage.tokens += num_tokens

@@ -25,6 +25,7 @@ from sqlite_utils import Database, Migrations
 
 from policies.adapters.files import ADAPTER_FILES, CONFIG_FILE, AdapterRefused, adapter_rank, weights_digest
 from policies.adapters.probe import PROBE_FILE
+from policies.adapters.reward import REWARD_FILE, REWARD_FOLDER
 from policies.types import Adapter
 from runtime.store.transaction import write_transaction
 
@@ -117,6 +118,9 @@ class WatchEvent:
 
 MODEL_CARD = "README.md"
 
+REWARD_VERSIONS = 1_000_000_000
+"""A reward model's version is its adapter's and so much more: an engine's ids must not meet."""
+
 INCOMING = ".incoming-"
 """Begins the name of a folder that is being copied in and is no adapter yet."""
 
@@ -185,6 +189,20 @@ def ask_before_promoting(db: Database) -> None:
         db.execute(
             f"CREATE TRIGGER proposal_events_no_{verb.lower()} BEFORE {verb} ON proposal_events "
             "BEGIN SELECT RAISE(ABORT, 'proposal_events is append-only'); END"
+        )
+
+
+@migrations()
+def keep_reward_models(db: Database) -> None:
+    """Which adapters have a reward model beside them."""
+    db.execute(
+        "CREATE TABLE reward_models (adapter TEXT PRIMARY KEY REFERENCES adapters(name), rank INTEGER NOT NULL, "
+        "digest TEXT NOT NULL, created_at REAL NOT NULL) STRICT"
+    )
+    for verb in ("UPDATE", "DELETE"):
+        db.execute(
+            f"CREATE TRIGGER reward_models_no_{verb.lower()} BEFORE {verb} ON reward_models "
+            "BEGIN SELECT RAISE(ABORT, 'reward_models is append-only'); END"
         )
 
 
@@ -339,6 +357,14 @@ class AdapterRegistry:
         """All that were ever registered, oldest first."""
         return tuple(self._adapter_from(row) for row in self._rows("SELECT * FROM adapters ORDER BY version"))
 
+    def reward_of(self, name: str) -> Adapter | None:
+        """The reward model beside an adapter, as it was registered; None where there is none."""
+        for row in self._rows("SELECT * FROM reward_models WHERE adapter = ?", name):
+            adapter = self.adapter(name)
+            path, version = adapter.path / REWARD_FOLDER, REWARD_VERSIONS + adapter.version
+            return Adapter(f"{name}-reward", version, path, row["rank"], name, row["digest"], is_reward=True)
+        return None
+
     def cycle_of(self, name: str) -> str | None:
         """The learner's cycle that made an adapter; None where somebody else did."""
         return next((row["cycle"] for row in self._rows("SELECT cycle FROM adapters WHERE name = ?", name)), None)
@@ -375,6 +401,11 @@ class AdapterRegistry:
         for name in (*ADAPTER_FILES, MODEL_CARD):
             if (path / name).is_file():
                 shutil.copyfile(path / name, incoming / name)
+        if (path / REWARD_FOLDER).is_dir():
+            (incoming / REWARD_FOLDER).mkdir()
+            for name in (*ADAPTER_FILES, REWARD_FILE):
+                if (path / REWARD_FOLDER / name).is_file():
+                    shutil.copyfile(path / REWARD_FOLDER / name, incoming / REWARD_FOLDER / name)
 
     def _known(self, incoming: Path, digest: str) -> Adapter | None:
         for row in self._rows("SELECT * FROM adapters WHERE digest = ? ORDER BY version DESC", digest):
@@ -390,6 +421,7 @@ class AdapterRegistry:
         version = 1 + len(self.adapters())
         name = f"agent-v{version:04d}"
         adapter = Adapter(name, version, self._folder / name, rank, parent, digest)
+        reward = _reward_in(incoming)
         shutil.rmtree(adapter.path, ignore_errors=True)  # left by a registration that died before its row
         with write_transaction(self.db):
             self.db.execute(
@@ -398,6 +430,9 @@ class AdapterRegistry:
                 [version, name, rank, parent, digest, time.time(), cycle],
             )
             self._insert_event(name, AdapterState.REGISTERED, reason, key)
+            if reward is not None:
+                values = [name, *reward, time.time()]
+                self.db.execute("INSERT INTO reward_models VALUES (?, ?, ?, ?)", values)
             incoming.rename(adapter.path)
         return adapter
 
@@ -458,3 +493,13 @@ class AdapterRegistry:
         """What is committed; within a write, too, for no write reads what it has written itself."""
         with self._reading:
             return list(self._reader.query(sql, params))
+
+
+def _reward_in(folder: Path) -> tuple[int, str] | None:
+    """Rank and digest of the reward model in an adapter's folder. None where there is none that can be read: the
+    adapter itself acts as well without it, and whoever wants to choose by it is told that there is none."""
+    try:
+        reward = folder / REWARD_FOLDER
+        return (adapter_rank(reward), weights_digest(reward)) if reward.is_dir() else None
+    except AdapterRefused:
+        return None

@@ -35,11 +35,13 @@ from runtime.store.episodes import (
     ResponseRecord,
     Role,
     Step,
+    StepCandidate,
     Withdrawal,
 )
 from runtime.store.prompt_chains import SequenceCache, sequence_of
 from runtime.store.step_rows import (
     TOKEN_BYTES,
+    candidate_from_row,
     correction_from_row,
     episode_from_row,
     outcome_from_row,
@@ -189,6 +191,11 @@ class StepLog:
         for row in self._rows(query, *values):
             if (step := self.step(row["id"])) is not None:
                 yield step
+
+    def candidates(self, step_id: str) -> list[StepCandidate]:
+        """What a step was chosen among, in the order it was drawn; empty where nothing else was."""
+        rows = self._rows("SELECT * FROM step_candidates WHERE step_id = ? ORDER BY number", step_id)
+        return [candidate_from_row(row) for row in rows]
 
     def children(self, step_id: str) -> list[Step]:
         """The steps that stand on it, by time of creation."""

@@ -36,6 +36,7 @@ from runtime.store.episodes import (
     ResponseRecord,
     Role,
     Step,
+    StepCandidate,
     StopReason,
     ToolResult,
     Withdrawal,
@@ -239,6 +240,29 @@ def withdrawal_to_row(withdrawal: Withdrawal) -> Row:
 
 def withdrawal_from_row(row: sqlite3.Row) -> Withdrawal:
     return Withdrawal(**dict(row))
+
+
+def candidate_to_row(candidate: StepCandidate) -> Row:
+    return fields_of(candidate) | {
+        "action": action_to_json(candidate.action),
+        "completion_token_ids": tokens_to_blob(candidate.completion_token_ids),
+        "logprobs": logprobs_to_blob(candidate.logprobs),
+        "finish_reason": FinishReason(candidate.finish_reason).value,
+        "is_chosen": int(candidate.is_chosen),
+    }
+
+
+def candidate_from_row(row: sqlite3.Row) -> StepCandidate:
+    return StepCandidate(
+        **{
+            **dict(row),
+            "action": action_from_json(row["action"]),
+            "completion_token_ids": tokens_from_blob(row["completion_token_ids"]),
+            "logprobs": logprobs_from_blob(row["logprobs"]),
+            "finish_reason": FinishReason(row["finish_reason"]),
+            "is_chosen": bool(row["is_chosen"]),
+        }
+    )
 
 
 def correction_to_row(correction: Correction) -> Row:
