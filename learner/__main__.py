@@ -15,6 +15,7 @@ COMMANDS = {
         "StepsOptions",
         "show an episode's steps, their rewards, and which lost it",
     ),
+    "doubts": ("learner.commands.doubts", "DoubtsOptions", "list steps of demonstrations that something contradicts"),
     "rollback": ("learner.commands.rollback", "RollbackOptions", "let act again what acted before"),
     "approve": ("learner.commands.approve", "ApproveOptions", "let act what waits for somebody's yes"),
     "decline": ("learner.commands.approve", "DeclineOptions", "refuse what waits for somebody's yes"),

@@ -18,8 +18,10 @@ from openai import APIStatusError, OpenAIError
 from learner.data.collaborators import Collaborators
 from learner.data.collect import Collected, collect
 from learner.data.comparison import DropReason
-from learner.data.experts import ModelExpert
+from learner.data.doubts import doubts_of
+from learner.data.experts import Corrections, ModelExpert
 from learner.data.inspection import Inspection, inspect
+from learner.data.judge import judge_rewards, with_judged_outcomes
 from learner.data.rewards import agreement_rewards
 from learner.data.training_data import TrainingData
 from learner.evaluation.fold_contest import TrainWithout
@@ -34,6 +36,9 @@ from learner.training.candidates import Candidate, CandidateOptions, train_candi
 from learner.training.discriminator import Discriminator, DiscriminatorOptions, discriminate
 from learner.training.trainer import TrainingFailed
 from runtime.store.learning_log import CycleStage
+
+MOST_DOUBTS = 50
+"""In a report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +67,15 @@ async def run_cycle(cycle: str, who: Collaborators, options: CycleOptions) -> Cy
 async def _run(record: CycleRecord, who: Collaborators, options: CycleOptions) -> Ending:
     parents = await _acting_and_parents(who, options)
     collected = _collect(record, who, options, parents)
+    await _doubt(record, who, collected)
     trials = _look_ahead(record, who, options, collected, parents[0])
     inspection = await _inspect(record, who, options, collected, parents[0])
-    discriminator = _reward(record, who, options, inspection.training_data)
+    training_data = await _ask_judge(record, who, collected, inspection.training_data)
+    discriminator = _reward(record, who, options, training_data)
     try:
         with _candidate_folders(who.state) as folders:
-            candidates = _train(record, who, options, parents[0], inspection.training_data, discriminator, folders)
-            train_without = _fold_training(record, who, options, collected, inspection.training_data)
+            candidates = _train(record, who, options, parents[0], training_data, discriminator, folders)
+            train_without = _fold_training(record, who, options, collected, training_data)
             verdicts = await judge(record, who, trials, candidates, parents[0], train_without)
         return await _promote(record, who, options, verdicts, parents[0])
     finally:  # whatever happened: what is neither promoted nor refused would keep its slot in the engine
@@ -105,6 +112,14 @@ def _collect(record: CycleRecord, who: Collaborators, options: CycleOptions, par
     return collected
 
 
+async def _doubt(record: CycleRecord, who: Collaborators, collected: Collected) -> None:
+    """What is to be doubted of the demonstrations, for the report: nothing is left out for it. Asked is only who
+    answers at once; `python -m learner doubts` asks the world's expert, too."""
+    found = await doubts_of([*collected.demonstrations, *collected.held_out], [Corrections(who.log)], who.world)
+    record.add(doubts=[doubt.to_json() for doubt in found[:MOST_DOUBTS]])
+    record.measure("demonstrations", {"num_doubted_steps": float(len(found))})
+
+
 def _look_ahead(
     record: CycleRecord, who: Collaborators, options: CycleOptions, collected: Collected, acting: str
 ) -> CycleTrials:
@@ -128,6 +143,22 @@ async def _inspect(
     if compared and all(state.drop_reason is DropReason.MASTERED for state in compared):
         raise NothingToLearn(f"the policy does what the experts do at all {len(compared)} states where they answered")
     return inspection
+
+
+async def _ask_judge(
+    record: CycleRecord, who: Collaborators, collected: Collected, training_data: TrainingData
+) -> TrainingData:
+    """The training data with a judge's scores as outcomes where nobody has said one; as it is without a judge."""
+    if who.judge is None:
+        return training_data
+    unjudged = [each for each in collected.policy_episodes if each.outcome is None]
+    with record.stage(CycleStage.REWARD, f"{who.judge.model} judges"):
+        scores = await who.judge.scores(unjudged)
+        who.learning_log.add_rewards(judge_rewards(record.cycle, unjudged, scores))
+        mean = sum(scores.values()) / len(scores) if scores else None
+        told = {"episodes": len(unjudged), "scored": len(scores), "mean": mean, "problems": dict(who.judge.problems)}
+        record.add(judge=told)
+    return with_judged_outcomes(training_data, scores)
 
 
 def _reward(

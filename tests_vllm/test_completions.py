@@ -56,7 +56,7 @@ async def test_base_and_adapters_in_one_batch_do_not_mix(engine: VllmEngine, nov
 
 
 async def test_a_given_completion_is_scored_as_transformers_and_peft_do(engine: VllmEngine, novice: NoviceAdapters):
-    """Releases of vLLM told wrong logprobs of a prompt under an adapter; beside the others' and after a cached prefix."""
+    """Releases of vLLM told wrong logprobs of a prompt under an adapter; also after a cached prefix."""
     scored = [
         (adapter, novice.prompt(length, length), novice.prompt(num, 7 + num))
         for adapter in (None, novice.adapter(1), novice.adapter(2))

@@ -21,6 +21,7 @@ _COLUMNS = {
     RewardSource.EXPERT_AGREEMENT: "agreement",
     RewardSource.DISCRIMINATOR: "discriminator",
     RewardSource.IMPLICIT: "implicit",
+    RewardSource.JUDGE: "judge",
 }
 
 

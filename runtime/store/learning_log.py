@@ -49,6 +49,7 @@ class RewardSource(StrEnum):
     EXPERT_AGREEMENT = "expert_agreement"  # 1 where the step does what the expert does there, else 0
     IMPLICIT = "implicit"  # beta times the log ratio of the trained policy to its reference
     DISCRIMINATOR = "discriminator"  # expert logit of the discriminator, length-controlled
+    JUDGE = "judge"  # a judge model's score of the whole episode, in [0, 1]
 
 
 @dataclass(frozen=True, slots=True)
