@@ -95,22 +95,10 @@ def test_practice_and_evaluation_are_the_policys_own_draws_unless_they_ask() -> 
 def test_what_cannot_be_asked_for_is_refused_in_a_sentence(
     protocol: ChatProtocol, tmp_path: Path, best_of: str, by: str | None, words: str
 ) -> None:
-    with served(with_rewards(SayingEngine(protocol), protocol, tmp_path)) as server:
+    with served(parts_of(SayingEngine(protocol), protocol, tmp_path)) as server:
         answer = ask(server, best_of=best_of, by=by)  # type: ignore[arg-type]
     assert answer.status_code == 400
     assert words in answer.json()["error"]["message"]
-
-
-def with_rewards(engine: Any, protocol: ChatProtocol, folder: Path, **changes: Any) -> Any:
-    from policies.adapters.base_network import read_base_network
-    from runtime.adapters.reward_models import RewardModels
-    from tests.serving import NOVICE_FOLDER
-
-    parts = parts_of(engine, protocol, folder, **changes)
-    from dataclasses import replace
-
-    rewards = RewardModels(engine, parts.registry, read_base_network(NOVICE_FOLDER), parts.swap.changes)
-    return replace(parts, reward_models=rewards)
 
 
 # -------------------------------------------------------------------------------------- a served answer

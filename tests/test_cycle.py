@@ -87,6 +87,20 @@ def test_one_cycle_rewards_every_own_action_from_every_source_and_answers_own_st
         assert {each["objective"] for each in gate.values()} >= {"sft", "implicit", "inverse"}
         assert len(who.learning_log.decisions("cycle_1")) == len(gate)
         assert not list((tmp_path / "candidates").glob("*"))
+        first = server.parts.registry.adapters()[0]
+        registered = httpx.post(f"{server.url}/v1/adapters", json={"path": str(first.path)}, timeout=60)
+        made = registered.raise_for_status().json()["name"]  # another version, where its gate has refused the first
+        by_reward = {"x-stepagent-best-of": "4", "x-stepagent-best-of-by": "discriminator"}
+        asked = {"model": made, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 24}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=asked, headers=by_reward, timeout=60)
+        answer.raise_for_status()
+        drawn = server.parts.log.candidates(answer.headers["x-step-id"])
+        assert {(each.scorer, each.step_id) for each in drawn} == {("discriminator", answer.headers["x-step-id"])}
+        assert max(drawn, key=lambda each: each.score).is_chosen
+        served_models = httpx.get(f"{server.url}/v1/models").json()["data"]
+        assert f"{made}-reward" not in {each["id"] for each in served_models}
+        asked["model"] = f"{made}-reward"
+        assert httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=60).status_code == 404
 
 
 def test_without_a_world_all_demonstrations_are_the_gate(

@@ -96,7 +96,7 @@ def test_a_group_that_gets_nonsense_goes_without_and_the_next_does_not(protocol:
 def test_a_judge_that_is_not_there_is_a_problem_and_no_error() -> None:
     judge = Judge(AsyncOpenAI(base_url="http://127.0.0.1:9/v1", api_key="none", max_retries=0), "nobody")
     assert asyncio.run(judge.scores(episodes("desk/1", "desk/1"))) == {}
-    assert list(judge.problems)[0].startswith("APIConnectionError")
+    assert next(iter(judge.problems)).startswith("APIConnectionError")
 
 
 def test_there_is_a_limit_to_what_a_judge_is_asked() -> None:

@@ -43,7 +43,7 @@ class Parts:
     load: Load = field(default_factory=Load)
     choosing: ChoosingLimits = field(default_factory=ChoosingLimits)
     reward_models: RewardModels | None = None
-    """None: no step is chosen by one, as in tests."""
+    """None: no step is chosen by one, as in benchmarks."""
     state: StateFolder | None = None
     """None: nobody else works on it, as in tests."""
     approval: Approval | None = None
