@@ -32,9 +32,16 @@ from learner.evaluation.twins import needed_later
 from learner.objectives.build import NothingToLearn
 from learner.options import CycleOptions
 from learner.report import CycleRecord
-from learner.training.candidates import Candidate, CandidateOptions, train_candidates, train_quietly
+from learner.training.candidates import (
+    Candidate,
+    CandidateOptions,
+    save_reward,
+    train_candidates,
+    train_quietly,
+)
 from learner.training.discriminator import Discriminator, DiscriminatorOptions, discriminate
 from learner.training.trainer import TrainingFailed
+from policies.types import BASE_ADAPTER
 from runtime.store.learning_log import CycleStage
 
 MOST_DOUBTS = 50
@@ -74,6 +81,7 @@ async def _run(record: CycleRecord, who: Collaborators, options: CycleOptions) -
     discriminator = _reward(record, who, options, training_data)
     try:
         with _candidate_folders(who.state) as folders:
+            await _renew_reward(record, who, parents[0], discriminator, training_data, folders)
             candidates = _train(record, who, options, parents[0], training_data, discriminator, folders)
             train_without = _fold_training(record, who, options, collected, training_data)
             verdicts = await judge(record, who, trials, candidates, parents[0], train_without)
@@ -176,6 +184,25 @@ def _reward(
         who.learning_log.add_rewards(discriminator.rewards_of(record.cycle, training_data))
         record.measure("discriminator", discriminator.measures())
         return discriminator
+
+
+async def _renew_reward(
+    record: CycleRecord,
+    who: Collaborators,
+    acting: str,
+    discriminator: Discriminator | None,
+    training_data: TrainingData,
+    folders: Path,
+) -> None:
+    """Hand the discriminator to the acting adapter, whose actions it was trained against: whatever becomes of the
+    candidates, it tells those apart better than the one that was trained against the actions of the adapter before."""
+    if discriminator is None or acting == BASE_ADAPTER:
+        return
+    try:
+        save_reward(discriminator, training_data, folders / "reward", record.cycle)
+        await who.endpoint.add_reward(acting, (folders / "reward").absolute(), record.cycle)
+    except (TrainingFailed, OpenAIError) as problem:
+        record.add(no_reward_model=str(problem))
 
 
 def _train(

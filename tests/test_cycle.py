@@ -98,8 +98,8 @@ def test_one_cycle_rewards_every_own_action_from_every_source_and_answers_own_st
         assert {(each.scorer, each.step_id) for each in drawn} == {("discriminator", answer.headers["x-step-id"])}
         assert max(drawn, key=lambda each: each.score).is_chosen
         served_models = httpx.get(f"{server.url}/v1/models").json()["data"]
-        assert f"{made}-reward" not in {each["id"] for each in served_models}
-        asked["model"] = f"{made}-reward"
+        assert f"{made}-reward1" not in {each["id"] for each in served_models}
+        asked["model"] = f"{made}-reward1"
         assert httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=60).status_code == 404
 
 

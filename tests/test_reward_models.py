@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from policies.adapters.files import WEIGHTS_FILE
+from policies.adapters.files import WEIGHTS_FILE, weights_digest
 from policies.adapters.probe import PROBE_FILE, read_probe
 from policies.adapters.reward import REWARD_FOLDER, RewardCard, expert_logit, read_reward_card, write_reward_card
 from policies.types import Adapter, Draw, EngineError, FinalAnswer, TokenIds
@@ -58,6 +58,9 @@ class House:
         shutil.rmtree(made)
         return adapter
 
+    def tiny_digest(self) -> str:
+        return weights_digest(self.tiny.adapter(100))
+
     def loaded(self) -> list[str]:
         return [each.name for each in self.engine.loaded_adapters()]
 
@@ -81,11 +84,11 @@ def test_it_scores_by_its_own_logprobs_and_the_bases_and_is_no_adapter_that_acts
     adapter = house.register()
     expected = [0.5 * (-0.7 + 0.35) + 0.25, 0.5 * (-0.1 + 0.05) + 0.25]
     assert logits(house, adapter) == pytest.approx([*expected, expected[0]])
-    assert house.loaded() == [f"{adapter.name}-reward"]
+    assert house.loaded() == [f"{adapter.name}-reward1"]
     assert [each.name for each in house.registry.adapters()] == [adapter.name]
     assert house.registry.reward_of(adapter.name) in house.engine.loaded_adapters()
     asyncio.run(house.swap.drain())
-    assert house.loaded() == [f"{adapter.name}-reward"], "a sweep knows of it and leaves it"
+    assert house.loaded() == [f"{adapter.name}-reward1"], "a sweep knows of it and leaves it"
 
 
 def test_an_adapter_without_one_is_chosen_for_by_its_sureness_or_refused_by_name(house: House) -> None:
@@ -144,6 +147,26 @@ def test_it_gives_its_slot_to_an_adapter_and_comes_again_when_there_is_one(house
         logits(house, adapters[0])
     asyncio.run(house.swap.unload(adapters[2].name))
     assert logits(house, adapters[0])
+
+
+def test_the_newest_is_used_and_a_broken_newer_one_is_no_reason_to_use_the_old(house: House) -> None:
+    adapter = house.register()
+    logits(house, adapter)
+    newer = house.tiny.copy(100, house.folder / "newer")
+    write_reward_card(newer, RewardCard(bias=1.25, accuracy=None, num_pairs=4))
+    assert house.registry.add_reward(adapter.name, newer).digest == house.tiny_digest(), "the same weights: known"
+    house.tiny.write_adapter(other := house.folder / "other", seed=5)
+    write_reward_card(other, CARD)
+    second = house.registry.add_reward(adapter.name, other, "cycle_2")
+    assert second.path.name == "reward-0002"
+    house.probe = read_probe(other)
+    assert logits(house, adapter)
+    assert house.loaded() == [f"{adapter.name}-reward2"]
+    (second.path / "reward.json").unlink()
+    third = house.registry.add_reward(adapter.name, house.tiny.adapter(6))
+    assert third.version > second.version
+    with pytest.raises(NoRewardModel, match="reward3"):
+        asyncio.run(house.models.find(adapter))
 
 
 def test_there_is_one_at_a_time_and_nobody_loses_the_one_he_scores_by(house: House) -> None:

@@ -99,7 +99,7 @@ def _train(
         objective = objective_of(name, training_data, options.objective, discriminator)
         candidate = _candidate(record, who, options, acting, training_data, objective, folder)
         if discriminator is not None:
-            _save_reward(record, discriminator, training_data, folder)
+            _add_reward(record, discriminator, training_data, folder)
         return candidate
     except NothingToLearn as reason:
         return Untrained(name, str(reason), has_failed=False)
@@ -135,15 +135,18 @@ def _candidate(
     return Candidate(name, folder, rewards)
 
 
-def _save_reward(record: CycleRecord, discriminator: Discriminator, training_data: TrainingData, folder: Path) -> None:
-    """The cycle's discriminator beside the adapter, for whoever is to choose among its draws. Where it cannot be
-    written, the adapter is as good without it."""
-    title = f"# Reward model, {record.cycle}"
-    card = f"{title}\n\nA LoRA whose log probabilities tell experts' actions from the policy's, by StepAgent.\n"
+def _add_reward(record: CycleRecord, discriminator: Discriminator, training_data: TrainingData, folder: Path) -> None:
+    """The discriminator beside a candidate. Where it cannot be written, the candidate is as good without it."""
     try:
-        discriminator.save(folder / REWARD_FOLDER, _probe_prompts(training_data), card)
+        save_reward(discriminator, training_data, folder / REWARD_FOLDER, record.cycle)
     except TrainingFailed as error:
         record.add(no_reward_model=str(error))
+
+
+def save_reward(discriminator: Discriminator, training_data: TrainingData, folder: Path, cycle: str) -> None:
+    """The cycle's discriminator as a reward model, for whoever is to choose among draws. Raises TrainingFailed."""
+    card = f"# Reward model, {cycle}\n\nA LoRA whose log probabilities tell experts' actions from the policy's.\n"
+    discriminator.save(folder, _probe_prompts(training_data), card)
 
 
 def train_quietly(

@@ -1,4 +1,4 @@
-"""Brings up the reward model beside an adapter, proves that the engine scores by it, and scores actions.
+"""Brings up the newest reward model beside an adapter, proves that the engine scores by it, and scores actions.
 
 A reward model lies in the engine like an adapter and never acts: no lease, no name that a client could pin. It is
 brought up when a step is first to be chosen by it, one at a time: validated and held against the digest it was
@@ -48,26 +48,29 @@ class RewardModels:
         self._registry = registry
         self._base = base
         self._sound: dict[str, RewardModel] = {}
-        """By the adapter's name."""
+        """By the reward model's name."""
         self._problems: dict[str, str] = {}
-        """Why there is none beside an adapter; found once."""
+        """Why one is not used, by its name; found once."""
         self._changes = asyncio.Lock()
         self._num_scoring = 0
         self._is_idle = asyncio.Event()
         self._is_idle.set()
 
     async def find(self, adapter: Adapter | None) -> RewardModel:
-        """The sound reward model beside an adapter. Raises NoRewardModel."""
+        """The newest reward model beside an adapter. Raises NoRewardModel where there is none, or it is not sound."""
         if adapter is None:
             raise NoRewardModel("the base network has no reward model beside it: a learner's cycle makes one")
-        if adapter.name in self._problems:
-            raise NoRewardModel(self._problems[adapter.name])
-        if adapter.name not in self._sound:
+        reward = self._registry.reward_of(adapter.name)
+        if reward is None:
+            raise NoRewardModel(f"{adapter.name} has no reward model beside it: no cycle made a discriminator for it")
+        if reward.name in self._problems:
+            raise NoRewardModel(self._problems[reward.name])
+        if reward.name not in self._sound:
             try:
-                self._sound[adapter.name] = await asyncio.to_thread(self._validated, adapter.name)
+                self._sound[reward.name] = await asyncio.to_thread(self._validated, reward)
             except AdapterRefused as error:
-                raise self._refusal(adapter.name, str(error)) from error
-        return self._sound[adapter.name]
+                raise self._refusal(reward.name, str(error)) from error
+        return self._sound[reward.name]
 
     async def expert_logits(
         self, reward: RewardModel, prompt_token_ids: TokenIds, draws: Sequence[Draw]
@@ -109,16 +112,16 @@ class RewardModels:
                 self._is_idle.set()
 
     async def _bring_up(self, reward: RewardModel) -> None:
-        name = str(reward.adapter.parent)
+        name = reward.adapter.name
         loaded = self._engine.loaded_adapters()
         for other in [each for each in loaded if each.is_reward]:
             await self._engine.unload_adapter(other)
         if sum(not each.is_reward for each in loaded) >= self._engine.limits.max_adapters:
-            raise NoRewardModel(f"the reward model of {name} has no slot in the engine now: adapters hold all of them")
+            raise NoRewardModel(f"{name} has no slot in the engine now: adapters hold all of them")
         try:
             await self._engine.load_adapter(reward.adapter)
         except EngineError as error:
-            raise NoRewardModel(f"the reward model of {name} cannot be loaded: {error}") from error
+            raise NoRewardModel(f"{name} cannot be loaded: {error}") from error
         try:
             await verify_scores(self._engine, reward.adapter, reward.probe)
         except AdapterRefused as error:
@@ -131,21 +134,18 @@ class RewardModels:
 
     # ------------------------------------------------------------------------------------------------- files
 
-    def _validated(self, name: str) -> RewardModel:
-        adapter = self._registry.reward_of(name)
-        if adapter is None:
-            raise AdapterRefused(f"{name} has no reward model beside it: a cycle without a discriminator made it")
-        files = validate_adapter(adapter.path, self._engine.limits, self._base)
-        if files.digest != adapter.digest:
-            raise AdapterRefused(f"the reward model of {name} is not the one that was registered")
+    def _validated(self, reward: Adapter) -> RewardModel:
+        files = validate_adapter(reward.path, self._engine.limits, self._base)
+        if files.digest != reward.digest:
+            raise AdapterRefused(f"{reward.name} is not the one that was registered")
         try:
-            return RewardModel(adapter, read_reward_card(adapter.path), files.probe)
+            return RewardModel(reward, read_reward_card(reward.path), files.probe)
         except (OSError, ValueError) as error:
-            raise AdapterRefused(f"the reward model of {name}: {error}") from error
+            raise AdapterRefused(f"{reward.name}: {error}") from error
 
     def _refusal(self, name: str, problem: str) -> NoRewardModel:
         self._problems[name] = problem
-        _log.warning("no reward model beside %s: %s", name, problem)
+        _log.warning("%s is not used: %s", name, problem)
         return NoRewardModel(problem)
 
 

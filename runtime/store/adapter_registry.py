@@ -119,7 +119,7 @@ class WatchEvent:
 MODEL_CARD = "README.md"
 
 REWARD_VERSIONS = 1_000_000_000
-"""A reward model's version is its adapter's and so much more: an engine's ids must not meet."""
+"""Above the versions of adapters: an engine's ids must not meet."""
 
 INCOMING = ".incoming-"
 """Begins the name of a folder that is being copied in and is no adapter yet."""
@@ -194,10 +194,11 @@ def ask_before_promoting(db: Database) -> None:
 
 @migrations()
 def keep_reward_models(db: Database) -> None:
-    """Which adapters have a reward model beside them."""
+    """The reward models beside adapters; the newest of an adapter is used."""
     db.execute(
-        "CREATE TABLE reward_models (adapter TEXT PRIMARY KEY REFERENCES adapters(name), rank INTEGER NOT NULL, "
-        "digest TEXT NOT NULL, created_at REAL NOT NULL) STRICT"
+        "CREATE TABLE reward_models (id INTEGER PRIMARY KEY, adapter TEXT NOT NULL REFERENCES adapters(name), "
+        "number INTEGER NOT NULL, rank INTEGER NOT NULL, digest TEXT NOT NULL, cycle TEXT, key TEXT NOT NULL, "
+        "created_at REAL NOT NULL, UNIQUE (adapter, number)) STRICT"
     )
     for verb in ("UPDATE", "DELETE"):
         db.execute(
@@ -297,6 +298,33 @@ class AdapterRegistry:
             self._flip(target["adapter"], target["behind"], reason, key)
             return self.acting()
 
+    def add_reward(self, name: str, path: Path, cycle: str | None = None, key: str = "") -> Adapter:
+        """Copy a reward model in beside an adapter: its newest from now on. The very same weights as the newest are the
+        one that there is. Raises UnknownAdapter, and AdapterRefused for a folder without readable
+        weights and rank."""
+        adapter = self.adapter(name)
+        if not path.is_dir():
+            raise AdapterRefused(f"the reward model's folder {path} does not exist")
+        incoming = self._folder / f"{INCOMING}{secrets.token_hex(4)}"
+        try:
+            self._copy_reward(path, incoming)
+            rank, digest = adapter_rank(incoming), weights_digest(incoming)
+            with self._lock:
+                newest = self.reward_of(name)
+                if newest is not None and newest.digest == digest:
+                    return newest
+                number = 1 + self._rows("SELECT count(*) AS num FROM reward_models WHERE adapter = ?", name)[0]["num"]
+                folder = adapter.path / _reward_folder(number)
+                shutil.rmtree(folder, ignore_errors=True)  # left by one that died before its row
+                with write_transaction(self.db):
+                    self._insert_reward(name, number, rank, digest, cycle, key)
+                    incoming.rename(folder)
+                reward = self.reward_of(name)
+                assert reward is not None
+                return reward
+        finally:
+            shutil.rmtree(incoming, ignore_errors=True)
+
     def note_proposal(
         self, name: str, event: ProposalEvent, reason: str, expected_acting: str | None, key: str = ""
     ) -> None:
@@ -358,12 +386,9 @@ class AdapterRegistry:
         return tuple(self._adapter_from(row) for row in self._rows("SELECT * FROM adapters ORDER BY version"))
 
     def reward_of(self, name: str) -> Adapter | None:
-        """The reward model beside an adapter, as it was registered; None where there is none."""
-        for row in self._rows("SELECT * FROM reward_models WHERE adapter = ?", name):
-            adapter = self.adapter(name)
-            path, version = adapter.path / REWARD_FOLDER, REWARD_VERSIONS + adapter.version
-            return Adapter(f"{name}-reward", version, path, row["rank"], name, row["digest"], is_reward=True)
-        return None
+        """The newest reward model beside an adapter, as it was registered; None where there is none."""
+        query = "SELECT * FROM reward_models WHERE adapter = ? ORDER BY number DESC LIMIT 1"
+        return next((self._reward_from(row) for row in self._rows(query, name)), None)
 
     def cycle_of(self, name: str) -> str | None:
         """The learner's cycle that made an adapter; None where somebody else did."""
@@ -402,10 +427,13 @@ class AdapterRegistry:
             if (path / name).is_file():
                 shutil.copyfile(path / name, incoming / name)
         if (path / REWARD_FOLDER).is_dir():
-            (incoming / REWARD_FOLDER).mkdir()
-            for name in (*ADAPTER_FILES, REWARD_FILE):
-                if (path / REWARD_FOLDER / name).is_file():
-                    shutil.copyfile(path / REWARD_FOLDER / name, incoming / REWARD_FOLDER / name)
+            self._copy_reward(path / REWARD_FOLDER, incoming / REWARD_FOLDER)
+
+    def _copy_reward(self, path: Path, incoming: Path) -> None:
+        incoming.mkdir()
+        for name in (*ADAPTER_FILES, REWARD_FILE):
+            if (path / name).is_file():
+                shutil.copyfile(path / name, incoming / name)
 
     def _known(self, incoming: Path, digest: str) -> Adapter | None:
         for row in self._rows("SELECT * FROM adapters WHERE digest = ? ORDER BY version DESC", digest):
@@ -431,8 +459,7 @@ class AdapterRegistry:
             )
             self._insert_event(name, AdapterState.REGISTERED, reason, key)
             if reward is not None:
-                values = [name, *reward, time.time()]
-                self.db.execute("INSERT INTO reward_models VALUES (?, ?, ?, ?)", values)
+                self._insert_reward(name, 1, *reward, cycle, key)
             incoming.rename(adapter.path)
         return adapter
 
@@ -461,6 +488,19 @@ class AdapterRegistry:
             "INSERT INTO adapter_events (adapter, state, reason, created_at, key) VALUES (?, ?, ?, ?, ?)",
             [name, state.value, reason, time.time(), key],
         )
+
+    def _insert_reward(self, name: str, number: int, rank: int, digest: str, cycle: str | None, key: str) -> None:
+        self.db.execute(
+            "INSERT INTO reward_models (adapter, number, rank, digest, cycle, key, created_at) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            [name, number, rank, digest, cycle, key, time.time()],
+        )
+
+    def _reward_from(self, row: dict[str, Any]) -> Adapter:
+        adapter, number = self.adapter(row["adapter"]), row["number"]
+        name, path = f"{adapter.name}-reward{number}", adapter.path / _reward_folder(number)
+        version = REWARD_VERSIONS + row["id"]
+        return Adapter(name, version, path, row["rank"], adapter.name, row["digest"], is_reward=True)
 
     def _events(self, name: str, order: str) -> tuple[AdapterEvent, ...]:
         rows = self._rows(f"SELECT * FROM adapter_events WHERE adapter = ? {order}", name)
@@ -493,6 +533,11 @@ class AdapterRegistry:
         """What is committed; within a write, too, for no write reads what it has written itself."""
         with self._reading:
             return list(self._reader.query(sql, params))
+
+
+def _reward_folder(number: int) -> str:
+    """Within an adapter's folder: the one that came with it, and those that later cycles made of its own actions."""
+    return REWARD_FOLDER if number == 1 else f"{REWARD_FOLDER}-{number:04d}"
 
 
 def _reward_in(folder: Path) -> tuple[int, str] | None:
