@@ -102,6 +102,12 @@ def test_one_cycle_rewards_every_own_action_from_every_source_and_answers_own_st
         asked["model"] = f"{made}-reward1"
         assert httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=60).status_code == 404
 
+        httpx.post(f"{server.url}/v1/adapters/{made}/promote", json={}).raise_for_status()
+        run(server, tmp_path, "cycle_2", replace(QUICK, objectives=("sft",), gate_tasks=2))
+        newest = server.parts.registry.reward_of(made)
+        assert newest is not None
+        assert newest.name == f"{made}-reward2", "whatever the gate says: it was trained against this one's actions"
+
 
 def test_without_a_world_all_demonstrations_are_the_gate(
     engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path

@@ -118,6 +118,15 @@ def test_the_command_lists_them_and_says_what_of(
     assert main(["doubts", "--state", str(tmp_path / "none")]) == 1
 
 
+def test_an_import_says_that_demonstrations_contradict_each_other(
+    serve_scripted: ServeScripted, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server, path = serve_scripted(), tmp_path / "demos.jsonl"
+    path.write_text("".join(f"{json.dumps(each)}\n" for each in (asking("look"), asking("leap"))))
+    assert main(["import", str(path), "--url", f"{server.url}/v1", "--state", str(tmp_path)]) == 0
+    assert "2 of the steps are contradicted: python -m learner doubts" in capfd.readouterr().out
+
+
 def test_what_networks_trained_on_the_others_do_not_expect_is_listed(
     serve_scripted: ServeScripted, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

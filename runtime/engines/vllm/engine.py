@@ -182,7 +182,14 @@ class VllmEngine:
         token_ids = [*prompt_token_ids, *completion_token_ids]
         outputs = self._llm.generate(
             tokens_input(token_ids),
-            VllmSamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, ignore_eos=True),
+            VllmSamplingParams(
+                max_tokens=1,
+                temperature=0.0,
+                prompt_logprobs=0,
+                detokenize=False,
+                ignore_eos=True,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            ),
             request_id=uuid.uuid4().hex,
             lora_request=None if adapter is None else lora_request(adapter),
         )
