@@ -47,6 +47,7 @@ async def _serve(settings: Settings) -> None:
     from runtime.engines.supervised import SupervisedEngine
     from runtime.http.app import create_app
     from runtime.http.shutdown import server_of
+    from runtime.store.damage import StepLogError
 
     parts = build_parts(settings)
     assert parts.learning is not None
@@ -78,7 +79,7 @@ async def _serve(settings: Settings) -> None:
         await server.serve(sockets=[sock])
         if starting.done():
             starting.result()
-    except (EngineError, ValueError) as error:
+    except (EngineError, ValueError, StepLogError) as error:
         raise SystemExit(f"cannot start: {error}") from error
     finally:
         for task in (starting, *beside):
@@ -124,27 +125,33 @@ def build_parts(settings: Settings) -> Parts:
     from runtime.agent.scorers import ChosenBy
     from runtime.agent.tools import Toolbox
     from runtime.http.best_of import Choosing, ChoosingLimits
-    from runtime.http.load import Load
+    from runtime.http.load import Load, today
     from runtime.http.metrics import Metrics
     from runtime.http.parts import Parts
     from runtime.http.shutdown import Cutting
     from runtime.learning.learning import Learning
     from runtime.store.adapter_registry import AdapterRegistry
+    from runtime.store.damage import StepLogError, damaged_file, is_damage
     from runtime.store.keys import KeyRing, KeyStore
+    from runtime.store.learning_log import migrate_learning_log
     from runtime.store.state_folder import StateFolder
-    from runtime.store.step_log import StepLog, StepLogError
+    from runtime.store.step_log import LOCK_TIMEOUT_S, StepLog
     from tools import load_tools
     from tools.worlds import load_world
+    from tools.worlds.world import max_steps_of
 
     try:
+        world = load_world(settings.world_name) if settings.world_name else None
         toolbox = Toolbox(
             load_tools(settings.tools, settings.search_corpus),
-            load_world(settings.world_name) if settings.world_name else None,
+            world,
             is_default=settings.run_tools == "always",
         )
         folder_of_state = StateFolder(settings.state)
-        log = StepLog(settings.state / "agent.db")
+        log = StepLog(settings.state / "agent.db", lock_timeout_s=min(LOCK_TIMEOUT_S, settings.deadline))
         registry = AdapterRegistry(settings.state / "agent.db")
+        registry.acting()  # raises where it can no longer be read: another adapter would be served
+        migrate_learning_log(settings.state)
         keys = KeyRing(KeyStore(settings.state / "agent.db"), key_of(settings))
         folder = model_folder(settings.model)
         network = read_base_network(folder)
@@ -152,7 +159,10 @@ def build_parts(settings: Settings) -> Parts:
         if settings.tools and not protocol.takes_tools:
             raise ValueError(f"the chat template of {settings.model} has no words for tools: leave --tools out")
         engine = load_engine(settings, folder, protocol)
-    except (ValueError, OSError, StepLogError, BaseNetworkError, sqlite3.Error) as error:
+    except sqlite3.Error as error:
+        told = damaged_file(error, settings.state / "agent.db") if is_damage(error) else error
+        raise SystemExit(f"cannot start: {told}") from error
+    except (ValueError, OSError, StepLogError, BaseNetworkError) as error:
         raise SystemExit(f"cannot start: {error}") from error
     swap = Swap(engine, registry, network)
     metrics, cutting = Metrics(engine), Cutting()
@@ -165,7 +175,7 @@ def build_parts(settings: Settings) -> Parts:
         swap=swap,
         toolbox=toolbox,
         limits=RunLimits(
-            max_steps=settings.max_steps,
+            max_steps=settings.max_steps or max_steps_of(world),
             max_completion_tokens=settings.max_run_tokens,
             deadline_s=settings.deadline,
             tool_timeout_s=settings.tool_timeout,
@@ -181,7 +191,7 @@ def build_parts(settings: Settings) -> Parts:
             settings.canary_share,
             settings.approval_days * 86400,
         ),
-        load=Load(settings.max_batch_size, settings.max_waiting, cutting, metrics.registry),
+        load=Load(settings.max_batch_size, settings.max_waiting, cutting, metrics.registry, used=log.usage_of(today())),
         keys=keys,
         state=folder_of_state,
         cors_origins=tuple(settings.cors_origins),

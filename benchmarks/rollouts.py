@@ -23,10 +23,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from learner.data.comparison import compare
 from learner.data.training_data import PolicyAction, State, Trajectory
-from learner.practice import MAX_STEPS
 from policies.chat.chat_protocol import ChatProtocol, action_message, message_action
 from policies.types import Action, Completion, FinalAnswer, FinishReason, TokenIds, ToolCall, ToolCalls
-from tools.worlds.world import Message, Task, World, WorldEpisode
+from tools.worlds.world import Message, Task, World, WorldEpisode, max_steps_of
 
 MAX_ACTION_TOKENS = 96
 MAX_ROWS = 512
@@ -177,7 +176,7 @@ class Rollouts:
         """`model` is a model's folder, or its protocol where that is at hand."""
         self.world = world
         self.protocol = model if isinstance(model, ChatProtocol) else ChatProtocol.load(model)
-        self.max_steps: int = getattr(world, "max_steps", MAX_STEPS)
+        self.max_steps = max_steps_of(world)
 
     def attempts(
         self,

@@ -45,7 +45,7 @@ from policies.novice.tokenizer import (
     with_templates,
 )
 from tools.worlds import load_world
-from tools.worlds.world import Message, Task, World
+from tools.worlds.world import Message, Task, World, max_steps_of
 
 CACHE = Path(".cache/students")
 """Under the working folder, which is the repository's root."""
@@ -55,9 +55,7 @@ BATCH_TOKENS = 1536
 PEAK_LR = 3e-3
 TOLD_WEIGHT = 0.5
 TOLD_SHARE = 0.25
-"""Of the tokens that others wrote so many are learned too, drawn anew each time, at this weight beside 1 of own ones."""
-MAX_STEPS = 100
-"""A demonstration that is longer is left out."""
+"""Of the tokens that others wrote so many are learned too, drawn anew each time, at this weight; own ones have 1."""
 
 Conversation = list[Message]
 
@@ -83,7 +81,7 @@ class Plan:
 PLANS = {
     "multihop_qa": Plan(num_demonstrations=2500, num_gradient_steps=1000, longest_told=230, knows_names=True),
     "babyai": Plan(num_demonstrations=1500, num_gradient_steps=800),
-    "textworld": Plan(num_demonstrations=150, num_gradient_steps=800),
+    "textworld": Plan(num_demonstrations=100, num_gradient_steps=600, longest_told=700),
 }
 """By the world's name."""
 
@@ -95,7 +93,7 @@ def demonstrations(world: World, tasks: Iterable[Task]) -> Iterator[Conversation
     """The expert's conversations at those tasks that it brings to outcome 1."""
     for task in tasks:
         episode, conversation = world.open(task), list(task.messages)
-        for _ in range(MAX_STEPS):
+        for _ in range(max_steps_of(world)):
             message = episode.expert_action()
             if message is None:
                 break

@@ -175,6 +175,9 @@ def _reward(
     """Discriminator rewards; those of agreement are there since the inspection, the implicit ones come with a trained
     policy."""
     with record.stage(CycleStage.REWARD):
+        if not options.discriminator and "inverse" not in options.objectives:
+            record.add(no_discriminator="it was not asked for")
+            return None
         settings = DiscriminatorOptions(training=options.training)
         try:
             discriminator = discriminate(training_data, who.base, options.objective, settings, options.device)

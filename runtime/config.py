@@ -68,8 +68,8 @@ class Settings(Options):
     """Tools that the server runs for the agent: calculator, search. Repeat or separate by commas."""
     search_corpus: Path | None = None
     """JSONL file of {"title", "text"} objects for the search tool."""
-    max_steps: int = Field(16, ge=1, le=1000)
-    """Most steps of one run of server-run tools."""
+    max_steps: int | None = Field(None, ge=1, le=1000)
+    """Most steps of one run of server-run tools; default: as many as the world gives its tasks, 16 without one."""
     max_run_tokens: int = Field(8192, ge=1)
     """Most tokens that the policy may write in one run."""
     deadline: float = Field(300.0, gt=0, allow_inf_nan=False)

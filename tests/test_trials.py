@@ -12,6 +12,7 @@ import pytest
 
 from learner.client import StateTrial
 from learner.data.collect import Collected, collect
+from learner.data.inspection import inspect_demonstrations
 from learner.evaluation.folds import NUM_FOLDS, fold_of, left_out
 from learner.evaluation.gate import Contestants
 from learner.evaluation.trials import CycleTrials, fitting_world
@@ -94,6 +95,21 @@ def test_trials_are_repeated_neither_in_a_cycle_nor_in_the_next(
         assert asyncio.run(again.pairs(again.units, BOTH_BASE)) == pairs
         assert num_evaluations(server) == made
         assert again.past.num_reused > 0
+
+
+def test_what_an_inspection_drew_is_not_drawn_again_by_the_gate(
+    engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    with served(parts_of(engine, protocol, tmp_path)) as server:
+        post(server, expert_demonstration(1), expert_demonstration(2)).raise_for_status()
+        demonstrations = collected(server, 1.0).held_out
+        who = collaborators(server, tmp_path, world=None)
+        _, compared = asyncio.run(inspect_demonstrations(who, demonstrations, "base", 2))
+        made = num_evaluations(server)
+        assert made == 2 * len(compared)
+        trials = trials_of(server, tmp_path)
+        assert len(asyncio.run(trials.pairs(trials.units, BOTH_BASE))) == 2
+        assert num_evaluations(server) == made
 
 
 def test_a_worlds_tasks_are_tried_with_the_same_luck_and_found_again(

@@ -1,4 +1,4 @@
-"""Students and rollouts: what a student reads in a rollout is what it is served, and the same seed makes the same one."""
+"""Students and rollouts: what a student reads in a rollout is what it is served; the same seed makes the same one."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class OnceOptions(_CycleFields):
     judge_model: str = ""
     """The judge model's name there."""
     threads: int = 1
-    """Threads of the learner's arithmetic on a CPU."""
+    """Threads of the learner's arithmetic on a CPU, beside the spare cores. OMP_NUM_THREADS bounds both."""
     server_pid: CliSuppress[int | None] = None
     """The server that started us: we give way to it, and end with it."""
 
@@ -99,7 +99,7 @@ def run(options: OnceOptions) -> int:
     """Exit code 0 however the cycle was decided, 1 where it failed, 3 beside another cycle."""
     if options.server_pid is not None:
         _live_beside(options.server_pid)  # before the slow imports: they too give way to the server, and end with it
-    os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))  # before torch is imported
+    _limit_threads(options)  # before torch is imported
     from learner.commands.status import StatusOptions
     from learner.commands.status import run as show_status
     from learner.objectives.build import OBJECTIVES
@@ -117,6 +117,12 @@ def run(options: OnceOptions) -> int:
         stage = asyncio.run(_clear_up_and_run(options))
         show_status(StatusOptions(state=options.state, limit=1))
     return 1 if stage is CycleStage.FAILED else 0
+
+
+def _limit_threads(options: OnceOptions) -> None:
+    options.spare_cores = options.spare_cores and "OMP_NUM_THREADS" not in os.environ  # type: ignore[attr-defined]
+    os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that spins takes a core from the server
 
 
 async def _clear_up_and_run(options: OnceOptions) -> str:

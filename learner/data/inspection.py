@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from learner.client import StateTrial
 from learner.data.collaborators import Collaborators
 from learner.data.collect import Collected, LoggedEpisode, LoggedState
 from learner.data.comparison import ComparedState, compare_state, report_on
@@ -80,10 +81,13 @@ async def inspect_demonstrations(
     num_samples: int,
     on_done: Callable[[], object] = lambda: None,
 ) -> tuple[list[Trajectory], list[ComparedState]]:
-    """Sample an adapter at every state of the experts' episodes, and compare."""
+    """Sample an adapter at every state of the experts' episodes, and compare.
+
+    The draws are those of a gate: where the same adapter has to try a state there, it has done so already.
+    """
     places = [state for demonstration in demonstrations for state in demonstration.states()]
-    asked = [(state.messages, state.step.tools, most_tokens(state.step)) for state in places]
-    sampled = await who.endpoint.sample(asked, adapter, num_samples, on_done)
+    draws = [[trial_of(state, number) for number in range(num_samples)] for state in places]
+    sampled = await who.endpoint.sample(draws, adapter, on_done)
     states: dict[str, State] = {}
     compared = []
     for place, step_ids in zip(places, sampled, strict=True):
@@ -109,6 +113,11 @@ def as_logged(episode: LoggedEpisode) -> Trajectory:
     ]
     outcome = 1.0 if is_demonstration else episode.outcome
     return Trajectory(episode.episode.id, tuple(states), episode.episode.task, outcome, is_demonstration)
+
+
+def trial_of(state: LoggedState, number: int) -> StateTrial:
+    """A draw at an expert's state, to be held against what the expert did there."""
+    return StateTrial(state.messages, state.step.tools, number, most_tokens(state.step))
 
 
 def most_tokens(expert: Step) -> int:

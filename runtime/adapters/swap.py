@@ -406,6 +406,8 @@ class Swap:
         assert not self._engine.loaded_adapters(), "the engine has not just started"
         self._served.clear()
         self._canary = None
-        for adapter in self._registry.adapters():
-            if self._registry.state(adapter.name) in IN_ENGINE:
-                await self.write(self._registry.record, adapter, AdapterState.UNLOADED, "its engine has ended")
+        in_engine = self._registry.damage.sound(
+            self._registry.adapters(), lambda adapter: (adapter, self._registry.state(adapter.name) in IN_ENGINE)
+        )
+        for adapter in [adapter for adapter, was_in_engine in in_engine if was_in_engine]:
+            await self.write(self._registry.record, adapter, AdapterState.UNLOADED, "its engine has ended")

@@ -56,7 +56,7 @@ class RunBudget:
         """Take a step off."""
         self._num_steps += 1
         self._num_completion_tokens += len(sampled.tokens)
-        self._num_drawn_tokens += sampled.num_drawn_tokens
+        self._num_drawn_tokens += len(sampled.tokens) + sampled.num_beside_tokens
         self._num_malformed = self._num_malformed + 1 if isinstance(sampled.action, MalformedAction) else 0
 
     def stop_reason(self, sampled: SampledStep, room: int) -> StopReason | None:

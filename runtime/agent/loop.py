@@ -68,6 +68,8 @@ class Run:
     """What the client wants at most, of all steps together."""
     beside: tuple[Fact, ...] = ()
     """What is logged with the last step."""
+    beside_each: Callable[[Step, int], tuple[Fact, ...]] = lambda _, __: ()
+    """What is logged with each step."""
 
     def events(self, log: StepLog, limits: RunLimits) -> AsyncGenerator[RunEvent, None]:
         return _client_step(self, log) if self.server_tools is None else _episode(self, self.server_tools, log, limits)
@@ -86,7 +88,8 @@ async def _client_step(run: Run, log: StepLog) -> AsyncGenerator[RunEvent, None]
         yield shown.add(Progress(run.choice, (), (rest,)))
     digests = await _digests(turn, shown.message(sampled.action, turn.shows_call_ids))
     step = sampled.led_to(_client_stop(sampled), digests)
-    await _commit(log, turn.episode if run.is_new else None, step, *sampled.candidates, *run.beside)
+    beside = (*sampled.candidates, *run.beside_each(step, sampled.num_beside_tokens), *run.beside)
+    await _commit(log, turn.episode if run.is_new else None, step, *beside)
     yield StepTaken(run.choice, step, sampled.candidates)
 
 
@@ -111,7 +114,8 @@ async def _episode(
         stop_reason = budget.stop_reason(sampled, run.policy.room_after(prompt))
         digests = await _digests(run.turn, transcript.message) if stop_reason else Digests()
         step = sampled.led_to(stop_reason, digests, results)
-        beside = (*sampled.candidates, *(run.beside if stop_reason else ()))
+        beside = (*sampled.candidates, *run.beside_each(step, sampled.num_beside_tokens))
+        beside += run.beside if stop_reason else ()
         await _commit(log, turn.episode if is_new else None, step, *await _outcome(step, server_tools), *beside)
         turn, is_new = next_turn, False
         yield StepTaken(run.choice, step, sampled.candidates)

@@ -74,10 +74,9 @@ class SampledStep:
     """What it was chosen among, itself included; empty where nothing else was drawn."""
 
     @property
-    def num_drawn_tokens(self) -> int:
-        """Of all that was drawn for it."""
-        drawn = sum(len(candidate.completion_token_ids) for candidate in self.candidates)
-        return drawn or len(self.tokens)
+    def num_beside_tokens(self) -> int:
+        """Of what was drawn for it and not chosen."""
+        return sum(len(each.completion_token_ids) for each in self.candidates if not each.is_chosen)
 
     @property
     def completion_token_ids(self) -> TokenIds:

@@ -13,6 +13,7 @@ from policies.types import BASE_ADAPTER, Adapter
 from runtime.adapters.approval import Approval, PromotionMode
 from runtime.http.errors import ApiError
 from runtime.http.keys import asking_key
+from runtime.http.pages import left_out
 from runtime.http.parts import Parts
 from runtime.http.schemas import (
     AdapterChange,
@@ -24,6 +25,7 @@ from runtime.http.schemas import (
 )
 from runtime.http.strict_json import StrictJsonRoute
 from runtime.store.adapter_registry import AdapterRegistry
+from runtime.store.damage import Damaged
 from runtime.store.keys import LEARNER
 
 _NO_REASON = AdapterChange()
@@ -42,10 +44,12 @@ def adapter_routes(parts: Parts) -> APIRouter:
     async def list_adapters() -> dict[str, Any]:
         """Every version that was ever registered, oldest first, with its history."""
 
-        def listed() -> list[dict[str, Any]]:
-            return [record(adapter) for adapter in registry.adapters()]
+        def listed() -> dict[str, Any]:
+            damaged = list[Damaged]()
+            adapters = registry.damage.sound(registry.adapters(damaged), record, damaged)
+            return {"object": "list", "data": list(adapters)} | left_out(damaged)
 
-        return {"object": "list", "data": await asyncio.to_thread(listed)}
+        return await asyncio.to_thread(listed)
 
     @router.post("", status_code=201)
     async def register_adapter(body: AdapterRegistration, request: Request) -> dict[str, Any]:
@@ -138,16 +142,25 @@ def _waiting(parts: Parts, approval: Approval, name: str) -> dict[str, Any]:
 
 def _record(registry: AdapterRegistry, adapter: Adapter) -> dict[str, Any]:
     """An adapter as clients see it."""
-    events = registry.events(adapter.name)
+    state, events = registry.state(adapter.name), registry.events(adapter.name)
     return {
         "object": "adapter",
         "name": adapter.name,
         "version": adapter.version,
-        "state": events[-1].state,
+        "state": state,
         "parent": adapter.parent,
         "digest": adapter.digest,
         "rank": adapter.rank,
         "cycle": registry.cycle_of(adapter.name),
-        "is_acting": registry.acting() == adapter,
+        "is_acting": _is_acting(registry, adapter),
         "events": [asdict(event) for event in events],
     }
+
+
+def _is_acting(registry: AdapterRegistry, adapter: Adapter) -> bool:
+    """False where the pointer is damaged: then nothing acts."""
+    try:
+        return registry.acting() == adapter
+    except Damaged as damaged:
+        registry.damage.note(damaged)
+        return False

@@ -22,7 +22,7 @@ from runtime.http.best_of import FIRST_DRAW, NOTHING_ASKED, Choosing, ChoosingAs
 from runtime.http.fields import FieldRefused
 from runtime.http.parts import Parts
 from runtime.http.schemas import ChatCompletionRequest
-from runtime.off_loop import off_loop
+from runtime.off_loop import in_world_thread, off_loop
 from runtime.store.episodes import Actor, Episode, Step, new_id
 from runtime.store.keys import Key
 from runtime.store.step_log import Whose
@@ -89,13 +89,19 @@ async def admit(
     protocol = await off_loop(bool(request.template_options), parts.protocol.with_options, request.template_options)
     scorer = None if choosing.num_draws == 1 else await scorer_of(choosing.by, adapter, parts.reward_models)
     policy, is_assigned = Policy(parts.engine, protocol, adapter, scorer), pinned is None
-    episode = logged or await off_loop(
-        is_large, _new_episode, parts, request, episode_id, policy, messages, caller.key, is_assigned
-    )
+    new = (parts, request, episode_id, policy, messages, caller.key, is_assigned)
+    if logged is not None:
+        episode = logged
+    elif request.metadata.task is not None:
+        episode = await in_world_thread(_new_episode, *new)
+    else:
+        episode = await off_loop(is_large, _new_episode, *new)
     admitted = _Admitted(parts, request, caller, policy, episode, logged is None, place, messages, choosing)
     opens_world = request.tools is None and episode.task is not None  # which may take its time to replay what was done
+    if opens_world:
+        return [await in_world_thread(admitted.run, choice) for choice in range(request.n)]
     is_large = is_large or len(place.path) > FEW_MESSAGES or request.asks_for_grammar or bool(request.tools)
-    return [await off_loop(is_large or opens_world, admitted.run, choice) for choice in range(request.n)]
+    return [await off_loop(is_large, admitted.run, choice) for choice in range(request.n)]
 
 
 def _conversation(request: ChatCompletionRequest) -> tuple[tuple[Message, ...], int]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 from fastapi import APIRouter, Request
@@ -123,8 +124,11 @@ async def open_runs(
     choosing = parts.choosing.chosen(caller.choosing, body.metadata.purpose, body.temperature)
     async with AsyncExitStack() as lease:
         await lease.enter_async_context(parts.load.place(caller.key, body.n * choosing.num_draws))
-        runs = await admit(parts, body, caller, lease, previous, choosing)
-        runs = [replace(run, beside=beside(run)) for run in runs]
+        used = partial(parts.load.usage_of, caller.key)
+        runs = [
+            replace(run, beside=beside(run), beside_each=used)
+            for run in await admit(parts, body, caller, lease, previous, choosing)
+        ]
         return runs, RunEvents(parts, runs, lease.pop_all(), caller.key)
 
 

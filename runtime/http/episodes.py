@@ -17,10 +17,11 @@ from runtime.http.chat_answer import step_summary
 from runtime.http.demonstrations import NO_REASON, import_demonstration, withdraw
 from runtime.http.errors import ApiError
 from runtime.http.keys import asking_key
-from runtime.http.pages import episode_page, page, shown_episode, that_fit
+from runtime.http.pages import episode_page, left_out, page, shown_episode, that_fit
 from runtime.http.parts import Parts
 from runtime.http.schemas import CorrectionRequest, OutcomeRequest, PromotionRequest, WithdrawalRequest
 from runtime.http.strict_json import StrictJsonRoute
+from runtime.store.damage import Damaged
 from runtime.store.episodes import Actor, Correction, Episode, Outcome, Purpose, Role, Step, new_id
 from runtime.store.keys import Key
 from runtime.store.learning_log import RewardSource, StepReward
@@ -45,13 +46,16 @@ def episode_routes(parts: Parts) -> APIRouter:
         adapter: str | None = None,
         task_prefix: str | None = None,
     ) -> Response:
-        """Newest first, the key's own; an admin key lists all. `after` is the `last_id` of the page before."""
+        """Newest first, the key's own; an admin key lists all. `after` is the `last_id` of the page before.
+
+        Rows of the log that are damaged are left out and named under `damaged`, here and in the other lists.
+        """
         owner = asking_key(request).sees_only
 
         def found() -> dict[str, Any]:
-            wanted = (purpose, actor, adapter, task_prefix, owner)
-            with closing(log.each_episode(after, limit + 1, *wanted)) as episodes:
-                return episode_page(episodes, limit)
+            wanted, damaged = (purpose, actor, adapter, task_prefix, owner), list[Damaged]()
+            with closing(log.each_episode(after, limit + 1, *wanted, damaged)) as episodes:
+                return episode_page(episodes, limit, damaged)
 
         return await page(found)
 
@@ -72,10 +76,11 @@ def episode_routes(parts: Parts) -> APIRouter:
         episode = _known(parts, asking_key(request), episode_id)
 
         def read() -> dict[str, Any]:
+            damaged = list[Damaged]()
             rewards = parts.learning.log.newest_rewards_of(episode.id) if parts.learning else {}
             steps = (
                 _step(step, with_tokens) | _chosen_among(log, step) | {"rewards": _rewards(rewards.get(step.id, {}))}
-                for step in log.steps_after(episode.id, after_step, limit + 1)
+                for step in log.steps_after(episode.id, after_step, limit + 1, damaged)
             )
             fitting, has_more = that_fit(steps, limit)
             return {
@@ -84,6 +89,7 @@ def episode_routes(parts: Parts) -> APIRouter:
                 "has_more": has_more,
                 "last_step_id": fitting[-1]["id"] if fitting else None,
                 "outcomes": [asdict(outcome) for outcome in log.outcomes(episode.id)],
+                **left_out(damaged),
             }
 
         return await page(read)

@@ -26,7 +26,8 @@ from runtime.http.shutdown import ServerStopping
 from runtime.http.sse import ClientGone
 from runtime.learning.process import LearnerBusy
 from runtime.store.adapter_registry import RegistryError, UnknownAdapter
-from runtime.store.step_log import StepLogError
+from runtime.store.damage import Damaged, StepLogError
+from tools.worlds.world import WorldFailed
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), None, "messages")
         case EngineError():
             return ApiError(503, f"the engine could not answer: {error}", "engine_error")
+        case WorldFailed():
+            return ApiError(503, f"the world could not open the task: {error}", "world_error")
         case LearnerBusy():
             return ApiError(409, str(error), "learner_busy")
         case SwapError():
@@ -139,6 +142,8 @@ def as_api_error(error: Exception) -> ApiError:
         case sqlite3.Error():
             problem = f"the server's database, agent.db, could not be used: {error}"
             return ApiError(503, f"{problem}; is the disk full, or does another program hold a lock?", "database_error")
+        case Damaged():
+            return ApiError(503, f"what was asked for cannot be read: {error}", "damaged")
         case StepLogError():
             return ApiError(503, f"the answer could not be logged, so it was not given: {error}", "log_error")
         case HTTPException(status_code=404):
@@ -191,6 +196,7 @@ def install_error_handlers(app: FastAPI) -> None:
     of_adapters = (SwapError, AdapterRefused, RegistryError, LearnerBusy)
     failed = (
         EngineError,
+        WorldFailed,
         StepLogError,
         sqlite3.Error,
         ClientGone,

@@ -6,6 +6,7 @@ that nobody decided on).
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -153,21 +154,21 @@ def key_routes(parts: Parts) -> APIRouter:
     async def make_key(body: KeyRequest, request: Request) -> dict[str, Any]:
         """Make a key. Its secret is in this answer and nowhere else."""
         store, quota = _store(parts), Quota(body.requests_per_day, body.steps_per_day, body.tokens_per_day)
-        secret = _change(store.make, body.name, body.role, quota, asking_key(request).name)
+        secret = await _change(store.make, body.name, body.role, quota, asking_key(request).name)
         return _named(store, body.name) | {"secret": secret}
 
     @router.post("/{name}/rotate")
     async def rotate_key(name: str, request: Request) -> dict[str, Any]:
         """Give a key another secret; the old one is refused from now on."""
         store = _store(parts)
-        secret = _change(store.rotate, name, asking_key(request).name)
+        secret = await _change(store.rotate, name, asking_key(request).name)
         return _named(store, name) | {"secret": secret}
 
     @router.post("/{name}/revoke")
     async def revoke_key(name: str, request: Request) -> dict[str, Any]:
         """Refuse a key from now on, for ever."""
         store = _store(parts)
-        _change(store.revoke, name, asking_key(request).name)
+        await _change(store.revoke, name, asking_key(request).name)
         return _named(store, name)
 
     return router
@@ -194,9 +195,9 @@ def _store(parts: Parts) -> KeyStore:
     return parts.keys.store
 
 
-def _change(change: Any, *values: object) -> Any:
+async def _change(change: Any, *values: object) -> Any:
     try:
-        return change(*values)
+        return await asyncio.to_thread(change, *values)
     except KeyProblem as problem:
         raise ApiError(409, str(problem), "key_conflict", "name") from problem
 

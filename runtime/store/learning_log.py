@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,6 +18,18 @@ from typing import Any
 
 from sqlite_utils import Database, Migrations
 
+from runtime.store.damage import (
+    Damaged,
+    DamageNotes,
+    Query,
+    Row,
+    damaged_file,
+    is_damage,
+    json_object,
+    problems_in,
+    record_of,
+    text_or_bytes,
+)
 from runtime.store.learner_lock import is_learner_alive
 from runtime.store.transaction import write_transaction
 
@@ -137,6 +149,43 @@ def _create_status_view(db: Database, more_columns: str) -> None:
     )
 
 
+# ---------------------------------------------------------------------------------------------------- rows
+
+_CYCLE = {"cycle": str, "stage": str, "done": int, "total": int, "message": str, "report": str, "created_at": float}
+_DECISION = {"cycle": str, "candidate": str, "against": str, "promote": int, "reason": str, "evidence": str}
+_REWARD = {"step_id": str, "cycle": str, "source": str, "value": float}
+
+
+@record_of("cycles", {**_CYCLE, "last_step_id": str, "started_at": float}, may_be_null={"last_step_id"}, key="cycle")
+def _status_from_row(row: Row) -> CycleStatus:
+    fields = dict(row) | {"stage": CycleStage(row["stage"]), "report": json_object(row["report"])}
+    return CycleStatus(**fields)
+
+
+@record_of("cycles", {**_CYCLE, "last_step_id": str}, may_be_null={"last_step_id"})
+def _check_cycle(row: Row) -> None:
+    CycleStage(row["stage"])
+    json_object(row["report"])
+
+
+@record_of("gate_decisions", _DECISION)
+def _decision_from_row(row: Row) -> dict[str, Any]:
+    shown = {name: row[name] for name in _DECISION}
+    return shown | {"promote": bool(row["promote"]), "evidence": json_object(row["evidence"])}
+
+
+@record_of("step_rewards", _REWARD, key="step_id")
+def _reward_from_row(row: Row) -> StepReward:
+    return StepReward(row["step_id"], row["cycle"], RewardSource(row["source"]), row["value"])
+
+
+def learning_problems(query: Query) -> Iterator[str]:
+    """What is wrong with the learner's rows, in sentences; none where no learner ever ran."""
+    yield from problems_in(query, "cycles", _check_cycle)
+    yield from problems_in(query, "gate_decisions", _decision_from_row)
+    yield from problems_in(query, "step_rewards", _reward_from_row)
+
+
 class LearningReader:
     """What the learner has written in a state folder. May be used from any thread, also while it writes.
 
@@ -145,13 +194,15 @@ class LearningReader:
 
     def __init__(self, state: Path) -> None:
         self.state = state
+        self.damage = DamageNotes()
+        """What could not be read."""
 
     def status(self, cycle: str) -> CycleStatus | None:
         return next(iter(self._statuses("WHERE cycle = ? LIMIT 1", [cycle])), None)
 
-    def cycles(self, limit: int = 50) -> list[CycleStatus]:
-        """Newest first."""
-        return self._statuses("LIMIT ?", [limit])
+    def cycles(self, limit: int = 50, damaged: list[Damaged] | None = None) -> list[CycleStatus]:
+        """Newest first; those whose rows are damaged are added to `damaged` instead."""
+        return self._statuses("LIMIT ?", [limit], damaged)
 
     def last_step_seen(self) -> str | None:
         """The step that the last cycle which learned from the log read up to."""
@@ -164,35 +215,30 @@ class LearningReader:
 
     def decisions(self, cycle: str) -> list[dict[str, Any]]:
         """What the gate decided in a cycle, and on what evidence."""
-        rows = self._rows(
-            "SELECT candidate, against, promote, reason, evidence FROM gate_decisions WHERE cycle = ? ORDER BY id",
-            [cycle],
-        )
-        return [{**row, "promote": bool(row["promote"]), "evidence": json.loads(row["evidence"])} for row in rows]
+        rows = self._rows("SELECT * FROM gate_decisions WHERE cycle = ? ORDER BY id", [cycle])
+        return [_without(row, "cycle") for row in self.damage.sound(rows, _decision_from_row)]
 
     def evidence_against(self, acting: str) -> list[dict[str, Any]]:
         """On what evidence candidates were held against an adapter, newest first."""
-        rows = self._rows("SELECT evidence FROM gate_decisions WHERE against = ? ORDER BY id DESC", [acting])
-        return [json.loads(row["evidence"]) for row in rows]
+        rows = self._rows("SELECT * FROM gate_decisions WHERE against = ? ORDER BY id DESC", [acting])
+        return [row["evidence"] for row in self.damage.sound(rows, _decision_from_row)]
 
     def decisions_on(self, candidate: str) -> list[dict[str, Any]]:
         """What gates decided on an adapter, and on what evidence; oldest first."""
-        rows = self._rows(
-            "SELECT cycle, against, promote, reason, evidence FROM gate_decisions WHERE candidate = ? ORDER BY id",
-            [candidate],
-        )
-        return [{**row, "promote": bool(row["promote"]), "evidence": json.loads(row["evidence"])} for row in rows]
+        rows = self._rows("SELECT * FROM gate_decisions WHERE candidate = ? ORDER BY id", [candidate])
+        return [_without(row, "candidate") for row in self.damage.sound(rows, _decision_from_row)]
 
     def rewards(self, cycle: str) -> list[StepReward]:
         rows = self._rows("SELECT step_id, cycle, source, value FROM step_rewards WHERE cycle = ?", [cycle])
-        return [StepReward(r["step_id"], r["cycle"], RewardSource(r["source"]), r["value"]) for r in rows]
+        return list(self.damage.sound(rows, _reward_from_row))
 
     def reward_summary(self, cycle: str) -> dict[str, dict[str, float]]:
         """By source: how many steps a cycle rewarded, and how."""
         rows = self._rows(
             "SELECT source, count(*) AS num_steps, avg(value) AS mean, min(value) AS least, max(value) AS most "
-            "FROM step_rewards WHERE cycle = ? GROUP BY source",
-            [cycle],
+            "FROM step_rewards WHERE cycle = ? AND source IN (SELECT value FROM json_each(?)) "
+            "AND typeof(value) = 'real' GROUP BY source",
+            [cycle, json.dumps(list(RewardSource))],
         )
         return {row.pop("source"): row for row in rows}
 
@@ -203,7 +249,7 @@ class LearningReader:
             "WHERE episode_id = ? ORDER BY step_rewards.created_at, source",
             [episode_id],
         )
-        return [StepReward(r["step_id"], r["cycle"], RewardSource(r["source"]), r["value"]) for r in rows]
+        return list(self.damage.sound(rows, _reward_from_row))
 
     def newest_rewards_of(self, episode_id: str) -> dict[str, dict[RewardSource, StepReward]]:
         """Of each rewarded step of an episode, by source, what the newest cycle that judged it gave."""
@@ -221,7 +267,7 @@ class LearningReader:
         """What the newest cycle that measured anything did, by what it was of: an objective, the discriminator, the
         training data."""
         reports = (status.report.get("diagnostics") for status in self.cycles(limit=50))
-        return next((diagnostics for diagnostics in reports if diagnostics), {})
+        return next((measured for measured in map(_numbers_in, reports) if measured), {})
 
     def agreement(self, adapter: str) -> list[float]:
         """Expert agreement of an adapter's own steps in the newest cycle that judged any: 1 or 0, newest step first."""
@@ -240,23 +286,38 @@ class LearningReader:
         """Whether a learner works on this state folder now, whoever started it."""
         return is_learner_alive(self.state)
 
-    def _statuses(self, rest: str, values: Sequence[object]) -> list[CycleStatus]:
+    def _statuses(self, rest: str, values: Sequence[object], damaged: list[Damaged] | None = None) -> list[CycleStatus]:
         rows = self._rows(f"SELECT * FROM cycle_status {rest}", values)
-        return [
-            CycleStatus(**{**row, "stage": CycleStage(row["stage"]), "report": json.loads(row["report"])})
-            for row in rows
-        ]
+        return list(self.damage.sound(rows, _status_from_row, damaged))
 
     def _rows(self, query: str, values: Sequence[object]) -> list[dict[str, Any]]:
         uri = (self.state / "agent.db").absolute().as_uri() + "?mode=ro"
         try:
             with closing(sqlite3.connect(uri, uri=True, timeout=10.0)) as connection:
-                connection.row_factory = sqlite3.Row
+                connection.row_factory, connection.text_factory = sqlite3.Row, text_or_bytes
                 return [dict(row) for row in connection.execute(query, values).fetchall()]
         except sqlite3.OperationalError as error:
             if "no such table" in str(error) or "no such column" in str(error):  # no learner of this release has run
                 return []
             raise
+        except sqlite3.DatabaseError as error:
+            if is_damage(error):
+                raise damaged_file(error, self.state / "agent.db") from error
+            raise
+
+
+def _without(row: dict[str, Any], name: str) -> dict[str, Any]:
+    return {each: value for each, value in row.items() if each != name}
+
+
+def _numbers_in(diagnostics: object) -> dict[str, dict[str, float]]:
+    """The measures of a report, without what a damaged one holds in their place."""
+    found = diagnostics if isinstance(diagnostics, dict) else {}
+    return {
+        of: {name: value for name, value in measures.items() if isinstance(value, int | float)}
+        for of, measures in found.items()
+        if isinstance(measures, dict)
+    }
 
 
 class LearningLog(LearningReader):
@@ -316,6 +377,11 @@ class LearningLog(LearningReader):
     def _insert(self, table: str, record: dict[str, Any]) -> None:
         with write_transaction(self.db):
             self.db.table(table).insert({**record, "created_at": time.time()})
+
+
+def migrate_learning_log(state: Path) -> None:
+    """Bring the learner's tables to this release: a server reads them also where no learner has run since."""
+    LearningLog(state).close()
 
 
 def cut_off_message(status: CycleStatus) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 from runtime.store.episodes import Episode
 from runtime.store.step_log import LEARNABLE, StepLog
-from runtime.store.step_rows import episode_from_row
 
 MOST_COUNTED = 1000
 _PAGE = 2000
@@ -86,9 +85,11 @@ class OwnEpisodes:
         wanted = f"{LEARNABLE} AND adapter = ? AND rowid <= ? AND {_IS_OLD}"
         query = f"SELECT * FROM episodes WHERE {wanted} ORDER BY id LIMIT ?"
         return [
-            episode_from_row(row)
+            episode
             for adapter in (self._adapters if self._last_old else ())
-            for row in self._log.query(query, adapter, self._last_old, self._cursor, limit)
+            for episode in self._log.sound_episodes(
+                self._log.query(query, adapter, self._last_old, self._cursor, limit)
+            )
         ]
 
     def _drawn(self, limit: int, draw: random.Random) -> list[Episode]:
@@ -97,8 +98,8 @@ class OwnEpisodes:
         for _ in range(_TRIES * limit):
             if len(found) == limit:
                 break
-            for row in self._log.query(query, draw.randint(1, self._last_old), *self._adapters, self._cursor):
-                found[row["id"]] = episode_from_row(row)
+            rows = self._log.query(query, draw.randint(1, self._last_old), *self._adapters, self._cursor)
+            found |= {episode.id: episode for episode in self._log.sound_episodes(rows)}
         return list(found.values())
 
     def _own(self, ids: Sequence[str]) -> list[Episode]:
@@ -106,5 +107,5 @@ class OwnEpisodes:
         chosen = f"id IN ({', '.join('?' * len(ids))})"
         query = f"SELECT * FROM episodes WHERE {chosen} AND +actor = 'policy' AND purpose <> 'evaluation'"
         rows = self._log.query(f"{query} AND +adapter IN ({self._places})", *ids, *self._adapters) if ids else []
-        found = {row["id"]: episode_from_row(row) for row in rows}
+        found = {episode.id: episode for episode in self._log.sound_episodes(rows)}
         return [found[each] for each in ids if each in found]

@@ -7,6 +7,7 @@ another program. Refused: one JSON document per step, which neither an index nor
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from sqlite_utils import Database, Migrations
@@ -28,7 +29,7 @@ def create_facts(database: Database) -> None:
         database,
         "steps",
         STEP_COLUMNS,
-        may_be_null={"parent_id", "behavior_logprobs", "mean_logprob", "stop_reason"},
+        may_be_null=STEP_MAY_BE_NULL,
         foreign_keys=[
             ("episode_id", "episodes", "id"),
             ("parent_id", "steps", "id"),
@@ -83,7 +84,8 @@ def recognise_rewritten_conversations(database: Database) -> None:
     _refuse_edits(database, "step_calls", None)
     database.execute(
         "INSERT INTO step_calls SELECT json_extract(call.value, '$.id'), steps.id "
-        "FROM steps, json_each(steps.action, '$.calls') AS call"
+        "FROM steps, json_each(CASE WHEN json_valid(steps.action) THEN steps.action ELSE '{}' END, '$.calls') AS call "
+        "WHERE typeof(json_extract(call.value, '$.id')) = 'text'"  # a damaged row must not keep a release from starting
     )
     _create(database, "responses", RESPONSE_COLUMNS, foreign_keys=[("step_id", "steps", "id")])
     _create(database, "response_deletions", {"id": str, "created_at": float})
@@ -99,6 +101,13 @@ def keep_what_was_not_chosen(database: Database) -> None:
     _create(database, "step_candidates", STEP_CANDIDATE_COLUMNS, pk=None, foreign_keys=[("step_id", "steps", "id")])
     database.execute("CREATE UNIQUE INDEX step_candidates_by_step ON step_candidates(step_id, number)")
     _refuse_edits(database, "step_candidates", None)
+
+
+@STEP_LOG_MIGRATIONS()
+def remember_what_keys_use_up(database: Database) -> None:
+    """A row for each key with a quota and day: a count, and no fact, so that a start reads few of them."""
+    columns = {"key": str, "day": int, "requests": int, "steps": int, "tokens": int}
+    _create(database, "key_usage", columns, pk=["day", "key"])
 
 
 EPISODE_COLUMNS = {
@@ -142,6 +151,8 @@ STEP_COLUMNS = {
     "first_token_ms": float,
     "latency_ms": float,
 }
+
+STEP_MAY_BE_NULL = frozenset({"parent_id", "behavior_logprobs", "mean_logprob", "stop_reason"})
 
 OUTCOME_COLUMNS = {
     "id": str,
@@ -223,11 +234,11 @@ def _create(
     database: Database,
     table: str,
     columns: dict[str, Any],
-    pk: str | None = "id",
-    may_be_null: set[str] | None = None,
+    pk: str | list[str] | None = "id",
+    may_be_null: Collection[str] = (),
     foreign_keys: list[Any] | None = None,
 ) -> None:
-    not_null = set(columns) - (may_be_null or set())
+    not_null = set(columns) - set(may_be_null)
     database.table(table).create(columns, pk=pk, not_null=not_null, foreign_keys=foreign_keys or [], strict=True)
 
 
