@@ -401,7 +401,9 @@ class LearningLog(LearningReader):
             for cycle in cycles:
                 self.db.execute("INSERT OR IGNORE INTO erased_cycles VALUES (?, ?)", [cycle, erasure_id])
                 self.db.execute(
-                    f"UPDATE cycles SET report = json_remove(report, {parts}), message = CASE stage WHEN 'failed' "
+                    "UPDATE cycles SET report = "
+                    f"CASE WHEN json_valid(report) THEN json_remove(report, {parts}) ELSE '{{}}' END, "
+                    "message = CASE stage WHEN 'failed' "
                     f"THEN 'what it said of its failure was erased ({erasure_id})' ELSE message END WHERE cycle = ?",
                     [cycle],
                 )
