@@ -65,6 +65,8 @@ class PracticeOptions:
     concurrency: int = 8
     seed: int | None = None
     """Makes sampling repeatable; None draws afresh."""
+    max_tokens: int | None = None
+    """Most tokens of a step; None: as many as the server lets it write."""
 
 
 async def practise(
@@ -90,6 +92,7 @@ async def practise(
 async def _attempt(client: AsyncOpenAI, world: World, task: Task, model: str, options: PracticeOptions) -> Attempt:
     messages: list[Any] = list(task.messages)
     metadata: Any = {"task": task.id, "purpose": options.purpose}
+    bound: Any = {"max_tokens": options.max_tokens} if options.max_tokens else {}
     episode_id, outcome, num_steps, num_malformed = "", 0.0, 0, 0
     try:
         episode = await _in_world(world.open, task)
@@ -102,6 +105,7 @@ async def _attempt(client: AsyncOpenAI, world: World, task: Task, model: str, op
                 temperature=options.temperature,
                 seed=step_seed(options.seed, task, num_steps),
                 metadata=metadata,
+                **bound,
             )
             num_steps += 1
             step = (answer.model_extra or {})["stepagent"]["choices"][0][0]

@@ -21,6 +21,7 @@ from runtime.http.parts import Parts
 from runtime.http.schemas import DemonstrationsRequest, WithdrawalRequest
 from runtime.http.strict_json import StrictJsonRoute
 from runtime.off_loop import in_world_thread
+from runtime.store.damage import Damaged
 from runtime.store.episodes import Actor, Withdrawal, new_id
 from runtime.store.keys import Key
 from runtime.store.step_log import StepLogError
@@ -55,9 +56,9 @@ def demonstration_routes(parts: Parts) -> APIRouter:
         owner = asking_key(request).sees_only
 
         def found() -> dict[str, Any]:
-            wanted = (None, Actor.EXPERT, adapter, task_prefix, owner)
-            with closing(parts.log.each_episode(after, limit + 1, *wanted)) as episodes:
-                return episode_page(episodes, limit)
+            wanted, damaged = (None, Actor.EXPERT, adapter, task_prefix, owner), list[Damaged]()
+            with closing(parts.log.each_episode(after, limit + 1, *wanted, damaged)) as episodes:
+                return episode_page(episodes, limit, damaged)
 
         return await page(found)
 
