@@ -30,7 +30,7 @@ from learner.evaluation.folds import left_out
 from learner.evaluation.judging import Verdict, best_of, judge
 from learner.evaluation.trials import CycleTrials
 from learner.evaluation.twins import needed_later
-from learner.objectives.build import NothingToLearn
+from learner.objectives.build import TAKES_OUTCOMES, NothingToLearn
 from learner.options import CycleOptions
 from learner.report import CycleRecord
 from learner.training.candidates import (
@@ -151,9 +151,17 @@ async def _inspect(
         record.measure("training_data", inspection.measures())
         who.learning_log.add_rewards(agreement_rewards(record.cycle, inspection.training_data))
     compared = inspection.at_expert_states + inspection.at_policy_states
+    if _can_learn_from_outcomes(options, collected):
+        return inspection
     if compared and all(state.drop_reason is DropReason.MASTERED for state in compared):
         raise NothingToLearn(f"the policy does what the experts do at all {len(compared)} states where they answered")
     return inspection
+
+
+def _can_learn_from_outcomes(options: CycleOptions, collected: Collected) -> bool:
+    """Own episodes teach then, though the policy has all demonstrations by heart."""
+    judged = any(each.outcome is not None for each in collected.policy_episodes)
+    return judged and not TAKES_OUTCOMES.isdisjoint(options.objectives)
 
 
 async def _ask_judge(

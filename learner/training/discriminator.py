@@ -22,9 +22,9 @@ from torch import Tensor
 from learner.data.held_out import is_held_out
 from learner.data.rewards import discriminator_rewards, logged_actions_of
 from learner.data.training_data import TrainingData
-from learner.objectives.build import LabelledState, NothingToLearn, labelled_states, without_stale_actions
 from learner.objectives.losses import expert_logits, length_controlled, pairwise_discriminator_loss
 from learner.objectives.objectives import Loss, Pair, action_sequence
+from learner.objectives.states import LabelledState, NothingToLearn, labelled_states, without_stale_actions
 from learner.options import ObjectiveOptions, TrainingOptions
 from learner.packing.prefix_tree import ScoredSequence, Span
 from learner.packing.scoring import SequenceLogprobs
