@@ -26,7 +26,7 @@ from runtime.store.erasure import Erasure, Scope
 from runtime.store.keys import Key
 from runtime.store.lineage import Lineage, UnknownName
 
-_NO_REASON = ErasureRequest()
+_NO_REASON = ErasureRequest(reason="")
 MOST_SHOWN = 1000
 """Ids of each kind in one answer."""
 

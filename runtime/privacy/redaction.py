@@ -54,6 +54,11 @@ class Redactor:
     shapes: Sequence[Shape] = SHAPES
     hooks: Sequence[Hook] = ()
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether a short text may take longer than others should wait."""
+        return bool(self.hooks)
+
     def text(self, text: str) -> tuple[str, int]:
         """(the text with placeholders, how many there are). Raises RedactionFailed."""
         number = 0
@@ -99,7 +104,7 @@ def load_hook(path: str) -> Hook:
     """The function behind `package.module:function`. Raises UnknownHook."""
     module_name, _, name = path.partition(":")
     try:
-        hook = getattr(import_module(module_name), name)
+        hook: Any = getattr(import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UnknownHook(
             f"{path!r} names no function that can be imported ({error}): package.module:function"

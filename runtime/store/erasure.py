@@ -402,6 +402,8 @@ def _delete_steps(connection: sqlite3.Connection, step_ids: Sequence[str], count
         f"'null' END, '$.calls') AS call WHERE steps.id {of}"
     )
     connection.execute(f"DELETE FROM step_calls WHERE call_id IN ({calls}) AND step_id {of}", wanted * 2)
+    drawn = connection.execute(f"DELETE FROM step_candidates WHERE step_id {of}", wanted)
+    _count(counts, "step_candidates", drawn)
     _count(counts, "steps", connection.execute(f"DELETE FROM steps WHERE id {of}", wanted))
     for digest in tool_sets:
         same = "substr(tools_digest, 1, 8) = substr(?1, 1, 8) AND tools_digest = ?1"
@@ -475,7 +477,7 @@ def erasure_problems(query: Query) -> Iterator[str]:
 
 @record_of("erased_episodes", TOMBSTONE_COLUMNS)
 def _tombstone(row: sqlite3.Row) -> Tombstone:
-    fields = {**dict(row), "cause": Cause(row["cause"]), "actor": Actor(row["actor"])}
+    fields: dict[str, Any] = {**dict(row), "cause": Cause(row["cause"]), "actor": Actor(row["actor"])}
     return Tombstone(**fields | {"purpose": Purpose(row["purpose"])})
 
 
