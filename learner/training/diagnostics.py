@@ -19,9 +19,14 @@ from learner.objectives.objectives import action_sequence
 from learner.packing.prefix_tree import ScoredSequence
 
 
+MAX_EXPERTS = 64
+"""Experts' actions that are watched: their mean is all that is told, and each takes a pass before and one after."""
+
+
 @dataclass(frozen=True, slots=True)
 class WatchedActions:
-    """The actions of a training data that are scored before and after training: the experts', then the policy's own."""
+    """The actions of a training data that are scored before and after training: the experts', or of many some that
+    are evenly spread, then the policy's own."""
 
     experts: list[tuple[State, tuple[int, ...]]]
     policy_actions: list[tuple[State, PolicyAction]]
@@ -29,7 +34,8 @@ class WatchedActions:
     @classmethod
     def of(cls, training_data: TrainingData) -> WatchedActions:
         states = [state for trajectory in training_data.trajectories for state in trajectory.states]
-        return cls([(s, s.expert) for s in states if s.expert is not None], policy_actions_of(training_data))
+        experts = [(s, s.expert) for s in states if s.expert is not None]
+        return cls(experts[:: -(-len(experts) // MAX_EXPERTS) or 1], policy_actions_of(training_data))
 
     def sequences(self) -> list[ScoredSequence]:
         """One a watched action, experts first."""
