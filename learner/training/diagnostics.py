@@ -18,7 +18,6 @@ from learner.objectives.losses import effective_sample_size, k3
 from learner.objectives.objectives import action_sequence
 from learner.packing.prefix_tree import ScoredSequence
 
-
 MAX_EXPERTS = 64
 """Experts' actions that are watched: their mean is all that is told, and each takes a pass before and one after."""
 
