@@ -249,7 +249,8 @@ def engine(device: str, size: str, clock: Clock) -> Iterator[Figures]:
 
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        network = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES[size], tie_word_embeddings=True))
+        sizes: dict[str, Any] = {**SIZES[size], "tie_word_embeddings": True}
+        network = AutoModelForCausalLM.from_config(Qwen2Config(**sizes))
         network.to(torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(folder)
         prompt, written = (500, 64) if device == "cuda" else (40, 8)
         network = network.to(device).eval()

@@ -24,9 +24,9 @@ MAX_EXPERTS = 64
 
 @dataclass(frozen=True, slots=True)
 class WatchedActions:
-    """The actions of a training data that are scored before and after training: the experts' (or of many some that are
-    evenly spread) and the policy's own, which are measured, then the logged ones, which are rewarded; the same action in
-    two of them is scored once."""
+    """The actions of a training data that are scored before and after training: the experts' (of many some, evenly
+    spread) and the policy's own, which are measured, then the logged ones, which are rewarded; the same action in two
+    of them is scored once."""
 
     experts: list[tuple[State, tuple[int, ...]]]
     policy_actions: list[tuple[State, PolicyAction]]
