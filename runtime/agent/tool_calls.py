@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from langchain_core.tools import BaseTool, ToolException
@@ -19,22 +19,17 @@ _LONGEST_CONTENT = 20_000
 
 
 async def run_tool_calls(
-    calls: Sequence[ToolCall],
-    tools: Mapping[str, BaseTool],
-    timeout_s: float,
-    redact: Callable[[str], str] = lambda text: text,
+    calls: Sequence[ToolCall], tools: Mapping[str, BaseTool], timeout_s: float
 ) -> list[ToolResult]:
     """Run the calls of one step side by side; the results come in the order of the calls. Never raises for a tool."""
-    return list(await asyncio.gather(*(_run(call, tools, timeout_s, redact) for call in calls)))
+    return list(await asyncio.gather(*(_run(call, tools, timeout_s) for call in calls)))
 
 
-async def _run(
-    call: ToolCall, tools: Mapping[str, BaseTool], timeout_s: float, redact: Callable[[str], str]
-) -> ToolResult:
+async def _run(call: ToolCall, tools: Mapping[str, BaseTool], timeout_s: float) -> ToolResult:
     began = time.perf_counter()
     content, is_error = await _observe(call, tools, timeout_s)
     latency_ms = (time.perf_counter() - began) * 1000
-    return ToolResult(call.id, call.name, _shown(redact(content)), is_error, latency_ms)
+    return ToolResult(call.id, call.name, _shown(content), is_error, latency_ms)
 
 
 async def _observe(call: ToolCall, tools: Mapping[str, BaseTool], timeout_s: float) -> tuple[str, bool]:

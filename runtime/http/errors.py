@@ -25,6 +25,7 @@ from runtime.http.load import Refused
 from runtime.http.shutdown import ServerStopping
 from runtime.http.sse import ClientGone
 from runtime.learning.process import LearnerBusy
+from runtime.privacy.redaction import RedactionFailed
 from runtime.store.adapter_registry import RegistryError, UnknownAdapter
 from runtime.store.damage import Damaged, StepLogError
 from tools.worlds.world import WorldFailed
@@ -139,6 +140,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(499, str(error) or "the client has hung up", "client_gone")
         case Refused():
             return ApiError(429, str(error), error.code, headers={"Retry-After": str(error.retry_after_s)})
+        case RedactionFailed():
+            return ApiError(500, f"nothing was done with this text: {error}", "redaction_failed")
         case ServerStopping():
             return ApiError(503, str(error), "server_stopping", headers={"Retry-After": "5"})
         case sqlite3.Error():
@@ -198,6 +201,7 @@ def install_error_handlers(app: FastAPI) -> None:
     of_adapters = (SwapError, AdapterRefused, RegistryError, LearnerBusy)
     failed = (
         EngineError,
+        RedactionFailed,
         WorldFailed,
         StepLogError,
         sqlite3.Error,

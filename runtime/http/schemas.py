@@ -583,6 +583,15 @@ class AdapterRegistration(WireModel):
     """The learner's cycle that made it; without it, somebody else did."""
 
 
+class RewardRegistration(WireModel):
+    """Body of POST /v1/adapters/{name}/reward."""
+
+    path: str = Field(min_length=1, max_length=4096)
+    """A PEFT folder on the server's machine, with its probe and its `reward.json`."""
+    cycle: str | None = Field(None, max_length=128)
+    """The learner's cycle that made it."""
+
+
 class AdapterChange(WireModel):
     """Body of POST /v1/adapters/rollback and /v1/adapters/{name}/unload; may be left out."""
 

@@ -64,10 +64,11 @@ class _StrictJsonRequest(Request):
         are not checked on the event loop. Raises orjson.JSONDecodeError, which FastAPI takes for the json module's own.
         """
         body = await self.body()
-        if len(body) <= LARGE_BYTES:
-            return self._read(body)
-        self.large_value = await off_loop(True, self._read, body)
-        return self.large_value
+        is_large = len(body) > LARGE_BYTES
+        is_slow = self.redactor is not None and self.redactor.is_slow
+        value = await off_loop(is_large or is_slow, self._read, body)
+        self.large_value = value if is_large else None
+        return value
 
     def _read(self, body: bytes) -> Any:
         value = orjson.loads(body)
@@ -87,7 +88,7 @@ class _StrictJsonRequest(Request):
         try:
             return redactor.body(value)
         except RedactionFailed as problem:
-            raise ApiError(500, f"nothing was done with this request: {problem}", "redaction_failed") from None
+            raise as_api_error(problem) from None
 
 
 def _is_deeper(value: Any, depth: int) -> bool:

@@ -1,8 +1,8 @@
 """Microsoft Presidio as a hook: `--redact runtime.privacy.presidio:redact`, with the extra `presidio`.
 
-Names, e-mail addresses, telephone and card numbers and the like become `[redacted PERSON]`. The language is
-STEPAGENT_PRESIDIO_LANGUAGE (default `en`); names of persons and places need spaCy's model for it, which Presidio asks
-for at its first use.
+E-mail addresses, card and account numbers and the like become `[redacted EMAIL_ADDRESS]`. Names of persons and places
+need a model of spaCy's, installed beforehand and named by STEPAGENT_PRESIDIO_MODEL (`en_core_web_lg`); without one
+Presidio goes by shapes alone. The language is STEPAGENT_PRESIDIO_LANGUAGE (default `en`).
 """
 
 from __future__ import annotations
@@ -16,15 +16,26 @@ LEAST_SCORE = 0.5
 
 
 @cache
-def _analyzer() -> Any:
+def _analyzer(language: str, model: str) -> Any:
     from presidio_analyzer import AnalyzerEngine  # pyright: ignore[reportMissingImports]
+    from presidio_analyzer.nlp_engine import SpacyNlpEngine  # pyright: ignore[reportMissingImports]
 
-    return AnalyzerEngine()
+    if model:
+        engine = SpacyNlpEngine(models=[{"lang_code": language, "model_name": model}])
+    else:
+        from spacy import blank  # pyright: ignore[reportMissingImports]
+
+        engine = SpacyNlpEngine()
+        engine.nlp = {language: blank(language)}  # splits words, and has no model to load
+    return AnalyzerEngine(nlp_engine=engine, supported_languages=[language])
 
 
 def redact(text: str) -> str:
     """The text with a placeholder for each finding."""
-    found = _analyzer().analyze(text, language=os.environ.get("STEPAGENT_PRESIDIO_LANGUAGE", "en"))
+    if not text.strip():
+        return text
+    language = os.environ.get("STEPAGENT_PRESIDIO_LANGUAGE", "en")
+    found = _analyzer(language, os.environ.get("STEPAGENT_PRESIDIO_MODEL", "")).analyze(text, language=language)
     return replaced(text, [(each.start, each.end, each.entity_type) for each in found if each.score >= LEAST_SCORE])
 
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 from policies.types import Message
 from runtime.privacy.secret_shapes import SHAPES, Shape
@@ -53,6 +53,11 @@ class Redactor:
 
     shapes: Sequence[Shape] = SHAPES
     hooks: Sequence[Hook] = ()
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether a short text may take longer than others should wait."""
+        return bool(self.hooks)
 
     def text(self, text: str) -> tuple[str, int]:
         """(the text with placeholders, how many there are). Raises RedactionFailed."""
@@ -99,14 +104,14 @@ def load_hook(path: str) -> Hook:
     """The function behind `package.module:function`. Raises UnknownHook."""
     module_name, _, name = path.partition(":")
     try:
-        hook = getattr(import_module(module_name), name)
+        hook: Any = getattr(import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UnknownHook(
             f"{path!r} names no function that can be imported ({error}): package.module:function"
         ) from None
     if not callable(hook):
         raise UnknownHook(f"{path!r} is no function")
-    return hook
+    return cast(Hook, hook)
 
 
 def _replaced(shape: Shape, text: str) -> tuple[str, int]:
