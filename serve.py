@@ -235,7 +235,8 @@ def redactor_of(settings: Settings) -> Redactor | None:
     from runtime.privacy.secret_shapes import SHAPES
 
     hooks = [load_hook(path) for path in settings.redact]
-    return Redactor(SHAPES if settings.redact_secrets else (), hooks) if hooks or settings.redact_secrets else None
+    shapes = SHAPES if settings.redact_secrets == "on" else ()
+    return Redactor(shapes, hooks) if hooks or shapes else None
 
 
 def learner_arguments(settings: Settings, folder: Path) -> list[str]:

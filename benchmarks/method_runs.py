@@ -20,7 +20,7 @@ from benchmarks.experience import experience
 from benchmarks.harder_worlds import ErringExpert, PermutingExpert, Resumed
 from benchmarks.own_choice import majority, raft, sft_rft_majority
 from benchmarks.recipes import Labels, Method, Samples, Takes
-from benchmarks.rollouts import MAX_ROWS, Lockstep, Rollouts, load_policy
+from benchmarks.rollouts import MAX_ACTION_TOKENS, MAX_ROWS, Lockstep, Rollouts, load_policy
 from learner.data.comparison import compare
 from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
 from learner.objectives.build import NothingToLearn, objective_of
@@ -31,7 +31,7 @@ from learner.training.trainer import Trainer
 from policies.chat.chat_protocol import ChatProtocol, action_message
 from policies.types import Action, Completion, FinishReason, MalformedAction, TokenIds, ToolCall, ToolCalls
 from tools.worlds import load_world
-from tools.worlds.world import Message, Task, TaskId
+from tools.worlds.world import Message, Task, TaskId, World
 
 NUM_CYCLES = 3
 GRADIENT_STEPS = 24
@@ -109,6 +109,40 @@ class Result:
     """Of the last cycle."""
 
 
+class BriefRollouts(Rollouts):
+    """Rollouts that end an action at four times the longest of the expert's: it is wrong before, and one row that
+    writes on and on holds up all the others."""
+
+    def __init__(self, world: World, model: Path) -> None:
+        super().__init__(world, model)
+        self.max_action_tokens = MAX_ACTION_TOKENS
+
+    def learn_length(self, demonstrations: Sequence[Trajectory]) -> None:
+        longest = max(len(state.expert or ()) for each in demonstrations for state in each.states)
+        self.max_action_tokens = min(MAX_ACTION_TOKENS, 4 * longest)
+
+    def _lockstep(self, network: Any, num_rows: int, generator: torch.Generator) -> Lockstep:
+        return Lockstep(network, num_rows, self.protocol.stop_token_ids[0], generator, self.max_action_tokens)
+
+    def samples_at(
+        self, network: Any, prompts: Sequence[TokenIds], num: int, generator: torch.Generator
+    ) -> list[list[Completion]]:
+        """`num` actions after each prompt, at temperature 1."""
+        # Alike in length, to need little padding.
+        order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+        found: list[list[Completion]] = [[] for _ in prompts]
+        size = max(1, MAX_ROWS // num)
+        for start in range(0, len(order), size):
+            part = order[start : start + size]
+            lockstep = self._lockstep(network, len(part), generator)
+            lockstep.read([prompts[place] for place in part])
+            lockstep.keep([row for row in range(len(part)) for _ in range(num)])  # each prompt is read once
+            completions = lockstep.complete(torch.ones(len(part) * num))
+            for number, place in enumerate(part):
+                found[place] = completions[number * num : (number + 1) * num]
+        return found
+
+
 @dataclass(slots=True)
 class Stage:
     """A scene with what all its methods share."""
@@ -116,7 +150,7 @@ class Stage:
     scene: Scene
     folder: Path
     """For adapters."""
-    rollouts: Rollouts = field(init=False)
+    rollouts: BriefRollouts = field(init=False)
     demonstrated: list[Task] = field(init=False)
     others: list[Task] = field(init=False)
     tried: list[Task] = field(init=False)
@@ -131,7 +165,7 @@ class Stage:
             world = ErringExpert(world, scene.axis.noise, scene.seed)
         if scene.axis.permutes:
             world = PermutingExpert(world, scene.seed)
-        self.rollouts = Rollouts(world, scene.base)
+        self.rollouts = BriefRollouts(world, scene.base)
         unseen = range(first_unseen(scene), world.splits["train"])
         order = Random(f"demonstrations/{scene.seed}").sample(unseen, min(len(unseen), 1000))
         tasks = [world.task("train", index) for index in order]
@@ -149,6 +183,7 @@ class Stage:
             found += [each for each in self.rollouts.demonstrations([tasks[place]]) if self._is_success(each)]
             place += 1
         self.demonstrations = tuple(found)
+        self.rollouts.learn_length(found)
         self.demonstrated = [task for task in tasks[:place] if task.id in {each.task for each in found}]
         self.others = tasks[place:]
 
@@ -362,9 +397,8 @@ class Run:
         """With samples of the policy at every state, beside what it did there."""
         protocol = self._stage.rollouts.protocol
         states = [state for each in trajectories for state in each.states]
-        stop, generator = protocol.stop_token_ids[0], self._generator(number, 3)
-        prompts = [state.prompt for state in states]
-        drawn = samples_at(self._network(), prompts, NUM_SAMPLES - 1, stop, generator)
+        prompts, generator = [state.prompt for state in states], self._generator(number, 3)
+        drawn = self._stage.rollouts.samples_at(self._network(), prompts, NUM_SAMPLES - 1, generator)
         found = {
             state.id: replace(
                 state, policy_actions=state.policy_actions + _as_policy_actions(state, completions, protocol)
@@ -451,25 +485,6 @@ def measured(stage: Stage, network: Any) -> tuple[float, float]:
 
 
 # ---------------------------------------------------------------------------------------------- states
-
-
-def samples_at(
-    network: Any, prompts: Sequence[TokenIds], num: int, stop: int, generator: torch.Generator
-) -> list[list[Completion]]:
-    """`num` actions after each prompt, at temperature 1."""
-    # Alike in length, to need little padding.
-    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    found: list[list[Completion]] = [[] for _ in prompts]
-    size = max(1, MAX_ROWS // num)
-    for start in range(0, len(order), size):
-        part = order[start : start + size]
-        lockstep = Lockstep(network, len(part), stop, generator)
-        lockstep.read([prompts[place] for place in part])
-        lockstep.keep([row for row in range(len(part)) for _ in range(num)])  # each prompt is read once
-        completions = lockstep.complete(torch.ones(len(part) * num))
-        for number, place in enumerate(part):
-            found[place] = completions[number * num : (number + 1) * num]
-    return found
 
 
 def _as_policy_actions(

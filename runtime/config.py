@@ -58,7 +58,7 @@ class Settings(Options):
     """Erase the policy's own episodes so many days after their last step; unset: never."""
     keep_gb: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Erase the oldest of them where the log takes more; unset: never. Demonstrations stay in any case."""
-    redact_secrets: bool = True
+    redact_secrets: Literal["on", "off"] = "on"
     """Replace keys, tokens and passwords of known shapes in what clients and tools say, before it is rendered or
     logged."""
     redact: Annotated[list[str], NoDecode] = Field(default_factory=list)

@@ -123,7 +123,11 @@ class Lineage:
             next(iter(source), known[0]["promoted_from"] if known else None),
             demonstrations,
             self._rows(copied, episode_id)[0]["number"],
-            [CycleUse(row["cycle"], LessonRole(row["role"]), row["title"]) for row in uses],
+            [
+                CycleUse(row["cycle"], LessonRole(row["role"]), row["title"])
+                for row in uses
+                if row["role"] in list(LessonRole)
+            ],
             self.adapters_taught_by([episode_id, *demonstrations]),
         )
 
