@@ -124,9 +124,12 @@ def build_parts(settings: Settings) -> Parts:
     from policies.adapters.base_network import BaseNetworkError, model_folder, read_base_network
     from policies.chat.chat_protocol import ChatProtocol
     from runtime.adapters.approval import Approval, PromotionMode
+    from runtime.adapters.reward_models import RewardModels
     from runtime.adapters.swap import Swap
     from runtime.agent.budget import RunLimits
+    from runtime.agent.scorers import ChosenBy
     from runtime.agent.tools import Toolbox
+    from runtime.http.best_of import Choosing, ChoosingLimits
     from runtime.http.load import Load, today
     from runtime.http.metrics import Metrics
     from runtime.http.parts import Parts
@@ -196,6 +199,8 @@ def build_parts(settings: Settings) -> Parts:
         ),
         metrics=metrics,
         cutting=cutting,
+        choosing=ChoosingLimits(Choosing(settings.best_of, ChosenBy(settings.best_of_by)), settings.best_of_most),
+        reward_models=RewardModels(engine, registry, network, swap.changes),
         approval=Approval(
             swap,
             registry,

@@ -135,9 +135,9 @@ class Lockstep:
         self._logits = last if self._logits.shape != last.shape else torch.where(is_read, last, self._logits)
 
     def _close_holes(self) -> None:
-        """Move every row's tokens together, where half the cache would be holes: long episodes have many."""
+        """Move every row's tokens together, where a fifth of the cache would be holes: long episodes have many."""
         longest = int(self._mask.sum(1).max())
-        if self._mask.shape[1] < 2 * longest:
+        if self._mask.shape[1] < 1.25 * longest:
             return
         order = self._mask.argsort(dim=1, stable=True)[:, -longest:]
         self._mask = self._mask.gather(1, order)

@@ -10,6 +10,12 @@ from policies.command_line import parse, refuse
 COMMANDS = {
     "once": ("learner.commands.once", "OnceOptions", "run one cycle"),
     "status": ("learner.commands.status", "StatusOptions", "show the newest cycles (the default)"),
+    "steps": (
+        "learner.commands.steps",
+        "StepsOptions",
+        "show an episode's steps, their rewards, and which lost it",
+    ),
+    "doubts": ("learner.commands.doubts", "DoubtsOptions", "list steps of demonstrations that something contradicts"),
     "rollback": ("learner.commands.rollback", "RollbackOptions", "let act again what acted before"),
     "approve": ("learner.commands.approve", "ApproveOptions", "let act what waits for somebody's yes"),
     "decline": ("learner.commands.approve", "DeclineOptions", "refuse what waits for somebody's yes"),

@@ -140,6 +140,12 @@ class Endpoint:
         adapter: Any = await self.client.post("/adapters", cast_to=object, body=body)
         return adapter["name"]
 
+    async def add_reward(self, adapter: str, folder: Path, cycle: str) -> str:
+        """Hand a reward model's folder (absolute) to the runtime, as an adapter's newest; returns its name."""
+        body = {"path": str(folder), "cycle": cycle}
+        reward: Any = await self.client.post(f"/adapters/{adapter}/reward", cast_to=object, body=body)
+        return reward["name"]
+
     async def promote(self, name: str, reason: str, expected_acting: str) -> Any:
         """Propose an adapter; the record that comes back says whether it acts, is a canary, waits, or was refused.
 

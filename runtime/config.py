@@ -99,6 +99,14 @@ class Settings(Options):
     precision: Literal["auto", "measured", "float32", "bfloat16"] = "auto"
     """Numbers that the embedded engine computes in: auto is float32 on a CPU, the model's own on a GPU; measured takes
     on a CPU what is faster there. Adapters that were trained in float32 may be refused beside 16 bits."""
+    best_of: int = Field(1, ge=1, le=64)
+    """Actions that are drawn at each step of a served request that says nothing of it (header x-stepagent-best-of); one
+    of them is chosen and answered, all are logged. 1: the first one is the answer."""
+    best_of_most: int = Field(8, ge=1, le=64)
+    """Most of them that a request may ask for."""
+    best_of_by: Literal["auto", "discriminator", "mean_logprob", "majority"] = "auto"
+    """What chooses: the reward model of the cycle that made the acting adapter, how sure the policy was, or how many
+    draws mean the same; auto: the first of these that there is."""
     learn_every: int = Field(200, ge=0)
     """Start a learning cycle by itself after so many new episodes; 0: only when asked."""
     promote: Literal["auto", "canary", "ask"] = "auto"

@@ -20,8 +20,9 @@ from runtime.store.episodes import (
     StopReason,
     Withdrawal,
 )
+from runtime.store.erasure import Eraser, Scope
 from runtime.store.keys import KeyStore, Quota
-from runtime.store.learning_log import CycleStage, LearningLog, RewardSource, StepReward
+from runtime.store.learning_log import CycleStage, LearningLog, LessonRole, RewardSource, StepReward
 from runtime.store.step_log import StepLog
 from tests.records import make_episode, make_step
 
@@ -34,6 +35,7 @@ def fill_state(state: Path, *adapters: Path) -> None:
     with closing(StepLog(state / "agent.db")) as log:
         for number in NUMBERS:
             _log_episode(log, number)
+        _erase(state, log)
     _register(state, adapters)
     _learn(state)
     with closing(KeyStore(state / "agent.db")) as keys:
@@ -63,6 +65,14 @@ def _log_episode(log: StepLog, number: int) -> None:
     ).result()  # fmt: skip
 
 
+def _erase(state: Path, log: StepLog) -> None:
+    for number in NUMBERS:
+        gone = make_episode(id=f"ep_gone_{number}")
+        log.append(gone, make_step(gone)).result()
+        eraser = Eraser(state, log)
+        eraser.work(eraser.begin([gone.id], Scope.EPISODE, "asked for").id)
+
+
 def _register(state: Path, adapters: tuple[Path, ...]) -> None:
     with closing(AdapterRegistry(state / "agent.db")) as registry:
         for folder in adapters:
@@ -83,6 +93,8 @@ def _learn(state: Path) -> None:
             log.note(cycle, CycleStage.COLLECT)
             log.note(cycle, CycleStage.REFUSED, "not better", report={"diagnostics": {"sft": {"loss": 0.5}}})
             log.add_decision(cycle, "agent-v0001", "base", False, "not better", {"gain": 0.0})
+            log.note_episodes(cycle, "sft", [(LessonRole.OWN, f"ep_{number}")])
+            log.note_weights(cycle, "sft", f"digest_{number}")
             log.add_rewards([StepReward(f"step_{number}a", cycle, RewardSource.EXPERT_AGREEMENT, 1.0)])
 
 

@@ -50,7 +50,9 @@ _LOG = {
     "step_calls", "key_usage",
 }  # fmt: skip
 _REGISTRY = {"adapters", "adapter_events", "acting", "proposal_events", "watch_events"}
-_LEARNER = {"cycles", "gate_decisions", "step_rewards"}
+_LEARNER = {"cycles", "gate_decisions", "step_rewards", "cycle_episodes", "trained_weights", "erased_cycles"}
+_ERASURES = {"erasures", "erased_episodes", "erasure_events", "erased_cursors"}
+_ALL = sorted(_LOG | _REGISTRY | _LEARNER | _ERASURES | {"key_events"})
 _FREE = {  # null is no damage there, or means what the column's absence means
     ("key_events", "requests"), ("key_events", "steps"), ("key_events", "tokens"), ("acting", "adapter"),
 }  # fmt: skip
@@ -97,6 +99,12 @@ def row_of(connection: sqlite3.Connection, table: str) -> str:
     return f"rowid = (SELECT max(rowid) FROM {table})"
 
 
+WITHOUT_ROWIDS = {
+    "step_rewards": "step_id", "cycle_episodes": "cycle", "trained_weights": "digest", "erased_cycles": "cycle",
+}  # fmt: skip
+"""Tables, and what finds a row in them."""
+
+
 class Damage:
     """One wrong value in one row, past all that guards it; `mend` takes it back."""
 
@@ -104,7 +112,7 @@ class Damage:
         self._connection = sqlite3.connect(database, isolation_level=None)
         self._connection.execute("PRAGMA foreign_keys = OFF")
         self._table, self._column = table, column
-        rowid = "rowid" if table != "step_rewards" else "step_id"
+        rowid = WITHOUT_ROWIDS.get(table, "rowid")
         where = row_of(self._connection, table)
         self._row, self._before = self._connection.execute(
             f"SELECT {rowid}, {column} FROM {table} WHERE {where} LIMIT 1"
@@ -113,8 +121,8 @@ class Damage:
         self._write(value, (self._row,))
 
     def mend(self) -> None:
-        if (self._table, self._column) == ("step_rewards", "step_id"):
-            self._where, self._row = "step_id NOT LIKE 'step%'", None
+        if self._column == WITHOUT_ROWIDS.get(self._table):
+            self._where, self._row = f"{self._column} NOT LIKE '%\\_%' ESCAPE '\\'", None
         self._write("?", (self._before, *([] if self._row is None else [self._row])))
         self._connection.close()
 
@@ -152,6 +160,7 @@ LISTS = {
     "/v1/learner/cycles/cycle_2": {"gate_decisions", "step_rewards"},
     "/v1/adapters": {"adapters", "adapter_events", "acting", "proposal_events", "gate_decisions"},
     "/v1/keys": {"key_events"},
+    "/v1/erasures": _ERASURES,
     "/v1/learner/watch": {"watch_events", "acting", "outcomes"},
     "/metrics": _LEARNER,
     "/health": {"acting", "step_calls", "responses", "response_deletions", "key_usage"},
@@ -159,13 +168,13 @@ LISTS = {
 """What each of them is read from."""
 
 
-@pytest.mark.parametrize("table", sorted(_LOG | _REGISTRY | _LEARNER | {"key_events"}))
+@pytest.mark.parametrize("table", _ALL)
 def test_every_list_steps_over_a_damaged_row_and_verify_names_it(server: Served, table: str) -> None:
     database = server.parts.log._path
     failures, num_tried = [], 0
     with httpx.Client(base_url=server.url, headers=KEY, timeout=30) as client:
         for column, kind, may_be_null in tables_of(database)[table]:
-            for value in values_for(column, kind, may_be_null or (table, column) in _FREE or table == "step_rewards"):
+            for value in values_for(column, kind, may_be_null or (table, column) in _FREE or table in WITHOUT_ROWIDS):
                 if kind == "INTEGER" and column in ("id", "version"):
                     continue  # SQLite itself keeps anything else out: it is the row's number
                 damage = Damage(database, table, column, value)
@@ -180,7 +189,7 @@ def test_every_list_steps_over_a_damaged_row_and_verify_names_it(server: Served,
 
 
 def test_no_table_is_left_out(server: Served) -> None:
-    assert {*tables_of(server.parts.log._path)} == _LOG | _REGISTRY | _LEARNER | {"key_events"}
+    assert sorted(tables_of(server.parts.log._path)) == _ALL
 
 
 def wrong_with(client: httpx.Client, database: Path, table: str) -> Iterator[str]:
@@ -192,7 +201,7 @@ def wrong_with(client: httpx.Client, database: Path, table: str) -> Iterator[str
         may_be_down = path == "/health" and table == "acting"  # nothing new can be served then
         if answer is not None and answer.status_code not in ((200, 503) if may_be_down else (200,)):
             yield f"{path} is answered {answer.status_code}: {answer.text[:200]}"
-        elif answer is not None and '"data":' in answer.text and path != "/v1/keys":
+        elif answer is not None and '"data":' in answer.text and path not in ("/v1/keys", "/v1/erasures"):
             shown = {each.get("id", each.get("name")) for each in answer.json()["data"]}
             if not any(str(name).endswith(f"_{INTACT}") or name == "agent-v0002" for name in shown):
                 yield f"{path} shows {shown}"

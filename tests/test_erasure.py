@@ -189,6 +189,19 @@ def test_a_server_that_starts_goes_on_with_an_erasure_that_was_cut_off(
     assert files_with(tmp_path, SECRET) == []
 
 
+def test_draws_that_were_not_chosen_go_with_their_step(serve_scripted: ServeScripted, tmp_path: Path) -> None:
+    served = serve_scripted("Sunny.", f"Hello {SECRET}!", f"Hello {SECRET}!")
+    headers = {"x-stepagent-best-of": "3", "x-stepagent-best-of-by": "majority"}
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Who is there?"}], "tools": []}
+    answered = httpx.post(f"{served.url}/v1/chat/completions", json=body, headers=headers, timeout=30)
+    episode = answered.raise_for_status().headers["x-episode-id"]
+    (step,) = served.parts.log.steps(episode)
+    assert len(served.parts.log.candidates(step.id)) == 3
+    ask(served, "DELETE", f"/episodes/{episode}").raise_for_status()
+    assert served.parts.log.candidates(step.id) == []
+    assert files_with(tmp_path, SECRET) == []
+
+
 def test_facts_can_be_deleted_only_where_a_tombstone_stands(log: StepLog, tmp_path: Path) -> None:
     episode, _ = many_steps(log, 2)
     log.append(Outcome("out_1", episode.id, 1.0, "user")).result()

@@ -84,6 +84,8 @@ class Collected:
     held_out: list[LoggedEpisode]
     """Demonstrations that are never trained on; the gate's."""
     policy_episodes: list[LoggedEpisode]
+    own_held_out: list[LoggedEpisode]
+    """The policy's own at held-out tasks: their steps are rewarded, and never learned from."""
     anchors: list[LoggedEpisode]
     """What went well, or is to go well: never trained on either."""
     anchor_tasks: list[str]
@@ -98,7 +100,7 @@ class Collected:
     @property
     def read(self) -> list[LoggedEpisode]:
         """All that the cycle may train on or try."""
-        return [*self.demonstrations, *self.held_out, *self.policy_episodes, *self.anchors]
+        return [*self.demonstrations, *self.held_out, *self.policy_episodes, *self.own_held_out, *self.anchors]
 
 
 def collect(
@@ -127,11 +129,15 @@ def collect(
     behind = {name: number for number, name in enumerate(parents)}
     own, last_step_id, own_counts = _own(log, last_step_id, behind, options, seed)
     own += _corrected(log, own)
-    trained = [each for each in own if not apart.covers(each.conversation)]
-    counts |= own_counts | {"own_held_out": len(own) - len(trained), "anchors": len(anchors) + len(anchor_tasks)}
+    trained, own_held_out = list[LoggedEpisode](), list[LoggedEpisode]()
+    for each in own:
+        (own_held_out if apart.covers(each.conversation) else trained).append(each)
+    counts |= own_counts | {"own_held_out": len(own_held_out), "anchors": len(anchors) + len(anchor_tasks)}
     counts |= {"damaged_rows": len(log.damage)} if len(log.damage) else {}
     groups_of = {each.episode.id: apart.groups(each.conversation) for each in (*demonstrations, *trained)}
-    return Collected(demonstrations, held_out, trained, anchors, anchor_tasks, last_step_id, groups_of, counts)
+    return Collected(
+        demonstrations, held_out, trained, own_held_out, anchors, anchor_tasks, last_step_id, groups_of, counts
+    )
 
 
 def dealt_demonstrations(log: StepLog, options: CollectionOptions) -> tuple[list[LoggedEpisode], list[LoggedEpisode]]:

@@ -28,7 +28,7 @@ class LessonErased(Exception):
 def note_reading(record: CycleRecord, who: Collaborators, collected: Collected) -> None:
     """Note what a cycle reads, whatever becomes of it. Raises LessonErased."""
     episodes = [each.episode.id for each in collected.read]
-    tried = [each.episode.id for each in (*collected.held_out, *collected.anchors)]
+    tried = [each.episode.id for each in (*collected.held_out, *collected.own_held_out, *collected.anchors)]
     roles = {
         LessonRole.DEMONSTRATION: [each.episode.id for each in collected.demonstrations],
         LessonRole.OWN: [each.episode.id for each in collected.policy_episodes],

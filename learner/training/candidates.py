@@ -14,9 +14,10 @@ from learner.objectives.build import NothingToLearn, objective_of
 from learner.objectives.objectives import Objective
 from learner.options import ObjectiveOptions, TrainingOptions
 from learner.report import CycleRecord
-from learner.training.diagnostics import WatchedActions, diagnostics, policy_action_sums
+from learner.training.diagnostics import WatchedActions, diagnostics, logged_action_sums
 from learner.training.discriminator import Discriminator
 from learner.training.trainer import Trainer, TrainingFailed
+from policies.adapters.reward import REWARD_FOLDER
 from policies.types import BASE_ADAPTER, Message, TokenIds
 from runtime.store.learning_log import CycleStage, StepReward
 
@@ -99,7 +100,10 @@ def _train(
         return Untrained(name, f"there is no discriminator: {record.report.no_discriminator}", has_failed=False)
     try:
         objective = objective_of(name, training_data, options.objective, discriminator)
-        return _candidate(record, who, options, acting, training_data, objective, folder)
+        candidate = _candidate(record, who, options, acting, training_data, objective, folder)
+        if discriminator is not None:
+            _add_reward(record, discriminator, training_data, folder)
+        return candidate
     except NothingToLearn as reason:
         return Untrained(name, str(reason), has_failed=False)
     except TrainingFailed as error:
@@ -127,12 +131,26 @@ def _candidate(
     _save(trainer, who, folder, record.cycle, name, acting, training_data)
     rewards = implicit_rewards(
         record.cycle,
-        [action for _, action in watched.policy_actions],
-        policy_action_sums(watched, after),
-        policy_action_sums(watched, before),
+        watched.logged,
+        logged_action_sums(watched, after),
+        logged_action_sums(watched, before),
         options.objective.beta,
     )
     return Candidate(name, folder, rewards)
+
+
+def _add_reward(record: CycleRecord, discriminator: Discriminator, training_data: TrainingData, folder: Path) -> None:
+    """The discriminator beside a candidate. Where it cannot be written, the candidate is as good without it."""
+    try:
+        save_reward(discriminator, training_data, folder / REWARD_FOLDER, record.cycle)
+    except TrainingFailed as error:
+        record.add(no_reward_model=str(error))
+
+
+def save_reward(discriminator: Discriminator, training_data: TrainingData, folder: Path, cycle: str) -> None:
+    """The cycle's discriminator as a reward model, for whoever is to choose among draws. Raises TrainingFailed."""
+    card = f"# Reward model, {cycle}\n\nA LoRA whose log probabilities tell experts' actions from the policy's.\n"
+    discriminator.save(folder, _probe_prompts(training_data), card)
 
 
 def train_quietly(

@@ -18,7 +18,7 @@ import hashlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import ParamSpec, TypeVar
 
 from policies.adapters.base_network import BaseNetwork
@@ -122,6 +122,11 @@ class Swap:
         return self._canary[0] if self._canary else None
 
     # -------------------------------------------------------------------------------------------- changes
+
+    @property
+    def changes(self) -> asyncio.Lock:
+        """Whoever else loads into the engine holds it meanwhile: two who look for a free slot would take the same."""
+        return self._changes
 
     async def bring_up(self, name: str) -> Adapter:
         """Validate, load and verify an adapter, so that it can be pinned and promoted.
@@ -312,7 +317,7 @@ class Swap:
 
     async def _sweep(self) -> None:
         self._leases.expire()
-        for adapter in self._engine.loaded_adapters():
+        for adapter in self._acting_kind():
             is_wanted = self._registry.state(adapter.name) in WANTED
             if not is_wanted and self._leases.num_on(adapter.name) == 0:
                 await self._unload_if_possible(adapter, "no episode needs it")
@@ -358,10 +363,13 @@ class Swap:
         if len(self._engine.loaded_adapters()) >= limit:
             await self._sweep()
         if len(self._engine.loaded_adapters()) >= limit:
+            await self._displace_reward()
+        if len(self._engine.loaded_adapters()) >= limit:
             await self._displace()
-        loaded = [adapter.name for adapter in self._engine.loaded_adapters()]
-        if len(loaded) >= limit:
-            holders = (f"{name} ({self._registry.state(name)}, {self.num_leases(name)} episodes)" for name in loaded)
+        if len(self._engine.loaded_adapters()) >= limit:
+            loaded = [adapter.name for adapter in self._acting_kind()]
+            holders = [f"{name} ({self._registry.state(name)}, {self.num_leases(name)} episodes)" for name in loaded]
+            holders += [each.name for each in self._engine.loaded_adapters() if each.is_reward]
             raise NoSlot(f"all {limit} slots of the engine are taken: {', '.join(holders)}")
 
     async def _displace(self) -> None:
@@ -370,13 +378,23 @@ class Swap:
 
         Where none drains, the verified one that was idle longest: else what nobody promotes or refuses would."""
         idle_since: dict[Adapter, tuple[bool, float]] = {}
-        for adapter in self._engine.loaded_adapters():
+        for adapter in self._acting_kind():
             since, state = self._leases.idle_since(adapter.name), self._registry.state(adapter.name)
             if since is not None and (state not in WANTED or state is AdapterState.VERIFIED):
                 idle_since[adapter] = state is AdapterState.VERIFIED, since
         if idle_since:
             longest = min(idle_since, key=idle_since.__getitem__)
             await self._unload_if_possible(longest, "its slot was needed and its episodes were idle")
+
+    async def _displace_reward(self) -> None:
+        """Unload a reward model: it only helps to choose, and comes again when there is a slot."""
+        for reward in [each for each in self._engine.loaded_adapters() if each.is_reward]:
+            with suppress(EngineError):  # something is being scored by it just now
+                await self._engine.unload_adapter(reward)
+
+    def _acting_kind(self) -> list[Adapter]:
+        """What lies in the engine to act, or to be tried: no reward models."""
+        return [adapter for adapter in self._engine.loaded_adapters() if not adapter.is_reward]
 
     def require_acting(self, name: str | None) -> None:
         """Raises SwapError where another adapter acts; None: whichever does."""

@@ -16,16 +16,17 @@ from langchain_core.tools import BaseTool
 
 from policies.chat.chat_protocol import CallDelta, ChatProtocol, TextDelta
 from policies.types import Action, FinalAnswer, FinishReason, MalformedAction, Message, ToolCalls
+from runtime.agent.best_of import sampler_of
 from runtime.agent.budget import RunBudget, RunLimits
 from runtime.agent.conversation import Digests
 from runtime.agent.rendering import SMALL_LETTERS, num_letters, rendered
 from runtime.agent.shown import Shown
-from runtime.agent.step import Delta, Progress, SampledStep, StepSampler
+from runtime.agent.step import Delta, Progress, SampledStep
 from runtime.agent.tool_calls import run_tool_calls
 from runtime.agent.turn import Policy, Turn
 from runtime.off_loop import off_loop
 from runtime.privacy.redaction import Redactor
-from runtime.store.episodes import Episode, Fact, Outcome, Step, StopReason, ToolResult, new_id
+from runtime.store.episodes import Episode, Fact, Outcome, Step, StepCandidate, StopReason, ToolResult, new_id
 from runtime.store.step_log import StepLog, StepLogError
 
 
@@ -36,6 +37,8 @@ class StepTaken:
     choice: int
     """Which of the answer's choices it belongs to."""
     step: Step
+    candidates: tuple[StepCandidate, ...] = ()
+    """What it was chosen among, itself included; empty where nothing else was drawn."""
 
 
 RunEvent = Progress | StepTaken
@@ -66,7 +69,7 @@ class Run:
     """What the client wants at most, of all steps together."""
     beside: tuple[Fact, ...] = ()
     """What is logged with the last step."""
-    beside_each: Callable[[Step], tuple[Fact, ...]] = lambda _: ()
+    beside_each: Callable[[Step, int], tuple[Fact, ...]] = lambda _, __: ()
     """What is logged with each step."""
 
     def events(self, log: StepLog, limits: RunLimits) -> AsyncGenerator[RunEvent, None]:
@@ -77,7 +80,7 @@ async def _client_step(run: Run, log: StepLog) -> AsyncGenerator[RunEvent, None]
     """One step; the client runs the tools it asks for. The step is durable when it is yielded."""
     turn, shown = run.turn, Shown()
     prompt = await rendered(turn, run.policy)
-    sampler = StepSampler(run.policy, turn, prompt, shows_calls=bool(turn.tools) and turn.may_call)
+    sampler = sampler_of(run.policy, turn, prompt, shows_calls=bool(turn.tools) and turn.may_call)
     async with aclosing(sampler.progress(run.choice)) as stream:
         async for progress in stream:
             yield shown.add(progress)
@@ -86,8 +89,9 @@ async def _client_step(run: Run, log: StepLog) -> AsyncGenerator[RunEvent, None]
         yield shown.add(Progress(run.choice, (), (rest,)))
     digests = await _digests(turn, shown.message(sampled.action, turn.shows_call_ids))
     step = sampled.led_to(_client_stop(sampled), digests)
-    await _commit(log, turn.episode if run.is_new else None, step, *run.beside_each(step), *run.beside)
-    yield StepTaken(run.choice, step)
+    beside = (*sampled.candidates, *run.beside_each(step, sampled.num_beside_tokens), *run.beside)
+    await _commit(log, turn.episode if run.is_new else None, step, *beside)
+    yield StepTaken(run.choice, step, sampled.candidates)
 
 
 async def _episode(
@@ -98,7 +102,7 @@ async def _episode(
     turn, is_new, stop_reason = run.turn, run.is_new, None
     prompt = await rendered(turn, run.policy)
     while stop_reason is None:
-        sampler = StepSampler(run.policy, _within_budget(turn, budget), prompt, budget.deadline)
+        sampler = sampler_of(run.policy, _within_budget(turn, budget), prompt, budget.deadline)
         async with aclosing(sampler.progress(run.choice)) as stream:
             async for progress in stream:
                 yield transcript.add(progress)
@@ -111,10 +115,11 @@ async def _episode(
         stop_reason = budget.stop_reason(sampled, run.policy.room_after(prompt))
         digests = await _digests(run.turn, transcript.message) if stop_reason else Digests()
         step = sampled.led_to(stop_reason, digests, results)
-        beside = (*run.beside_each(step), *(run.beside if stop_reason else ()))
+        beside = (*sampled.candidates, *run.beside_each(step, sampled.num_beside_tokens))
+        beside += run.beside if stop_reason else ()
         await _commit(log, turn.episode if is_new else None, step, *await _outcome(step, server_tools), *beside)
         turn, is_new = next_turn, False
-        yield StepTaken(run.choice, step)
+        yield StepTaken(run.choice, step, sampled.candidates)
 
 
 async def _commit(log: StepLog, new_episode: Episode | None, *facts: Fact) -> None:
@@ -177,7 +182,7 @@ class _Transcript:
 
 
 def _within_budget(turn: Turn, budget: RunBudget) -> Turn:
-    max_tokens = min(turn.sampling.max_tokens, budget.completion_tokens_left)
+    max_tokens = min(turn.sampling.max_tokens, budget.most_tokens(turn.sampling.best_of))
     return replace(turn, sampling=replace(turn.sampling, max_tokens=max_tokens))
 
 

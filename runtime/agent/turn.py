@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from policies.chat.chat_protocol import ChatProtocol, action_message
-from policies.types import Action, Adapter, Engine, Message, SamplingParams, TokenIds, ToolSchema, adapter_name
+from policies.types import Action, Adapter, Engine, Message, SamplingParams, Scorer, TokenIds, ToolSchema, adapter_name
 from runtime.agent.conversation import messages_after
 from runtime.privacy.redaction import Redactor
 from runtime.store.episodes import Episode, PromptChange, ToolResult, new_id
@@ -19,6 +19,8 @@ class Policy:
     engine: Engine
     protocol: ChatProtocol
     adapter: Adapter | None
+    scorer: Scorer | None = None
+    """Who chooses where several actions are drawn at a step; None: one is drawn."""
 
     @property
     def adapter_name(self) -> str:

@@ -15,7 +15,14 @@ from runtime.http.errors import ApiError
 from runtime.http.keys import asking_key
 from runtime.http.pages import left_out
 from runtime.http.parts import Parts
-from runtime.http.schemas import AdapterChange, AdapterPromotion, AdapterRefusal, AdapterRegistration, CanaryRequest
+from runtime.http.schemas import (
+    AdapterChange,
+    AdapterPromotion,
+    AdapterRefusal,
+    AdapterRegistration,
+    CanaryRequest,
+    RewardRegistration,
+)
 from runtime.http.strict_json import StrictJsonRoute
 from runtime.store.adapter_registry import AdapterRegistry
 from runtime.store.damage import Damaged
@@ -88,6 +95,18 @@ def adapter_routes(parts: Parts) -> APIRouter:
             await swap.start_canary(name, body.share, body.reason, body.expected_acting, key)
         return record(registry.adapter(name))
 
+    @router.post("/{name}/reward", status_code=201)
+    async def add_reward(name: str, body: RewardRegistration, request: Request) -> dict[str, Any]:
+        """Copy in a reward model beside an adapter: its newest from now on. It is judged when a step is first to be
+        chosen by it."""
+        try:
+            reward = await asyncio.to_thread(
+                registry.add_reward, name, Path(body.path), body.cycle, asking_key(request).name
+            )
+        except OSError as error:
+            raise _not_copied(error) from error
+        return {"object": "reward_model", "name": reward.name, "adapter": name, "digest": reward.digest}
+
     @router.post("/{name}/unload")
     async def unload_adapter(name: str, body: Annotated[AdapterChange, Body()] = _NO_REASON) -> dict[str, Any]:
         """Free its slot in the engine; registering its files again brings it up again. 409 where it serves."""
@@ -106,10 +125,13 @@ def adapter_routes(parts: Parts) -> APIRouter:
 async def _register(registry: AdapterRegistry, body: AdapterRegistration, key: str) -> Adapter:
     try:
         return await asyncio.to_thread(registry.register, Path(body.path), body.parent, body.reason, body.cycle, key)
-    except OSError as error:  # no permission, too long a name, a full disk
-        raise ApiError(
-            409, f"the adapter could not be copied in: {error.strerror}", "adapter_refused", "path"
-        ) from error
+    except OSError as error:
+        raise _not_copied(error) from error
+
+
+def _not_copied(error: OSError) -> ApiError:
+    """No permission, too long a name, a full disk."""
+    return ApiError(409, f"the folder could not be copied in: {error.strerror}", "adapter_refused", "path")
 
 
 async def _require_unerased(parts: Parts, name: str) -> None:

@@ -16,7 +16,9 @@ from policies.types import BASE_ADAPTER, EngineError, EngineLimits, Message, Sam
 from runtime.agent.conversation import Place, continued, locate
 from runtime.agent.loop import Run, ServerTools
 from runtime.agent.rendering import SMALL_LETTERS, num_letters
+from runtime.agent.scorers import scorer_of
 from runtime.agent.turn import Policy, Turn
+from runtime.http.best_of import FIRST_DRAW, NOTHING_ASKED, Choosing, ChoosingAsked
 from runtime.http.fields import FieldRefused
 from runtime.http.parts import Parts
 from runtime.http.schemas import ChatCompletionRequest
@@ -50,6 +52,8 @@ class Caller:
     """Continue or begin this episode."""
     tools: str | None = None
     """Whose tools the agent gets: `server`, `client`, or None for what the server was started with."""
+    choosing: ChoosingAsked = NOTHING_ASKED
+    """How many actions are to be drawn at each step."""
 
 
 async def admit(
@@ -58,6 +62,7 @@ async def admit(
     caller: Caller,
     lease: AsyncExitStack,
     previous: Step | None = None,
+    choosing: Choosing = FIRST_DRAW,
 ) -> list[Run]:
     """The `n` runs of a request. Its episode's adapter is leased until `lease` is closed.
 
@@ -88,7 +93,8 @@ async def admit(
     began_with = logged.adapter if logged else None
     adapter = await lease.enter_async_context(parts.swap.lease(episode_id, began_with=began_with, pinned=pinned))
     protocol = await off_loop(bool(request.template_options), parts.protocol.with_options, request.template_options)
-    policy, is_assigned = Policy(parts.engine, protocol, adapter), pinned is None
+    scorer = None if choosing.num_draws == 1 else await scorer_of(choosing.by, adapter, parts.reward_models)
+    policy, is_assigned = Policy(parts.engine, protocol, adapter, scorer), pinned is None
     new = (parts, request, episode_id, policy, messages, caller.key, is_assigned)
     if logged is not None:
         episode = logged
@@ -96,7 +102,7 @@ async def admit(
         episode = await in_world_thread(_new_episode, *new)
     else:
         episode = await off_loop(is_large, _new_episode, *new)
-    admitted = _Admitted(parts, request, caller, policy, episode, logged is None, place, messages)
+    admitted = _Admitted(parts, request, caller, policy, episode, logged is None, place, messages, choosing)
     opens_world = request.tools is None and episode.task is not None  # which may take its time to replay what was done
     if opens_world:
         return [await in_world_thread(admitted.run, choice) for choice in range(request.n)]
@@ -128,7 +134,9 @@ def _pinned_adapter(parts: Parts, model: str) -> str | None:
     """The adapter that a request asks for by its model name; None: whichever is acting."""
     if model == parts.served_name:
         return None
-    if model == BASE_ADAPTER or any(model == adapter.name for adapter in parts.engine.loaded_adapters()):
+    if model == BASE_ADAPTER or any(
+        model == each.name for each in parts.engine.loaded_adapters() if not each.is_reward
+    ):
         return model
     raise UnknownModel(f"the model {model!r} is not served here; GET /v1/models lists what is")
 
@@ -168,6 +176,7 @@ class _Admitted:
     is_new: bool
     place: Place
     messages: tuple[Message, ...]
+    choosing: Choosing
 
     def run(self, choice: int) -> Run:
         """One of its choices. World tools are opened for each: one choice's calls are not the other's."""
@@ -210,6 +219,7 @@ class _Admitted:
         limits = self.parts.engine.limits
         sampling = self.body.sampling(limits.max_context_tokens, _grammar(self.parts, self.body, offered))
         _require_possible(sampling, limits)
+        sampling = replace(sampling, best_of=self.choosing.num_draws)
         return sampling if self.body.seed is None else replace(sampling, seed=self.body.seed + choice)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query, Request, Response
 
-from policies.chat.chat_protocol import message_action
+from policies.chat.chat_protocol import action_message, message_action
 from policies.types import Message
 from runtime.agent.demonstrations import correction_in_tokens, promoted_episode
 from runtime.http.chat_answer import step_summary
@@ -23,6 +24,8 @@ from runtime.http.strict_json import StrictJsonRoute
 from runtime.store.damage import Damaged
 from runtime.store.episodes import Actor, Correction, Episode, Outcome, Purpose, Role, Step, new_id
 from runtime.store.keys import Key
+from runtime.store.learning_log import RewardSource, StepReward
+from runtime.store.step_log import StepLog
 
 _BY_A_USER = PromotionRequest()
 WORLD = "world"
@@ -66,13 +69,19 @@ def episode_routes(parts: Parts) -> APIRouter:
     ) -> Response:
         """One episode with its outcomes and its steps by time; `with_tokens` adds token ids and logprobs.
 
+        `rewards` of a step is what the newest cycles gave it, by source; empty where none has read it yet.
+
         Of a long one a page of steps: `after_step` is the `last_step_id` of the page before.
         """
         episode = _known(parts, asking_key(request), episode_id)
 
         def read() -> dict[str, Any]:
             damaged = list[Damaged]()
-            steps = (_step(step, with_tokens) for step in log.steps_after(episode.id, after_step, limit + 1, damaged))
+            rewards = parts.learning.log.newest_rewards_of(episode.id) if parts.learning else {}
+            steps = (
+                _step(step, with_tokens) | _chosen_among(log, step) | {"rewards": _rewards(rewards.get(step.id, {}))}
+                for step in log.steps_after(episode.id, after_step, limit + 1, damaged)
+            )
             fitting, has_more = that_fit(steps, limit)
             return {
                 **shown_episode(episode),
@@ -164,6 +173,28 @@ def _known(parts: Parts, key: Key, episode_id: str) -> Episode:
     if episode is None or not key.sees(episode.owner):
         raise ApiError(404, f"there is no episode {episode_id!r}; GET /v1/episodes lists them", "episode_not_found")
     return episode
+
+
+def _rewards(newest: Mapping[RewardSource, StepReward]) -> dict[str, Any]:
+    return {source.value: {"value": reward.value, "cycle": reward.cycle} for source, reward in newest.items()}
+
+
+def _chosen_among(log: StepLog, step: Step) -> dict[str, Any]:
+    """The draws that a step was chosen among, where it was."""
+    if step.sampling.best_of == 1:
+        return {}
+    return {
+        "candidates": [
+            {
+                "action": action_message(each.action),
+                "score": each.score,
+                "scorer": each.scorer,
+                "is_chosen": each.is_chosen,
+                "num_completion_tokens": len(each.completion_token_ids),
+            }
+            for each in log.candidates(step.id)
+        ]
+    }
 
 
 def _step(step: Step, with_tokens: bool) -> dict[str, Any]:

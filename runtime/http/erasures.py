@@ -15,10 +15,12 @@ from fastapi import APIRouter, Body, Query, Request
 
 from runtime.http.errors import ApiError
 from runtime.http.keys import asking_key
+from runtime.http.pages import left_out
 from runtime.http.parts import Parts
 from runtime.http.schemas import ErasureRequest
 from runtime.http.strict_json import StrictJsonRoute
 from runtime.privacy.erasing import Erasing
+from runtime.store.damage import Damaged
 from runtime.store.episodes import Role
 from runtime.store.erasure import Erasure, Scope
 from runtime.store.keys import Key
@@ -76,8 +78,10 @@ def erasure_routes(parts: Parts) -> APIRouter:
     @router.get("/erasures")
     async def list_erasures(limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> dict[str, Any]:
         """Newest first: who erased what, when and why."""
-        found = await asyncio.to_thread(erasing_of(parts).eraser.erasures, limit)
-        return {"object": "list", "data": [{"object": "erasure", **asdict(each)} for each in found]}
+        damaged = list[Damaged]()
+        found = await asyncio.to_thread(erasing_of(parts).eraser.erasures, limit, damaged)
+        shown = [{"object": "erasure", **asdict(each)} for each in found]
+        return {"object": "list", "data": shown} | left_out(damaged)
 
     @router.get("/erasures/{erasure_id}")
     async def read_erasure(erasure_id: str) -> dict[str, Any]:

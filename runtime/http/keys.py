@@ -59,6 +59,7 @@ NEEDS: Sequence[tuple[Role, str, str]] = (
     (Role.ADMIN, "POST", "/v1/adapters/{name}/promote"),
     (Role.ADMIN, "POST", "/v1/adapters/{name}/canary"),
     (Role.ADMIN, "POST", "/v1/adapters/{name}/refuse"),
+    (Role.ADMIN, "POST", "/v1/adapters/{name}/reward"),
     (Role.ADMIN, "POST", "/v1/adapters/{name}/unload"),
     (Role.ADMIN, "GET", "/v1/learner/cycles"),
     (Role.ADMIN, "POST", "/v1/learner/cycles"),

@@ -122,17 +122,20 @@ class Load:
             self._free += num_completions
             self._hand_on()
 
-    def usage_of(self, key: Key, step: Step) -> tuple[KeyUsage, ...]:
-        """What is to be logged beside a step that is taken for this key; nothing for a key without a quota."""
+    def usage_of(self, key: Key, step: Step, num_beside: int = 0) -> tuple[KeyUsage, ...]:
+        """What is to be logged beside a step that is taken for this key; nothing for a key without a quota.
+
+        `num_beside`: tokens that were drawn for it and not chosen; here and below.
+        """
         if key.quota == Quota():
             return ()
         usage = self._today(key)
         num_requests, usage.unlogged_requests = usage.unlogged_requests, 0
-        return (KeyUsage(key.name, usage.day, num_requests, 1, _num_tokens(step)),)
+        return (KeyUsage(key.name, usage.day, num_requests, 1, _num_tokens(step) + num_beside),)
 
-    def count(self, key: Key, step: Step) -> None:
+    def count(self, key: Key, step: Step, num_beside: int = 0) -> None:
         """A step was taken for this key."""
-        num_tokens = _num_tokens(step)
+        num_tokens = _num_tokens(step) + num_beside
         usage = self._today(key)
         usage.steps += 1
         usage.tokens += num_tokens

@@ -52,10 +52,13 @@ class Metrics:
                 lambda field=field: float(getattr(engine.health(), field))
             )
 
-    def count_step(self, step: Step) -> None:
+    def count_step(self, step: Step, num_beside: int = 0) -> None:
+        """`num_beside`: tokens of draws that were not chosen; they are in no answer's usage."""
         self._steps.labels(step.adapter, type(step.action).__name__).inc()
         self._tokens.labels("prompt").inc(len(step.prompt_token_ids))
         self._tokens.labels("completion").inc(len(step.completion_token_ids))
+        if num_beside:
+            self._tokens.labels("not_chosen").inc(num_beside)
         self._malformed.inc(isinstance(step.action, MalformedAction))
         self._latency.observe(step.latency_ms / 1000)
         self._first.observe(step.first_token_ms / 1000)

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from policies.chat.chat_protocol import ChatProtocol
 from policies.types import Engine
 from runtime.adapters.approval import Approval
+from runtime.adapters.reward_models import RewardModels
 from runtime.adapters.swap import Swap
 from runtime.agent.budget import RunLimits
 from runtime.agent.tools import Toolbox
+from runtime.http.best_of import ChoosingLimits
 from runtime.http.load import Load
 from runtime.http.metrics import Metrics
 from runtime.http.shutdown import Cutting
@@ -42,6 +44,9 @@ class Parts:
     """Of web pages that may use this server."""
     cutting: Cutting = field(default_factory=Cutting)
     load: Load = field(default_factory=Load)
+    choosing: ChoosingLimits = field(default_factory=ChoosingLimits)
+    reward_models: RewardModels | None = None
+    """None: no step is chosen by one, as in benchmarks."""
     state: StateFolder | None = None
     """None: nobody else works on it, as in tests."""
     approval: Approval | None = None

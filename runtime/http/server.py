@@ -26,7 +26,8 @@ def server_routes(parts: Parts) -> APIRouter:
     parts.metrics.show_storage(parts.log.storage, lambda: num_damaged_rows(parts))
 
     def models() -> list[dict[str, Any]]:
-        names = [parts.served_name, BASE_ADAPTER, *(adapter.name for adapter in parts.engine.loaded_adapters())]
+        pinnable = (each.name for each in parts.engine.loaded_adapters() if not each.is_reward)
+        names = [parts.served_name, BASE_ADAPTER, *pinnable]
         owner = {"object": "model", "created": started, "owned_by": "stepagent"}
         limit = parts.engine.limits.max_context_tokens  # EngineError while the first engine is starting
         return [{"id": name, **owner, "max_model_len": limit} for name in dict.fromkeys(names)]

@@ -27,6 +27,7 @@ from sqlite_utils import Database, Migrations
 
 from policies.adapters.files import ADAPTER_FILES, CONFIG_FILE, AdapterRefused, adapter_rank, weights_digest
 from policies.adapters.probe import PROBE_FILE
+from policies.adapters.reward import REWARD_FILE, REWARD_FOLDER
 from policies.types import Adapter
 from runtime.store.damage import (
     Damaged,
@@ -130,6 +131,9 @@ class WatchEvent:
 
 MODEL_CARD = "README.md"
 
+REWARD_VERSIONS = 1_000_000_000
+"""Above the versions of adapters: an engine's ids must not meet."""
+
 INCOMING = ".incoming-"
 """Begins the name of a folder that is being copied in and is no adapter yet."""
 
@@ -201,6 +205,21 @@ def ask_before_promoting(db: Database) -> None:
         )
 
 
+@migrations()
+def keep_reward_models(db: Database) -> None:
+    """The reward models beside adapters; the newest of an adapter is used."""
+    db.execute(
+        "CREATE TABLE reward_models (id INTEGER PRIMARY KEY, adapter TEXT NOT NULL REFERENCES adapters(name), "
+        "number INTEGER NOT NULL, rank INTEGER NOT NULL, digest TEXT NOT NULL, cycle TEXT, key TEXT NOT NULL, "
+        "created_at REAL NOT NULL, UNIQUE (adapter, number)) STRICT"
+    )
+    for verb in ("UPDATE", "DELETE"):
+        db.execute(
+            f"CREATE TRIGGER reward_models_no_{verb.lower()} BEFORE {verb} ON reward_models "
+            "BEGIN SELECT RAISE(ABORT, 'reward_models is append-only'); END"
+        )
+
+
 _WAITING = """
 SELECT * FROM proposal_events AS said
 WHERE event = 'proposed' AND id = (SELECT max(id) FROM proposal_events WHERE adapter = said.adapter)
@@ -247,9 +266,25 @@ def _watch_from_row(row: Row) -> WatchEvent:
     return WatchEvent(bool(row["is_paused"]), row["reason"], row["key"], row["created_at"])
 
 
+@record_of(
+    "reward_models",
+    {
+        "id": int, "adapter": str, "number": int, "rank": int, "digest": str, "cycle": str, "key": str,
+        "created_at": float,
+    },
+    may_be_null={"cycle"},
+)  # fmt: skip
+def _reward_from_row(row: Row, adapter: Path) -> Adapter:
+    """`adapter` is the folder of the adapter that it lies beside."""
+    name, path = f"{row['adapter']}-reward{row['number']}", adapter / _reward_folder(row["number"])
+    version = REWARD_VERSIONS + row["id"]
+    return Adapter(name, version, path, row["rank"], row["adapter"], row["digest"], is_reward=True)
+
+
 def registry_problems(query: Query) -> Iterator[str]:
     """What is wrong with the registry's rows, in sentences."""
     yield from problems_in(query, "adapters", lambda row: _adapter_from_row(row, Path()))
+    yield from problems_in(query, "reward_models", lambda row: _reward_from_row(row, Path()))
     readers = {
         "adapter_events": _event_from_row,
         "acting": _acting_from_row,
@@ -359,6 +394,33 @@ class AdapterRegistry:
             self._flip(target["adapter"], target["behind"], reason, key)
             return self.acting()
 
+    def add_reward(self, name: str, path: Path, cycle: str | None = None, key: str = "") -> Adapter:
+        """Copy a reward model in beside an adapter: its newest from now on. The very same weights as the newest are the
+        one that there is. Raises UnknownAdapter, and AdapterRefused for a folder without readable
+        weights and rank."""
+        adapter = self.adapter(name)
+        if not path.is_dir():
+            raise AdapterRefused(f"the reward model's folder {path} does not exist")
+        incoming = self._folder / f"{INCOMING}{secrets.token_hex(4)}"
+        try:
+            self._copy_reward(path, incoming)
+            rank, digest = adapter_rank(incoming), weights_digest(incoming)
+            with self._lock:
+                newest = self.reward_of(name)
+                if newest is not None and newest.digest == digest:
+                    return newest
+                number = 1 + self._rows("SELECT count(*) AS num FROM reward_models WHERE adapter = ?", name)[0]["num"]
+                folder = adapter.path / _reward_folder(number)
+                shutil.rmtree(folder, ignore_errors=True)  # left by one that died before its row
+                with write_transaction(self.db):
+                    self._insert_reward(name, number, rank, digest, cycle, key)
+                    incoming.rename(folder)
+                reward = self.reward_of(name)
+                assert reward is not None
+                return reward
+        finally:
+            shutil.rmtree(incoming, ignore_errors=True)
+
     def note_proposal(
         self, name: str, event: ProposalEvent, reason: str, expected_acting: str | None, key: str = ""
     ) -> None:
@@ -424,6 +486,11 @@ class AdapterRegistry:
         rows = self._rows("SELECT * FROM adapters ORDER BY version")
         return tuple(self.damage.sound(rows, self._adapter_from, damaged))
 
+    def reward_of(self, name: str) -> Adapter | None:
+        """The newest reward model beside an adapter, as it was registered; None where there is none."""
+        rows = self._rows("SELECT * FROM reward_models WHERE adapter = ? ORDER BY number DESC", name)
+        return next(self.damage.sound(rows, lambda row: _reward_from_row(row, self._folder / name)), None)
+
     def cycle_of(self, name: str) -> str | None:
         """The learner's cycle that made an adapter; None where somebody else did."""
         return next((row["cycle"] for row in self._rows("SELECT cycle FROM adapters WHERE name = ?", name)), None)
@@ -465,6 +532,14 @@ class AdapterRegistry:
         for name in (*ADAPTER_FILES, MODEL_CARD):
             if (path / name).is_file():
                 shutil.copyfile(path / name, incoming / name)
+        if (path / REWARD_FOLDER).is_dir():
+            self._copy_reward(path / REWARD_FOLDER, incoming / REWARD_FOLDER)
+
+    def _copy_reward(self, path: Path, incoming: Path) -> None:
+        incoming.mkdir()
+        for name in (*ADAPTER_FILES, REWARD_FILE):
+            if (path / name).is_file():
+                shutil.copyfile(path / name, incoming / name)
 
     def _known(self, incoming: Path, digest: str) -> Adapter | None:
         for row in self._rows("SELECT * FROM adapters WHERE digest = ? ORDER BY version DESC", digest):
@@ -480,6 +555,7 @@ class AdapterRegistry:
         version = self._rows("SELECT 1 + coalesce(max(version), 0) AS next FROM adapters")[0]["next"]
         name = f"agent-v{version:04d}"
         adapter = Adapter(name, version, self._folder / name, rank, parent, digest)
+        reward = _reward_in(incoming)
         shutil.rmtree(adapter.path, ignore_errors=True)  # left by a registration that died before its row
         with write_transaction(self.db):
             self.db.execute(
@@ -488,6 +564,8 @@ class AdapterRegistry:
                 [version, name, rank, parent, digest, time.time(), cycle],
             )
             self._insert_event(name, AdapterState.REGISTERED, reason, key)
+            if reward is not None:
+                self._insert_reward(name, 1, *reward, cycle, key)
             incoming.rename(adapter.path)
         return adapter
 
@@ -515,6 +593,13 @@ class AdapterRegistry:
         self.db.execute(
             "INSERT INTO adapter_events (adapter, state, reason, created_at, key) VALUES (?, ?, ?, ?, ?)",
             [name, state.value, reason, time.time(), key],
+        )
+
+    def _insert_reward(self, name: str, number: int, rank: int, digest: str, cycle: str | None, key: str) -> None:
+        self.db.execute(
+            "INSERT INTO reward_models (adapter, number, rank, digest, cycle, key, created_at) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            [name, number, rank, digest, cycle, key, time.time()],
         )
 
     def _event_rows(self, name: str, order: str) -> list[sqlite3.Row]:
@@ -552,3 +637,18 @@ class AdapterRegistry:
             if is_damage(error):
                 raise damaged_file(error, self._path) from error
             raise
+
+
+def _reward_folder(number: int) -> str:
+    """Within an adapter's folder: the one that came with it, and those that later cycles made of its own actions."""
+    return REWARD_FOLDER if number == 1 else f"{REWARD_FOLDER}-{number:04d}"
+
+
+def _reward_in(folder: Path) -> tuple[int, str] | None:
+    """Rank and digest of the reward model in an adapter's folder. None where there is none that can be read: the
+    adapter itself acts as well without it, and whoever wants to choose by it is told that there is none."""
+    try:
+        reward = folder / REWARD_FOLDER
+        return (adapter_rank(reward), weights_digest(reward)) if reward.is_dir() else None
+    except AdapterRefused:
+        return None

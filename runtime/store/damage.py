@@ -93,14 +93,14 @@ def text_or_bytes(raw: bytes) -> str | bytes:
 
 def record_of(
     table: str, types: Mapping[str, type], may_be_null: Collection[str] = (), key: str = "id"
-) -> Callable[[Callable[Concatenate[Row, P], R]], Callable[Concatenate[Row, P], R]]:
+) -> Callable[[Callable[Concatenate[Any, P], R]], Callable[Concatenate[Any, P], R]]:
     """Decorates a function that makes a record of a row: it raises `Damaged` for a row that makes none.
 
     `types` are Python's, by column; a float must be finite. `key` is the column that names the row.
     """
     columns = [(name, kind, name in may_be_null) for name, kind in types.items()]
 
-    def decorated(read: Callable[Concatenate[Row, P], R]) -> Callable[Concatenate[Row, P], R]:
+    def decorated(read: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
         @wraps(read)
         def checked(row: Row, *values: P.args, **more: P.kwargs) -> R:
             try:

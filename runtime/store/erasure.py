@@ -28,8 +28,14 @@ from typing import Any
 
 from policies.chat.messages import action_message, text_of
 from policies.types import Message
+from runtime.store.damage import Damaged, Query, json_object, problems_in, record_of
 from runtime.store.episodes import Actor, Purpose, Step, new_id, new_messages_along
-from runtime.store.erasure_schema import source_in_metadata
+from runtime.store.erasure_schema import (
+    ERASURE_COLUMNS,
+    ERASURE_EVENT_COLUMNS,
+    TOMBSTONE_COLUMNS,
+    source_in_metadata,
+)
 from runtime.store.learning_log import LearningLog
 from runtime.store.lineage import Lineage, TaughtAdapter
 from runtime.store.probe_scrubbing import ProbePrompts
@@ -192,9 +198,9 @@ class Eraser:
         tombstone = self.tombstone(episode_id)
         return None if tombstone is None else self.erasure(tombstone.erasure_id)
 
-    def erasures(self, limit: int = 100) -> list[Erasure]:
-        """Newest first."""
-        return self._erasures("ORDER BY erasures.id DESC LIMIT ?", limit)
+    def erasures(self, limit: int = 100, damaged: list[Damaged] | None = None) -> list[Erasure]:
+        """Newest first; those whose rows are damaged are added to `damaged` instead."""
+        return self._erasures("ORDER BY erasures.id DESC LIMIT ?", limit, damaged=damaged)
 
     def unfinished(self) -> list[str]:
         """Oldest first: a server that starts goes on with them."""
@@ -205,7 +211,7 @@ class Eraser:
 
     def tombstones(self, erasure_id: str) -> list[Tombstone]:
         rows = self._log.query("SELECT * FROM erased_episodes WHERE erasure_id = ? ORDER BY id", erasure_id)
-        return [_tombstone(row) for row in rows]
+        return list(self._log.damage.sound(rows, _tombstone))
 
     def tombstone(self, episode_id: str) -> Tombstone | None:
         rows = self._log.query("SELECT * FROM erased_episodes WHERE id = ?", episode_id)
@@ -218,23 +224,23 @@ class Eraser:
         experts = [tombstone.id for tombstone in tombstones if tombstone.actor is Actor.EXPERT]
         return Consequences(experts, self._lineage.adapters_taught_by(episodes), self._lineage.cycles_of(episodes))
 
-    def _erasures(self, rest: str, *values: object) -> list[Erasure]:
+    def _erasures(self, rest: str, *values: object, damaged: list[Damaged] | None = None) -> list[Erasure]:
         rows = self._log.query(
             "SELECT erasures.*, (SELECT count(*) FROM erased_episodes WHERE erasure_id = erasures.id) AS num_episodes, "
             "(SELECT coalesce(sum(num_steps), 0) FROM erased_episodes WHERE erasure_id = erasures.id) AS num_steps "
             f"FROM erasures {rest}",
             *values,
         )
-        return [self._as_erasure(dict(row)) for row in rows]
+        return list(self._log.damage.sound(rows, self._as_erasure, damaged))
 
-    def _as_erasure(self, row: dict[str, Any]) -> Erasure:
-        query = "SELECT event, report FROM erasure_events WHERE erasure_id = ? ORDER BY id"
+    def _as_erasure(self, row: sqlite3.Row) -> Erasure:
+        query = "SELECT * FROM erasure_events WHERE erasure_id = ? ORDER BY id"
         report: dict[str, Any] = {}
         state = "running"
-        for event in self._log.query(query, row["id"]):
-            report |= json.loads(event["report"])
-            state = event["event"] if event["event"] in (Event.ROWS, Event.FINISHED) else state
-        return Erasure(**{**row, "scope": Scope(row["scope"]), "state": state, "report": report})
+        for event, told in self._log.damage.sound(self._log.query(query, row["id"]), _event_from_row):
+            report |= told
+            state = event if event in (Event.ROWS, Event.FINISHED) else state
+        return Erasure(**_erasure_from_row(row), state=state, report=report)
 
     # --------------------------------------------------------------------------------- what was made of it
 
@@ -396,6 +402,8 @@ def _delete_steps(connection: sqlite3.Connection, step_ids: Sequence[str], count
         f"'null' END, '$.calls') AS call WHERE steps.id {of}"
     )
     connection.execute(f"DELETE FROM step_calls WHERE call_id IN ({calls}) AND step_id {of}", wanted * 2)
+    drawn = connection.execute(f"DELETE FROM step_candidates WHERE step_id {of}", wanted)
+    _count(counts, "step_candidates", drawn)
     _count(counts, "steps", connection.execute(f"DELETE FROM steps WHERE id {of}", wanted))
     for digest in tool_sets:
         same = "substr(tools_digest, 1, 8) = substr(?1, 1, 8) AND tools_digest = ?1"
@@ -450,6 +458,24 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
+@record_of("erasures", ERASURE_COLUMNS)
+def _erasure_from_row(row: sqlite3.Row) -> dict[str, Any]:
+    return {**dict(row), "scope": Scope(row["scope"])}
+
+
+@record_of("erasure_events", ERASURE_EVENT_COLUMNS)
+def _event_from_row(row: sqlite3.Row) -> tuple[Event, dict[str, Any]]:
+    return Event(row["event"]), json_object(row["report"])
+
+
+def erasure_problems(query: Query) -> Iterator[str]:
+    """What is wrong with the rows of erasures, in sentences."""
+    yield from problems_in(query, "erasures", _erasure_from_row)
+    yield from problems_in(query, "erasure_events", _event_from_row)
+    yield from problems_in(query, "erased_episodes", _tombstone)
+
+
+@record_of("erased_episodes", TOMBSTONE_COLUMNS)
 def _tombstone(row: sqlite3.Row) -> Tombstone:
     fields: dict[str, Any] = {**dict(row), "cause": Cause(row["cause"]), "actor": Actor(row["actor"])}
     return Tombstone(**fields | {"purpose": Purpose(row["purpose"])})

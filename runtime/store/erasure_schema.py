@@ -48,6 +48,7 @@ MAY_GO = {
     "responses": _OF_TOMBSTONE.format(episode="OLD.episode_id"),
     "corrections": _OF_STEP,
     "step_calls": _OF_STEP,
+    "step_candidates": _OF_STEP,
     "response_deletions": (
         "EXISTS (SELECT 1 FROM responses JOIN erased_episodes ON erased_episodes.id = responses.episode_id "
         "WHERE responses.id = OLD.id)"

@@ -61,6 +61,7 @@ class RewardSource(StrEnum):
     EXPERT_AGREEMENT = "expert_agreement"  # 1 where the step does what the expert does there, else 0
     IMPLICIT = "implicit"  # beta times the log ratio of the trained policy to its reference
     DISCRIMINATOR = "discriminator"  # expert logit of the discriminator, length-controlled
+    JUDGE = "judge"  # a judge model's score of the whole episode, in [0, 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +187,8 @@ class LessonRole(StrEnum):
     TRIED = "tried"  # the gate's: held out, or an anchor; not trained on
 
 
-_WORDS = ("expert_problems", "not_trained", "not_registered", "no_discriminator")
-"""Parts of a report in which other programs speak."""
+_WORDS = ("doubts", "judge", "no_reward_model", "expert_problems", "not_trained", "not_registered", "no_discriminator")
+"""Parts of a report that quote episodes, or in which other programs speak."""
 
 
 # ---------------------------------------------------------------------------------------------------- rows
@@ -292,6 +293,13 @@ class LearningReader:
         )
         return list(self.damage.sound(rows, _reward_from_row))
 
+    def newest_rewards_of(self, episode_id: str) -> dict[str, dict[RewardSource, StepReward]]:
+        """Of each rewarded step of an episode, by source, what the newest cycle that judged it gave."""
+        newest = dict[str, dict[RewardSource, StepReward]]()
+        for reward in self.rewards_of(episode_id):
+            newest.setdefault(reward.step_id, {})[reward.source] = reward
+        return newest
+
     def num_endings(self) -> dict[CycleStage, int]:
         """How many cycles ended how."""
         rows = self._rows("SELECT stage, count(*) AS num FROM cycle_status GROUP BY stage", [])
@@ -393,7 +401,9 @@ class LearningLog(LearningReader):
             for cycle in cycles:
                 self.db.execute("INSERT OR IGNORE INTO erased_cycles VALUES (?, ?)", [cycle, erasure_id])
                 self.db.execute(
-                    f"UPDATE cycles SET report = json_remove(report, {parts}), message = CASE stage WHEN 'failed' "
+                    "UPDATE cycles SET report = "
+                    f"CASE WHEN json_valid(report) THEN json_remove(report, {parts}) ELSE '{{}}' END, "
+                    "message = CASE stage WHEN 'failed' "
                     f"THEN 'what it said of its failure was erased ({erasure_id})' ELSE message END WHERE cycle = ?",
                     [cycle],
                 )

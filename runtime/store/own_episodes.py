@@ -42,7 +42,7 @@ class OwnEpisodes:
         self._places = ", ".join("?" * len(adapters))
         self._cursor = log.number_of_step(after_step)
         rows = log.sound_rows(_LAST_OLD, self._cursor - _PAGE, self._cursor)
-        self._last_old = (rows and rows[0][0]) or 0
+        self._last_old: int = rows[0][0] or 0 if rows else 0
         """No episode with a later number is old: it was logged with a fresh step."""
 
     def last_step_id(self) -> str | None:

@@ -11,11 +11,14 @@ from pathlib import Path
 from policies.adapters.files import AdapterRefused, weights_digest
 from runtime.store.adapter_registry import registry_problems, weights_to_check
 from runtime.store.damage import Query, damaged_file, is_damage
+from runtime.store.erasure import erasure_problems
 from runtime.store.keys import key_problems
 from runtime.store.learning_log import learning_problems
 from runtime.store.state_folder import DATABASE
 from runtime.store.step_log import StepLog, StepLogError
 from runtime.store.tables import page_problems
+
+_CHECKS = (registry_problems, learning_problems, key_problems, erasure_problems)
 
 
 def problems_of(state: Path) -> Iterator[str]:
@@ -27,7 +30,7 @@ def problems_of(state: Path) -> Iterator[str]:
         return
     try:
         yield from log.verify()
-        for check in (registry_problems, learning_problems, key_problems, partial(_weights_problems, state)):
+        for check in (*_CHECKS, partial(_weights_problems, state)):
             try:
                 yield from check(log.query)
             except StepLogError as error:

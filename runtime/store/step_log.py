@@ -48,11 +48,13 @@ from runtime.store.episodes import (
     ResponseRecord,
     Role,
     Step,
+    StepCandidate,
     Withdrawal,
 )
 from runtime.store.prompt_chains import SequenceCache, sequence_of
 from runtime.store.step_rows import (
     TOKEN_BYTES,
+    candidate_from_row,
     correction_from_row,
     episode_from_row,
     outcome_from_row,
@@ -236,6 +238,11 @@ class StepLog:
         values = (episode_id, step_id, limit) if step_id else (episode_id, limit)
         rows = self._rows(query, *values)
         yield from filter(None, self.damage.sound((row["id"] for row in rows), self.step, damaged))
+
+    def candidates(self, step_id: str) -> list[StepCandidate]:
+        """What a step was chosen among, in the order it was drawn; empty where nothing else was."""
+        rows = self._rows("SELECT * FROM step_candidates WHERE step_id = ? ORDER BY number", step_id)
+        return list(self.damage.sound(rows, candidate_from_row))
 
     def children(self, step_id: str) -> list[Step]:
         """The steps that stand on it, by time of creation."""
@@ -670,6 +677,7 @@ _READERS = {
     "withdrawals": withdrawal_from_row,
     "responses": response_from_row,
     "key_usage": usage_from_row,
+    "step_candidates": candidate_from_row,
 }
 
 

@@ -38,6 +38,7 @@ from runtime.store.episodes import (
     ResponseRecord,
     Role,
     Step,
+    StepCandidate,
     StopReason,
     ToolResult,
     Withdrawal,
@@ -47,6 +48,7 @@ from runtime.store.step_schema import (
     EPISODE_COLUMNS,
     OUTCOME_COLUMNS,
     RESPONSE_COLUMNS,
+    STEP_CANDIDATE_COLUMNS,
     STEP_COLUMNS,
     STEP_MAY_BE_NULL,
     TOOL_SET_COLUMNS,
@@ -271,6 +273,30 @@ def withdrawal_to_row(withdrawal: Withdrawal) -> Row:
 @record_of("withdrawals", WITHDRAWAL_COLUMNS)
 def withdrawal_from_row(row: sqlite3.Row) -> Withdrawal:
     return Withdrawal(**dict(row))
+
+
+def candidate_to_row(candidate: StepCandidate) -> Row:
+    return fields_of(candidate) | {
+        "action": action_to_json(candidate.action),
+        "completion_token_ids": tokens_to_blob(candidate.completion_token_ids),
+        "logprobs": logprobs_to_blob(candidate.logprobs),
+        "finish_reason": FinishReason(candidate.finish_reason).value,
+        "is_chosen": int(candidate.is_chosen),
+    }
+
+
+@record_of("step_candidates", STEP_CANDIDATE_COLUMNS, key="step_id")
+def candidate_from_row(row: sqlite3.Row) -> StepCandidate:
+    return StepCandidate(
+        **{
+            **dict(row),
+            "action": action_from_json(row["action"]),
+            "completion_token_ids": tokens_from_blob(row["completion_token_ids"]),
+            "logprobs": logprobs_from_blob(row["logprobs"]),
+            "finish_reason": FinishReason(row["finish_reason"]),
+            "is_chosen": bool(row["is_chosen"]),
+        }
+    )
 
 
 def correction_to_row(correction: Correction) -> Row:

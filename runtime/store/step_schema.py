@@ -17,7 +17,7 @@ from runtime.store.step_views import EPISODE_TEXT, STEP_SUMMARY
 
 STEP_LOG_MIGRATIONS = Migrations("step_log")
 
-FACT_TABLES = ("episodes", "steps", "outcomes", "corrections", "tool_sets", "withdrawals")
+FACT_TABLES = ("episodes", "steps", "outcomes", "corrections", "tool_sets", "withdrawals", "step_candidates")
 _FIRST_TABLES = FACT_TABLES[:5]
 
 
@@ -94,6 +94,14 @@ def recognise_rewritten_conversations(database: Database) -> None:
         _refuse_edits(database, table, "id")
     for table, columns in (("step_calls", ["call_id"]), ("steps", ["thread_digest"]), ("steps", ["tail_digest"])):
         database.table(table).create_index(columns)
+
+
+@STEP_LOG_MIGRATIONS()
+def keep_what_was_not_chosen(database: Database) -> None:
+    """The draws that a step was chosen among."""
+    _create(database, "step_candidates", STEP_CANDIDATE_COLUMNS, pk=None, foreign_keys=[("step_id", "steps", "id")])
+    database.execute("CREATE UNIQUE INDEX step_candidates_by_step ON step_candidates(step_id, number)")
+    _refuse_edits(database, "step_candidates", None)
 
 
 @STEP_LOG_MIGRATIONS()
@@ -185,6 +193,18 @@ RESPONSE_COLUMNS = {
     "step_id": str,  # the first one
     "request": str,  # JSON object
     "created_at": float,
+}
+
+STEP_CANDIDATE_COLUMNS = {
+    "step_id": str,
+    "number": int,
+    "action": str,  # JSON object with a `type`
+    "completion_token_ids": bytes,  # int32 little endian
+    "logprobs": bytes,  # float32 little endian
+    "finish_reason": str,
+    "score": float,
+    "scorer": str,
+    "is_chosen": int,
 }
 
 STEP_CALL_COLUMNS = {

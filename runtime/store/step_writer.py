@@ -26,11 +26,13 @@ from runtime.store.episodes import (
     ResponseDeletion,
     ResponseRecord,
     Step,
+    StepCandidate,
     Withdrawal,
 )
 from runtime.store.prompt_chains import SequenceCache, common_prefix_len, sequence_of
 from runtime.store.step_rows import (
     Row,
+    candidate_to_row,
     correction_to_row,
     episode_to_row,
     fields_of,
@@ -179,6 +181,8 @@ class StepWriter:
                 self._insert_step(fact)
             case Episode():
                 self._insert("episodes", episode_to_row(fact))
+            case StepCandidate():
+                self._insert("step_candidates", candidate_to_row(fact))
             case Outcome():
                 self._insert("outcomes", outcome_to_row(fact))
             case Correction():
