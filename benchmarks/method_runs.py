@@ -34,10 +34,6 @@ from tools.worlds import load_world
 from tools.worlds.world import Message, Task, TaskId, World
 
 NUM_CYCLES = 3
-GRADIENT_STEPS = 24
-"""Of a cycle, for every method."""
-NUM_OWN_EPISODES = 48
-"""Of a cycle: one at each demonstrated task, the others at tasks never seen before."""
 NUM_SAMPLES = 8
 """Of the policy at an own state, where a method looks at them."""
 NUM_FOLD_SAMPLES = 4
@@ -92,6 +88,10 @@ class Scene:
     axis: Axis = AXES[None]
     split: str = "heldout"
     num_tasks: int = 200
+    gradient_steps: int = 24
+    """Of a cycle, for every method."""
+    num_own_episodes: int = 48
+    """Of a cycle: one at each demonstrated task, the others at tasks never seen before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +252,7 @@ class Run:
     def _first_cycle(self) -> Path:
         data = TrainingData(self._stage.demonstrations)
         sft = objective_of("sft", data, replace(self._method.objectives, own_states=False))
-        return self._trained(sft, self._stage.folder / "first", 0, GRADIENT_STEPS, None)[0]
+        return self._trained(sft, self._stage.folder / "first", 0, self._scene.gradient_steps, None)[0]
 
     def _cycle(self, number: int) -> None:
         training_data = self._training_data(number)
@@ -265,7 +265,7 @@ class Run:
             self._notes.append(str(reason))
             sft = objective_of("sft", TrainingData(self._stage.demonstrations), self._method.objectives)
             self._adapter, self._diagnostics = self._trained(
-                sft, self._folder / str(number), number, GRADIENT_STEPS, self._adapter
+                sft, self._folder / str(number), number, self._scene.gradient_steps, self._adapter
             )
         self._seconds += time.process_time() - began
 
@@ -274,7 +274,10 @@ class Run:
         method, options = self._method, self._method.objective_options
         if method.objective == "experience, sft":
             sft = objective_of("sft", training_data, options)
-            return [(experience(training_data), GRADIENT_STEPS // 2), (sft, GRADIENT_STEPS // 2)]
+            return [
+                (experience(training_data), self._scene.gradient_steps // 2),
+                (sft, self._scene.gradient_steps // 2),
+            ]
         discriminator = self._discriminator(training_data, number) if method.objective in ("inverse", "raft") else None
         match method.objective:
             case "majority":
@@ -286,7 +289,7 @@ class Run:
                 objective = sft_rft_majority(training_data, options)
             case name:
                 objective = objective_of(name, training_data, options, discriminator)
-        return [(objective, GRADIENT_STEPS)]
+        return [(objective, self._scene.gradient_steps)]
 
     def _trained(
         self, objective: Objective, folder: Path, number: int, steps: int, begin: Path | None
@@ -308,7 +311,7 @@ class Run:
         )
 
     def _discriminator(self, training_data: TrainingData, number: int) -> Discriminator:
-        training = replace(self._options(number, GRADIENT_STEPS), lr=DISCRIMINATOR_LR)
+        training = replace(self._options(number, self._scene.gradient_steps), lr=DISCRIMINATOR_LR)
         options = DiscriminatorOptions(training=training, held_out_share=0.0)
         return discriminate(
             TrainingData(with_hard_negatives(training_data.demonstrations, self._stage.rollouts.protocol)),
@@ -344,7 +347,7 @@ class Run:
 
     def _played(self, number: int) -> list[Trajectory]:
         stage = self._stage
-        num_others = NUM_OWN_EPISODES - len(stage.demonstrated)
+        num_others = stage.scene.num_own_episodes - len(stage.demonstrated)
         tasks = stage.demonstrated + stage.others[number * num_others : (number + 1) * num_others]
         return stage.rollouts.own_trajectories(self._network(), tasks, self._generator(number, 1), f"own/{number}")
 
@@ -416,7 +419,7 @@ class Run:
             seen = TrainingData(demonstrations[1 - fold :: 2])
             sft = objective_of("sft", seen, replace(self._method.objectives, own_states=False))
             folder = self._stage.folder / f"fold-{fold}"
-            adapter, _ = self._trained(sft, folder, 900 + fold, GRADIENT_STEPS, None)
+            adapter, _ = self._trained(sft, folder, 900 + fold, self._scene.gradient_steps, None)
             tasks = self._stage.demonstrated[fold::2]
             inspected = self._stage.rollouts.inspected(
                 load_policy(self._scene.base, adapter), tasks, NUM_FOLD_SAMPLES, self._generator(fold, 4)
