@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 ARGS ?=
 MODEL ?=
+PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 .PHONY: setup serve demo demo-real quick test test-real check
 
@@ -25,10 +26,10 @@ demo-real: setup-worlds
 	$(VENV)/bin/python -m benchmarks.demo_real $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 test: setup
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 quick: setup
-	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-real: setup
 	$(VENV)/bin/python -m pytest tests_real --timeout 480 $(ARGS)

@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 
     from policies.chat.chat_protocol import ChatProtocol
     from policies.types import Engine
+    from runtime.adapters.swap import Swap
     from runtime.engines.gpu_share import GpuShare
     from runtime.http.parts import Parts
+    from runtime.privacy.erasing import Erasing
+    from runtime.privacy.redaction import Redactor
+    from runtime.privacy.retention import Retention
+    from runtime.store.step_log import StepLog
 
 
 def main(arguments: list[str]) -> None:
@@ -47,6 +52,7 @@ async def _serve(settings: Settings) -> None:
     from runtime.engines.supervised import SupervisedEngine
     from runtime.http.app import create_app
     from runtime.http.shutdown import server_of
+    from runtime.store.damage import StepLogError
 
     parts = build_parts(settings)
     assert parts.learning is not None
@@ -78,7 +84,7 @@ async def _serve(settings: Settings) -> None:
         await server.serve(sockets=[sock])
         if starting.done():
             starting.result()
-    except (EngineError, ValueError) as error:
+    except (EngineError, ValueError, StepLogError) as error:
         raise SystemExit(f"cannot start: {error}") from error
     finally:
         for task in (starting, *beside):
@@ -118,41 +124,65 @@ def build_parts(settings: Settings) -> Parts:
     from policies.adapters.base_network import BaseNetworkError, model_folder, read_base_network
     from policies.chat.chat_protocol import ChatProtocol
     from runtime.adapters.approval import Approval, PromotionMode
+    from runtime.adapters.reward_models import RewardModels
     from runtime.adapters.swap import Swap
     from runtime.agent.budget import RunLimits
+    from runtime.agent.scorers import ChosenBy
     from runtime.agent.tools import Toolbox
-    from runtime.http.load import Load
+    from runtime.http.best_of import Choosing, ChoosingLimits
+    from runtime.http.load import Load, today
     from runtime.http.metrics import Metrics
     from runtime.http.parts import Parts
     from runtime.http.shutdown import Cutting
     from runtime.learning.learning import Learning
+    from runtime.privacy.erasing import Erasing
     from runtime.store.adapter_registry import AdapterRegistry
+    from runtime.store.damage import StepLogError, damaged_file, is_damage
     from runtime.store.keys import KeyRing, KeyStore
+    from runtime.store.learning_log import migrate_learning_log
     from runtime.store.state_folder import StateFolder
-    from runtime.store.step_log import StepLog, StepLogError
+    from runtime.store.step_log import LOCK_TIMEOUT_S, StepLog
     from tools import load_tools
     from tools.worlds import load_world
+    from tools.worlds.world import max_steps_of
 
     try:
+        world = load_world(settings.world_name) if settings.world_name else None
         toolbox = Toolbox(
             load_tools(settings.tools, settings.search_corpus),
-            load_world(settings.world_name) if settings.world_name else None,
+            world,
             is_default=settings.run_tools == "always",
         )
         folder_of_state = StateFolder(settings.state)
-        log = StepLog(settings.state / "agent.db")
+        log = StepLog(settings.state / "agent.db", lock_timeout_s=min(LOCK_TIMEOUT_S, settings.deadline))
         registry = AdapterRegistry(settings.state / "agent.db")
+        registry.acting()  # raises where it can no longer be read: another adapter would be served
+        migrate_learning_log(settings.state)
         keys = KeyRing(KeyStore(settings.state / "agent.db"), key_of(settings))
         folder = model_folder(settings.model)
         network = read_base_network(folder)
         protocol = ChatProtocol.load(folder, settings.response_template)
         if settings.tools and not protocol.takes_tools:
             raise ValueError(f"the chat template of {settings.model} has no words for tools: leave --tools out")
+        redactor = redactor_of(settings)
         engine = load_engine(settings, folder, protocol)
-    except (ValueError, OSError, StepLogError, BaseNetworkError, sqlite3.Error) as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        told = damaged_file(error, settings.state / "agent.db") if is_damage(error) else error
+        raise SystemExit(f"cannot start: {told}") from error
+    except (ValueError, OSError, StepLogError, BaseNetworkError) as error:
         raise SystemExit(f"cannot start: {error}") from error
     swap = Swap(engine, registry, network)
     metrics, cutting = Metrics(engine), Cutting()
+    learning = Learning.beside(
+        settings.state,
+        log,
+        registry,
+        swap,
+        arguments=learner_arguments(settings, folder),
+        environment=learner_environment(settings, folder, keys.learner_secret),
+        every_episodes=settings.learn_every,
+    )
+    erasing = Erasing(settings.state, log, registry, swap, learning, metrics.registry)
     return Parts(
         served_name=settings.served_name or os.path.basename(os.path.normpath(settings.model)),
         engine=engine,
@@ -162,13 +192,15 @@ def build_parts(settings: Settings) -> Parts:
         swap=swap,
         toolbox=toolbox,
         limits=RunLimits(
-            max_steps=settings.max_steps,
+            max_steps=settings.max_steps or max_steps_of(world),
             max_completion_tokens=settings.max_run_tokens,
             deadline_s=settings.deadline,
             tool_timeout_s=settings.tool_timeout,
         ),
         metrics=metrics,
         cutting=cutting,
+        choosing=ChoosingLimits(Choosing(settings.best_of, ChosenBy(settings.best_of_by)), settings.best_of_most),
+        reward_models=RewardModels(engine, registry, network, swap.changes),
         approval=Approval(
             swap,
             registry,
@@ -176,20 +208,34 @@ def build_parts(settings: Settings) -> Parts:
             settings.canary_share,
             settings.approval_days * 86400,
         ),
-        load=Load(settings.max_batch_size, settings.max_waiting, cutting, metrics.registry),
+        load=Load(settings.max_batch_size, settings.max_waiting, cutting, metrics.registry, used=log.usage_of(today())),
         keys=keys,
         state=folder_of_state,
         cors_origins=tuple(settings.cors_origins),
-        learning=Learning.beside(
-            settings.state,
-            log,
-            registry,
-            swap,
-            arguments=learner_arguments(settings, folder),
-            environment=learner_environment(settings, folder, keys.learner_secret),
-            every_episodes=settings.learn_every,
-        ),
+        learning=learning,
+        redactor=redactor,
+        erasing=erasing,
+        retention=retention_of(settings, log, erasing, swap),
     )
+
+
+def retention_of(settings: Settings, log: StepLog, erasing: Erasing, swap: Swap) -> Retention:
+    """What erases what was kept long enough."""
+    from policies.command_line import split_commas
+    from runtime.privacy.retention import Limits, Retention
+
+    limits = Limits(settings.keep_days, None if settings.keep_gb is None else int(settings.keep_gb * 1e9))
+    anchors = split_commas(str(settings.learner_arg.get("anchors", "")))
+    return Retention(settings.state, log, erasing, limits, swap.is_in_progress, anchors)
+
+
+def redactor_of(settings: Settings) -> Redactor | None:
+    """What replaces secrets; None: nothing does. Raises ValueError for a function that cannot be imported."""
+    from runtime.privacy.redaction import Redactor, load_hook
+    from runtime.privacy.secret_shapes import SHAPES
+
+    hooks = [load_hook(path) for path in settings.redact]
+    return Redactor(SHAPES if settings.redact_secrets else (), hooks) if hooks or settings.redact_secrets else None
 
 
 def learner_arguments(settings: Settings, folder: Path) -> list[str]:

@@ -11,8 +11,8 @@ Sections, each for itself, so that the failure of one loses nothing of the other
             random weights, bfloat16, LoRA: tokens/s, peak memory beside our estimate; the losses must agree. Of long
             trajectories some rows are timed, evenly spread, and the rest are reckoned (`rows_timed`)
   engine    the embedded engine beside transformers' `generate`: prompts of 500 tokens, 64 written, 1, 8 and 32 at once
-  cycle     with --parts: SmolLM2 learns 24 orders by `sft`, is saved, verified by the engine on this device, and tried
-            at the states of other orders: how often its greedy action is the expert's, token by token, before and after
+  cycle     with --parts: SmolLM2 learns 24 orders by `sft`, is saved, verified by the engine on this device, tried at
+            the states of other orders: how often its greedy action is the expert's, token by token, before and after
 
 A section that lacks a package says so in a sentence. `--seconds` bounds all; what found no time says so too.
 """

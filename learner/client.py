@@ -31,6 +31,8 @@ class StateTrial:
     number: int
     """From 0: the state may be tried more than once."""
     max_tokens: int | None = None
+    episode_id: str = ""
+    """Of which logged episode the state is: an erasure of that one erases the trial. No part of the trial's name."""
 
     @property
     def name(self) -> str:
@@ -103,6 +105,7 @@ class Endpoint:
         """Sample by the trial's seed; None where the endpoint cannot answer, for example because it is too long."""
         # An episode of its own: a state of a logged episode must not be continued under it.
         metadata: Any = {"purpose": Purpose.EVALUATION, "episode_id": new_id("ep"), "trial": trial.name}
+        metadata |= {"copied_from": trial.episode_id} if trial.episode_id else {}
         asked: Any = {"messages": list(trial.messages), "tools": list(trial.tools), "seed": trial.seed}
         asked |= {"max_tokens": trial.max_tokens} if trial.max_tokens is not None else {}
         try:
@@ -136,6 +139,12 @@ class Endpoint:
         }
         adapter: Any = await self.client.post("/adapters", cast_to=object, body=body)
         return adapter["name"]
+
+    async def add_reward(self, adapter: str, folder: Path, cycle: str) -> str:
+        """Hand a reward model's folder (absolute) to the runtime, as an adapter's newest; returns its name."""
+        body = {"path": str(folder), "cycle": cycle}
+        reward: Any = await self.client.post(f"/adapters/{adapter}/reward", cast_to=object, body=body)
+        return reward["name"]
 
     async def promote(self, name: str, reason: str, expected_acting: str) -> Any:
         """Propose an adapter; the record that comes back says whether it acts, is a canary, waits, or was refused.

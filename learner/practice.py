@@ -28,10 +28,8 @@ from tqdm import tqdm
 from learner.api_key import api_key
 from policies.command_line import refuse_keys
 from tools.worlds import WORLDS, load_world
-from tools.worlds.world import Message, Task, World, WorldEpisode
+from tools.worlds.world import Message, Task, World, WorldEpisode, max_steps_of
 
-MAX_STEPS = 16
-"""Steps after which an attempt is given up, where the world has no `max_steps` of its own."""
 WORLD_TIMEOUT_S = 60.0
 
 Result = TypeVar("Result")
@@ -99,7 +97,7 @@ async def _attempt(client: AsyncOpenAI, world: World, task: Task, model: str, op
     try:
         episode = await _in_world(world.open, task)
         tools = await _in_world(_tools_of, episode)
-        while num_steps < getattr(world, "max_steps", MAX_STEPS):
+        while num_steps < max_steps_of(world):
             answer = await client.chat.completions.create(
                 model=model,
                 messages=messages,

@@ -21,6 +21,7 @@ from runtime.store.learner_lock import only_learner
 if TYPE_CHECKING:
     from learner.data.collaborators import Collaborators
     from learner.data.experts import Expert
+    from learner.data.judge import Judge
     from runtime.store.step_log import StepLog
     from tools.worlds.world import World
 
@@ -62,6 +63,11 @@ class OnceOptions(_CycleFields):
     """A stronger model's OpenAI-compatible endpoint; its key is STEPAGENT_EXPERT_API_KEY."""
     expert_model: str = ""
     """The stronger model's name there."""
+    judge_url: str = ""
+    """A judge model's OpenAI-compatible endpoint: it ranks own episodes of one task that nobody has judged; its key is
+    STEPAGENT_JUDGE_API_KEY."""
+    judge_model: str = ""
+    """The judge model's name there."""
     threads: int = 1
     """Threads of the learner's arithmetic on a CPU, beside the spare cores. OMP_NUM_THREADS bounds both."""
     server_pid: CliSuppress[int | None] = None
@@ -77,6 +83,8 @@ class OnceOptions(_CycleFields):
     def _expert_is_whole(self) -> OnceOptions:
         if bool(self.expert_url) != bool(self.expert_model):
             raise ValueError("--expert-url and --expert-model go together")
+        if bool(self.judge_url) != bool(self.judge_model):
+            raise ValueError("--judge-url and --judge-model go together")
         return self
 
     def cycle_options(self) -> CycleOptions:
@@ -149,6 +157,7 @@ def collaborators(options: OnceOptions) -> Collaborators:
         experts=_experts(options, log, world),
         base=options.model,
         state=options.state,
+        judge=_judge(options),
     )
 
 
@@ -165,6 +174,17 @@ def _experts(options: OnceOptions, log: StepLog, world: World | None) -> list[Ex
         key = os.environ.get("STEPAGENT_EXPERT_API_KEY", "none")
         experts.append(ModelExpert(AsyncOpenAI(base_url=options.expert_url, api_key=key), options.expert_model))
     return experts
+
+
+def _judge(options: OnceOptions) -> Judge | None:
+    from openai import AsyncOpenAI
+
+    from learner.data.judge import Judge
+
+    if not options.judge_url:
+        return None
+    key = os.environ.get("STEPAGENT_JUDGE_API_KEY", "none")
+    return Judge(AsyncOpenAI(base_url=options.judge_url, api_key=key), options.judge_model)
 
 
 def _live_beside(server: int) -> None:

@@ -22,7 +22,7 @@ from learner.data.training_data import PolicyAction, State, TrainingData, Trajec
 from policies.chat.chat_protocol import ChatProtocol, ChatProtocolError
 from policies.chat.read_back import misreading
 from policies.types import Action, MalformedAction, TokenIds
-from runtime.store.episodes import Step
+from runtime.store.episodes import Actor, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,8 @@ async def inspect(
     demonstrations = collected.demonstrations
     demonstrated, at_expert_states = await inspect_demonstrations(who, demonstrations, acting, num_samples, on_done)
     episodes, at_policy_states, num_answers = await _inspect_policy_states(who, collected.policy_episodes, on_done)
-    training_data = TrainingData(tuple(demonstrated), tuple(episodes))
+    held_out = [as_logged(each) for each in (*collected.held_out, *collected.own_held_out)]
+    training_data = TrainingData(tuple(demonstrated), tuple(episodes), tuple(held_out))
     return Inspection(training_data, at_expert_states, at_policy_states, num_answers)
 
 
@@ -95,14 +96,28 @@ async def inspect_demonstrations(
         compared.append(compare_state([sample.action for sample in samples], place.step.action, judge))
         states[place.step.id] = _demonstrated_state(place.step, samples, compared[-1])
     trajectories = [
-        Trajectory(d.episode.id, tuple(states[step.id] for step in d.path), d.episode.task, 1.0) for d in demonstrations
+        Trajectory(d.episode.id, tuple(states[step.id] for step in d.path), d.episode.task, 1.0, is_demonstration=True)
+        for d in demonstrations
     ]
     return trajectories, compared
 
 
+def as_logged(episode: LoggedEpisode) -> Trajectory:
+    """An episode that is not inspected: what was done in it, and no answer beside it."""
+    is_demonstration = episode.episode.actor is Actor.EXPERT
+    states = [
+        _demonstrated_state(step, (), ComparedState(step.action, ()))
+        if is_demonstration
+        else State(step.id, step.prompt_token_ids, None, (_policy_action(step, None, episode.num_versions_old),))
+        for step in episode.path
+    ]
+    outcome = 1.0 if is_demonstration else episode.outcome
+    return Trajectory(episode.episode.id, tuple(states), episode.episode.task, outcome, is_demonstration)
+
+
 def trial_of(state: LoggedState, number: int) -> StateTrial:
     """A draw at an expert's state, to be held against what the expert did there."""
-    return StateTrial(state.messages, state.step.tools, number, most_tokens(state.step))
+    return StateTrial(state.messages, state.step.tools, number, most_tokens(state.step), state.step.episode_id)
 
 
 def most_tokens(expert: Step) -> int:

@@ -20,15 +20,16 @@ import torch
 from torch import Tensor
 
 from learner.data.held_out import is_held_out
-from learner.data.rewards import discriminator_rewards, policy_actions_of
+from learner.data.rewards import discriminator_rewards, logged_actions_of
 from learner.data.training_data import TrainingData
-from learner.objectives.build import LabelledState, NothingToLearn, labelled_states, without_stale_actions
 from learner.objectives.losses import expert_logits, length_controlled, pairwise_discriminator_loss
 from learner.objectives.objectives import Loss, Pair, action_sequence
+from learner.objectives.states import LabelledState, NothingToLearn, labelled_states, without_stale_actions
 from learner.options import ObjectiveOptions, TrainingOptions
 from learner.packing.prefix_tree import ScoredSequence, Span
 from learner.packing.scoring import SequenceLogprobs
 from learner.training.trainer import Trainer
+from policies.adapters.reward import RewardCard, write_reward_card
 from policies.types import TokenIds
 from runtime.store.learning_log import StepReward
 
@@ -99,10 +100,15 @@ class Discriminator:
         return length_controlled(self._logits(sequences, self._bias), num_tokens).tolist()
 
     def rewards_of(self, cycle: str, training_data: TrainingData) -> list[StepReward]:
-        """The reward of every action of the policy in the training data."""
-        found = policy_actions_of(training_data)
-        sequences = [action_sequence(state.prompt, action.token_ids, (state.id,)) for state, action in found]
-        return discriminator_rewards(cycle, [action for _, action in found], self.rewards(sequences))
+        """The reward of every logged step of the training data."""
+        found = logged_actions_of(training_data)
+        sequences = [action_sequence(each.state.prompt, each.token_ids, (each.state.id,)) for each in found]
+        return discriminator_rewards(cycle, found, self.rewards(sequences))
+
+    def save(self, folder: Path, probe_prompts: Sequence[TokenIds], card: str) -> None:
+        """Write it as a reward model (`policies/adapters/reward.py`). Raises as `Trainer.save`."""
+        self._trainer.save(folder, probe_prompts, card)
+        write_reward_card(folder, RewardCard(self._bias, self.accuracy, self.num_pairs))
 
     def measures(self) -> dict[str, float]:
         """For the cycle's report."""

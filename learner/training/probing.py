@@ -21,13 +21,17 @@ NUM_PROMPTS = 4
 NUM_TOKENS = 8
 
 
-def make_probe(network: Any, base_fingerprint: str, prompts: Sequence[TokenIds]) -> Probe:
-    """The probe of a PeftModel as it is now, on those of the prompts where it is furthest from its base."""
+def make_probe(
+    network: Any, base_fingerprint: str, prompts: Sequence[TokenIds], neutral: TokenIds | None = None
+) -> Probe:
+    """The probe of a PeftModel as it is now, on those of the prompts where it is furthest from its base, and on the
+    neutral one."""
     adapter, base = _Reading(network), _Reading(network)
     candidates = [_probe_prompt(prompt, adapter, base) for prompt in sorted(prompts)]  # neighbours begin alike
     # As the least precise of engines would see it: the trainer does not know where the adapter will be served.
     furthest = sorted(candidates, key=lambda prompt: prompt.distance_from_base(HALF_TOLERANCE), reverse=True)
-    return Probe(base_fingerprint, tolerance_in(network.dtype), tuple(furthest[:NUM_PROMPTS]))
+    kept = furthest[:NUM_PROMPTS] + ([] if neutral is None else [_probe_prompt(neutral, adapter, base)])
+    return Probe(base_fingerprint, tolerance_in(network.dtype), tuple(kept))
 
 
 class _Reading:

@@ -270,8 +270,12 @@ class Trainer:
 
     # ----------------------------------------------------------------------------------------------- saving
 
-    def save(self, folder: Path, probe_prompts: Sequence[TokenIds], card: str) -> None:
+    def save(
+        self, folder: Path, probe_prompts: Sequence[TokenIds], card: str, neutral_prompt: TokenIds | None = None
+    ) -> None:
         """Write the adapter as a PEFT folder, with its probe and a model card that begins with `card`.
+
+        The probe keeps those of its prompts at which the adapter is furthest from its base, and the neutral one.
 
         The folder is there whole or not at all. Raises TrainingFailed where its weights are not finite or it cannot be
         written, FileExistsError where the folder holds something already.
@@ -279,11 +283,15 @@ class Trainer:
         for name, parameter in self.network.named_parameters():
             if parameter.requires_grad:
                 _require_finite(parameter, f"the adapter's {name}", "at the end of training")
-        probe = None if self._is_half_on_cpu else make_probe(self.network, self._base_fingerprint, probe_prompts)
+        probe = (
+            None
+            if self._is_half_on_cpu
+            else make_probe(self.network, self._base_fingerprint, probe_prompts, neutral_prompt)
+        )
         try:
             with whole_folder(folder) as incoming:
                 self.network.save_pretrained(incoming, save_embedding_layers=False)
-                write_probe(incoming, probe or self._probe_in_32_bits(incoming, probe_prompts))
+                write_probe(incoming, probe or self._probe_in_32_bits(incoming, probe_prompts, neutral_prompt))
                 (incoming / "README.md").write_text(model_card(card, self._origin), encoding="utf-8")
         except FileExistsError:
             raise
@@ -294,7 +302,7 @@ class Trainer:
     def _is_half_on_cpu(self) -> bool:
         return self._device == "cpu" and self.network.dtype != torch.float32
 
-    def _probe_in_32_bits(self, adapter: Path, prompts: Sequence[TokenIds]) -> Probe:
+    def _probe_in_32_bits(self, adapter: Path, prompts: Sequence[TokenIds], neutral: TokenIds | None) -> Probe:
         """What a CPU's engine will compute with what was saved, since it keeps 32 bits where the training took 16.
 
         The network is what was saved from then on: there may be no memory for both.
@@ -305,7 +313,7 @@ class Trainer:
             self._base, dtype=torch.float32, attn_implementation=TREE_ATTENTION
         )
         self.network = PeftModel.from_pretrained(network, str(adapter)).eval()
-        return make_probe(self.network, self._base_fingerprint, prompts)
+        return make_probe(self.network, self._base_fingerprint, prompts, neutral)
 
     def _origin_of(self, objective: Objective, num_gradient_steps: int, diagnostics: dict[str, float]) -> Origin:
         return Origin(

@@ -81,6 +81,8 @@ class Watch:
         self._registry = registry
         self._swap = swap
         self._options = options
+        self._turn: tuple[str, float] | None = None
+        self._turn_number = 0
 
     async def keep_watching(self) -> None:
         """For ever: the server's background task."""
@@ -133,9 +135,16 @@ class Watch:
         """In words, how it is worse than the other one by more than the noise; None where it is not."""
         return next((evidence.in_words() for evidence in self.evidence() if evidence.is_worse), None)
 
+    def _number_at(self, adapter: str, since: float) -> int:
+        """Of the newest episode when this turn of the adapter was seen first: its episodes count from there on, also
+        where a clock that is set back makes them look older."""
+        if self._turn != (adapter, since):
+            self._turn, self._turn_number = (adapter, since), self._log.num_episodes()
+        return self._turn_number
+
     def _compare(self, adapter: str, against: str, since: float) -> list[Evidence]:
         most = self._options.most_values
-        said = self._log.live_outcomes(adapter, most, since)
+        said = self._log.live_outcomes(adapter, most, since, self._number_at(adapter, since))
         others = [outcome.value for outcome in self._log.live_outcomes(against, most)]
         agrees, others_agree = (self._cycles.agreement(name)[:most] for name in (adapter, against))
         values, by_key = [outcome.value for outcome in said], Counter(outcome.key for outcome in said)

@@ -13,10 +13,19 @@ from policies.types import BASE_ADAPTER, Adapter
 from runtime.adapters.approval import Approval, PromotionMode
 from runtime.http.errors import ApiError
 from runtime.http.keys import asking_key
+from runtime.http.pages import left_out
 from runtime.http.parts import Parts
-from runtime.http.schemas import AdapterChange, AdapterPromotion, AdapterRefusal, AdapterRegistration, CanaryRequest
+from runtime.http.schemas import (
+    AdapterChange,
+    AdapterPromotion,
+    AdapterRefusal,
+    AdapterRegistration,
+    CanaryRequest,
+    RewardRegistration,
+)
 from runtime.http.strict_json import StrictJsonRoute
 from runtime.store.adapter_registry import AdapterRegistry
+from runtime.store.damage import Damaged
 from runtime.store.keys import LEARNER
 
 _NO_REASON = AdapterChange()
@@ -35,10 +44,12 @@ def adapter_routes(parts: Parts) -> APIRouter:
     async def list_adapters() -> dict[str, Any]:
         """Every version that was ever registered, oldest first, with its history."""
 
-        def listed() -> list[dict[str, Any]]:
-            return [record(adapter) for adapter in registry.adapters()]
+        def listed() -> dict[str, Any]:
+            damaged = list[Damaged]()
+            adapters = registry.damage.sound(registry.adapters(damaged), record, damaged)
+            return {"object": "list", "data": list(adapters)} | left_out(damaged)
 
-        return {"object": "list", "data": await asyncio.to_thread(listed)}
+        return await asyncio.to_thread(listed)
 
     @router.post("", status_code=201)
     async def register_adapter(body: AdapterRegistration, request: Request) -> dict[str, Any]:
@@ -66,6 +77,7 @@ def adapter_routes(parts: Parts) -> APIRouter:
         """
         key = asking_key(request).name
         if body.is_proposal or key == LEARNER:
+            await _require_unerased(parts, name)
             await approval.propose(name, body.reason, body.expected_acting, key)
         else:
             await approval.promote(name, body.reason, body.expected_acting, key)
@@ -75,11 +87,25 @@ def adapter_routes(parts: Parts) -> APIRouter:
     async def start_canary(name: str, body: CanaryRequest, request: Request) -> dict[str, Any]:
         """Let it serve a share of the new episodes; it is promoted or refused by how they go. 409 beside another."""
         key = asking_key(request).name
+        if body.is_proposal or key == LEARNER:
+            await _require_unerased(parts, name)
         if (body.is_proposal or key == LEARNER) and approval.mode in (PromotionMode.ASK, PromotionMode.DRY_RUN):
             await approval.propose(name, body.reason, body.expected_acting, key)
         else:
             await swap.start_canary(name, body.share, body.reason, body.expected_acting, key)
         return record(registry.adapter(name))
+
+    @router.post("/{name}/reward", status_code=201)
+    async def add_reward(name: str, body: RewardRegistration, request: Request) -> dict[str, Any]:
+        """Copy in a reward model beside an adapter: its newest from now on. It is judged when a step is first to be
+        chosen by it."""
+        try:
+            reward = await asyncio.to_thread(
+                registry.add_reward, name, Path(body.path), body.cycle, asking_key(request).name
+            )
+        except OSError as error:
+            raise _not_copied(error) from error
+        return {"object": "reward_model", "name": reward.name, "adapter": name, "digest": reward.digest}
 
     @router.post("/{name}/unload")
     async def unload_adapter(name: str, body: Annotated[AdapterChange, Body()] = _NO_REASON) -> dict[str, Any]:
@@ -99,10 +125,22 @@ def adapter_routes(parts: Parts) -> APIRouter:
 async def _register(registry: AdapterRegistry, body: AdapterRegistration, key: str) -> Adapter:
     try:
         return await asyncio.to_thread(registry.register, Path(body.path), body.parent, body.reason, body.cycle, key)
-    except OSError as error:  # no permission, too long a name, a full disk
-        raise ApiError(
-            409, f"the adapter could not be copied in: {error.strerror}", "adapter_refused", "path"
-        ) from error
+    except OSError as error:
+        raise _not_copied(error) from error
+
+
+def _not_copied(error: OSError) -> ApiError:
+    """No permission, too long a name, a full disk."""
+    return ApiError(409, f"the folder could not be copied in: {error.strerror}", "adapter_refused", "path")
+
+
+async def _require_unerased(parts: Parts, name: str) -> None:
+    """Raises ApiError where the learner would let act what has learned from an episode that was erased meanwhile."""
+    if parts.erasing is None:
+        return
+    if erased := await asyncio.to_thread(parts.erasing.lineage.erased_lessons_of, name):
+        message = f"{name} has learned from {len(erased)} episodes that were erased since, {erased[0]} among them"
+        raise ApiError(409, f"{message}: start another cycle", "learned_from_erased")
 
 
 def _waiting(parts: Parts, approval: Approval, name: str) -> dict[str, Any]:
@@ -116,16 +154,25 @@ def _waiting(parts: Parts, approval: Approval, name: str) -> dict[str, Any]:
 
 def _record(registry: AdapterRegistry, adapter: Adapter) -> dict[str, Any]:
     """An adapter as clients see it."""
-    events = registry.events(adapter.name)
+    state, events = registry.state(adapter.name), registry.events(adapter.name)
     return {
         "object": "adapter",
         "name": adapter.name,
         "version": adapter.version,
-        "state": events[-1].state,
+        "state": state,
         "parent": adapter.parent,
         "digest": adapter.digest,
         "rank": adapter.rank,
         "cycle": registry.cycle_of(adapter.name),
-        "is_acting": registry.acting() == adapter,
+        "is_acting": _is_acting(registry, adapter),
         "events": [asdict(event) for event in events],
     }
+
+
+def _is_acting(registry: AdapterRegistry, adapter: Adapter) -> bool:
+    """False where the pointer is damaged: then nothing acts."""
+    try:
+        return registry.acting() == adapter
+    except Damaged as damaged:
+        registry.damage.note(damaged)
+        return False

@@ -16,11 +16,13 @@ from policies.types import BASE_ADAPTER, EngineError, EngineLimits, Message, Sam
 from runtime.agent.conversation import Place, continued, locate
 from runtime.agent.loop import Run, ServerTools
 from runtime.agent.rendering import SMALL_LETTERS, num_letters
+from runtime.agent.scorers import scorer_of
 from runtime.agent.turn import Policy, Turn
+from runtime.http.best_of import FIRST_DRAW, NOTHING_ASKED, Choosing, ChoosingAsked
 from runtime.http.fields import FieldRefused
 from runtime.http.parts import Parts
 from runtime.http.schemas import ChatCompletionRequest
-from runtime.off_loop import off_loop
+from runtime.off_loop import in_world_thread, off_loop
 from runtime.store.episodes import Actor, Episode, Step, new_id
 from runtime.store.keys import Key
 from runtime.store.step_log import Whose
@@ -31,6 +33,10 @@ FEW_MESSAGES = 20
 
 class UnknownModel(ValueError):
     """The request names a model that is not served here."""
+
+
+class ErasedEpisode(ValueError):
+    """The request names an episode that was erased."""
 
 
 class ForeignEpisode(ValueError):
@@ -46,6 +52,8 @@ class Caller:
     """Continue or begin this episode."""
     tools: str | None = None
     """Whose tools the agent gets: `server`, `client`, or None for what the server was started with."""
+    choosing: ChoosingAsked = NOTHING_ASKED
+    """How many actions are to be drawn at each step."""
 
 
 async def admit(
@@ -54,6 +62,7 @@ async def admit(
     caller: Caller,
     lease: AsyncExitStack,
     previous: Step | None = None,
+    choosing: Choosing = FIRST_DRAW,
 ) -> list[Run]:
     """The `n` runs of a request. Its episode's adapter is leased until `lease` is closed.
 
@@ -71,6 +80,8 @@ async def admit(
     named = None if asked_id is None else parts.log.episode(asked_id)
     if named is not None and not caller.key.sees(named.owner):
         raise ForeignEpisode(f"episode {asked_id!r} belongs to another key: choose another id")
+    if named is None and asked_id is not None and parts.log.erased_among([asked_id]):
+        raise ErasedEpisode(f"episode {asked_id!r} was erased, for good: choose another id")
     whose = Whose(caller.key.name, request.user_name, asked_id)
     if previous is None:
         place = await off_loop(is_large or asked_id is not None, locate, parts.log, messages, whose, request.stop_texts)
@@ -82,14 +93,21 @@ async def admit(
     began_with = logged.adapter if logged else None
     adapter = await lease.enter_async_context(parts.swap.lease(episode_id, began_with=began_with, pinned=pinned))
     protocol = await off_loop(bool(request.template_options), parts.protocol.with_options, request.template_options)
-    policy, is_assigned = Policy(parts.engine, protocol, adapter), pinned is None
-    episode = logged or await off_loop(
-        is_large, _new_episode, parts, request, episode_id, policy, messages, caller.key, is_assigned
-    )
-    admitted = _Admitted(parts, request, caller, policy, episode, logged is None, place, messages)
+    scorer = None if choosing.num_draws == 1 else await scorer_of(choosing.by, adapter, parts.reward_models)
+    policy, is_assigned = Policy(parts.engine, protocol, adapter, scorer), pinned is None
+    new = (parts, request, episode_id, policy, messages, caller.key, is_assigned)
+    if logged is not None:
+        episode = logged
+    elif request.metadata.task is not None:
+        episode = await in_world_thread(_new_episode, *new)
+    else:
+        episode = await off_loop(is_large, _new_episode, *new)
+    admitted = _Admitted(parts, request, caller, policy, episode, logged is None, place, messages, choosing)
     opens_world = request.tools is None and episode.task is not None  # which may take its time to replay what was done
+    if opens_world:
+        return [await in_world_thread(admitted.run, choice) for choice in range(request.n)]
     is_large = is_large or len(place.path) > FEW_MESSAGES or request.asks_for_grammar or bool(request.tools)
-    return [await off_loop(is_large or opens_world, admitted.run, choice) for choice in range(request.n)]
+    return [await off_loop(is_large, admitted.run, choice) for choice in range(request.n)]
 
 
 def _conversation(request: ChatCompletionRequest) -> tuple[tuple[Message, ...], int]:
@@ -116,7 +134,9 @@ def _pinned_adapter(parts: Parts, model: str) -> str | None:
     """The adapter that a request asks for by its model name; None: whichever is acting."""
     if model == parts.served_name:
         return None
-    if model == BASE_ADAPTER or any(model == adapter.name for adapter in parts.engine.loaded_adapters()):
+    if model == BASE_ADAPTER or any(
+        model == each.name for each in parts.engine.loaded_adapters() if not each.is_reward
+    ):
         return model
     raise UnknownModel(f"the model {model!r} is not served here; GET /v1/models lists what is")
 
@@ -156,6 +176,7 @@ class _Admitted:
     is_new: bool
     place: Place
     messages: tuple[Message, ...]
+    choosing: Choosing
 
     def run(self, choice: int) -> Run:
         """One of its choices. World tools are opened for each: one choice's calls are not the other's."""
@@ -180,6 +201,7 @@ class _Admitted:
             stream=body.stream,
             tells_tokens=body.logprobs,
             prompt_change=place.change,
+            redactor=self.parts.redactor,
         )
         return Run(choice, self.policy, turn, self.is_new, server_tools, body.asked_max_tokens)
 
@@ -197,6 +219,7 @@ class _Admitted:
         limits = self.parts.engine.limits
         sampling = self.body.sampling(limits.max_context_tokens, _grammar(self.parts, self.body, offered))
         _require_possible(sampling, limits)
+        sampling = replace(sampling, best_of=self.choosing.num_draws)
         return sampling if self.body.seed is None else replace(sampling, seed=self.body.seed + choice)
 
 

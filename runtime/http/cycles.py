@@ -8,10 +8,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Query
 
 from runtime.http.errors import ApiError
+from runtime.http.pages import left_out
 from runtime.http.parts import Parts
 from runtime.http.schemas import CycleRequest
 from runtime.http.strict_json import StrictJsonRoute
 from runtime.learning.learning import Learning
+from runtime.store.damage import Damaged
 
 _AS_STARTED = CycleRequest.model_validate({})
 
@@ -29,7 +31,9 @@ def learner_routes(parts: Parts) -> APIRouter:
     @router.get("")
     async def list_cycles(limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> dict[str, Any]:
         """Newest first."""
-        return {"object": "list", "data": await asyncio.to_thread(learning_of(parts).cycles.newest, limit)}
+        damaged = list[Damaged]()
+        cycles = await asyncio.to_thread(learning_of(parts).cycles.newest, limit, damaged)
+        return {"object": "list", "data": cycles} | left_out(damaged)
 
     @router.get("/{cycle}")
     async def read_cycle(cycle: str) -> dict[str, Any]:

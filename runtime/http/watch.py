@@ -12,9 +12,11 @@ from fastapi import APIRouter, Body, Request
 from runtime.adapters.live_guard import Evidence
 from runtime.http.cycles import learning_of
 from runtime.http.keys import asking_key
+from runtime.http.pages import left_out
 from runtime.http.parts import Parts
 from runtime.http.schemas import AdapterChange
 from runtime.http.strict_json import StrictJsonRoute
+from runtime.store.damage import Damaged
 
 _NO_REASON = AdapterChange()
 
@@ -24,8 +26,12 @@ def watch_routes(parts: Parts) -> APIRouter:
     registry = parts.registry
 
     def shown() -> dict[str, Any]:
-        evidence = learning_of(parts).watch.evidence()
-        return {"object": "learner.watch", **asdict(registry.watch()), "evidence": [_shown(each) for each in evidence]}
+        told = {"object": "learner.watch", **asdict(registry.watch())}
+        try:
+            evidence = learning_of(parts).watch.evidence()
+        except Damaged as damaged:  # what acts cannot be read: nothing is watched then
+            return told | {"evidence": []} | left_out([damaged])
+        return told | {"evidence": [_shown(each) for each in evidence]}
 
     @router.get("")
     async def read_watch() -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from runtime.learning.process import LearnerProcess
+from runtime.store.damage import Damaged
 from runtime.store.learning_log import CycleStage, CycleStatus, LearningReader, cut_off_message
 
 
@@ -16,10 +17,11 @@ class Cycles:
         self._log = log
         self._process = process
 
-    def newest(self, limit: int) -> list[dict[str, Any]]:
-        """Newest first; one that was started and has logged nothing yet stands before them all."""
+    def newest(self, limit: int, damaged: list[Damaged] | None = None) -> list[dict[str, Any]]:
+        """Newest first; one that was started and has logged nothing yet stands before them all. Those whose rows are
+        damaged are added to `damaged` instead."""
         unlogged = self._process.unlogged()  # before the log is read: one that begins meanwhile is found in either
-        logged = [self._shown(status) for status in self._log.cycles(limit)]
+        logged = [self._shown(status) for status in self._log.cycles(limit, damaged)]
         known = {cycle["id"] for cycle in logged}
         return [*(cycle for cycle in unlogged if cycle["id"] not in known), *logged][:limit]
 
