@@ -18,7 +18,6 @@ from learner.objectives.losses import effective_sample_size, k3
 from learner.objectives.objectives import action_sequence
 from learner.packing.prefix_tree import ScoredSequence
 
-
 MAX_EXPERTS = 64
 """Experts' actions that are watched: their mean is all that is told, and each takes a pass before and one after."""
 
@@ -26,7 +25,8 @@ MAX_EXPERTS = 64
 @dataclass(frozen=True, slots=True)
 class WatchedActions:
     """The actions of a training data that are scored before and after training: the experts', or of many some that
-    are evenly spread, and the policy's own, which are measured, then the logged ones, which are rewarded; the same action in two of them is scored once."""
+    are evenly spread, and the policy's own, which are measured, then the logged ones, which are rewarded; the same
+    action in two of them is scored once."""
 
     experts: list[tuple[State, tuple[int, ...]]]
     policy_actions: list[tuple[State, PolicyAction]]
