@@ -477,8 +477,8 @@ def erasure_problems(query: Query) -> Iterator[str]:
 
 @record_of("erased_episodes", TOMBSTONE_COLUMNS)
 def _tombstone(row: sqlite3.Row) -> Tombstone:
-    fields: dict[str, Any] = {**dict(row), "cause": Cause(row["cause"]), "actor": Actor(row["actor"])}
-    fields["purpose"] = Purpose(row["purpose"])
+    fields: dict[str, Any] = dict(row)
+    fields |= {"cause": Cause(row["cause"]), "actor": Actor(row["actor"]), "purpose": Purpose(row["purpose"])}
     return Tombstone(**fields)
 
 

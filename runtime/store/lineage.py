@@ -18,6 +18,9 @@ from typing import Any
 from runtime.store.erasure_schema import source_in_metadata
 from runtime.store.learning_log import LessonRole
 
+_ROLES = frozenset(LessonRole)
+"""What is none of them is damaged."""
+
 
 class UnknownName(KeyError):
     """No adapter, or no episode, has this name."""
@@ -123,11 +126,7 @@ class Lineage:
             next(iter(source), known[0]["promoted_from"] if known else None),
             demonstrations,
             self._rows(copied, episode_id)[0]["number"],
-            [
-                CycleUse(row["cycle"], LessonRole(row["role"]), row["title"])
-                for row in uses
-                if row["role"] in list(LessonRole)
-            ],
+            [CycleUse(row["cycle"], LessonRole(row["role"]), row["title"]) for row in uses if row["role"] in _ROLES],
             self.adapters_taught_by([episode_id, *demonstrations]),
         )
 
