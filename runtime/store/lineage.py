@@ -166,6 +166,11 @@ class Lineage:
         """The erased episodes that an adapter itself was trained on."""
         return self._lessons(adapter).erased
 
+    def reward_models_of(self, cycles: Collection[str]) -> list[str]:
+        """The adapters beside which a reward model of one of these cycles lies: it learned from all that they read."""
+        query = "SELECT DISTINCT adapter FROM reward_models WHERE cycle IN (SELECT value FROM json_each(?))"
+        return [row["adapter"] for row in self._rows(f"{query} ORDER BY adapter", json.dumps(list(cycles)))]
+
     def cycles_of(self, episode_ids: Iterable[str]) -> list[str]:
         """The cycles that read one of these episodes, oldest first."""
         query = "SELECT DISTINCT cycle FROM cycle_episodes WHERE episode_id IN (SELECT value FROM json_each(?))"
