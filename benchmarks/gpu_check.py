@@ -121,7 +121,8 @@ def lora_network(size: str, device: str) -> Any:
     from learner.training.trainer import fresh_lora
 
     torch.manual_seed(0)
-    config = Qwen2Config(**SIZES[size], max_position_embeddings=65_536, tie_word_embeddings=True)
+    sizes: dict[str, Any] = {**SIZES[size], "max_position_embeddings": 65_536, "tie_word_embeddings": True}
+    config = Qwen2Config(**sizes)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device):
         network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=TREE_ATTENTION)
