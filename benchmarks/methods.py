@@ -155,7 +155,7 @@ STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean over seeds, and half the width of its 95 % interval (Student's t)."""
+    """Mean over seeds, and half the width of its 95 % interval (Student's t); NaN for one seed."""
     half = STUDENT_T[len(values)] * stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return fmean(values), half
 
@@ -193,14 +193,14 @@ def scene_table(rows: Sequence[Row]) -> list[list[str]]:
 
 def _rate(values: Sequence[float]) -> str:
     mean, half = interval(values)
-    return f"{mean:.1f} ± {half:.1f}"
+    return f"{mean:.1f} ± {half:.1f}" if len(values) > 1 else f"{mean:.1f}"
 
 
 def _gain(values: Sequence[float]) -> str:
     if not values:
         return ""
     mean, half = interval(values)
-    return f"{mean:+.1f} ± {half:.1f}"
+    return f"{mean:+.1f} ± {half:.1f}" if len(values) > 1 else f"{mean:+.1f}"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
