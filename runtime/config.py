@@ -46,6 +46,8 @@ class Settings(Options):
     """Folder (or hub name) of the base model; the default is the novice that comes with this repository."""
     served_name: str = ""
     """Model name that clients see; empty takes the model folder's name."""
+    agents: Path | None = None
+    """TOML file of named agents, each with its own prompt, tools, demonstrations and adapters (docs/AGENTS.md)."""
     response_template: Path | None = None
     """JSON file of a response template, which reads the model's tool calls and thinking; default: the model's own, or
     a known one that fits its chat template."""
