@@ -483,7 +483,7 @@ def test_a_cycle_of_one_agent_learns_from_its_own_and_promotes_its_own(
         episodes = [server.parts.log.episode(taken.episode_id) for taken in steps if taken]
         assert {episode.agent for episode in episodes if episode} == {"good"}
 
-        def change(path: str, **body: Any) -> Any:
+        def change(path: str, /, **body: Any) -> Any:
             return httpx.post(f"{server.url}/v1/adapters{path}", json=body, timeout=60).raise_for_status().json()
 
         if server.parts.registry.acting("good") is None:  # with so few demonstrations the gate may refuse it
@@ -497,6 +497,4 @@ def test_a_cycle_of_one_agent_learns_from_its_own_and_promotes_its_own(
         assert server.parts.log.episodes()[0].agent == "good", "who pins an adapter speaks to its agent"
         assert {server.parts.registry.acting(agent) for agent in ("bad", "")} == {None}
         assert change("/rollback", agent="good") == {"acting": "base"}
-        assert ask(server, "good", max_tokens=4).headers["x-adapter"] == acting.name, "the same conversation goes on"
-        other = {"role": "user", "content": "Something else is asked now, by somebody else."}
-        assert ask(server, "good", other, max_tokens=4).headers["x-adapter"] == "base"
+        assert ask(server, "good", max_tokens=4).headers["x-adapter"] == "base"
