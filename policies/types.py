@@ -196,6 +196,8 @@ class Adapter:
     """SHA-256 of its weights file, in hex."""
     is_reward: bool = False
     """It is a reward model: it scores actions and never acts. Its name and version are no registered adapter's."""
+    agent: str = ""
+    """Name of the agent that it was made for, and that alone it serves; empty: the server's own."""
 
 
 def adapter_name(adapter: Adapter | None) -> str:
