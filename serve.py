@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from policies.types import Engine
     from runtime.engines.gpu_share import GpuShare
     from runtime.http.parts import Parts
+    from tools.shelf import ToolSource
 
 
 def main(arguments: list[str]) -> None:
@@ -87,6 +88,8 @@ async def _serve(settings: Settings) -> None:
         await parts.engine.close()
         parts.log.close()
         parts.registry.close()
+        if parts.shelf is not None:
+            parts.shelf.close()
         if parts.keys.store is not None:
             parts.keys.store.close()
         if parts.state is not None:
@@ -130,14 +133,18 @@ def build_parts(settings: Settings) -> Parts:
     from runtime.store.keys import KeyRing, KeyStore
     from runtime.store.state_folder import StateFolder
     from runtime.store.step_log import StepLog, StepLogError
-    from tools import load_tools
+    from tools.shelf import ToolShelf
     from tools.worlds import load_world
 
+    shelf = ToolShelf(tool_sources(settings), settings.search_corpus)
+
     try:
+        offered = shelf.offer(settings.tools)
         toolbox = Toolbox(
-            load_tools(settings.tools, settings.search_corpus),
+            offered.tools,
             load_world(settings.world_name) if settings.world_name else None,
             is_default=settings.run_tools == "always",
+            bounds=offered.bounds,
         )
         folder_of_state = StateFolder(settings.state)
         log = StepLog(settings.state / "agent.db")
@@ -150,6 +157,7 @@ def build_parts(settings: Settings) -> Parts:
             raise ValueError(f"the chat template of {settings.model} has no words for tools: leave --tools out")
         engine = load_engine(settings, folder, protocol)
     except (ValueError, OSError, StepLogError, BaseNetworkError, sqlite3.Error) as error:
+        shelf.close()
         raise SystemExit(f"cannot start: {error}") from error
     swap = Swap(engine, registry, network)
     metrics, cutting = Metrics(engine), Cutting()
@@ -161,6 +169,7 @@ def build_parts(settings: Settings) -> Parts:
         registry=registry,
         swap=swap,
         toolbox=toolbox,
+        shelf=shelf,
         limits=RunLimits(
             max_steps=settings.max_steps,
             max_completion_tokens=settings.max_run_tokens,
@@ -190,6 +199,26 @@ def build_parts(settings: Settings) -> Parts:
             every_episodes=settings.learn_every,
         ),
     )
+
+
+def tool_sources(settings: Settings) -> dict[str, ToolSource]:
+    """The tables [tools.NAME] of the agents' file, by their names. A path in the file is that of its folder."""
+    from runtime.agents import NOBODY, read_agents
+    from tools.bounds import ToolBounds
+    from tools.mcp_servers import McpAddress
+    from tools.shelf import ToolSource
+
+    folder = settings.agents.parent if settings.agents else None
+    agents_file = read_agents(settings.agents) if settings.agents else NOBODY
+    sources = {}
+    for name, table in agents_file.tools.items():
+        mcp, most = table.mcp, table.max_output_chars
+        address = mcp and McpAddress(
+            mcp.words, mcp.env, folder / mcp.cwd if folder and mcp.cwd else folder, mcp.url or "", mcp.headers
+        )
+        bounds = ToolBounds(table.timeout_s, most) if most else ToolBounds(table.timeout_s)
+        sources[name] = ToolSource(table.import_path or "", address, bounds, table.allow)
+    return sources
 
 
 def learner_arguments(settings: Settings, folder: Path) -> list[str]:

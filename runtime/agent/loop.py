@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from langchain_core.tools import BaseTool
 
@@ -26,6 +26,7 @@ from runtime.agent.turn import Policy, Turn
 from runtime.off_loop import off_loop
 from runtime.store.episodes import Episode, Fact, Outcome, Step, StopReason, ToolResult, new_id
 from runtime.store.step_log import StepLog, StepLogError
+from tools.bounds import ToolBounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,8 @@ class ServerTools:
     tools: Mapping[str, BaseTool]
     judge: Callable[[Action], float] | None = None
     """How good the end is that the last action makes; called once, on a thread of its own."""
+    bounds: Mapping[str, ToolBounds] = field(default_factory=dict)
+    """By the tool's name, for those that have bounds of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,7 @@ async def _episode(
         transcript.end_step()
         sampled = sampler.sampled
         budget.spend(sampled)
-        results = await _tool_results(sampled.action, server_tools, budget.tool_timeout_s)
+        results = await _tool_results(sampled.action, server_tools, budget)
         next_turn = turn.after(sampled.action, prompt + sampled.completion_token_ids, results)
         prompt = await rendered(next_turn, run.policy, is_first=False)
         stop_reason = budget.stop_reason(sampled, run.policy.room_after(prompt))
@@ -185,10 +188,11 @@ def _client_stop(sampled: SampledStep) -> StopReason:
             return StopReason.MALFORMED
 
 
-async def _tool_results(action: Action, server_tools: ServerTools, timeout_s: float) -> tuple[ToolResult, ...]:
+async def _tool_results(action: Action, server_tools: ServerTools, budget: RunBudget) -> tuple[ToolResult, ...]:
     if not isinstance(action, ToolCalls):
         return ()
-    return tuple(await run_tool_calls(action.calls, server_tools.tools, timeout_s))
+    tools, bounds = server_tools.tools, server_tools.bounds
+    return tuple(await run_tool_calls(action.calls, tools, budget.tool_timeout_s, bounds, budget.seconds_left))
 
 
 async def _outcome(step: Step, server_tools: ServerTools) -> list[Outcome]:

@@ -1,0 +1,291 @@
+"""Tools of MCP servers: real servers of the reference SDK, over stdio and HTTP, that answer, fail, hang and die."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from policies.types import ToolCall
+from runtime.agent.tool_calls import run_tool_calls
+from runtime.store.episodes import ToolResult
+from tests.serving import wait_until
+from tools.bounds import ToolBounds
+from tools.mcp_servers import McpAddress
+from tools.schemas import schema_of
+from tools.shelf import OfferedTools, ToolShelf, ToolSource
+
+pytest.importorskip("langchain_mcp_adapters", reason="needs the extra `mcp`")
+
+SERVER = Path(__file__).with_name("mcp_shop.py")
+Offer = Callable[..., OfferedTools]
+
+
+@pytest.fixture
+def offer() -> Iterator[Offer]:
+    """Offers the tools of servers by their names."""
+    shelves: list[ToolShelf] = []
+
+    def make(names: list[str] | None = None, **sources: ToolSource) -> OfferedTools:
+        shelves.append(ToolShelf(sources))
+        return shelves[-1].offer(names or [*sources])
+
+    yield make
+    for shelf in shelves:
+        shelf.close()
+
+
+def stdio(*arguments: str, env: dict[str, str] | None = None, **more: Any) -> ToolSource:
+    return ToolSource(mcp=McpAddress((sys.executable, str(SERVER), *arguments), env or {}), **more)
+
+
+async def ask(offered: OfferedTools, name: str, timeout_s: float = 20.0, /, **arguments: Any) -> ToolResult:
+    tools = {tool.name: tool for tool in offered.tools}
+    (result,) = await run_tool_calls([ToolCall("c", name, arguments)], tools, timeout_s, offered.bounds)
+    return result
+
+
+async def said(offered: OfferedTools, name: str, **arguments: Any) -> str:
+    result = await ask(offered, name, **arguments)
+    assert not result.is_error, result.content
+    return result.content
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------------ stdio
+
+
+async def test_its_tools_are_called_in_one_session_and_their_schemas_stay_as_they_are(offer: Offer) -> None:
+    offered = offer(shop=stdio())
+    schema = next(schema_of(tool) for tool in offered.tools if tool.name == "order")["function"]
+    assert schema["parameters"]["$defs"]["Line"]["properties"]["item"] == {"title": "Item", "type": "string"}
+    assert schema["parameters"]["properties"]["lines"]["items"] == {"$ref": "#/$defs/Line"}
+    assert schema["description"] == "Order some things."
+    assert await said(offered, "order", lines=[{"item": "globe", "number": 2}]) == "2 globe"
+    first = await said(offered, "who")
+    assert first == await said(offered, "who")
+
+
+async def test_whatever_a_server_answers_is_text_for_the_agent(offer: Offer) -> None:
+    offered = offer(shop=stdio())
+    assert await said(offered, "picture") == "Here it is:\n[image image/png: not shown]"
+    assert await said(offered, "nothing") == ""
+    assert await said(offered, "record") == '{\n  "name": "globe",\n  "price": 12\n}'
+    failed = await ask(offered, "fail", text="no such globe")
+    assert (failed.is_error, failed.content) == (True, "error: Error executing tool fail: no such globe")
+    wrong = await ask(offered, "order", lines="globe")
+    assert wrong.is_error
+    assert "lines" in wrong.content
+    # Names that LangChain takes for its own.
+    assert await said(offered, "odd", config="a", runtime="b", callbacks="c", self="d") == "abcd"
+
+
+async def test_a_call_is_bounded_in_time_and_its_result_in_size(offer: Offer) -> None:
+    offered = offer(shop=stdio(bounds=ToolBounds(timeout_s=1.0, max_output_chars=50)))
+    assert await said(offered, "repeat", text="x" * 500) == f"{'x' * 50}\n[cut here: the whole output has 500 characters]"
+    slow = await ask(offered, "sleep", seconds=5)
+    assert (slow.is_error, slow.content) == (True, "error: sleep took longer than 1 seconds")
+    assert await said(offered, "repeat", text="y") == "y"
+
+
+async def test_many_calls_run_at_once_in_one_session(offer: Offer) -> None:
+    offered = offer(shop=stdio())
+    began = time.monotonic()
+    results = await asyncio.gather(*(said(offered, "sleep", seconds=0.5) for _ in range(20)))
+    assert set(results) == {"awake"}
+    assert time.monotonic() - began < 4.0
+
+
+async def test_only_allowed_tools_are_offered(offer: Offer) -> None:
+    assert [tool.name for tool in offer(shop=stdio(allow=("who", "order"))).tools] == ["who", "order"]
+    with pytest.raises(ValueError, match=r"tools\.shop: allow names 'fly', but its tools are .*who"):
+        offer(shop=stdio(allow=("fly",)))
+
+
+async def test_a_tool_whose_name_is_taken_gets_its_servers_name_before_its_own(offer: Offer) -> None:
+    two = stdio("--calculator", allow=("who", "calculator"))
+    offered = offer(["calculator", "left", "right.shop"], left=two, **{"right.shop": two})
+    names = [tool.name for tool in offered.tools]
+    assert names == ["calculator", "left_who", "left_calculator", "right_shop_who", "right_shop_calculator"]
+    assert await said(offered, "calculator", expression="2+2") == "4"
+    assert await said(offered, "left_calculator", expression="2+2") == "the shop's: 2+2"
+    assert await said(offered, "left_who") != await said(offered, "right_shop_who")
+
+
+async def test_its_environment_is_what_is_listed_and_no_more(offer: Offer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPAGENT_API_KEY", "secret")
+    monkeypatch.setenv("SHOP_TOKEN", "t0ken")
+    names = (await said(offer(shop=stdio(env={"SHOP": "${SHOP_TOKEN}!"})), "environment")).split()
+    assert "SHOP=t0ken!" in names
+    assert not [name for name in names if "secret" in name or name.startswith("SHOP_TOKEN")]
+    with pytest.raises(ValueError, match="the variable NOT_SET is not set"):
+        offer(shop=stdio(env={"SHOP": "${NOT_SET}"}))
+
+
+async def test_a_server_that_was_killed_is_started_again(offer: Offer) -> None:
+    offered = offer(shop=stdio())
+    pid = int(await said(offered, "who"))
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not is_alive(pid))
+    assert int(await said(offered, "who")) != pid
+
+
+async def test_a_call_that_its_server_dies_in_says_so_and_the_next_one_works(offer: Offer) -> None:
+    offered = offer(shop=stdio())
+    died = await ask(offered, "die")
+    assert died.is_error
+    assert died.content == "error: the MCP server 'shop' ended during this call: it may have had its effect"
+    assert await said(offered, "repeat", text="y") == "y"
+
+
+async def test_a_server_that_dies_again_and_again_is_started_ever_more_slowly(offer: Offer, tmp_path: Path) -> None:
+    offered = offer(shop=stdio("--starts", str(tmp_path / "starts")))
+    (tmp_path / "starts.full").touch()
+    assert (await ask(offered, "die")).is_error
+    deadline = time.monotonic() + 4.0
+    told = set()
+    while time.monotonic() < deadline:
+        told.add((await ask(offered, "who")).content)
+        await asyncio.sleep(0.05)
+    assert "error: the MCP server 'shop' is down and is being started again: Connection closed" in told
+    assert 2 <= len((tmp_path / "starts").read_text().split()) <= 5
+    (tmp_path / "starts.full").unlink()
+
+
+async def test_a_server_that_hangs_is_started_again(offer: Offer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.mcp_servers.PING_S", 0.3)
+    offered = offer(shop=stdio(bounds=ToolBounds(timeout_s=2.0)))
+    pid = int(await said(offered, "who"))
+    assert (await ask(offered, "hang")).content == "error: hang took longer than 2 seconds"
+    wait_until(lambda: not is_alive(pid), 15.0)
+    assert int(await said(offered, "who")) != pid
+
+
+def test_no_server_outlives_the_shelf(offer: Offer) -> None:
+    shelf = ToolShelf({"shop": stdio("--deaf")})
+    pid = int(asyncio.run(said(shelf.offer(["shop"]), "who")))
+    assert is_alive(pid)
+    shelf.close()
+    assert not is_alive(pid)
+
+
+def test_no_server_outlives_a_process_that_was_killed(tmp_path: Path) -> None:
+    code = f"""
+import asyncio, sys
+from tests.test_mcp import said, stdio, ToolShelf
+offered = ToolShelf({{"shop": stdio("--deaf")}}).offer(["shop"])
+print(asyncio.run(said(offered, "who")), flush=True)
+import time; time.sleep(60)
+"""
+    root = Path(__file__).parent.parent
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    assert is_alive(pid)
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not is_alive(pid))
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (("no-such-program",), "there is no program 'no-such-program'; install it, or give its whole path"),
+        ((sys.executable, "-c", "import sys; sys.exit(3)"), r"did not start: Connection closed"),
+        ((sys.executable, str(SERVER), "--empty"), "offers no tools"),
+    ],
+)
+def test_a_server_that_does_not_start_is_told(offer: Offer, command: tuple[str, ...], told: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=told):
+        offer(shop=ToolSource(mcp=McpAddress(command)))
+    assert time.monotonic() - began < 10
+
+
+# ------------------------------------------------------------------------------------------------- HTTP
+
+
+class HttpShop:
+    """The same server at an address, that can be killed and started anew."""
+
+    def __init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def source(self) -> ToolSource:
+        headers = {"authorization": "Bearer ${SHOP_TOKEN}"}
+        return ToolSource(mcp=McpAddress(url=f"http://127.0.0.1:{self.port}/mcp", headers=headers))
+
+    def start(self) -> None:
+        self.process = subprocess.Popen([sys.executable, str(SERVER), "--http", str(self.port)])
+        wait_until(self.answers, 20.0)
+
+    def answers(self) -> bool:
+        with socket.socket() as trying:
+            return trying.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture
+def http_shop(monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpShop]:
+    monkeypatch.setenv("SHOP_TOKEN", "t0ken")
+    shop = HttpShop()
+    shop.start()
+    yield shop
+    shop.kill()
+
+
+async def test_a_server_at_an_address_is_called_and_found_again_when_it_was_started_anew(
+    offer: Offer, http_shop: HttpShop
+) -> None:
+    offered = offer(shop=http_shop.source)
+    assert await said(offered, "order", lines=[{"item": "globe", "number": 2}]) == "2 globe"
+    assert await said(offered, "header") == "Bearer t0ken"
+    first = await said(offered, "who")
+    http_shop.kill()
+    down = await ask(offered, "who", 10.0)
+    assert down.is_error
+    assert "the MCP server 'shop'" in down.content
+    http_shop.start()
+    deadline = time.monotonic() + 15
+    while (answer := await ask(offered, "who")).is_error:
+        assert time.monotonic() < deadline, answer.content
+        await asyncio.sleep(0.1)
+    assert answer.content != first
+
+
+async def test_a_session_that_its_server_has_forgotten_is_begun_anew(offer: Offer, http_shop: HttpShop) -> None:
+    """A server that was replaced between two calls answers 404 to the old session."""
+    offered = offer(shop=http_shop.source)
+    first = await said(offered, "who")
+    http_shop.kill()
+    http_shop.start()
+    assert await said(offered, "who") != first
+
+
+def test_an_address_where_nobody_listens_is_told(offer: Offer) -> None:
+    shop = HttpShop()
+    with pytest.raises(ValueError, match=r"the MCP server 'shop' \(http://127.0.0.1:\d+/mcp\) did not start: .*onnect"):
+        offer(shop=ToolSource(mcp=McpAddress(url=f"http://127.0.0.1:{shop.port}/mcp")))
