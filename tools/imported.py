@@ -88,7 +88,9 @@ def _attribute(module: ModuleType, attribute: str, path: str) -> Any:
     for name in attribute.split("."):
         if not hasattr(found, name):
             tools = [name for name, value in vars(module).items() if isinstance(value, BaseTool)]
-            raise ValueError(f"{path}: {module.__name__} has no {attribute!r}; its tools are {', '.join(tools) or 'none'}")
+            raise ValueError(
+                f"{path}: {module.__name__} has no {attribute!r}; its tools are {', '.join(tools) or 'none'}"
+            )
         found = getattr(found, name)
     return found
 

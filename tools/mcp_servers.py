@@ -99,7 +99,9 @@ class McpServer:
             tools = self._loop.submit(self._list()).result(START_S)
         except Exception as error:
             self.close()
-            problem = self._problem or ("it did not answer in time" if isinstance(error, TimeoutError) else _told(error))
+            problem = self._problem or (
+                "it did not answer in time" if isinstance(error, TimeoutError) else _told(error)
+            )
             raise ValueError(f"the MCP server {self.name!r} ({self._place}) did not start: {problem}") from error
         if not tools:
             self.close()
@@ -290,7 +292,9 @@ def _require_program(name: str, address: McpAddress) -> None:
     if "/" in program and (folder / program).is_file():
         return
     if shutil.which(program, path=address.env.get("PATH", os.environ.get("PATH"))) is None:
-        raise ValueError(f"the MCP server {name!r}: there is no program {program!r}; install it, or give its whole path")
+        raise ValueError(
+            f"the MCP server {name!r}: there is no program {program!r}; install it, or give its whole path"
+        )
 
 
 def _content(result: CallToolResult) -> Any:

@@ -26,7 +26,7 @@ class ToolSource:
     import_path: str = ""
     """`package.module:object`; empty for an MCP server."""
     mcp: McpAddress | None = None
-    bounds: ToolBounds = ToolBounds()
+    bounds: ToolBounds = field(default_factory=ToolBounds)
     allow: tuple[str, ...] | None = None
     """Names of the tools that may be used; None: all."""
 

@@ -50,9 +50,7 @@ async def _run(
     return ToolResult(call.id, call.name, content, is_error, (time.perf_counter() - began) * 1000)
 
 
-async def _observe(
-    call: ToolCall, tools: Mapping[str, BaseTool], timeout_s: float, max_chars: int
-) -> tuple[str, bool]:
+async def _observe(call: ToolCall, tools: Mapping[str, BaseTool], timeout_s: float, max_chars: int) -> tuple[str, bool]:
     tool = tools.get(call.name)
     if tool is None:
         return cut(f"error: there is no tool {call.name}; there are: {', '.join(tools) or 'none'}", max_chars), True

@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 from langchain_core.messages import ToolMessage
 from pydantic import BaseModel
 
+
 def shown(output: Any, max_chars: int) -> str:
     """The output as text: a text as it is, content blocks as their texts, anything else as JSON."""
     if isinstance(output, ToolMessage):

@@ -119,10 +119,11 @@ class _AsyncTools:
 
     def _turning_loop(self) -> BackgroundLoop:
         self._free_those_that_turn_again()
-        if self._loop is not None and self._beat is not None and not self._beat.done():
-            if time.monotonic() - self._given_up_at > STUCK_AFTER_S:
-                self._stuck.append((self._loop, self._beat))
-                self._loop = None
+        has_beaten = self._beat is None or self._beat.done()
+        if self._loop is not None and not has_beaten and time.monotonic() - self._given_up_at > STUCK_AFTER_S:
+            assert self._beat is not None
+            self._stuck.append((self._loop, self._beat))
+            self._loop = None
         if len(self._stuck) >= MAX_LEFT_BEHIND:
             raise TooManyCalls("asynchronous tools hang: they block the event loop that they are given")
         if self._loop is None:
