@@ -185,6 +185,8 @@ class Adapter:
     """Name of the adapter it was trained from; None: from the base."""
     digest: str
     """SHA-256 of its weights file, in hex."""
+    agent: str = ""
+    """Name of the agent that it was made for, and that alone it serves; empty: the server's own."""
 
 
 def adapter_name(adapter: Adapter | None) -> str:

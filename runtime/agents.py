@@ -28,8 +28,9 @@ from policies.types import BASE_ADAPTER
 from tools import TOOL_NAMES
 
 AGENT_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,47}"
-OF_THE_ONLY_AGENT = "agent"
-"""What adapters of the server's own agent are called by: `agent-v0001`."""
+UNNAMED = "agent"
+"""What adapters of the server's own agent are called by: see `runtime.store.adapter_registry`, which takes a while to
+import."""
 
 
 class AgentsFileProblem(ValueError):
@@ -197,7 +198,7 @@ class AgentsFile(_Table):
         for name in agents:
             if not re.fullmatch(AGENT_NAME, name):
                 raise ValueError(f"{name!r} is no name of an agent: letters, digits, '_', '.', '-', at most 48 of them")
-            if name in (BASE_ADAPTER, OF_THE_ONLY_AGENT) or re.search(r"-v\d+$", name):
+            if name in (BASE_ADAPTER, UNNAMED) or re.search(r"-v\d+$", name):
                 raise ValueError(f"{name!r} is what an adapter is called: choose another name for the agent")
         return agents
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from functools import cached_property
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ByteSize, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
@@ -19,6 +20,9 @@ from pydantic_settings import (
 
 from policies.command_line import Options, parse, split_commas
 from runtime import __version__
+
+if TYPE_CHECKING:
+    from runtime.agents import AgentsFile
 
 NOVICE = "policies/novice_model"
 
@@ -83,6 +87,8 @@ class Settings(Options):
     """Most tokens of prompt and answer together; default: what the model allows."""
     max_batch_size: int = Field(32, ge=1, le=1024)
     """Completions in the batch at a time; more wait."""
+    max_adapters: int | None = Field(None, ge=4)
+    """Most adapters in the engine at a time; default: as many as the agents need. On a GPU each takes some memory."""
     max_waiting: int = Field(1000, ge=0)
     """Requests that wait for a place in the batch; more are answered 429."""
     threads: int | None = Field(None, ge=1)
@@ -116,6 +122,13 @@ class Settings(Options):
         if self.world is None:
             return "order_desk" if Path(self.model).resolve() == Path(NOVICE).resolve() else ""
         return self.world
+
+    @cached_property
+    def agents_file(self) -> AgentsFile:
+        """What --agents says; nobody where it is not given. Raises AgentsFileProblem."""
+        from runtime.agents import NOBODY, read_agents
+
+        return NOBODY if self.agents is None else read_agents(self.agents)
 
     @classmethod
     def settings_customise_sources(

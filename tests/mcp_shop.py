@@ -6,11 +6,11 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import anyio
 from mcp.server.fastmcp import Context, FastMCP, Image
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 
 class Line(BaseModel):
@@ -55,14 +55,9 @@ def fail(text: str) -> str:
     raise ValueError(text)
 
 
-def odd(
-    config: str,
-    runtime: str,
-    callbacks: str,
-    itself: Annotated[str, Field(alias="self")],
-) -> str:
+def odd(config: str, runtime: str, callbacks: str) -> str:
     """Arguments with names that frameworks take for their own."""
-    return config + runtime + callbacks + itself
+    return config + runtime + callbacks
 
 
 def repeat(text: str) -> str:
@@ -104,7 +99,7 @@ def calculator(expression: str) -> str:
 
 if starts := option("--starts"):
     with Path(starts).open("a") as log:
-        log.write("start\n")
+        log.write(f"{os.getpid()}\n")
     if Path(f"{starts}.full").exists():
         sys.exit(1)
 if "--empty" not in sys.argv:

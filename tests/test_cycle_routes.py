@@ -186,7 +186,7 @@ def test_a_cycle_starts_by_itself_after_enough_episodes(
 ) -> None:
     parts = parts_of(novice_engine, protocol, tmp_path)
     assert parts.learning is not None
-    parts.learning.trigger.every_episodes = 3
+    parts.learning.trigger.every_episodes[""] = 3
     with served(parts) as server:
         for _ in range(2):
             assert asks_well(server)
@@ -206,7 +206,7 @@ async def test_a_learner_that_dies_before_its_first_word_is_not_started_again_at
     parts = parts_of(novice_engine, protocol, tmp_path)
     assert parts.learning is not None
     trigger, process = parts.learning.trigger, parts.learning.process
-    trigger.every_episodes, process._arguments = 1, ("--objectives", "telepathy")
+    trigger.every_episodes[""], process._arguments = 1, ("--objectives", "telepathy")
     parts.log.append(Episode("ep_1", Actor.POLICY, Purpose.SERVE, "base")).result()
     for _ in range(2):
         await trigger.look()

@@ -13,12 +13,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from policies.types import ToolCall
 from runtime.agent.tool_calls import run_tool_calls
+from runtime.agent.tools import Toolbox
 from runtime.store.episodes import ToolResult
-from tests.serving import wait_until
+from tests.conftest import ServeScripted
+from tests.serving import MODEL, wait_until
+from tests.test_serve import started
 from tools.bounds import ToolBounds
 from tools.mcp_servers import McpAddress
 from tools.schemas import schema_of
@@ -68,6 +72,12 @@ async def said(offered: OfferedTools, name: str, **arguments: Any) -> str:
     return result.content
 
 
+def num_tokens(url: str, agent: str) -> int:
+    """Of a prompt to this agent."""
+    body = {"model": agent, "messages": [{"role": "user", "content": "Hello."}]}
+    return httpx.post(f"{url}/v1/messages/count_tokens", json=body).raise_for_status().json()["input_tokens"]
+
+
 def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -98,7 +108,7 @@ async def test_whatever_a_server_answers_is_text_for_the_agent(shop: OfferedTool
     assert wrong.is_error
     assert "lines" in wrong.content
     # Names that LangChain takes for its own.
-    assert await said(shop, "odd", config="a", runtime="b", callbacks="c", self="d") == "abcd"
+    assert await said(shop, "odd", config="a", runtime="b", callbacks="c") == "abc"
 
 
 async def test_a_call_is_bounded_in_time_and_its_result_in_size(shop: OfferedTools) -> None:
@@ -202,6 +212,38 @@ import time; time.sleep(60)
     parent.kill()
     parent.wait()
     wait_until(lambda: not is_alive(pid))
+
+
+def test_the_server_offers_them_to_its_agents_and_ends_them(tmp_path: Path) -> None:
+    """serve.py from its file of agents to its end; where the episode would go is asked of count_tokens."""
+    (tmp_path / "agents.toml").write_text(f"""
+[agents.keeper]
+system = "You keep a shop."
+tools = ["shop", "calculator"]
+[agents.plain]
+[tools.shop]
+mcp = {{command = {sys.executable!r}, args = [{str(SERVER)!r}, "--starts", "starts"]}}
+allow = ["who"]
+""")
+    state = ("--state", str(tmp_path / "state"), "--port", "0", "--learn-every", "0")
+    with started("--agents", str(tmp_path / "agents.toml"), *state) as running:
+        url = running.wait_for(r"listening +(http\S+)/v1")
+        pid = int((tmp_path / "starts").read_text())
+        assert is_alive(pid)
+        assert num_tokens(url, "keeper") > num_tokens(url, "plain") + 50
+        assert running.end(signal.SIGTERM)[0] == 0
+    assert not is_alive(pid)
+
+
+def test_an_episode_over_http_uses_them(shop: OfferedTools, serve_scripted: ServeScripted) -> None:
+    call = '<tool_call>\n{"name": "order", "arguments": {"lines": [{"item": "globe", "number": 2}]}}\n</tool_call>'
+    served = serve_scripted(call, "It is ordered.", toolbox=Toolbox(shop.tools, bounds=shop.bounds))
+    ask_for = [{"role": "user", "content": "Two globes, please."}]
+    answer = served.client().chat.completions.create(model=MODEL, messages=ask_for)  # type: ignore[arg-type]
+    assert answer.choices[0].message.content == "It is ordered."
+    (episode,) = served.parts.log.episodes()
+    (first, _) = served.parts.log.steps(episode.id)
+    assert [result.content for result in first.tool_results] == ["2 globe"]
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,8 @@ class Collaborators:
     """The base model's folder."""
     state: Path
     """The server's state folder; the runtime keeps its adapters there."""
+    agent: str = ""
+    """The agent that learns, by its name; empty: the server's own. What others did or were shown is not for it."""
 
     def adapter_folder(self, name: str) -> Path:
         return self.state / "adapters" / name

@@ -72,7 +72,7 @@ class CycleTrials:
             size = fitting.splits["validation"]
             places = random.Random(acting).sample(range(size), min(num_tasks, size))
             units = [Unit(fitting.task("validation", place)) for place in places]
-        return cls(who, tuple(units), tuple(anchors), PastTrials(who.log, world))
+        return cls(who, tuple(units), tuple(anchors), PastTrials(who.log, world, who.agent))
 
     @property
     def kind(self) -> str:

@@ -38,6 +38,11 @@ class Toolbox:
         self._world = world
         self._schemas: dict[str, ToolSchema] = {}
 
+    @property
+    def has_tools(self) -> bool:
+        """Tools of its own, beside those of a world's tasks."""
+        return bool(self._tools)
+
     def task_of(self, task_id: str | None, messages: Sequence[Message]) -> str | None:
         """The id of the world's task that a request names or that its conversation is about; None for neither.
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query
 
+from runtime.http.agents import agent_named
 from runtime.http.errors import ApiError
 from runtime.http.parts import Parts
 from runtime.http.schemas import CycleRequest
@@ -22,14 +23,16 @@ def learner_routes(parts: Parts) -> APIRouter:
     @router.post("", status_code=202)
     async def start_cycle(body: Annotated[CycleRequest, Body()] = _AS_STARTED) -> dict[str, Any]:
         """Start a cycle beside the serving, and answer at once. 409 while another one runs."""
-        learning = learning_of(parts)
-        cycle = await learning.process.start(body.as_options())
-        return {"object": "learner.cycle", "id": cycle, "stage": "starting", "message": "", "report": {}}
+        learning, agent = learning_of(parts), agent_named(parts, body.agent).name
+        cycle = await learning.process.start(body.as_options(), agent)
+        shown = {"object": "learner.cycle", "id": cycle, "agent": agent, "stage": "starting"}
+        return {**shown, "message": "", "report": {}}
 
     @router.get("")
-    async def list_cycles(limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> dict[str, Any]:
-        """Newest first."""
-        return {"object": "list", "data": await asyncio.to_thread(learning_of(parts).cycles.newest, limit)}
+    async def list_cycles(limit: Annotated[int, Query(ge=1, le=1000)] = 50, agent: str | None = None) -> dict[str, Any]:
+        """Newest first, of all agents or of one."""
+        newest = learning_of(parts).cycles.newest
+        return {"object": "list", "data": await asyncio.to_thread(newest, limit, parts.agent_filter(agent))}
 
     @router.get("/{cycle}")
     async def read_cycle(cycle: str) -> dict[str, Any]:

@@ -153,6 +153,10 @@ BESIDE_OPENAIS = {
 """Not in OpenAI's chat form, but usual."""
 
 
+SAMPLING = frozenset({"temperature", "top_p", "top_k", "min_p"})
+"""Of which null says nothing: an agent's own way of sampling counts then."""
+
+
 class FieldRefused(ValueError):
     """A field of a request that cannot be honoured, and why."""
 
@@ -174,7 +178,8 @@ def check_fields(body: Any, rules: Mapping[str, Rule], tool_types: Sequence[str]
         if rule.treatment is Treatment.WARNED:
             warnings.append(f"{name} has no effect: {rule.note}")
     tools, warning = split_tools(body.get("tools"), tool_types)
-    return {**body, "tools": tools, "warnings": [*warnings, *warning]}
+    said = {name: value for name, value in body.items() if value is not None or name not in SAMPLING}
+    return {**said, "tools": tools, "warnings": [*warnings, *warning]}
 
 
 def split_tools(tools: Any, types: Sequence[str]) -> tuple[Any, list[str]]:

@@ -9,6 +9,7 @@ from policies.types import Engine
 from runtime.adapters.approval import Approval
 from runtime.adapters.swap import Swap
 from runtime.agent.budget import RunLimits
+from runtime.agent.served_agent import ServedAgent
 from runtime.agent.tools import Toolbox
 from runtime.http.load import Load
 from runtime.http.metrics import Metrics
@@ -26,13 +27,14 @@ class Parts:
     """Everything a request needs; holds no state of its own."""
 
     served_name: str
-    """The model name that clients see."""
+    """The model name that clients see; it chooses the server's own agent."""
     engine: Engine
     protocol: ChatProtocol
     log: StepLog
     registry: AdapterRegistry
     swap: Swap
     toolbox: Toolbox
+    """Of the server's own agent."""
     limits: RunLimits
     metrics: Metrics
     keys: KeyRing = field(default_factory=KeyRing)
@@ -48,3 +50,18 @@ class Parts:
     """None: what passes the gate acts at once."""
     learning: Learning | None = None
     """None: a server that only serves, as in benchmarks and tests."""
+    named_agents: tuple[ServedAgent, ...] = ()
+    """Beside the server's own; of each name one."""
+
+    @property
+    def agents(self) -> tuple[ServedAgent, ...]:
+        """All that are served, the server's own first."""
+        return (ServedAgent("", self.served_name, self.toolbox), *self.named_agents)
+
+    def agent(self, name: str) -> ServedAgent | None:
+        """The agent of this name; empty: the server's own. None: it is not served."""
+        return next((agent for agent in self.agents if agent.name == name), None)
+
+    def agent_filter(self, asked: str | None) -> str | None:
+        """An agent's name as the stores know it: the server's own agent, called by its model name, has none there."""
+        return "" if asked == self.served_name else asked

@@ -21,6 +21,7 @@ class RunEvents:
         self._metrics = parts.metrics
         self._load = parts.load
         self._key = key
+        self._agent = runs[0].turn.episode.agent
         self._cutting = parts.cutting
         self._lease = lease
         streams = [run.events(parts.log, parts.limits) for run in runs]
@@ -32,7 +33,7 @@ class RunEvents:
     async def __anext__(self) -> RunEvent:
         event = await self._cutting.next_of(self._stream)
         if isinstance(event, StepTaken):
-            self._metrics.count_step(event.step)
+            self._metrics.count_step(event.step, self._agent)
             self._load.count(self._key, event.step)
         return event
 

@@ -9,8 +9,9 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, PlainTextResponse
 
-from policies.types import BASE_ADAPTER
-from runtime.http.errors import ApiError
+from policies.types import adapter_name
+from runtime.http.admission import chosen_agent
+from runtime.http.agents import model_names
 from runtime.http.parts import Parts
 
 
@@ -19,14 +20,13 @@ def server_routes(parts: Parts) -> APIRouter:
     started = int(time.time())
 
     def models() -> list[dict[str, Any]]:
-        names = [parts.served_name, BASE_ADAPTER, *(adapter.name for adapter in parts.engine.loaded_adapters())]
         owner = {"object": "model", "created": started, "owned_by": "stepagent"}
         limit = parts.engine.limits.max_context_tokens  # EngineError while the first engine is starting
-        return [{"id": name, **owner, "max_model_len": limit} for name in dict.fromkeys(names)]
+        return [{"id": name, **owner, "max_model_len": limit} for name in model_names(parts)]
 
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        """The served name (whichever adapter is acting), and each loaded adapter by its own name."""
+        """The agents (whichever adapter is acting for each), and each loaded adapter by its own name."""
         return {"object": "list", "data": models()}
 
     @router.get("/v1/models/{model}")
@@ -34,19 +34,21 @@ def server_routes(parts: Parts) -> APIRouter:
         for entry in models():
             if entry["id"] == model:
                 return entry
-        raise ApiError(404, f"the model {model!r} is not served here", "model_not_found", "model")
+        chosen_agent(parts, model)  # says what there is
+        raise AssertionError(f"{model} is chosen, but not listed")
 
     @router.get("/health", responses={503: {"description": "The engine cannot answer; the body is as with 200."}})
     async def health() -> JSONResponse:
         """200 while the engine can answer, 503 while it cannot: `status` is `starting` where that will pass."""
         engine = parts.engine.health()
-        acting = parts.registry.acting()
         body = {
             "status": "ok" if engine.is_alive else "starting" if engine.is_starting else "down",
             "engine": asdict(engine),
-            "acting": acting.name if acting else BASE_ADAPTER,
+            "acting": adapter_name(parts.registry.acting()),
             "log": parts.log.counts(),
         }
+        if parts.named_agents:
+            body["agents"] = {agent.model: adapter_name(parts.registry.acting(agent.name)) for agent in parts.agents}
         return JSONResponse(body, 200 if engine.is_alive else 503)
 
     @router.get("/metrics", response_class=PlainTextResponse)
