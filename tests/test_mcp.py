@@ -221,6 +221,7 @@ def test_the_server_offers_them_to_its_agents_and_ends_them(tmp_path: Path) -> N
 system = "You keep a shop."
 tools = ["shop", "calculator"]
 [agents.plain]
+system = "You keep a shop."
 [tools.shop]
 mcp = {{command = {sys.executable!r}, args = [{str(SERVER)!r}, "--starts", "starts"]}}
 allow = ["who"]
@@ -230,7 +231,7 @@ allow = ["who"]
         url = running.wait_for(r"listening +(http\S+)/v1")
         pid = int((tmp_path / "starts").read_text())
         assert is_alive(pid)
-        assert num_tokens(url, "keeper") > num_tokens(url, "plain") + 50
+        assert num_tokens(url, "keeper") > num_tokens(url, "plain")
         assert running.end(signal.SIGTERM)[0] == 0
     assert not is_alive(pid)
 
