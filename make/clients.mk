@@ -3,12 +3,13 @@
 CLIENTS := .venv-clients
 LITELLM := .venv-clients-litellm
 MCP := .venv-clients-mcp
+RLLM := .venv-clients-rllm
 NPM := tests_clients/npm
 CLIENT_TESTS := -q -p no:cacheprovider --timeout 180
 
-.PHONY: setup-clients test-clients
+.PHONY: setup-clients setup-gateway test-clients
 
-$(CLIENTS)/.ready $(LITELLM)/.ready $(MCP)/.ready: pyproject.toml
+$(CLIENTS)/.ready $(LITELLM)/.ready $(MCP)/.ready $(RLLM)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip
 	$(@D)/bin/python -m pip install --progress-bar on --group $(patsubst .venv-%,%,$(@D))
@@ -19,6 +20,8 @@ $(NPM)/node_modules/.ready: $(NPM)/package.json
 	touch $@
 
 setup-clients: setup $(CLIENTS)/.ready $(LITELLM)/.ready $(MCP)/.ready $(NPM)/node_modules/.ready
+
+setup-gateway: setup $(LITELLM)/.ready $(RLLM)/.ready    # for python -m benchmarks.gateway
 
 test-clients: setup-clients
 	$(CLIENTS)/bin/python -m pytest $(CLIENT_TESTS) tests_clients --ignore tests_clients/test_litellm.py $(ARGS)
