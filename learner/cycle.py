@@ -99,9 +99,10 @@ def _collect(record: CycleRecord, who: Collaborators, options: CycleOptions, par
         record.has_read_to(collected.last_step_id)
     if not collected.demonstrations and not collected.policy_episodes:
         held = f", {len(collected.held_out)} held out" if collected.held_out else ""
+        whose = f" --agent {who.agent}" if who.agent else ""
         raise NothingToLearn(
             f"there are no demonstrations to train on{held}, and no own episodes: import some first "
-            "(python -m learner import FILE)"
+            f"(python -m learner import FILE{whose})"
         )
     return collected
 

@@ -152,7 +152,7 @@ class AgentTable(_Table):
     """Days that a candidate of it waits for somebody's yes; default: --approval-days."""
     learn_every: int | None = Field(None, ge=0)
     """Start a learning cycle after so many new episodes of it; default: --learn-every."""
-    sampling: SamplingDefaults = SamplingDefaults()
+    sampling: SamplingDefaults = Field(default_factory=lambda: SamplingDefaults.model_validate({}))
     """How it samples where a request does not say."""
 
     @field_validator("tools")

@@ -57,7 +57,7 @@ def run(options: ImportOptions) -> int:
 
 
 def _outlook(state: Path, agent: str) -> str | None:
-    """What all demonstrations of an agent in a state folder can show, where no world's tasks judge; None for no such folder."""
+    """What an agent's demonstrations in a state folder can show, where no world's tasks judge; None: no such folder."""
     from learner.data.collect import dealt_demonstrations
     from learner.evaluation.outlook import import_outlook
     from learner.options import CollectionOptions

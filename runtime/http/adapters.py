@@ -42,7 +42,7 @@ def adapter_routes(parts: Parts) -> APIRouter:
     @router.get("")
     async def list_adapters(agent: str | None = None) -> dict[str, Any]:
         """Every version that was ever registered (for an agent), oldest first, with its history."""
-        wanted = parts.agent_filter(agent)
+        wanted = None if agent is None else agent_named(parts, agent).name
 
         def listed() -> list[dict[str, Any]]:
             return [record(adapter) for adapter in registry.adapters() if wanted in (None, adapter.agent)]
