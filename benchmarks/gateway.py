@@ -28,6 +28,7 @@ import json
 import multiprocessing
 import os
 import socket
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -89,6 +90,14 @@ class Target:
     name: str
     port: int
     path: str = "/v1/chat/completions"
+    log: tuple[Path, str] | None = None
+    """SQLite file and table of a gateway that keeps one; ours is looked at by benchmarks/durability.py."""
+
+    @property
+    def num_logged(self) -> int:
+        assert self.log is not None
+        with contextlib.closing(sqlite3.connect(self.log[0])) as db:
+            return db.execute(f"select count(*) from {self.log[1]}").fetchone()[0]
 
 
 def upstream(pipe: Connection) -> None:
@@ -144,7 +153,7 @@ def litellm(program: Path, server_port: int, with_log: bool) -> Iterator[Target]
         name = "LiteLLM's proxy, " + ("with a durable log" if with_log else "no log")
         command = [program, "--config", "config.yaml", "--host", "127.0.0.1", "--num_workers", "1", "--port"]
         with _running(command, folder) as port:
-            yield Target(name, port)
+            yield Target(name, port, log=(Path(folder) / "log.db", "steps") if with_log else None)
 
 
 @contextmanager
@@ -160,7 +169,7 @@ def rllm(program: Path, server_port: int, is_synchronous: bool) -> Iterator[Targ
         (Path(folder) / "config.yaml").write_text(json.dumps(config))
         name = "rLLM's gateway, " + ("sync_traces" if is_synchronous else "as it comes")
         with _running([program, "--config", "config.yaml", "--host", "127.0.0.1", "--port"], folder) as port:
-            yield Target(name, port, "/sessions/s/v1/chat/completions")
+            yield Target(name, port, "/sessions/s/v1/chat/completions", (Path(folder) / "traces.db", "traces"))
 
 
 @contextmanager
@@ -261,7 +270,12 @@ def main() -> None:
                 continue
             targets += [stack.enter_context(start(program, port, is_durable)) for is_durable in (False, True)]
         rows = rows_of(measure(targets, options.repeats))
+        time.sleep(2.0)  # for what is written behind the answers
+        num_asked = options.repeats * 2 * sum(concurrency + num for concurrency, num in NUM_REQUESTS.items())
+        logged = {target.name: target.num_logged for target in targets if target.log is not None}
     report(rows)
+    for name, num_logged in logged.items():
+        print(f"{name}: {num_logged} of {num_asked} requests in its log, two seconds after the last")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 
