@@ -47,7 +47,7 @@ from benchmarks.endpoint_overhead import BODY, Speed, serve, timed
 from benchmarks.plain_http import PlainClient
 
 ROOT = Path(__file__).parent.parent
-NUM_REQUESTS = {1: 100, 32: 320}
+NUM_REQUESTS = {1: 60, 32: 160}
 """By concurrency."""
 
 LITELLMS = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
