@@ -1,10 +1,11 @@
-# make serve [MODEL=FOLDER] | make demo | make quick | make test | make test-real | make setup | make check; everything lives in .venv.
+# make serve [MODEL=FOLDER] | make demo | make demo-real | make quick | make test | make test-real | make setup | make check; everything lives in .venv.
 PYTHON ?= python3
 VENV := .venv
 ARGS ?=
 MODEL ?=
+PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
-.PHONY: setup serve demo quick test test-real check
+.PHONY: setup serve demo demo-real quick test test-real check
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -21,11 +22,14 @@ serve: setup
 demo: setup
 	$(VENV)/bin/python -m benchmarks.demo $(ARGS)
 
+demo-real: setup-worlds
+	$(VENV)/bin/python -m benchmarks.demo_real $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
 test: setup
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 quick: setup
-	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-real: setup
 	$(VENV)/bin/python -m pytest tests_real --timeout 480 $(ARGS)

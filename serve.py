@@ -18,12 +18,18 @@ if TYPE_CHECKING:
     from policies.chat.chat_protocol import ChatProtocol
     from policies.types import Engine
     from runtime.adapters.approval import PromotionTerms
+    from runtime.adapters.swap import Swap
     from runtime.agent.served_agent import ServedAgent
     from runtime.agent.tools import Toolbox
     from runtime.agents import AgentsFile, AgentTable
     from runtime.engines.gpu_share import GpuShare
     from runtime.http.parts import Parts
+    from runtime.privacy.erasing import Erasing
+    from runtime.privacy.redaction import Redactor
+    from runtime.privacy.retention import Retention
+    from runtime.store.step_log import StepLog
     from tools.shelf import ToolShelf
+    from tools.worlds.world import World
 
 
 def main(arguments: list[str]) -> None:
@@ -53,6 +59,7 @@ async def _serve(settings: Settings) -> None:
     from runtime.engines.supervised import SupervisedEngine
     from runtime.http.app import create_app
     from runtime.http.shutdown import server_of
+    from runtime.store.damage import StepLogError
 
     parts = build_parts(settings)
     assert parts.learning is not None
@@ -84,7 +91,7 @@ async def _serve(settings: Settings) -> None:
         await server.serve(sockets=[sock])
         if starting.done():
             starting.result()
-    except (EngineError, ValueError) as error:
+    except (EngineError, ValueError, StepLogError) as error:
         raise SystemExit(f"cannot start: {error}") from error
     finally:
         for task in (starting, *beside):
@@ -133,20 +140,28 @@ def build_parts(settings: Settings) -> Parts:
     from policies.adapters.base_network import BaseNetworkError, model_folder, read_base_network
     from policies.chat.chat_protocol import ChatProtocol
     from runtime.adapters.approval import Approval
+    from runtime.adapters.reward_models import RewardModels
     from runtime.adapters.swap import Swap
     from runtime.agent.budget import RunLimits
+    from runtime.agent.scorers import ChosenBy
     from runtime.agent.served_agent import ServedAgent
     from runtime.agent.tool_sources import tool_sources
-    from runtime.http.load import Load
+    from runtime.http.best_of import Choosing, ChoosingLimits
+    from runtime.http.load import Load, today
     from runtime.http.metrics import Metrics
     from runtime.http.parts import Parts
     from runtime.http.shutdown import Cutting
     from runtime.learning.learning import Learning
+    from runtime.privacy.erasing import Erasing
     from runtime.store.adapter_registry import AdapterRegistry
+    from runtime.store.damage import StepLogError, damaged_file, is_damage
     from runtime.store.keys import KeyRing, KeyStore
+    from runtime.store.learning_log import migrate_learning_log
     from runtime.store.state_folder import StateFolder
-    from runtime.store.step_log import StepLog, StepLogError
+    from runtime.store.step_log import LOCK_TIMEOUT_S, StepLog
     from tools.shelf import ToolShelf
+    from tools.worlds import load_world
+    from tools.worlds.world import max_steps_of
 
     served_name = settings.served_name or os.path.basename(os.path.normpath(settings.model))
     agents_file = settings.agents_file
@@ -158,20 +173,25 @@ def build_parts(settings: Settings) -> Parts:
                 f"the agent {served_name!r} has the name of the model itself: choose another, or --served-name"
             )
         slots = num_slots(settings, agents_file)
-        toolbox = toolbox_of(shelf, settings.tools, settings.world_name, settings.run_tools)
+        worlds = {"": settings.world_name, **{name: agent.world for name, agent in agents_file.agents.items()}}
+        loaded = {name: load_world(world) if world else None for name, world in worlds.items()}
+        toolbox = toolbox_of(shelf, settings.tools, loaded[""], settings.run_tools)
         named_agents = tuple(
             ServedAgent(
                 name,
                 name,
-                toolbox_of(shelf, agent.tools, agent.world, agent.run_tools),
+                toolbox_of(shelf, agent.tools, loaded[name], agent.run_tools),
                 agent.system_prompt,
                 agent.sampling.said,
             )
             for name, agent in agents_file.agents.items()
         )
         folder_of_state = StateFolder(settings.state)
-        log = StepLog(settings.state / "agent.db")
+        log = StepLog(settings.state / "agent.db", lock_timeout_s=min(LOCK_TIMEOUT_S, settings.deadline))
         registry = AdapterRegistry(settings.state / "agent.db")
+        for name in worlds:
+            registry.acting(name)  # raises where it can no longer be read: another adapter would be served
+        migrate_learning_log(settings.state)
         keys = KeyRing(KeyStore(settings.state / "agent.db"), key_of(settings))
         folder = model_folder(settings.model)
         network = read_base_network(folder)
@@ -180,12 +200,32 @@ def build_parts(settings: Settings) -> Parts:
             raise ValueError(f"the chat template of {settings.model} has no words for tools: leave --tools out")
         for agent in named_agents:
             require_possible(agent, protocol, settings.model)
+        redactor = redactor_of(settings)
         engine = load_engine(settings, folder, protocol, slots)
-    except (ValueError, OSError, StepLogError, BaseNetworkError, sqlite3.Error) as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        told = damaged_file(error, settings.state / "agent.db") if is_damage(error) else error
+        shelf.close()
+        raise SystemExit(f"cannot start: {told}") from error
+    except (ValueError, OSError, StepLogError, BaseNetworkError) as error:
         shelf.close()
         raise SystemExit(f"cannot start: {error}") from error
     swap = Swap(engine, registry, network, agents=("", *agents_file.agents))
     metrics, cutting = Metrics(engine), Cutting()
+    learning = Learning.beside(
+        settings.state,
+        log,
+        registry,
+        swap,
+        arguments=learner_arguments(settings, folder),
+        environment=learner_environment(settings, folder, keys.learner_secret),
+        every_episodes=settings.learn_every,
+        arguments_of={name: ["--world", agent.world] for name, agent in agents_file.agents.items()},
+        every_episodes_of={
+            name: settings.learn_every if agent.learn_every is None else agent.learn_every
+            for name, agent in agents_file.agents.items()
+        },
+    )
+    erasing = Erasing(settings.state, log, registry, swap, learning, metrics.registry)
     return Parts(
         served_name=served_name,
         named_agents=named_agents,
@@ -197,48 +237,38 @@ def build_parts(settings: Settings) -> Parts:
         toolbox=toolbox,
         shelf=shelf,
         limits=RunLimits(
-            max_steps=settings.max_steps,
+            max_steps=settings.max_steps or max(map(max_steps_of, loaded.values())),
             max_completion_tokens=settings.max_run_tokens,
             deadline_s=settings.deadline,
             tool_timeout_s=settings.tool_timeout,
         ),
         metrics=metrics,
         cutting=cutting,
+        choosing=ChoosingLimits(Choosing(settings.best_of, ChosenBy(settings.best_of_by)), settings.best_of_most),
+        reward_models=RewardModels(engine, registry, network, swap.changes),
         approval=Approval(
             swap,
             registry,
             promotion_terms(settings),
             {name: promotion_terms(settings, agent) for name, agent in agents_file.agents.items()},
         ),
-        load=Load(settings.max_batch_size, settings.max_waiting, cutting, metrics.registry),
+        load=Load(settings.max_batch_size, settings.max_waiting, cutting, metrics.registry, used=log.usage_of(today())),
         keys=keys,
         state=folder_of_state,
         cors_origins=tuple(settings.cors_origins),
-        learning=Learning.beside(
-            settings.state,
-            log,
-            registry,
-            swap,
-            arguments=learner_arguments(settings, folder),
-            environment=learner_environment(settings, folder, keys.learner_secret),
-            every_episodes=settings.learn_every,
-            arguments_of={name: ["--world", agent.world] for name, agent in agents_file.agents.items()},
-            every_episodes_of={
-                name: settings.learn_every if agent.learn_every is None else agent.learn_every
-                for name, agent in agents_file.agents.items()
-            },
-        ),
+        learning=learning,
+        redactor=redactor,
+        erasing=erasing,
+        retention=retention_of(settings, log, erasing, swap),
     )
 
 
-def toolbox_of(shelf: ToolShelf, tools: Sequence[str], world: str, run_tools: str) -> Toolbox:
+def toolbox_of(shelf: ToolShelf, tools: Sequence[str], world: World | None, run_tools: str) -> Toolbox:
     """The tools that the server runs for one agent. Raises ValueError for those that cannot be loaded."""
     from runtime.agent.tools import Toolbox
-    from tools.worlds import load_world
 
     offered = shelf.offer(tools)
-    is_default = run_tools == "always"
-    return Toolbox(offered.tools, load_world(world) if world else None, is_default, offered.bounds)
+    return Toolbox(offered.tools, world, run_tools == "always", offered.bounds)
 
 
 def require_possible(agent: ServedAgent, protocol: ChatProtocol, model: str) -> None:
@@ -285,6 +315,25 @@ def num_slots(settings: Settings, agents_file: AgentsFile) -> int:
             f"by canary; --max-adapters is {settings.max_adapters}: raise it, or serve fewer agents"
         )
     return settings.max_adapters or needed
+
+
+def retention_of(settings: Settings, log: StepLog, erasing: Erasing, swap: Swap) -> Retention:
+    """What erases what was kept long enough."""
+    from policies.command_line import split_commas
+    from runtime.privacy.retention import Limits, Retention
+
+    limits = Limits(settings.keep_days, None if settings.keep_gb is None else int(settings.keep_gb * 1e9))
+    anchors = split_commas(str(settings.learner_arg.get("anchors", "")))
+    return Retention(settings.state, log, erasing, limits, swap.is_in_progress, anchors)
+
+
+def redactor_of(settings: Settings) -> Redactor | None:
+    """What replaces secrets; None: nothing does. Raises ValueError for a function that cannot be imported."""
+    from runtime.privacy.redaction import Redactor, load_hook
+    from runtime.privacy.secret_shapes import SHAPES
+
+    hooks = [load_hook(path) for path in settings.redact]
+    return Redactor(SHAPES if settings.redact_secrets else (), hooks) if hooks or settings.redact_secrets else None
 
 
 def learner_arguments(settings: Settings, folder: Path) -> list[str]:

@@ -1,13 +1,15 @@
-"""kill -9 under load: is any step missing from the log that a client was given?
+"""kill -9 under load, in mid-cycle and in mid-backup: is any step missing that a client was given, or anything half?
 
-    python -m benchmarks.durability [--kills 50] [--json FILE]
+    python -m benchmarks.durability [--kills 200] [--json FILE]
 
 A real server (python serve.py, the novice, the embedded engine) is put under load by eight clients, half of them
-streaming, and its process is killed at a random moment. Each client keeps the ids of the steps whose answers it
-received whole. Then the log is opened as the next start would open it: every such step must be there, with the tokens
-it was served with, and the log must verify. All kills hit one log, so that it also lives through fifty recoveries.
+streaming, and its process is killed at a random moment; by turns also while a learner's cycle runs beside it, and while
+the state is backed up, when the backup is killed too. Each client keeps the ids of the steps whose answers it received
+whole. Then the log is opened as the next start would open it: every such step must be there, with the tokens it was
+served with, and the state folder must verify (at every tenth kill, and at the last). A backup that has its name must be
+whole. All kills hit one state folder, so that it also lives through as many recoveries.
 
-The servers are forked from a process that has done their imports: fifty times over, those would take most of the time.
+The servers are forked from a process that has done their imports: for each kill, those would take most of the time.
 """
 
 from __future__ import annotations
@@ -22,14 +24,21 @@ import re
 import statistics
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import httpx
 from tqdm import tqdm
 
 from benchmarks.plain_http import PlainClient
+from runtime.store.backup import make_backup, verify_backup
+from runtime.store.learning_log import LearningReader
+from runtime.store.soundness import problems_of
 from runtime.store.step_log import StepLog
 
 NUM_CLIENTS = 8
@@ -43,7 +52,12 @@ def serve_until_killed(state: Path, told: Connection) -> None:
     os.dup2(told.fileno(), 1)
     import serve
 
-    serve.main(["--port", "0", "--state", str(state), "--threads", "1"])
+    serve.main(["--port", "0", "--state", str(state), "--threads", "1", "--learn-every", "0"])
+
+
+def back_up(state: Path, file: Path) -> None:
+    """The child process of a backup."""
+    make_backup(state, file)
 
 
 def start_server(state: Path) -> tuple[BaseProcess, int]:
@@ -92,55 +106,118 @@ def _steps_of(answer: bytes, is_streaming: bool) -> list[str]:
     return [chunk["stepagent"]["step"]["id"] for chunk in chunks if "stepagent" in chunk]
 
 
-async def load_and_kill(server: BaseProcess, port: int, after_s: float) -> list[str]:
-    """Kill the server so many seconds after its first answer; returns the steps that were answered."""
+async def load_and_kill(server: BaseProcess, port: int, after_s: float, beside: Beside) -> list[str]:
+    """Kill the server, and what runs beside it, so many seconds after its first answer; returns the answered steps."""
     answered: list[str] = []
     clients = [asyncio.create_task(load(port, answered, number)) for number in range(NUM_CLIENTS)]
     while not answered:  # noqa: ASYNC110 (a list that clients append to; an event would be a second truth)
         await asyncio.sleep(0.01)
+    process = await beside(port)
     await asyncio.sleep(after_s)
     server.kill()
+    if process is not None:
+        process.kill()
+        process.join()
     await asyncio.gather(*clients)
     server.join()
     return answered
 
 
+Beside = Callable[[int], Awaitable[BaseProcess | None]]
+
+
+async def nothing(_: int) -> None:
+    """Beside the load."""
+
+
+async def a_cycle(port: int) -> None:
+    """It dies with its server."""
+    async with httpx.AsyncClient(timeout=30) as client:
+        (await client.post(f"http://127.0.0.1:{port}/v1/learner/cycles", json={})).raise_for_status()
+
+
+def a_backup(state: Path, file: Path) -> Beside:
+    async def begin(_: int) -> BaseProcess:
+        process = PROCESSES.Process(target=back_up, args=(state, file), daemon=True)
+        process.start()
+        return process
+
+    return begin
+
+
+LONGEST_S = {"load": 1.5, "cycle": 8.0, "backup": 1.0}
+"""From the first answer, or the begin of what runs beside, to the kill: drawn below this."""
+
+
+@dataclass(slots=True)
+class Found:
+    """What was found after the kills of one kind."""
+
+    kills: int = 0
+    answered_steps: int = 0
+    missing_steps: int = 0
+    half_backups: int = 0
+    whole_backups: int = 0
+
+
 def measure(num_kills: int) -> dict[str, Any]:
-    state = Path(tempfile.mkdtemp())
-    draw = random.Random(0)
-    num_answered, missing, problems, recovery_s = 0, 0, 0, []
-    for _ in tqdm(range(num_kills), unit="kill"):
+    folder = Path(tempfile.mkdtemp())
+    state, draw = folder / "state", random.Random(0)
+    found = {kind: Found() for kind in LONGEST_S}
+    problems: list[str] = []
+    recovery_s: list[float] = []
+    for number in tqdm(range(num_kills), unit="kill"):
+        kind = list(LONGEST_S)[number % len(LONGEST_S)]
+        backup = folder / f"{number}.tar"
+        beside = {"load": nothing, "cycle": a_cycle, "backup": a_backup(state, backup)}[kind]
         server, port = start_server(state)
-        answered = asyncio.run(load_and_kill(server, port, draw.uniform(0.0, 1.5)))
-        began = time.perf_counter()
-        log = StepLog(state / "agent.db")
-        recovery_s.append(time.perf_counter() - began)
-        missing += sum(log.step(step_id) is None for step_id in answered)
-        problems += len(log.verify())
-        log.close()
-        num_answered += len(answered)
+        answered = asyncio.run(load_and_kill(server, port, draw.uniform(0.0, LONGEST_S[kind]), beside))
+        _look(state, answered, found[kind], recovery_s)
+        if backup.exists():
+            is_whole = not verify_backup(backup)
+            found[kind].whole_backups += is_whole
+            found[kind].half_backups += not is_whole
+            backup.unlink()
+        if number % 10 == 9 or number == num_kills - 1:
+            problems += problems_of(state)
+    cycles = Counter(str(status.stage) for status in LearningReader(state).cycles(limit=num_kills))
     return {
-        "kills": num_kills,
-        "answered_steps": num_answered,
-        "missing_steps": missing,
-        "problems_found_by_verify": problems,
+        "by_kind": {kind: asdict(each) for kind, each in found.items()},
+        "cycles_by_last_stage": dict(cycles),
+        "problems": problems,
         "median_recovery_ms": statistics.median(recovery_s) * 1000,
+        "log_mib": (state / "agent.db").stat().st_size / 2**20,
     }
+
+
+def _look(state: Path, answered: list[str], found: Found, recovery_s: list[float]) -> None:
+    began = time.perf_counter()
+    log = StepLog(state / "agent.db")
+    recovery_s.append(time.perf_counter() - began)
+    found.kills += 1
+    found.answered_steps += len(answered)
+    found.missing_steps += sum(log.step(step_id) is None for step_id in answered)
+    log.close()
+
+
+def _row(cells: Iterable[object]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
     arguments = parser.parse_args()
     figures = measure(arguments.kills)
-    print("| " + " | ".join(figures) + " |\n|" + "---|" * len(figures))
-    print(
-        "| "
-        + " | ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in figures.values())
-        + " |"
-    )
-    print(f"answered steps missing from the log: {figures['missing_steps']} (goal: 0)")
+    columns = list(figures["by_kind"]["load"])
+    print(_row(["killed in", *columns]) + "\n|" + "---|" * (len(columns) + 1))
+    for kind, values in figures["by_kind"].items():
+        print(_row([kind, *values.values()]))
+    print(f"cycles by their last stage: {figures['cycles_by_last_stage']}")
+    print(f"log {figures['log_mib']:.1f} MiB; median recovery {figures['median_recovery_ms']:.2f} ms")
+    print("\n".join(figures["problems"]) or "nothing was found by verify")
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1))
-    raise SystemExit(1 if figures["missing_steps"] or figures["problems_found_by_verify"] else 0)
+    bad = [each["missing_steps"] + each["half_backups"] for each in figures["by_kind"].values()]
+    raise SystemExit(1 if any(bad) or figures["problems"] else 0)

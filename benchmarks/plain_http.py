@@ -41,7 +41,7 @@ class PlainClient:
         reader, writer = self._streams
         content = json.dumps(body).encode()
         writer.write(
-            f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+            f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
             f"content-length: {len(content)}\r\n\r\n".encode()
             + content
         )

@@ -1,37 +1,45 @@
-"""The worlds: tasks, how an expert fares directly and through the endpoint, speed and memory.
+"""The worlds: tasks, how an expert fares directly and through the endpoint, speed and memory; and their students.
 
     .venv/bin/python -m benchmarks.worlds [--worlds bfcl,agentdojo] [--tasks 40] [--endpoint-tasks 8]
+    .venv/bin/python -m benchmarks.worlds --students [--worlds babyai] [--tasks 200]
 
-Each world is measured in a process of its own. Through the endpoint an engine replays what the expert says, token by
-token, once with tools that the client runs and once with those that the server runs: what is measured is the server
-and the world, not a model. Prints one table; a world whose package is missing is named below it.
+Each world is measured in a process of its own. Through the endpoint (`benchmarks/expert_endpoint.py`), eight episodes
+at once, tools are run once by the client and once by the server. Prints one table; a world whose package is missing is
+named below it.
+
+With `--students`: how often each world's small student succeeds on held-out tasks at temperature 1, before and after
+one `sft` adapter that was trained on demonstrations which it had not seen (no gate, no server).
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
+import os
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from learner.practice import Attempt, PracticeOptions, practise
-from policies.chat.chat_protocol import ChatProtocol, message_action
-from runtime.agent.budget import RunLimits
-from runtime.agent.tools import Toolbox
-from tests.serving import LIMITS, MODEL, NOVICE_FOLDER, SayingEngine, Served, parts_of, served
+import torch
+
+from benchmarks.expert_endpoint import client_run, expert_messages, expert_served, server_run
+from benchmarks.rollouts import Rollouts, load_policy
+from benchmarks.students import PLANS, student
+from learner.data.training_data import TrainingData
+from learner.objectives.build import objective_of
+from learner.options import ObjectiveOptions, TrainingOptions
+from learner.training.trainer import Trainer
+from policies.novice.build import wilson_interval
 from tools.worlds import WORLDS, load_world
 from tools.worlds.world import Message, Task, World
 
-MOST_STEPS = 100
 NUM_REPLAYED = 20
 
 
@@ -49,27 +57,14 @@ class Row:
     direct: float
     """Share of the tried tasks on which the expert reached outcome 1."""
     steps_per_s: float
+    """Of an expert and its world, each task for the first time but for one of each split, which warm up."""
     replay_ms: float
     """Of opening a task and replaying `NUM_REPLAYED` calls."""
     memory_mib: int
-    """Of the process with the world loaded and its tasks tried, over that of the process before."""
+    """Of the process with the world loaded and its tasks tried, over that of the process before; with its children."""
     num_through_endpoint: int
     client_run: float
     server_run: float
-
-
-# ---------------------------------------------------------------------------------------------- the expert
-
-
-def expert_messages(world: World, task: Task) -> tuple[list[Message], list[Message], float]:
-    """The whole conversation of an expert, its own messages alone, and the outcome."""
-    episode, conversation, said = world.open(task), list(task.messages), list[Message]()
-    while len(said) < MOST_STEPS and (message := episode.expert_action()) is not None:
-        said.append(message)
-        conversation += [message, *(told := episode.play(message))]
-        if not told:
-            break
-    return conversation, said, episode.outcome()
 
 
 def spread(world: World, num: int) -> list[Task]:
@@ -90,62 +85,6 @@ def replay_ms(world: World, task: Task, said: Sequence[Message]) -> float:
     return (time.perf_counter() - began) * 1000
 
 
-# -------------------------------------------------------------------------------------------- the endpoint
-
-
-def completions(protocol: ChatProtocol, conversation: Sequence[Message]) -> Iterator[tuple[int, ...]]:
-    """What a policy would have to write, message by message."""
-    for place, message in enumerate(conversation):
-        if message["role"] == "assistant":
-            yield protocol.completion_of(conversation[:place], message_action(message))[1]
-
-
-def through_endpoint(world: World, tasks: Sequence[Task]) -> tuple[float, float]:
-    """Shares of outcome 1 with tools that the client runs, and with those that the server runs."""
-    protocol = ChatProtocol.load(NOVICE_FOLDER)
-    engine = SayingEngine(protocol, limits=replace(LIMITS, max_context_tokens=10_000_000))
-    limits = RunLimits(max_steps=MOST_STEPS, max_completion_tokens=10_000_000)
-    by_client, by_server = [], []
-    with TemporaryDirectory() as folder:
-        parts = parts_of(engine, protocol, Path(folder), toolbox=Toolbox((), world), limits=limits)
-        with served(parts) as server:
-            for task in tasks:
-                conversation, _, _ = expert_messages(world, task)
-                engine.says.clear()
-                engine.says.extend(completions(protocol, conversation))
-                by_client.append(_client_run(server, world, task))
-                engine.says.clear()
-                engine.says.extend(completions(protocol, conversation))
-                by_server.append(_server_run(server, world, task))
-    return _share(by_client), _share(by_server)
-
-
-def _client_run(server: Served, world: World, task: Task) -> float:
-    async def practised() -> Attempt:
-        async with server.async_client(timeout=300) as client:
-            [attempt] = await practise(client, world, [task], PracticeOptions(MODEL, purpose="evaluation"))
-            return attempt
-
-    attempt = asyncio.run(practised())
-    if attempt.error:
-        print(f"{task.id}, client-run: {attempt.error}", file=sys.stderr)
-    return attempt.outcome
-
-
-def _server_run(server: Served, world: World, task: Task) -> float:
-    """The server runs the tools; what the world's user says after an answer is said from here."""
-    user, messages, episode_id = world.open(task), list[Any](task.messages), ""
-    metadata: Any = {"task": task.id, "purpose": "evaluation"}
-    while messages[-1]["role"] == "user":
-        answer = server.client(timeout=300).chat.completions.with_raw_response.create(
-            model=MODEL, messages=messages, metadata=metadata
-        )
-        episode_id = answer.headers["x-episode-id"]
-        messages.append({"role": "assistant", "content": answer.parse().choices[0].message.content or ""})
-        messages += user.play(messages[-1])
-    return server.parts.log.outcomes(episode_id)[-1].value
-
-
 # --------------------------------------------------------------------------------------------- measuring
 
 
@@ -154,17 +93,19 @@ def measure(name: str, num_tasks: int, num_endpoint_tasks: int) -> Row:
     began = time.perf_counter()
     world = load_world(name)
     load_s = time.perf_counter() - began
+    for split, size in world.splits.items():  # starts processes, fills what the world caches
+        expert_messages(world, world.task(split, size - 1))
     tasks = spread(world, num_tasks)
-    tried = {task.id: expert_messages(world, task) for task in tasks}  # also warms what the world caches
     began = time.perf_counter()
-    again = [expert_messages(world, task) for task in tasks]
-    steps_per_s = sum(len(said) for _, said, _ in again) / (time.perf_counter() - began)
-    memory_mib = _memory_mib() - memory_before
+    tried = {task.id: expert_messages(world, task) for task in tasks}
+    steps_per_s = sum(len(said) for _, said, _ in tried.values()) / (time.perf_counter() - began)
+    memory_mib = _memory_mib() - memory_before + _memory_of_children_mib()
     knows = [task for task in tasks if _comes_to_an_end(tried[task.id][1])]
     longest = max(knows, key=lambda task: len(tried[task.id][1]))
     replays = [replay_ms(world, longest, tried[longest.id][1]) for _ in range(5)]
     through = knows[:: -(-len(knows) // num_endpoint_tasks)]
-    client_run, server_run = through_endpoint(world, through)
+    with TemporaryDirectory() as folder, expert_served(world, through, Path(folder)) as server:
+        by_client, by_server = client_run(server, world, through), server_run(server, world, through)
     return Row(
         world=name,
         splits=dict(world.splits),
@@ -177,8 +118,8 @@ def measure(name: str, num_tasks: int, num_endpoint_tasks: int) -> Row:
         replay_ms=min(replays),
         memory_mib=memory_mib,
         num_through_endpoint=len(through),
-        client_run=client_run,
-        server_run=server_run,
+        client_run=_share(by_client),
+        server_run=_share(by_server),
     )
 
 
@@ -192,6 +133,22 @@ def _share(outcomes: Sequence[float]) -> float:
 
 def _memory_mib() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def _memory_of_children_mib() -> int:
+    """Resident, of all processes below this one."""
+    parents, pages = dict[int, int](), dict[int, int]()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            pages[int(folder.name)] = int((folder / "statm").read_text().split()[1])
+        except OSError:  # it has just ended
+            continue
+    below, newest = set[int](), {os.getpid()}
+    while newest:
+        newest = {child for child, parent in parents.items() if parent in newest}
+        below |= newest
+    return sum(pages.get(each, 0) for each in below) * resource.getpagesize() // 2**20
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -217,27 +174,108 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+# ---------------------------------------------------------------------------------------------- students
+
+NUM_DEMONSTRATIONS = 64
+"""Of training tasks that the student was not made of."""
+SFT = TrainingOptions(lr=2e-3, epochs=0, min_gradient_steps=48, trajectories_per_step=4)
+
+
+@dataclass(frozen=True, slots=True)
+class StudentRow:
+    """What a student learns in one cycle."""
+
+    world: str
+    num_weights: int
+    num_demonstrations: int
+    num_tasks: int
+    num_right_before: int
+    num_right_after: int
+    training_cpu_s: float
+
+
+def measure_student(name: str, num_tasks: int) -> StudentRow:
+    torch.set_num_threads(1)
+    folder, world = student(name), load_world(name)
+    rollouts = Rollouts(world, folder)
+    tasks = [world.task("heldout", index) for index in range(min(num_tasks, world.splits["heldout"]))]
+
+    def num_right(network: Any) -> int:
+        attempts = rollouts.attempts(network, tasks, [1.0] * len(tasks), torch.Generator().manual_seed(0))
+        return sum(attempt.outcome == 1.0 for attempt in attempts)
+
+    first = PLANS[name].num_demonstrations
+    fresh = range(first, min(first + NUM_DEMONSTRATIONS, world.splits["train"]))
+    demonstrations = rollouts.demonstrations([world.task("train", index) for index in fresh])
+    before = load_policy(folder, None)
+    began = time.process_time()
+    trainer = Trainer(folder, None, SFT, device="cpu")
+    trainer.train(objective_of("sft", TrainingData(tuple(demonstrations)), ObjectiveOptions(), None))
+    training_cpu_s = time.process_time() - began
+    with TemporaryDirectory() as adapter:
+        trainer.network.save_pretrained(adapter)
+        after = load_policy(folder, Path(adapter))
+    return StudentRow(
+        world=name,
+        num_weights=sum(weight.numel() for weight in before.parameters()),
+        num_demonstrations=len(demonstrations),
+        num_tasks=len(tasks),
+        num_right_before=num_right(before),
+        num_right_after=num_right(after),
+        training_cpu_s=training_cpu_s,
+    )
+
+
+def student_table(rows: Sequence[StudentRow]) -> str:
+    lines = [
+        "| student of | weights | new demonstrations | held-out tasks | T=1 before | after one `sft` | CPU s |",
+        "|" + "---|" * 7,
+    ]
+    for row in rows:
+        rates = [_rate(right, row.num_tasks) for right in (row.num_right_before, row.num_right_after)]
+        cells = [row.world, f"{row.num_weights / 1e6:.2f}M", row.num_demonstrations, row.num_tasks, *rates]
+        lines.append(f"| {' | '.join(map(str, cells))} | {row.training_cpu_s:.0f} |")
+    return "\n".join(lines)
+
+
+def _rate(num_right: int, num_tried: int) -> str:
+    low, high = wilson_interval(num_right, num_tried)
+    return f"{num_right / num_tried:.1%} ({low:.0%} to {high:.0%})"
+
+
+# -------------------------------------------------------------------------------------------------- main
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--worlds", default="", help="names by commas; default: all that need no file of yours")
     parser.add_argument("--tasks", type=int, default=10_000, help="most tasks of a world on which the expert is tried")
     parser.add_argument("--endpoint-tasks", type=int, default=10, help="of them, how many go through the endpoint")
     parser.add_argument("--one", action="store_true", help="measure the one world in this process and print JSON")
+    parser.add_argument("--students", action="store_true", help="measure the worlds' students instead")
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(asdict(measure(options.worlds, options.tasks, options.endpoint_tasks))))
+        row = (
+            measure_student(options.worlds, options.tasks)
+            if options.students
+            else measure(options.worlds, options.tasks, options.endpoint_tasks)
+        )
+        print(json.dumps(asdict(row)))
         return
-    names = options.worlds.split(",") if options.worlds else [n for n, each in WORLDS.items() if not each.takes_file]
+    every = PLANS if options.students else [name for name, listing in WORLDS.items() if not listing.takes_file]
     rows, missing = [], []
-    for name in names:
-        command = [sys.executable, "-m", "benchmarks.worlds", "--one", "--worlds", name]
-        command += ["--tasks", str(options.tasks), "--endpoint-tasks", str(options.endpoint_tasks)]
+    for name in options.worlds.split(",") if options.worlds else every:
+        command = [sys.executable, "-m", "benchmarks.worlds", "--one", "--worlds", name, "--tasks", str(options.tasks)]
+        command += ["--endpoint-tasks", str(options.endpoint_tasks), *(["--students"] if options.students else [])]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             missing.append(name)
         else:
-            rows.append(Row(**json.loads(done.stdout.splitlines()[-1])))
-    print(table(rows))
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+    if options.students:
+        print(student_table([StudentRow(**row) for row in rows]))
+    else:
+        print(table([Row(**row) for row in rows]))
     for name in missing:
         print(f"{name} could not be measured; see the error above")
 

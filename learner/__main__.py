@@ -10,11 +10,18 @@ from policies.command_line import parse, refuse
 COMMANDS = {
     "once": ("learner.commands.once", "OnceOptions", "run one cycle"),
     "status": ("learner.commands.status", "StatusOptions", "show the newest cycles (the default)"),
+    "steps": (
+        "learner.commands.steps",
+        "StepsOptions",
+        "show an episode's steps, their rewards, and which lost it",
+    ),
+    "doubts": ("learner.commands.doubts", "DoubtsOptions", "list steps of demonstrations that something contradicts"),
     "rollback": ("learner.commands.rollback", "RollbackOptions", "let act again what acted before"),
     "approve": ("learner.commands.approve", "ApproveOptions", "let act what waits for somebody's yes"),
     "decline": ("learner.commands.approve", "DeclineOptions", "refuse what waits for somebody's yes"),
     "import": ("learner.importing.command", "ImportOptions", "import demonstration files, or show what they teach"),
     "export": ("learner.exporting.command", "ExportOptions", "write episodes in other people's formats"),
+    "lineage": ("learner.commands.lineage", "LineageOptions", "show what taught what: of an adapter, or an episode"),
     "verify": ("learner.commands.verify", "VerifyOptions", "check a state folder"),
 }
 """Where each command lives, the class of its options, and what it does."""

@@ -35,6 +35,8 @@ class StateTrial:
     number: int
     """From 0: the state may be tried more than once."""
     max_tokens: int | None = None
+    episode_id: str = ""
+    """Of which logged episode the state is: an erasure of that one erases the trial. No part of the trial's name."""
 
     @property
     def name(self) -> str:
@@ -54,7 +56,8 @@ class Endpoint:
 
     client: AsyncOpenAI
     concurrency: int = 16
-    """Requests at a time. An engine on a CPU reads its weights once for all of them; with n = 2 they fill 32 places."""
+    """States at a time. An engine on a CPU reads its weights once for all that run; with two draws they fill 32
+    places."""
     agent: str = ""
     """Name of the agent that is spoken to; empty: the server's own."""
 
@@ -83,65 +86,51 @@ class Endpoint:
         return next((adapter["name"] for adapter in listed["data"] if adapter["state"] == "canary"), None)
 
     async def sample(
-        self,
-        states: Sequence[tuple[Sequence[Message], Sequence[ToolSchema], int]],
-        adapter: str,
-        num_samples: int,
-        on_done: Callable[[], object] = lambda: None,
+        self, draws: Sequence[Sequence[StateTrial]], adapter: str, on_done: Callable[[], object] = lambda: None
     ) -> list[list[str]]:
-        """Sample actions of an adapter at each state; returns the ids of the logged steps, by state.
+        """Sample actions of an adapter at some states; returns the ids of the logged steps, by state.
 
-        A state is its conversation, the tools on offer, and the most tokens that an action may have.
-
-        A state that the endpoint cannot answer at, for example because it is too long for the model, has no ids.
+        `draws`: those of each state. A draw that the endpoint cannot answer, for example because the state is too long
+        for the model, has no id. `on_done` is called after each state.
         """
         places = asyncio.Semaphore(self.concurrency)
 
-        async def sample_one(messages: Sequence[Message], tools: Sequence[ToolSchema], max_tokens: int) -> list[str]:
+        async def sample_one(trials: Sequence[StateTrial]) -> list[str]:
             async with places:
                 try:
-                    return await self._sample_at(messages, tools, adapter, n=num_samples, max_tokens=max_tokens)
+                    found = await asyncio.gather(*(self._try(trial, adapter) for trial in trials))
+                    return [step_id for step_id in found if step_id]
                 finally:
                     on_done()
 
-        return list(await asyncio.gather(*(sample_one(*state) for state in states)))
+        return list(await asyncio.gather(*map(sample_one, draws)))
 
     async def try_states(self, trials: Sequence[StateTrial], adapter: str) -> list[str | None]:
-        """Sample one action of an adapter for each trial, by the trial's seed; returns the ids of the logged steps."""
+        """Sample one action of an adapter for each trial; returns the ids of the logged steps."""
         places = asyncio.Semaphore(self.concurrency)
 
         async def try_one(trial: StateTrial) -> str | None:
             async with places:
-                found = await self._sample_at(
-                    trial.messages, trial.tools, adapter, seed=trial.seed, max_tokens=trial.max_tokens, trial=trial.name
-                )
-                return found[0] if found else None
+                return await self._try(trial, adapter)
 
         return list(await asyncio.gather(*map(try_one, trials)))
 
-    async def _sample_at(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[ToolSchema],
-        adapter: str,
-        n: int = 1,
-        seed: int | None = None,
-        max_tokens: int | None = None,
-        trial: str | None = None,
-    ) -> list[str]:
-        """Ids of the logged steps; none where the endpoint cannot answer here, for example because it is too long."""
+    async def _try(self, trial: StateTrial, adapter: str) -> str | None:
+        """Sample by the trial's seed; None where the endpoint cannot answer, for example because it is too long."""
         # An episode of its own: a state of a logged episode must not be continued under it.
-        metadata: Any = {"purpose": Purpose.EVALUATION, "episode_id": new_id("ep")} | (
-            {"trial": trial} if trial else {}
-        )
-        asked: Any = {"messages": list(messages), "tools": list(tools), "n": n, "metadata": metadata}
-        asked |= {"seed": seed} if seed is not None else {}
-        asked |= {"max_tokens": max_tokens} if max_tokens is not None else {}
+        metadata: Any = {"purpose": Purpose.EVALUATION, "episode_id": new_id("ep"), "trial": trial.name}
+        metadata |= {"copied_from": trial.episode_id} if trial.episode_id else {}
+        asked: Any = {"messages": list(trial.messages), "tools": list(trial.tools), "seed": trial.seed}
+        asked |= {"max_tokens": trial.max_tokens} if trial.max_tokens is not None else {}
         try:
-            answer = await self.client.chat.completions.create(model=self._pin(adapter), extra_headers=AS_SENT, **asked)
+            pinned = self._pin(adapter)
+            answer = await self.client.chat.completions.create(
+                model=pinned, metadata=metadata, extra_headers=AS_SENT, **asked
+            )
         except BadRequestError:
-            return []
-        return [steps[0]["id"] for steps in (answer.model_extra or {})["stepagent"]["choices"]]
+            return None
+        (choice,) = (answer.model_extra or {})["stepagent"]["choices"]
+        return choice[0]["id"]
 
     async def evaluate(
         self,
@@ -151,9 +140,11 @@ class Endpoint:
         temperature: float,
         on_done: Callable[[], object] = lambda: None,
         seed: int | None = None,
+        max_tokens: int | None = None,
     ) -> list[Attempt]:
-        """Try tasks under an adapter; they are not learned from."""
-        options = PracticeOptions(self._pin(adapter), temperature, Purpose.EVALUATION, self.concurrency, seed)
+        """Try tasks under an adapter, with `max_tokens` at most in a step; they are not learned from."""
+        pinned = self._pin(adapter)
+        options = PracticeOptions(pinned, temperature, Purpose.EVALUATION, self.concurrency, seed, max_tokens)
         return await practise(self.client, world, tasks, options, lambda _: on_done())
 
     async def register(self, folder: Path, parent: str, reason: str, cycle: str) -> str:
@@ -167,6 +158,12 @@ class Endpoint:
         }
         adapter: Any = await self.client.post("/adapters", cast_to=object, body=body)
         return adapter["name"]
+
+    async def add_reward(self, adapter: str, folder: Path, cycle: str) -> str:
+        """Hand a reward model's folder (absolute) to the runtime, as an adapter's newest; returns its name."""
+        body = {"path": str(folder), "cycle": cycle}
+        reward: Any = await self.client.post(f"/adapters/{adapter}/reward", cast_to=object, body=body)
+        return reward["name"]
 
     async def promote(self, name: str, reason: str, expected_acting: str) -> Any:
         """Propose an adapter; the record that comes back says whether it acts, is a canary, waits, or was refused.

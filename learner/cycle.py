@@ -18,8 +18,11 @@ from openai import APIStatusError, OpenAIError
 from learner.data.collaborators import Collaborators
 from learner.data.collect import Collected, collect
 from learner.data.comparison import DropReason
-from learner.data.experts import ModelExpert
+from learner.data.doubts import doubts_of
+from learner.data.experts import Corrections, ModelExpert
 from learner.data.inspection import Inspection, inspect
+from learner.data.judge import judge_rewards, with_judged_outcomes
+from learner.data.lessons import LessonErased, note_reading, require_unerased
 from learner.data.rewards import agreement_rewards
 from learner.data.training_data import TrainingData
 from learner.evaluation.fold_contest import TrainWithout
@@ -27,13 +30,23 @@ from learner.evaluation.folds import left_out
 from learner.evaluation.judging import Verdict, best_of, judge
 from learner.evaluation.trials import CycleTrials
 from learner.evaluation.twins import needed_later
-from learner.objectives.build import NothingToLearn
+from learner.objectives.build import TAKES_OUTCOMES, NothingToLearn
 from learner.options import CycleOptions
 from learner.report import CycleRecord
-from learner.training.candidates import Candidate, CandidateOptions, train_candidates, train_quietly
+from learner.training.candidates import (
+    Candidate,
+    CandidateOptions,
+    save_reward,
+    train_candidates,
+    train_quietly,
+)
 from learner.training.discriminator import Discriminator, DiscriminatorOptions, discriminate
 from learner.training.trainer import TrainingFailed
+from policies.types import BASE_ADAPTER
 from runtime.store.learning_log import CycleStage
+
+MOST_DOUBTS = 50
+"""In a report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +64,7 @@ async def run_cycle(cycle: str, who: Collaborators, options: CycleOptions) -> Cy
         ending = await _run(record, who, options)
     except NothingToLearn as reason:
         ending = Ending(CycleStage.NOTHING_TO_LEARN, str(reason))
-    except TrainingFailed as error:
+    except (TrainingFailed, LessonErased) as error:
         ending = Ending(CycleStage.FAILED, str(error))
     except Exception as error:  # whatever broke belongs into the cycle's row; serving goes on without us
         ending = Ending(CycleStage.FAILED, f"{type(error).__name__}: {error}")
@@ -62,14 +75,19 @@ async def run_cycle(cycle: str, who: Collaborators, options: CycleOptions) -> Cy
 async def _run(record: CycleRecord, who: Collaborators, options: CycleOptions) -> Ending:
     parents = await _acting_and_parents(who, options)
     collected = _collect(record, who, options, parents)
+    note_reading(record, who, collected)
+    await _doubt(record, who, collected)
     trials = _look_ahead(record, who, options, collected, parents[0])
     inspection = await _inspect(record, who, options, collected, parents[0])
-    discriminator = _reward(record, who, options, inspection.training_data)
+    training_data = await _ask_judge(record, who, collected, inspection.training_data)
+    discriminator = _reward(record, who, options, training_data)
     try:
         with _candidate_folders(who.state) as folders:
-            candidates = _train(record, who, options, parents[0], inspection.training_data, discriminator, folders)
-            train_without = _fold_training(record, who, options, collected, inspection.training_data)
+            await _renew_reward(record, who, parents[0], discriminator, training_data, folders)
+            candidates = _train(record, who, options, parents[0], training_data, discriminator, folders)
+            train_without = _fold_training(record, who, options, collected, training_data)
             verdicts = await judge(record, who, trials, candidates, parents[0], train_without)
+        require_unerased(who.log, [each.episode.id for each in collected.read])
         return await _promote(record, who, options, verdicts, parents[0])
     finally:  # whatever happened: what is neither promoted nor refused would keep its slot in the engine
         with suppress(OpenAIError):
@@ -107,6 +125,14 @@ def _collect(record: CycleRecord, who: Collaborators, options: CycleOptions, par
     return collected
 
 
+async def _doubt(record: CycleRecord, who: Collaborators, collected: Collected) -> None:
+    """What is to be doubted of the demonstrations, for the report: nothing is left out for it. Asked is only who
+    answers at once; `python -m learner doubts` asks the world's expert, too."""
+    found = await doubts_of([*collected.demonstrations, *collected.held_out], [Corrections(who.log)], who.world)
+    record.add(doubts=[doubt.to_json() for doubt in found[:MOST_DOUBTS]])
+    record.measure("demonstrations", {"num_doubted_steps": float(len(found))})
+
+
 def _look_ahead(
     record: CycleRecord, who: Collaborators, options: CycleOptions, collected: Collected, acting: str
 ) -> CycleTrials:
@@ -125,18 +151,46 @@ async def _inspect(
         problems = [expert.problems for expert in who.experts if isinstance(expert, ModelExpert)]
         record.add(inspection=inspection.report(), expert_problems=dict(sum(problems, Counter[str]())))
         record.measure("training_data", inspection.measures())
+        who.learning_log.add_rewards(agreement_rewards(record.cycle, inspection.training_data))
     compared = inspection.at_expert_states + inspection.at_policy_states
+    if _can_learn_from_outcomes(options, collected):
+        return inspection
     if compared and all(state.drop_reason is DropReason.MASTERED for state in compared):
         raise NothingToLearn(f"the policy does what the experts do at all {len(compared)} states where they answered")
     return inspection
 
 
+def _can_learn_from_outcomes(options: CycleOptions, collected: Collected) -> bool:
+    """Own episodes teach then, though the policy has all demonstrations by heart."""
+    judged = any(each.outcome is not None for each in collected.policy_episodes)
+    return judged and not TAKES_OUTCOMES.isdisjoint(options.objectives)
+
+
+async def _ask_judge(
+    record: CycleRecord, who: Collaborators, collected: Collected, training_data: TrainingData
+) -> TrainingData:
+    """The training data with a judge's scores as outcomes where nobody has said one; as it is without a judge."""
+    if who.judge is None:
+        return training_data
+    unjudged = [each for each in collected.policy_episodes if each.outcome is None]
+    with record.stage(CycleStage.REWARD, f"{who.judge.model} judges"):
+        scores = await who.judge.scores(unjudged)
+        who.learning_log.add_rewards(judge_rewards(record.cycle, unjudged, scores))
+        mean = sum(scores.values()) / len(scores) if scores else None
+        told = {"episodes": len(unjudged), "scored": len(scores), "mean": mean, "problems": dict(who.judge.problems)}
+        record.add(judge=told)
+    return with_judged_outcomes(training_data, scores)
+
+
 def _reward(
     record: CycleRecord, who: Collaborators, options: CycleOptions, training_data: TrainingData
 ) -> Discriminator | None:
-    """Agreement and discriminator rewards; the implicit ones come with a trained policy."""
+    """Discriminator rewards; those of agreement are there since the inspection, the implicit ones come with a trained
+    policy."""
     with record.stage(CycleStage.REWARD):
-        who.learning_log.add_rewards(agreement_rewards(record.cycle, training_data))
+        if not options.discriminator and "inverse" not in options.objectives:
+            record.add(no_discriminator="it was not asked for")
+            return None
         settings = DiscriminatorOptions(training=options.training)
         try:
             discriminator = discriminate(training_data, who.base, options.objective, settings, options.device)
@@ -146,6 +200,25 @@ def _reward(
         who.learning_log.add_rewards(discriminator.rewards_of(record.cycle, training_data))
         record.measure("discriminator", discriminator.measures())
         return discriminator
+
+
+async def _renew_reward(
+    record: CycleRecord,
+    who: Collaborators,
+    acting: str,
+    discriminator: Discriminator | None,
+    training_data: TrainingData,
+    folders: Path,
+) -> None:
+    """Hand the discriminator to the acting adapter, whose actions it was trained against: whatever becomes of the
+    candidates, it tells those apart better than the one that was trained against the actions of the adapter before."""
+    if discriminator is None or acting == BASE_ADAPTER:
+        return
+    try:
+        save_reward(discriminator, training_data, folders / "reward", record.cycle)
+        await who.endpoint.add_reward(acting, (folders / "reward").absolute(), record.cycle)
+    except (TrainingFailed, OpenAIError) as problem:
+        record.add(no_reward_model=str(problem))
 
 
 def _train(

@@ -6,6 +6,7 @@ Light to import, so that the command line can be made from them.
 from __future__ import annotations
 
 from dataclasses import field
+from typing import Literal
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
@@ -75,25 +76,34 @@ class TrainingOptions:
     """Of a fresh adapter; one that goes on keeps its own."""
     token_budget: int = 4096
     """Most tokens of one packed forward pass: what bounds the memory. A sequence that is longer goes alone."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the base network while it trains. Auto: on a GPU 16 bits; on a CPU 32, or 16 for a real network where they are
+    measured to be faster there. The adapter is of 32 bits in any case."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     seed: int = 0
-    """Decides the adapter to the byte, on a CPU; a GPU adds up in another order each time."""
+    """Decides the adapter to the byte, on a CPU and without `spare_cores`; a GPU adds up in another order each time."""
+    spare_cores: bool = True
+    """Train a real network (50 million weights or more) on the cores of a CPU that nobody else uses at the moment."""
 
 
 @dataclass(frozen=True, slots=True, config=_DOCUMENTED)
 class CycleOptions:
     """What a cycle does."""
 
-    objectives: tuple[str, ...] = ("sft", "rft")
-    """Each that can be trains a candidate, and the gate chooses: sft, rft, implicit, inverse, eto, ppo. With few
-    demonstrations own successes teach more, with many the experts do, as measured (benchmarks/methods.py)."""
+    objectives: tuple[str, ...] = ("sft_rft",)
+    """Each that can be trains a candidate, and the gate chooses: sft_rft, sft, rft, dft, implicit, inverse, pivot, eto,
+    ppo. By default experts and own successes are imitated alike, which without outcomes is sft: the best of those
+    measured (benchmarks/methods.py)."""
     num_samples: int = 2
     """Actions of the acting policy at each state of a demonstration."""
     gate_tasks: int = 100
     """Validation tasks of the world on which candidates and the acting adapter are compared."""
     canary_share: float = 0.0
     """Share of the new episodes that a candidate which passed the gate serves at first; 0: it acts at once."""
+    discriminator: bool = True
+    """Train one also where no objective learns from it (`inverse` does): its rewards are logged, and it takes about as
+    long as a candidate."""
     device: str = "auto"
     """Where it trains: auto, cpu, cuda, cuda:1 ..."""
     collection: CollectionOptions = field(default_factory=CollectionOptions)

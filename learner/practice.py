@@ -28,10 +28,8 @@ from tqdm import tqdm
 from learner.api_key import api_key
 from policies.command_line import refuse_keys
 from tools.worlds import WORLDS, load_world
-from tools.worlds.world import Message, Task, World, WorldEpisode
+from tools.worlds.world import Message, Task, World, WorldEpisode, max_steps_of
 
-MAX_STEPS = 16
-"""Steps after which an attempt is given up, where the world has no `max_steps` of its own."""
 WORLD_TIMEOUT_S = 60.0
 
 Result = TypeVar("Result")
@@ -67,6 +65,8 @@ class PracticeOptions:
     concurrency: int = 8
     seed: int | None = None
     """Makes sampling repeatable; None draws afresh."""
+    max_tokens: int | None = None
+    """Most tokens of a step; None: as many as the server lets it write."""
 
 
 async def practise(
@@ -92,11 +92,12 @@ async def practise(
 async def _attempt(client: AsyncOpenAI, world: World, task: Task, model: str, options: PracticeOptions) -> Attempt:
     messages: list[Any] = list(task.messages)
     metadata: Any = {"task": task.id, "purpose": options.purpose}
+    bound: Any = {"max_tokens": options.max_tokens} if options.max_tokens else {}
     episode_id, outcome, num_steps, num_malformed = "", 0.0, 0, 0
     try:
         episode = await _in_world(world.open, task)
         tools = await _in_world(_tools_of, episode)
-        while num_steps < getattr(world, "max_steps", MAX_STEPS):
+        while num_steps < max_steps_of(world):
             answer = await client.chat.completions.create(
                 model=model,
                 messages=messages,
@@ -104,6 +105,7 @@ async def _attempt(client: AsyncOpenAI, world: World, task: Task, model: str, op
                 temperature=options.temperature,
                 seed=step_seed(options.seed, task, num_steps),
                 metadata=metadata,
+                **bound,
             )
             num_steps += 1
             step = (answer.model_extra or {})["stepagent"]["choices"][0][0]

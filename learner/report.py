@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -21,12 +21,18 @@ class CycleReport:
     """Episodes by where they went: to train on, held out, left out and why."""
     outlook: Mapping[str, Any] = field(default_factory=dict)
     """What the gate's evidence could show, as it was known before anything was trained."""
+    doubts: Sequence[Mapping[str, Any]] = ()
+    """The first steps of demonstrations that corrections, outcomes or other demonstrations contradict."""
     inspection: Mapping[str, Any] = field(default_factory=dict)
     """How the policy's actions compare with the experts', and which experts answered."""
     expert_problems: Mapping[str, int] = field(default_factory=dict)
     """Why a model expert did not answer, counted."""
+    judge: Mapping[str, Any] = field(default_factory=dict)
+    """What a judge model did: episodes that it scored, the mean, and why groups went without."""
     no_discriminator: str = ""
     """Why there is none; empty where there is one."""
+    no_reward_model: str = ""
+    """Why the discriminator does not lie beside the candidates, though there is one; empty where it does."""
     diagnostics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """What was measured, by what it is of: the training data, the discriminator, an objective."""
     not_trained: Mapping[str, str] = field(default_factory=dict)

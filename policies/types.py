@@ -56,10 +56,17 @@ class SamplingParams:
     """Is taken off a token's logit once, where the completion has it already."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token id, what is added to its logit)."""
+    best_of: int = 1
+    """So many completions are drawn, and a `Scorer` chooses one of them. Not the engine's: it draws each alone."""
 
     @property
     def is_policy(self) -> bool:
-        """Tokens are drawn from the policy's own distribution: the logprobs of `SampledToken` are those of the draw."""
+        """Tokens are drawn from the policy's own distribution: the logprobs of `SampledToken` are those of the draw.
+
+        One that was chosen among several is no draw of the policy: how likely the choice was is not known.
+        """
+        if self.best_of > 1:
+            return False
         is_whole = self.top_p == 1.0 and self.top_k == 0 and self.min_p == 0.0 and self.grammar is None
         return self.temperature == 1.0 and is_whole and not self.has_penalties and not self.logit_bias
 
@@ -81,6 +88,8 @@ class SamplingParams:
             raise ValueError(f"num_top_logprobs must lie in [0, 20], got {self.num_top_logprobs}")
         if not 0.0 <= self.min_p <= 1.0:
             raise ValueError(f"min_p must lie in [0, 1], got {self.min_p}")
+        if self.best_of < 1:
+            raise ValueError(f"best_of must be at least 1, got {self.best_of}")
         if not self.repetition_penalty > 0.0:
             raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
 
@@ -185,6 +194,8 @@ class Adapter:
     """Name of the adapter it was trained from; None: from the base."""
     digest: str
     """SHA-256 of its weights file, in hex."""
+    is_reward: bool = False
+    """It is a reward model: it scores actions and never acts. Its name and version are no registered adapter's."""
     agent: str = ""
     """Name of the agent that it was made for, and that alone it serves; empty: the server's own."""
 
@@ -250,6 +261,15 @@ class Engine(Protocol):
         """
         ...
 
+    async def score(
+        self, prompt_token_ids: Sequence[int], completion_token_ids: Sequence[int], adapter: Adapter | None
+    ) -> tuple[float, ...]:
+        """The log probability of each token of a given completion, at temperature 1; nothing is sampled.
+
+        Raises EngineError as `generate` does.
+        """
+        ...
+
     async def load_adapter(self, adapter: Adapter) -> None:
         """Make an adapter servable beside the others. Raises EngineError where it would evict one, or cannot load."""
         ...
@@ -264,4 +284,33 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """End every running completion with EngineError and free the engine's resources. May be called twice."""
+        ...
+
+
+# --------------------------------------------------------------------------------------- choosing among draws
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One of several completions that were drawn for a step."""
+
+    token_ids: TokenIds
+    logprobs: tuple[float, ...]
+    """Of each token, as it was drawn."""
+    action: Action
+
+
+class Scorer(Protocol):
+    """Says which of several draws at one state is the best."""
+
+    @property
+    def name(self) -> str:
+        """What is logged beside its scores."""
+        ...
+
+    async def scores(self, prompt_token_ids: TokenIds, draws: Sequence[Draw]) -> list[float]:
+        """One for each draw, larger for a better one; finite. They compare at one state alone.
+
+        Raises EngineError where it needs the engine and that fails.
+        """
         ...

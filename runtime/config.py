@@ -60,6 +60,16 @@ class Settings(Options):
     `python -m runtime.keys`: nobody is asked for one."""
     api_key_file: Path | None = None
     """File that holds the admin key."""
+    keep_days: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Erase the policy's own episodes so many days after their last step; unset: never."""
+    keep_gb: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Erase the oldest of them where the log takes more; unset: never. Demonstrations stay in any case."""
+    redact_secrets: bool = True
+    """Replace keys, tokens and passwords of known shapes in what clients and tools say, before it is rendered or
+    logged."""
+    redact: Annotated[list[str], NoDecode] = Field(default_factory=list)
+    """Functions that replace more, text to text, by import path: package.module:function. Repeat or separate by
+    commas."""
     cors_origins: Annotated[list[str], NoDecode] = Field(default_factory=list)
     """Origins of web pages that may use this server: https://chat.example.org. Repeat or separate by commas."""
     shutdown_grace: float = Field(10.0, ge=0, allow_inf_nan=False)
@@ -75,8 +85,8 @@ class Settings(Options):
     them, or a function that returns either), or a table [tools.NAME] of --agents. Repeat or separate by commas."""
     search_corpus: Path | None = None
     """JSONL file of {"title", "text"} objects for the search tool."""
-    max_steps: int = Field(16, ge=1, le=1000)
-    """Most steps of one run of server-run tools."""
+    max_steps: int | None = Field(None, ge=1, le=1000)
+    """Most steps of one run of server-run tools; default: as many as the world gives its tasks, 16 without one."""
     max_run_tokens: int = Field(8192, ge=1)
     """Most tokens that the policy may write in one run."""
     deadline: float = Field(300.0, gt=0, allow_inf_nan=False)
@@ -98,6 +108,14 @@ class Settings(Options):
     precision: Literal["auto", "measured", "float32", "bfloat16"] = "auto"
     """Numbers that the embedded engine computes in: auto is float32 on a CPU, the model's own on a GPU; measured takes
     on a CPU what is faster there. Adapters that were trained in float32 may be refused beside 16 bits."""
+    best_of: int = Field(1, ge=1, le=64)
+    """Actions that are drawn at each step of a served request that says nothing of it (header x-stepagent-best-of); one
+    of them is chosen and answered, all are logged. 1: the first one is the answer."""
+    best_of_most: int = Field(8, ge=1, le=64)
+    """Most of them that a request may ask for."""
+    best_of_by: Literal["auto", "discriminator", "mean_logprob", "majority"] = "auto"
+    """What chooses: the reward model of the cycle that made the acting adapter, how sure the policy was, or how many
+    draws mean the same; auto: the first of these that there is."""
     learn_every: int = Field(200, ge=0)
     """Start a learning cycle by itself after so many new episodes; 0: only when asked."""
     promote: Literal["auto", "canary", "ask"] = "auto"
@@ -141,7 +159,7 @@ class Settings(Options):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, _config_file())
 
-    @field_validator("tools", "demonstrations", "cors_origins", mode="before")
+    @field_validator("tools", "demonstrations", "cors_origins", "redact", mode="before")
     @classmethod
     def _split_commas(cls, given: object) -> list[str]:
         return split_commas(given)

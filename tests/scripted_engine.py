@@ -37,6 +37,8 @@ class ScriptedEngine:
         self.limits = limits
         self.is_alive = True
         """Set to False by a test: the engine has died."""
+        self.scored: Callable[[TokenIds, str], Sequence[float]] = lambda tokens, _: [SCRIPTED_LOGPROB] * len(tokens)
+        """The logprobs of a given completion under an adapter's name."""
         self._script = script if callable(script) else lambda prompt, name: script[prompt, name]
         self._loaded: dict[str, Adapter] = {}
         self._running: Counter[str] = Counter()
@@ -55,6 +57,13 @@ class ScriptedEngine:
                 yield token
         finally:
             self._running[name] -= 1
+
+    async def score(
+        self, prompt_token_ids: Sequence[int], completion_token_ids: Sequence[int], adapter: Adapter | None
+    ) -> tuple[float, ...]:
+        await asyncio.sleep(0)
+        self._require_servable(prompt_token_ids, adapter)
+        return tuple(self.scored(tuple(completion_token_ids), BASE_ADAPTER if adapter is None else adapter.name))
 
     async def load_adapter(self, adapter: Adapter) -> None:
         await asyncio.sleep(0)

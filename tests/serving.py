@@ -18,6 +18,7 @@ from openai import AsyncOpenAI, OpenAI
 from policies.adapters.base_network import read_base_network
 from policies.chat.chat_protocol import ChatProtocol
 from policies.types import Adapter, Engine, EngineLimits, SampledToken, SamplingParams, TokenIds
+from runtime.adapters.reward_models import RewardModels
 from runtime.adapters.swap import Swap
 from runtime.agent.loop import RunLimits
 from runtime.agent.tools import Toolbox
@@ -27,6 +28,7 @@ from runtime.http.metrics import Metrics
 from runtime.http.parts import Parts
 from runtime.http.shutdown import DrainingServer, server_of
 from runtime.learning.learning import Learning
+from runtime.privacy.erasing import Erasing
 from runtime.startup import listen, url_of
 from runtime.store.adapter_registry import AdapterRegistry
 from runtime.store.step_log import StepLog
@@ -86,7 +88,7 @@ def parts_of(engine: Engine, protocol: ChatProtocol, folder: Path, **changes: An
     folder.mkdir(parents=True, exist_ok=True)
     registry, log = AdapterRegistry(folder / "agent.db"), StepLog(folder / "agent.db")
     names = [agent.name for agent in changes.get("named_agents", ())]
-    swap = Swap(engine, registry, read_base_network(NOVICE_FOLDER), agents=("", *names))
+    swap = Swap(engine, registry, network := read_base_network(NOVICE_FOLDER), agents=("", *names))
     parts = Parts(
         served_name=MODEL,
         engine=engine,
@@ -97,8 +99,10 @@ def parts_of(engine: Engine, protocol: ChatProtocol, folder: Path, **changes: An
         toolbox=Toolbox((), OrderDesk()),
         limits=RunLimits(),
         metrics=Metrics(engine),
+        reward_models=RewardModels(engine, registry, network, swap.changes),
         learning=Learning.beside(folder, log, registry, swap, arguments=["--model", str(NOVICE_FOLDER)]),
     )
+    parts = replace(parts, erasing=Erasing(folder, log, registry, swap, parts.learning, parts.metrics.registry))
     return replace(parts, **changes)
 
 

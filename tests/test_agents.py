@@ -17,12 +17,14 @@ from learner.client import Endpoint
 from learner.data.collect import LoggedEpisode, collect
 from learner.evaluation.past_trials import PastTrials
 from learner.options import CollectionOptions
+from learner.report import CycleRecord
 from policies.chat.chat_protocol import ChatProtocol
 from policies.types import BASE_ADAPTER, FinalAnswer
 from runtime.adapters.swap import Swap
 from runtime.agent.served_agent import ServedAgent
 from runtime.agent.tools import Toolbox
 from runtime.engines.embedded.engine import EmbeddedEngine
+from runtime.learning.trigger import CycleTrigger
 from runtime.store.adapter_registry import AdapterRegistry, ForeignAdapter
 from runtime.store.episodes import Actor, Correction, Episode, Outcome, Purpose, new_id
 from runtime.store.learning_log import CycleStage, LearningLog
@@ -31,7 +33,7 @@ from tests.cycles import QUICK, collaborators, run
 from tests.demonstrations import expert_demonstration, post
 from tests.logged_episodes import step
 from tests.scripted_engine import ScriptedEngine
-from tests.serving import MODEL, Served, parts_of, served
+from tests.serving import MODEL, Served, parts_of, served, wait_until
 from tests.tiny_adapters import TinyNetwork, faithful_script
 from tools.worlds.order_desk import OrderDesk
 
@@ -313,6 +315,51 @@ def test_the_operator_speaks_of_one_agent_at_a_time(
         assert 'stepagent_tokens_total{agent="night",kind="completion"} 2.0' in metrics
         assert 'stepagent_tokens_total{agent="",kind="completion"} 2.0' in metrics
         assert get("/health")["agents"] == {MODEL: "base", "night": "base", "day": "base"}
+        cycle = httpx.post(f"{server.url}/v1/learner/cycles", json={"agent": "day"}, timeout=30).json()["id"]
+        wait_until(lambda: get(f"/v1/learner/cycles/{cycle}")["stage"] in ("no_lesson", "failed"), 120)
+        ended = get(f"/v1/learner/cycles/{cycle}")
+        assert (ended["agent"], ended["stage"]) == ("day", "no_lesson"), ended["message"]
+        assert "python -m learner import FILE --agent day" in ended["message"]
+        assert [len(get("/v1/learner/cycles", agent=name)["data"]) for name in (MODEL, "night", "day")] == [0, 0, 1]
+        assert (
+            'stepagent_learner_cycles_total{agent="day",ending="no_lesson"} 1.0'
+            in httpx.get(f"{server.url}/metrics").text
+        )
+
+
+def test_agents_take_turns_and_each_counts_its_own_new_episodes(scripted: Served, tmp_path: Path) -> None:
+    learning = scripted.parts.learning
+    assert learning is not None
+    trigger = CycleTrigger(learning.process, scripted.parts.log, learning.log, 0, {"night": 2, "day": 2})
+    cycles = LearningLog(tmp_path)
+
+    def due() -> str | None:
+        turn = trigger._due()
+        return None if turn is None else turn.agent
+
+    for model in ("night", "day", MODEL, MODEL, MODEL):
+        ask(scripted, model)
+    assert due() is None, "two of one agent are wanted, not two of any"
+    cycles.note("c_1", CycleStage.REFUSED, agent="day")
+    for model in ("day", "day", "night"):
+        ask(scripted, model)
+    assert due() == "night", "it has had no cycle yet"
+    cycles.note("c_2", CycleStage.REFUSED, agent="night")
+    assert due() == "day"
+    cycles.note("c_3", CycleStage.REFUSED, agent="day")
+    assert due() is None
+    cycles.close()
+
+
+def test_a_candidate_that_waits_stands_in_its_cycles_report(tmp_path: Path) -> None:
+    """A field was missing: the cycle ended as failed, though its candidate waited for a yes."""
+    learning_log = LearningLog(tmp_path)
+    record = CycleRecord("c_1", learning_log, "night")
+    record.add(proposed="night-v0001")
+    record.end(CycleStage.PROPOSED, "it waits")
+    (status,) = learning_log.cycles(agent="night")
+    assert (status.report["proposed"], status.stage) == ("night-v0001", CycleStage.PROPOSED)
+    learning_log.close()
 
 
 # ----------------------------------------------------------------------- nothing of one agent teaches another
@@ -433,8 +480,21 @@ def test_a_cycle_of_one_agent_learns_from_its_own_and_promotes_its_own(
         assert {episode.agent for episode in judged} == {"good"}
         rewarded = {reward.step_id for reward in who.learning_log.rewards("cycle_1")}
         steps = [server.parts.log.step(step_id) for step_id in rewarded]
-        episodes = {server.parts.log.episode(each.episode_id) for each in steps if each}
+        episodes = [server.parts.log.episode(taken.episode_id) for taken in steps if taken]
         assert {episode.agent for episode in episodes if episode} == {"good"}
-        assert server.parts.registry.acting("bad") is None
-        assert server.parts.registry.acting() is None
-        assert ask(server, "bad", max_tokens=4).headers["x-adapter"] == "base"
+
+        def change(path: str, /, **body: Any) -> Any:
+            return httpx.post(f"{server.url}/v1/adapters{path}", json=body, timeout=60).raise_for_status().json()
+
+        if server.parts.registry.acting("good") is None:  # with so few demonstrations the gate may refuse it
+            name = change("", path=str(registered[-1].path), agent="good")["name"]
+            change(f"/{name}/promote")
+        acting = server.parts.registry.acting("good")
+        assert acting is not None
+        served_by = {model: ask(server, model, max_tokens=4).headers["x-adapter"] for model in ("good", "bad", MODEL)}
+        assert served_by == {"good": acting.name, "bad": "base", MODEL: "base"}
+        ask(server, acting.name, max_tokens=4)
+        assert server.parts.log.episodes()[0].agent == "good", "who pins an adapter speaks to its agent"
+        assert {server.parts.registry.acting(agent) for agent in ("bad", "")} == {None}
+        assert change("/rollback", agent="good") == {"acting": "base"}
+        assert ask(server, "good", max_tokens=4).headers["x-adapter"] == "base"

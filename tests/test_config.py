@@ -86,6 +86,7 @@ def test_every_option_can_come_from_every_source(monkeypatch: pytest.MonkeyPatch
         "max_context": "16", "max_batch_size": "6", "threads": "7", "log_level": "info", "response_template": "r",
         "learn_every": "8", "demonstrations": "demos.jsonl", "kv_memory": "2GiB", "precision": "bfloat16",
         "run_tools": "asked", "agents": "agents.toml", "max_adapters": "9",
+        "best_of": "2", "best_of_most": "9", "best_of_by": "majority",
     }  # fmt: skip
     (tmp_path / "demos.jsonl").touch()
     missing = set(Settings.model_fields) - set(values) - {"engine_arg", "learner_arg", "api_key", "api_key_file"}

@@ -131,6 +131,7 @@ def test_a_conversation_sent_again_without_its_answer_is_a_branch_of_its_parent(
     assert place.new_messages == (user("Who?"),)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(words=st.lists(st.sampled_from("abc"), min_size=1, max_size=4), cut=st.integers(0, 8))
 def test_any_beginning_of_a_logged_conversation_is_found_at_its_own_step(

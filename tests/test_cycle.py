@@ -15,7 +15,7 @@ from learner.options import CollectionOptions, CycleOptions, TrainingOptions
 from policies.chat.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.adapter_registry import AdapterState
-from runtime.store.episodes import Outcome, Purpose, new_id
+from runtime.store.episodes import Actor, Outcome, Purpose, new_id
 from runtime.store.learning_log import CycleStage, RewardSource
 from tests.cycles import QUICK, collaborators, practised, run
 from tests.demonstrations import expert_demonstration, post
@@ -53,6 +53,28 @@ def test_a_policy_that_has_mastered_every_demonstrated_state_learns_nothing(
     assert "does what the experts do at all 1 states" in status.message
 
 
+def test_own_successes_teach_a_policy_that_has_mastered_every_demonstrated_state(
+    protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    """After imitation the demonstrations are known by heart; a cycle once ended there, whatever users had said."""
+    engine = SayingEngine(protocol, *["All done."] * 100)
+    with served(parts_of(engine, protocol, tmp_path)) as server:
+        question = {"role": "user", "content": "Hi"}
+        post(server, {"messages": [question, {"role": "assistant", "content": "All done."}]}).raise_for_status()
+        answer = server.client().chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "And now?"}], max_tokens=24
+        )
+        assert answer.choices[0].message.content == "All done."
+        untold = run(server, tmp_path, options=replace(QUICK, objectives=("sft_rft",)))
+        assert untold.stage is CycleStage.NOTHING_TO_LEARN
+        assert "does what the experts do" in untold.message
+        [own] = server.parts.log.episodes(limit=10, purpose=Purpose.SERVE, actor=Actor.POLICY)
+        server.parts.log.append(Outcome(new_id("out"), own.id, 1.0, "user")).result()
+        status = run(server, tmp_path, "cycle_2", options=replace(QUICK, objectives=("sft_rft",)))
+    assert "sft_rft" in status.report["diagnostics"], status.message
+    assert status.report["diagnostics"]["sft_rft"]["perplexity"] > 0
+
+
 def test_one_cycle_rewards_every_own_action_from_every_source_and_answers_own_states(
     engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
 ) -> None:
@@ -69,9 +91,12 @@ def test_one_cycle_rewards_every_own_action_from_every_source_and_answers_own_st
             for episode in server.parts.log.episodes(limit=100, task_prefix="order_desk/train/10")
             for step in server.parts.log.steps(episode.id)
         }
+        demonstrations = server.parts.log.episodes(limit=100, actor=Actor.EXPERT)
+        demonstrated = {step.id for each in demonstrations for step in server.parts.log.steps(each.id)}
         for source in (RewardSource.EXPERT_AGREEMENT, RewardSource.IMPLICIT, RewardSource.DISCRIMINATOR):
             judged = {reward.step_id for reward in rewards if reward.source is source}
             assert taken <= judged, source
+            assert demonstrated <= judged, source
             assert len({reward.value for reward in rewards if reward.source is source}) > 1
         report = status.report
         assert report["collected"]["own_new"] == 6
@@ -84,6 +109,26 @@ def test_one_cycle_rewards_every_own_action_from_every_source_and_answers_own_st
         assert {each["objective"] for each in gate.values()} >= {"sft", "implicit", "inverse"}
         assert len(who.learning_log.decisions("cycle_1")) == len(gate)
         assert not list((tmp_path / "candidates").glob("*"))
+        first = server.parts.registry.adapters()[0]
+        registered = httpx.post(f"{server.url}/v1/adapters", json={"path": str(first.path)}, timeout=60)
+        made = registered.raise_for_status().json()["name"]  # another version, where its gate has refused the first
+        by_reward = {"x-stepagent-best-of": "4", "x-stepagent-best-of-by": "discriminator"}
+        asked = {"model": made, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 24}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=asked, headers=by_reward, timeout=60)
+        answer.raise_for_status()
+        drawn = server.parts.log.candidates(answer.headers["x-step-id"])
+        assert {(each.scorer, each.step_id) for each in drawn} == {("discriminator", answer.headers["x-step-id"])}
+        assert max(drawn, key=lambda each: each.score).is_chosen
+        served_models = httpx.get(f"{server.url}/v1/models").json()["data"]
+        assert f"{made}-reward1" not in {each["id"] for each in served_models}
+        asked["model"] = f"{made}-reward1"
+        assert httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=60).status_code == 404
+
+        httpx.post(f"{server.url}/v1/adapters/{made}/promote", json={}).raise_for_status()
+        run(server, tmp_path, "cycle_2", replace(QUICK, objectives=("sft",), gate_tasks=2))
+        newest = server.parts.registry.reward_of(made)
+        assert newest is not None
+        assert newest.name == f"{made}-reward2", "whatever the gate says: it was trained against this one's actions"
 
 
 def test_without_a_world_all_demonstrations_are_the_gate(

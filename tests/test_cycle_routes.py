@@ -74,7 +74,8 @@ def test_a_cycle_runs_beside_the_server_and_says_why_it_learned_nothing(server: 
     assert "import some first" in told["message"]
     listed = httpx.get(f"{server.url}/v1/learner/cycles", timeout=30).json()["data"]
     assert [each["id"] for each in listed] == [second.json()["id"], name]
-    assert 'stepagent_learner_cycles_total{ending="no_lesson"} 2.0' in httpx.get(f"{server.url}/metrics").text
+    metrics = httpx.get(f"{server.url}/metrics").text
+    assert 'stepagent_learner_cycles_total{agent="",ending="no_lesson"} 2.0' in metrics
 
 
 def test_of_two_who_ask_at_once_one_gets_a_cycle(server: Served) -> None:

@@ -105,6 +105,14 @@ HERMES = {
     "tools": json.dumps([WEATHER_TOOL]),
 }
 
+HERMES_AS_USER = {
+    **HERMES,
+    "conversations": [
+        {**turn, "from": "human"} if turn["from"] == "tool" else turn for turn in HERMES["conversations"]
+    ],
+}
+"""As Qwen's template says results, and as files of rendered conversations keep them."""
+
 LANGCHAIN_MESSAGES = [
     SystemMessage("You know the weather."),
     HumanMessage("Is it raining in Oslo?"),
@@ -132,6 +140,7 @@ SAMPLES = {
     "openai_old": (OPENAI_OLD, SourceFormat.OPENAI),
     "sharegpt": (SHAREGPT, SourceFormat.SHAREGPT),
     "hermes": (HERMES, SourceFormat.SHAREGPT),
+    "hermes, results as user": (HERMES_AS_USER, SourceFormat.SHAREGPT),
     "langchain_dicts": (LANGCHAIN_DICTS, SourceFormat.LANGCHAIN),
     "langchain_dump": (LANGCHAIN_DUMP, SourceFormat.LANGCHAIN),
     "preference": (PREFERENCE, SourceFormat.PREFERENCE),
@@ -467,6 +476,7 @@ def broken_somewhere(record: Any, value: Any, place: random.Random) -> Any:
 CASES = sorted(path for path in FOLDER.iterdir() if path.name != "expected.json")
 
 
+@pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(st.sampled_from(CASES), JSON_VALUES, st.integers(0, 10**6))
 def test_a_file_broken_anywhere_is_refused_in_words_or_still_sound(path: Path, value: Any, seed: int) -> None:
@@ -505,7 +515,7 @@ def test_good_records_between_bad_ones_are_imported_and_the_bad_ones_told_by_lin
         (b"", "the file is empty"),
         (b"\n \n\t\n", "the file is empty"),
         (b"[]", "the file holds no records"),
-        (gzip.compress(lines(simple()).encode()), "gzip-compressed"),
+        (gzip.compress(lines(simple()).encode(), mtime=0), "gzip-compressed"),
         (b"PAR1\x15\x04", "a Parquet file"),
         (b"PK\x03\x04rest", "a zip archive"),
         (lines(simple()).encode("utf-16"), "UTF-16"),

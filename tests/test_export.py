@@ -102,6 +102,7 @@ def conversations(draw: st.DrawFn) -> list[tuple[list[Message], Action]]:
     return taken
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(conversation=conversations(), task=st.sampled_from([None, "order_desk/train/7"]))
 def test_an_export_is_imported_as_what_was_logged(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,15 @@ HEAVY = {
 """Heavy libraries and the rooms DESIGN gives them."""
 
 
-def imports_of(path: Path) -> Iterator[str]:
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse((ROOT / path).read_text("utf-8"))
+
+
+@cache
+def imports_of(path: Path) -> tuple[str, ...]:
     """The dotted names that a file imports, anywhere in it, except for types alone."""
-    yield from _imports(ast.parse((ROOT / path).read_text("utf-8")))
+    return tuple(_imports(tree_of(path)))
 
 
 def _imports(node: ast.AST) -> Iterator[str]:
@@ -120,7 +127,7 @@ def test_the_agent_knows_nothing_of_http() -> None:
 
 
 def test_before_options_are_parsed_serve_imports_only_them() -> None:
-    tree = ast.parse((ROOT / ATTIC).read_text("utf-8"))
+    tree = tree_of(Path(ATTIC))
     at_the_top = ast.Module(
         [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)], []
     )
@@ -133,15 +140,11 @@ def test_names_that_say_nothing_are_not_used() -> None:
     vague = ("Manager", "Handler", "Processor", "Helper", "Service")
     for path in [*MODULES, ATTIC]:
         assert path.stem not in ("utils", "common", "base", "helpers", "misc"), path
-        classes = [
-            node.name
-            for node in ast.walk(ast.parse((ROOT / path).read_text("utf-8")))
-            if isinstance(node, ast.ClassDef)
-        ]
+        classes = [node.name for node in ast.walk(tree_of(path)) if isinstance(node, ast.ClassDef)]
         assert not [name for name in classes if name.endswith(vague)], path
 
 
 def test_every_file_says_what_it_is_for() -> None:
     for path in [*MODULES, ATTIC]:
-        text = (ROOT / path).read_text("utf-8")
-        assert not text or ast.get_docstring(ast.parse(text)), f"{path} needs a docstring"
+        tree = tree_of(path)
+        assert not tree.body or ast.get_docstring(tree), f"{path} needs a docstring"

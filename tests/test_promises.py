@@ -8,6 +8,7 @@ import shutil
 import signal
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,30 @@ def test_6_fact_rows_are_never_edited(serve_scripted, tmp_path: Path) -> None:
         for table in ("episodes", "steps"):
             with pytest.raises(sqlite3.IntegrityError):
                 database.execute(f"UPDATE {table} SET adapter = 'another'")
+
+
+def test_6_a_fact_goes_only_where_a_tombstone_stands(serve_scripted, tmp_path: Path) -> None:
+    server = serve_scripted("Hello.")
+    ask(server)
+    with closing(sqlite3.connect(tmp_path / "agent.db", isolation_level=None)) as database:
+        with pytest.raises(sqlite3.IntegrityError):
+            database.execute("DELETE FROM steps")
+        (episode,) = server.parts.log.episodes()
+        assert httpx.delete(f"{server.url}/v1/episodes/{episode.id}").json()["num_steps"] == 1
+        assert database.execute("SELECT count(*) FROM steps").fetchone() == (0,)
+        with pytest.raises(sqlite3.IntegrityError):
+            database.execute("DELETE FROM erased_episodes")
+
+
+def test_14_what_is_erased_is_gone_from_disk_and_what_was_made_of_it_is_known(serve_scripted, tmp_path: Path) -> None:
+    server = serve_scripted("Hello.")
+    ask(server, messages=[{"role": "user", "content": "My name is Rumpelstiltskin."}])
+    (episode,) = server.parts.log.episodes()
+    promoted = httpx.post(f"{server.url}/v1/episodes/{episode.id}/promote").raise_for_status().json()["id"]
+    erased = httpx.delete(f"{server.url}/v1/episodes/{episode.id}", timeout=30).raise_for_status().json()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"Rumpelstiltskin" in path.read_bytes()]
+    assert (erased["demonstrations"], erased["adapters"]) == ([promoted], [])
 
 
 def test_7_a_learner_that_is_killed_in_its_work_changes_nothing_of_serving(server: Served) -> None:

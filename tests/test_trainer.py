@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import subprocess
@@ -9,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import learner.training.precision
 import learner.training.trainer
 from learner.objectives.objectives import (
     Likelihood,
@@ -32,14 +35,18 @@ from learner.objectives.objectives import (
 from learner.options import TrainingOptions
 from learner.packing.prefix_tree import ScoredSequence
 from learner.packing.scoring import SequenceLogprobs
+from learner.training.precision import Precision, training_dtype
 from learner.training.trainer import Trainer, TrainingFailed
 from policies.adapters.base_network import read_base_network
 from policies.adapters.files import TENSOR_NAME, WEIGHTS_FILE, weights_digest
-from policies.adapters.probe import read_probe
+from policies.adapters.probe import FULL_TOLERANCE, read_probe
 from policies.chat.chat_protocol import ChatProtocol
+from policies.types import Adapter
+from runtime.adapters.verification import verify_adapter
 from runtime.engines.embedded.engine import EmbeddedEngine
 from tests.expert_sequences import expert_rows
 from tests.serving import NOVICE_FOLDER, ROOT, parts_of
+from tests.small_networks import engine_on
 
 QUICK = TrainingOptions(lr=2e-3, epochs=2, min_gradient_steps=0, trajectories_per_step=2, rank=4)
 
@@ -249,6 +256,7 @@ class Broken:
     value: float
     slope: float
     name: str = "broken"
+    needs_reference: ClassVar[bool] = False
 
     def loss(self, scored: SequenceLogprobs, reference: Sequence[Tensor]) -> Loss:
         total = scored.tokens.sum()
@@ -359,4 +367,35 @@ def test_over_a_bfloat16_base_the_adapter_is_trained_and_saved_in_float32(
     logits = network(torch.tensor([row.token_ids])).logits[0].float().log_softmax(-1)
     expected = [logits[at - 1, row.token_ids[at]].item() for at in range(row.spans[0].start, len(row.token_ids))]
     assert trainer.logprobs([row])[0].tolist() == pytest.approx(expected, abs=0.15)
-    assert read_probe(tmp_path / "adapter").tolerance == 0.15
+    adapter = Adapter("agent-v0001", 1, tmp_path / "adapter", QUICK.rank, None, "0" * 64)
+    probe = read_probe(adapter.path)
+    assert probe.tolerance == FULL_TOLERANCE, "made in the 32 bits of a CPU's engine"
+
+    async def verify() -> None:
+        async with engine_on(NOVICE_FOLDER, adapter) as engine:
+            await verify_adapter(engine, adapter, probe)
+
+    asyncio.run(verify())
+
+
+@pytest.mark.parametrize(
+    ("gain", "num_weights", "precision", "dtype"),
+    [
+        (3.0, 60_000_000, "auto", torch.bfloat16),
+        (1.5, 60_000_000, "auto", torch.float32),
+        (4.0, 1_000_000, "auto", torch.float32),
+        (3.0, 60_000_000, "float32", torch.float32),
+        (1.1, 1_000_000, "bfloat16", torch.bfloat16),
+    ],
+)
+def test_on_a_cpu_16_bits_are_taken_where_they_are_faster(
+    gain: float, num_weights: int, precision: Precision, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = {"model.layers.0.up": (num_weights // 100, 100)}
+    monkeypatch.setattr(learner.training.precision, "read_base_network", lambda _: SimpleNamespace(shapes=shapes))
+    monkeypatch.setattr(learner.training.precision, "gain_of_16_bits", lambda _: gain)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert training_dtype(NOVICE_FOLDER, precision, "cpu") == dtype
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert precision == "bfloat16" or training_dtype(NOVICE_FOLDER, precision, "cpu") == torch.float32

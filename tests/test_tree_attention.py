@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,13 +37,15 @@ def expected_visibility(pack: Pack, window: int | None) -> torch.Tensor:
     return torch.tensor([[sees(query, key) for key in range(size)] for query in range(size)])
 
 
+@pytest.mark.parametrize("is_long", [False, True])
 @pytest.mark.parametrize("window", [None, 3, 12])
 @pytest.mark.parametrize("block_tokens", [1, 16, 100, 10_000])
 def test_blocks_attend_as_one_dense_mask_does(
-    window: int | None, block_tokens: int, monkeypatch: pytest.MonkeyPatch
+    window: int | None, block_tokens: int, is_long: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(learner.packing.tree_attention, "BLOCK_TOKENS", block_tokens)
     pack, tree = forest()
+    tree = replace(tree, is_long=is_long)
     query, key, value = torch.randn(3, 1, 4, pack.num_tokens, 8, dtype=torch.float64, requires_grad=True).unbind()
     key, value = key[:, :2], value[:, :2]  # two query heads share a key head
     module = torch.nn.Module()
@@ -69,6 +72,17 @@ def test_keys_of_other_trees_and_ended_branches_cost_nothing(monkeypatch: pytest
     [pack] = pack_sequences(rows, token_budget=500)
     tree = Tree(torch.from_numpy(pack.subtree_ends), torch.from_numpy(pack.depths))
     assert [block.mask.numel() for block in tree.blocks(None, torch.float32)] == [100] * 50
+
+
+def test_in_a_long_pack_masks_grow_with_its_tokens_and_nothing_is_copied_where_it_lies_in_one_piece(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(learner.packing.tree_attention, "BLOCK_TOKENS", 10)
+    ends, depths = torch.full((1000,), 1000), torch.arange(1000)
+    blocks = Tree(ends, depths, is_long=True).blocks(None, torch.float32)
+    assert [block.mask.numel() for block in blocks] == [100] * 100
+    assert [block.keys for block in blocks] == [slice(0, 10 * number) for number in range(1, 101)]
+    assert sum(block.mask.numel() for block in Tree(ends, depths).blocks(None, torch.float32)) > 500_000
 
 
 @pytest.mark.parametrize("window", [None, 3, 1000])

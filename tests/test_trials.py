@@ -12,6 +12,7 @@ import pytest
 
 from learner.client import StateTrial
 from learner.data.collect import Collected, collect
+from learner.data.inspection import inspect_demonstrations
 from learner.evaluation.folds import NUM_FOLDS, fold_of, left_out
 from learner.evaluation.gate import Contestants
 from learner.evaluation.trials import CycleTrials, fitting_world
@@ -24,7 +25,7 @@ from tests.cycles import collaborators
 from tests.demonstrations import expert_demonstration, post
 from tests.serving import MODEL, SayingEngine, Served, parts_of, served
 from tools.worlds.order_desk import OrderDesk
-from tools.worlds.world import World
+from tools.worlds.world import Task, World
 
 WORLD = OrderDesk()
 BOTH_BASE = Contestants("base", "base")
@@ -96,6 +97,21 @@ def test_trials_are_repeated_neither_in_a_cycle_nor_in_the_next(
         assert again.past.num_reused > 0
 
 
+def test_what_an_inspection_drew_is_not_drawn_again_by_the_gate(
+    engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    with served(parts_of(engine, protocol, tmp_path)) as server:
+        post(server, expert_demonstration(1), expert_demonstration(2)).raise_for_status()
+        demonstrations = collected(server, 1.0).held_out
+        who = collaborators(server, tmp_path, world=None)
+        _, compared = asyncio.run(inspect_demonstrations(who, demonstrations, "base", 2))
+        made = num_evaluations(server)
+        assert made == 2 * len(compared)
+        trials = trials_of(server, tmp_path)
+        assert len(asyncio.run(trials.pairs(trials.units, BOTH_BASE))) == 2
+        assert num_evaluations(server) == made
+
+
 def test_a_worlds_tasks_are_tried_with_the_same_luck_and_found_again(
     engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
 ) -> None:
@@ -112,6 +128,25 @@ def test_a_worlds_tasks_are_tried_with_the_same_luck_and_found_again(
             for episode in server.parts.log.episodes(limit=1000, purpose=Purpose.EVALUATION)
         }
         assert len(seeds) == len(trials.units)
+
+
+def test_in_a_task_a_step_is_bounded_by_what_experts_write(protocol: ChatProtocol, tmp_path: Path) -> None:
+    babble = [protocol.encode("and so on ")[:2] * 1000]
+    with served(parts_of(SayingEngine(protocol, *babble * 8), protocol, tmp_path)) as server:
+        post(server, expert_demonstration(1)).raise_for_status()
+        trials = trials_of(server, tmp_path, world=WORLD, num_tasks=1)
+        (longest,) = [
+            max(len(step.completion_token_ids) for step in each.path) for each in collected(server, 1.0).held_out
+        ]
+        assert trials.max_task_tokens == 4 * longest + 64
+        asyncio.run(trials.pairs(trials.units, BOTH_BASE))
+        for episode in server.parts.log.episodes(limit=1000, purpose=Purpose.EVALUATION):
+            for step in server.parts.log.steps(episode.id):
+                assert step.sampling.max_tokens == trials.max_task_tokens
+        again = trials_of(server, tmp_path, world=WORLD, num_tasks=1)
+        (task,) = [unit.subject for unit in trials.units if isinstance(unit.subject, Task)]
+        assert again.past.of_task("base", task, 0, trials.max_task_tokens) is not None
+        assert again.past.of_task("base", task, 0, 8) is None, "it was allowed more then"
 
 
 def test_an_outcome_that_somebody_made_up_changes_no_trial(

@@ -7,8 +7,6 @@ an end with a decision, and that a trained adapter is verified, acts and is take
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
 import time
@@ -25,66 +23,23 @@ from learner.options import TrainingOptions
 from learner.training.trainer import Trainer
 from policies.chat.chat_protocol import ChatProtocol
 from policies.types import ToolCall, ToolCalls
+from tests_real.server_process import ROOT, WEATHER, answer_to, client_of, required_call, serving
 
-ROOT = Path(__file__).parent.parent
 ENDINGS = ("promoted", "refused", "no_lesson", "failed")
-WEATHER: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "The weather of a city.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
 CITIES = ("Oslo", "Cairo", "Lima", "Paris", "Quito", "Delhi", "Accra", "Seoul", "Perth", "Turin")
+LEARNING = ("objectives=sft", "discriminator=false", "min-gradient-steps=2", "epochs=1", "num-samples=1")
 
 
 @pytest.fixture(scope="module")
-def folder() -> Path:
-    command = [sys.executable, "-m", "policies.fetch", "smollm2-135m"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return Path(run.stdout.splitlines()[-1])
-
-
-@pytest.fixture(scope="module")
-def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("state")
-
-
-@pytest.fixture(scope="module")
-def url(folder: Path, state: Path) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    learner = ("objectives=sft", "min-gradient-steps=2", "epochs=1", "num-samples=1")
-    arguments = [part for option in learner for part in ("--learner-arg", option)]
-    command = [sys.executable, "serve.py", "--model", str(folder), "--port", str(port), "--state", str(state)]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        [*command, "--max-context", "2048", "--learn-every", "0", *arguments],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    ) as server:
-        try:
-            assert server.stdout is not None
-            said = []
-            for line in server.stdout:
-                said.append(line)
-                if line.startswith("listening"):
-                    break
-            else:
-                raise AssertionError("".join(said))
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            server.terminate()
-            server.wait(30)
+def url(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    learning = [part for option in LEARNING for part in ("--learner-arg", option)]
+    with serving(sys.executable, folder, tmp_path_factory.mktemp("state"), learning) as url:
+        yield url
 
 
 @pytest.fixture
 def client(url: str) -> OpenAI:
-    return OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
+    return client_of(url)
 
 
 def transcript(city: str) -> dict[str, Any]:
@@ -100,19 +55,22 @@ def transcript(city: str) -> dict[str, Any]:
     }
 
 
+def test_fetching_again_is_quick_and_prints_the_same(folder: Path) -> None:
+    began = time.monotonic()
+    command = [sys.executable, "-m", "policies.fetch", "smollm2-135m"]
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert Path(again.stdout.splitlines()[-1]) == folder
+    assert time.monotonic() - began < 30.0
+    assert (folder / "LICENSE").read_text().lstrip().startswith("Apache License")
+    assert {path.suffix for path in folder.iterdir()} <= {"", ".json", ".jinja", ".safetensors"}, "nothing is left over"
+
+
 def test_it_answers(client: OpenAI, folder: Path) -> None:
-    question: Any = [{"role": "user", "content": "What is the capital of France?"}]
-    answer = client.chat.completions.create(model=folder.name, messages=question, temperature=0, max_tokens=24)
-    assert "Paris" in (answer.choices[0].message.content or "")
+    assert "Paris" in answer_to(client, folder.name, "What is the capital of France?")
 
 
 def test_a_required_tool_is_called_with_the_arguments_that_were_asked_for(client: OpenAI, folder: Path) -> None:
-    question: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
-    answer = client.chat.completions.create(
-        model=folder.name, messages=question, tools=[WEATHER], tool_choice="required", temperature=0, max_tokens=60
-    )
-    (call,) = answer.choices[0].message.tool_calls or ()
-    assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Paris"})  # type: ignore[union-attr]
+    assert required_call(client, folder.name) == ("get_weather", {"city": "Paris"})
 
 
 def test_ten_transcripts_are_imported_and_a_short_cycle_comes_to_its_end(url: str, tmp_path: Path) -> None:

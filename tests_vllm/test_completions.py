@@ -55,6 +55,25 @@ async def test_base_and_adapters_in_one_batch_do_not_mix(engine: VllmEngine, nov
         novice.expect(adapter, prompt, tokens)
 
 
+async def test_a_given_completion_is_scored_as_transformers_and_peft_do(engine: VllmEngine, novice: NoviceAdapters):
+    """Releases of vLLM told wrong logprobs of a prompt under an adapter; also after a cached prefix."""
+    scored = [
+        (adapter, novice.prompt(length, length), novice.prompt(num, 7 + num))
+        for adapter in (None, novice.adapter(1), novice.adapter(2))
+        for length, num in ((1, 1), (40, 12), (200, 30), (200, 1))
+    ]
+    for _ in range(2):
+        told = await asyncio.gather(*(engine.score(prompt, tokens, adapter) for adapter, prompt, tokens in scored))
+        for (adapter, prompt, tokens), logprobs in zip(scored, told, strict=True):
+            of_tokens = novice.logprobs(adapter, prompt, tokens)
+            expected = [of_tokens[place, token].item() for place, token in enumerate(tokens)]
+            assert list(logprobs) == pytest.approx(expected, abs=TOLERANCE)
+    with pytest.raises(EngineError):
+        await engine.score([5, 6], [], None)
+    with pytest.raises(EngineError):
+        await engine.score([5, 6], [NOVICE_VOCAB_SIZE], None)
+
+
 async def test_logprobs_are_the_policys_own_whatever_temperature_and_filters(
     engine: VllmEngine, novice: NoviceAdapters
 ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -71,6 +72,12 @@ def assert_missing_is_told(world_name: str, hidden_module: str, sentence: str) -
     assert told.count("\n") == 1
     assert sentence in told
     assert "make setup-worlds" in told
+
+
+def skip_without(program: str, package: str) -> None:
+    """Skip a module whose world needs a program that may not be installed here: make setup-worlds has said so."""
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is missing: apt-get install {package}", allow_module_level=True)
 
 
 def assert_missing_program_is_told(world: type, monkeypatch: pytest.MonkeyPatch, sentence: str) -> None:

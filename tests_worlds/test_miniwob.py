@@ -14,6 +14,7 @@ from tools.worlds.calls import calling
 from tools.worlds.miniwob import PAGES, MiniWob, _pool
 from tools.worlds.world import Task
 
+simulated.skip_without("chromium", "chromium")
 WORLD = load_world("miniwob")
 
 

@@ -14,6 +14,7 @@ from tools.worlds.calls import calling
 from tools.worlds.scienceworld import TASK_TYPES, ScienceWorld, _pool
 from tools.worlds.world import Task
 
+simulated.skip_without("java", "default-jre-headless")
 WORLD = load_world("scienceworld")
 
 

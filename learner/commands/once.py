@@ -21,6 +21,7 @@ from runtime.store.learner_lock import only_learner
 if TYPE_CHECKING:
     from learner.data.collaborators import Collaborators
     from learner.data.experts import Expert
+    from learner.data.judge import Judge
     from runtime.store.step_log import StepLog
     from tools.worlds.world import World
 
@@ -62,8 +63,13 @@ class OnceOptions(_CycleFields):
     """A stronger model's OpenAI-compatible endpoint; its key is STEPAGENT_EXPERT_API_KEY."""
     expert_model: str = ""
     """The stronger model's name there."""
+    judge_url: str = ""
+    """A judge model's OpenAI-compatible endpoint: it ranks own episodes of one task that nobody has judged; its key is
+    STEPAGENT_JUDGE_API_KEY."""
+    judge_model: str = ""
+    """The judge model's name there."""
     threads: int = 1
-    """Threads of the learner's arithmetic on a CPU."""
+    """Threads of the learner's arithmetic on a CPU, beside the spare cores. OMP_NUM_THREADS bounds both."""
     server_pid: CliSuppress[int | None] = None
     """The server that started us: we give way to it, and end with it."""
 
@@ -77,6 +83,8 @@ class OnceOptions(_CycleFields):
     def _expert_is_whole(self) -> OnceOptions:
         if bool(self.expert_url) != bool(self.expert_model):
             raise ValueError("--expert-url and --expert-model go together")
+        if bool(self.judge_url) != bool(self.judge_model):
+            raise ValueError("--judge-url and --judge-model go together")
         return self
 
     def cycle_options(self) -> CycleOptions:
@@ -91,7 +99,7 @@ def run(options: OnceOptions) -> int:
     """Exit code 0 however the cycle was decided, 1 where it failed, 3 beside another cycle."""
     if options.server_pid is not None:
         _live_beside(options.server_pid)  # before the slow imports: they too give way to the server, and end with it
-    os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))  # before torch is imported
+    _limit_threads(options)  # before torch is imported
     from learner.commands.status import StatusOptions
     from learner.commands.status import run as show_status
     from learner.objectives.build import OBJECTIVES
@@ -109,6 +117,12 @@ def run(options: OnceOptions) -> int:
         stage = asyncio.run(_clear_up_and_run(options))
         show_status(StatusOptions(state=options.state, limit=1))
     return 1 if stage is CycleStage.FAILED else 0
+
+
+def _limit_threads(options: OnceOptions) -> None:
+    options.spare_cores = options.spare_cores and "OMP_NUM_THREADS" not in os.environ  # type: ignore[attr-defined]
+    os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that spins takes a core from the server
 
 
 async def _clear_up_and_run(options: OnceOptions) -> str:
@@ -144,6 +158,7 @@ def collaborators(options: OnceOptions) -> Collaborators:
         base=options.model,
         state=options.state,
         agent=options.agent,
+        judge=_judge(options),
     )
 
 
@@ -160,6 +175,17 @@ def _experts(options: OnceOptions, log: StepLog, world: World | None) -> list[Ex
         key = os.environ.get("STEPAGENT_EXPERT_API_KEY", "none")
         experts.append(ModelExpert(AsyncOpenAI(base_url=options.expert_url, api_key=key), options.expert_model))
     return experts
+
+
+def _judge(options: OnceOptions) -> Judge | None:
+    from openai import AsyncOpenAI
+
+    from learner.data.judge import Judge
+
+    if not options.judge_url:
+        return None
+    key = os.environ.get("STEPAGENT_JUDGE_API_KEY", "none")
+    return Judge(AsyncOpenAI(base_url=options.judge_url, api_key=key), options.judge_model)
 
 
 def _live_beside(server: int) -> None:

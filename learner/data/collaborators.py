@@ -8,6 +8,7 @@ from pathlib import Path
 
 from learner.client import Endpoint
 from learner.data.experts import Expert
+from learner.data.judge import Judge
 from policies.chat.chat_protocol import ChatProtocol
 from runtime.store.learning_log import LearningLog
 from runtime.store.step_log import StepLog
@@ -30,6 +31,8 @@ class Collaborators:
     """The base model's folder."""
     state: Path
     """The server's state folder; the runtime keeps its adapters there."""
+    judge: Judge | None = None
+    """A model that ranks own episodes which nobody has judged; None: nobody asked for one."""
     agent: str = ""
     """The agent that learns, by its name; empty: the server's own. What others did or were shown is not for it."""
 

@@ -15,7 +15,7 @@ were content with.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from learner.data.held_out import Conversation, HeldOut, is_held_out, split_of
@@ -23,6 +23,7 @@ from learner.data.training_data import NO_ANCESTOR
 from learner.options import CollectionOptions
 from policies.chat.chat_protocol import action_message
 from policies.types import Message
+from runtime.store.damage import Damaged
 from runtime.store.episodes import Actor, Episode, Purpose, Step, new_messages_along
 from runtime.store.own_episodes import MOST_COUNTED, OwnEpisodes
 from runtime.store.step_log import StepLog
@@ -86,6 +87,8 @@ class Collected:
     held_out: list[LoggedEpisode]
     """Demonstrations that are never trained on; the gate's."""
     policy_episodes: list[LoggedEpisode]
+    own_held_out: list[LoggedEpisode]
+    """The policy's own at held-out tasks: their steps are rewarded, and never learned from."""
     anchors: list[LoggedEpisode]
     """What went well, or is to go well: never trained on either."""
     anchor_tasks: list[str]
@@ -96,6 +99,11 @@ class Collected:
     """By an episode, the names of the demonstrated tasks that it is of: what a fold keeps together."""
     counts: dict[str, int] = field(default_factory=dict)
     """Of episodes: collected, replayed, and left out by reason."""
+
+    @property
+    def read(self) -> list[LoggedEpisode]:
+        """All that the cycle may train on or try."""
+        return [*self.demonstrations, *self.held_out, *self.policy_episodes, *self.own_held_out, *self.anchors]
 
 
 def collect(
@@ -126,10 +134,15 @@ def collect(
     behind = {name: number for number, name in enumerate(parents)}
     own, last_step_id, own_counts = _own(log, last_step_id, behind, options, seed, agent)
     own += _corrected(log, own, agent)
-    trained = [each for each in own if not apart.covers(each.conversation)]
-    counts |= own_counts | {"own_held_out": len(own) - len(trained), "anchors": len(anchors) + len(anchor_tasks)}
+    trained, own_held_out = list[LoggedEpisode](), list[LoggedEpisode]()
+    for each in own:
+        (own_held_out if apart.covers(each.conversation) else trained).append(each)
+    counts |= own_counts | {"own_held_out": len(own_held_out), "anchors": len(anchors) + len(anchor_tasks)}
+    counts |= {"damaged_rows": len(log.damage)} if len(log.damage) else {}
     groups_of = {each.episode.id: apart.groups(each.conversation) for each in (*demonstrations, *trained)}
-    return Collected(demonstrations, held_out, trained, anchors, anchor_tasks, last_step_id, groups_of, counts)
+    return Collected(
+        demonstrations, held_out, trained, own_held_out, anchors, anchor_tasks, last_step_id, groups_of, counts
+    )
 
 
 def dealt_demonstrations(
@@ -143,7 +156,7 @@ def dealt_demonstrations(
 
 
 def _experts(log: StepLog, agent: str) -> list[LoggedEpisode]:
-    return [_logged(log, episode) for episode in log.episodes(limit=1_000_000, actor=Actor.EXPERT, agent=agent)]
+    return _readable(log, log.episodes(limit=1_000_000, actor=Actor.EXPERT, agent=agent))
 
 
 def _listed_anchors(
@@ -175,9 +188,11 @@ def _contented(log: StepLog, parents: Sequence[str], options: CollectionOptions,
                 return found
             if not is_held_out(f"anchor {episode.id}", options.anchor_share):
                 continue
-            logged = _logged(log, episode)
-            if logged.outcome == 1.0 and corrected.isdisjoint(step.id for step in logged.path):
-                found.append(logged)
+            found += [
+                logged
+                for logged in _readable(log, [episode])
+                if logged.outcome == 1.0 and corrected.isdisjoint(step.id for step in logged.path)
+            ]
     return found
 
 
@@ -209,7 +224,7 @@ def _own(
     kept = new[: options.max_own_episodes - len(replayed)]
     counts = {"own_new": len(kept), "own_replayed": len(replayed)}
     counts |= {"own_too_old": own.num_too_old(), "own_over_limit": len(new) - len(kept)}
-    return [_logged(log, episode, behind[episode.adapter]) for episode in (*kept, *replayed)], last_step_id, counts
+    return _readable(log, (*kept, *replayed), behind), last_step_id, counts
 
 
 def _corrected(log: StepLog, own: Sequence[LoggedEpisode], agent: str) -> list[LoggedEpisode]:
@@ -219,12 +234,28 @@ def _corrected(log: StepLog, own: Sequence[LoggedEpisode], agent: str) -> list[L
     for step_id in log.corrected_steps(agent):
         if step_id in collected:
             continue
-        path = tuple(log.path_to(step_id))
-        episode = log.episode(path[-1].episode_id) if path else None
+        try:
+            path = tuple(log.path_to(step_id))
+            episode = log.episode(path[-1].episode_id) if path else None
+        except Damaged as damaged:
+            log.damage.note(damaged)
+            continue
         if episode is not None and episode.actor is Actor.POLICY:
             found.append(LoggedEpisode(episode, path, None, NO_ANCESTOR))
             collected |= {step.id for step in path}
     return found
+
+
+def _readable(
+    log: StepLog, episodes: Iterable[Episode], behind: Mapping[str, int] | None = None
+) -> list[LoggedEpisode]:
+    """The episodes along their main lines; one with a damaged step is left out, and noted by the log. `behind` says how
+    many versions an adapter is behind the acting one."""
+
+    def read(episode: Episode) -> LoggedEpisode:
+        return _logged(log, episode, behind[episode.adapter] if behind else 0)
+
+    return list(log.damage.sound(episodes, read))
 
 
 def _logged(log: StepLog, episode: Episode, num_versions_old: int = 0) -> LoggedEpisode:

@@ -21,8 +21,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from learner.data.comparison import meaning, normal_text
 from policies.chat.chat_protocol import message_action, text_of
+from policies.chat.meaning import meaning, normal_text
 from policies.types import FinalAnswer, Message
 from tools.worlds.world import TaskId, World
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from learner.client import StateTrial
 from learner.data.collaborators import Collaborators
 from learner.data.collect import Collected, LoggedEpisode, LoggedState
 from learner.data.comparison import ComparedState, compare_state, report_on
@@ -21,7 +22,7 @@ from learner.data.training_data import PolicyAction, State, TrainingData, Trajec
 from policies.chat.chat_protocol import ChatProtocol, ChatProtocolError
 from policies.chat.read_back import misreading
 from policies.types import Action, MalformedAction, TokenIds
-from runtime.store.episodes import Step
+from runtime.store.episodes import Actor, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,8 @@ async def inspect(
     demonstrations = collected.demonstrations
     demonstrated, at_expert_states = await inspect_demonstrations(who, demonstrations, acting, num_samples, on_done)
     episodes, at_policy_states, num_answers = await _inspect_policy_states(who, collected.policy_episodes, on_done)
-    training_data = TrainingData(tuple(demonstrated), tuple(episodes))
+    held_out = [as_logged(each) for each in (*collected.held_out, *collected.own_held_out)]
+    training_data = TrainingData(tuple(demonstrated), tuple(episodes), tuple(held_out))
     return Inspection(training_data, at_expert_states, at_policy_states, num_answers)
 
 
@@ -79,10 +81,13 @@ async def inspect_demonstrations(
     num_samples: int,
     on_done: Callable[[], object] = lambda: None,
 ) -> tuple[list[Trajectory], list[ComparedState]]:
-    """Sample an adapter at every state of the experts' episodes, and compare."""
+    """Sample an adapter at every state of the experts' episodes, and compare.
+
+    The draws are those of a gate: where the same adapter has to try a state there, it has done so already.
+    """
     places = [state for demonstration in demonstrations for state in demonstration.states()]
-    asked = [(state.messages, state.step.tools, most_tokens(state.step)) for state in places]
-    sampled = await who.endpoint.sample(asked, adapter, num_samples, on_done)
+    draws = [[trial_of(state, number) for number in range(num_samples)] for state in places]
+    sampled = await who.endpoint.sample(draws, adapter, on_done)
     states: dict[str, State] = {}
     compared = []
     for place, step_ids in zip(places, sampled, strict=True):
@@ -91,9 +96,28 @@ async def inspect_demonstrations(
         compared.append(compare_state([sample.action for sample in samples], place.step.action, judge))
         states[place.step.id] = _demonstrated_state(place.step, samples, compared[-1])
     trajectories = [
-        Trajectory(d.episode.id, tuple(states[step.id] for step in d.path), d.episode.task, 1.0) for d in demonstrations
+        Trajectory(d.episode.id, tuple(states[step.id] for step in d.path), d.episode.task, 1.0, is_demonstration=True)
+        for d in demonstrations
     ]
     return trajectories, compared
+
+
+def as_logged(episode: LoggedEpisode) -> Trajectory:
+    """An episode that is not inspected: what was done in it, and no answer beside it."""
+    is_demonstration = episode.episode.actor is Actor.EXPERT
+    states = [
+        _demonstrated_state(step, (), ComparedState(step.action, ()))
+        if is_demonstration
+        else State(step.id, step.prompt_token_ids, None, (_policy_action(step, None, episode.num_versions_old),))
+        for step in episode.path
+    ]
+    outcome = 1.0 if is_demonstration else episode.outcome
+    return Trajectory(episode.episode.id, tuple(states), episode.episode.task, outcome, is_demonstration)
+
+
+def trial_of(state: LoggedState, number: int) -> StateTrial:
+    """A draw at an expert's state, to be held against what the expert did there."""
+    return StateTrial(state.messages, state.step.tools, number, most_tokens(state.step), state.step.episode_id)
 
 
 def most_tokens(expert: Step) -> int:

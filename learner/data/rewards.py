@@ -1,13 +1,16 @@
 """Step rewards: how expert-like each logged step of a cycle is, from three sources.
 
-The sources do not share a scale: values compare within one cycle and one source. Every own action of a cycle's training
-data, sampled at an expert's state or taken at the policy's own, has a sequence from each source that can judge it."""
+The sources do not share a scale: values compare within one cycle and one source. Rewarded is every logged step that a
+cycle reads, by each source that can judge it: the policy's own actions, sampled at an expert's state or taken at their
+own, the experts' steps, and the steps of episodes that are held out: to judge a step is not to learn from it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from learner.data.training_data import PolicyAction, State, TrainingData
+from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
+from policies.types import TokenIds
 from runtime.store.learning_log import RewardSource, StepReward
 
 
@@ -18,22 +21,50 @@ def policy_actions_of(training_data: TrainingData) -> list[tuple[State, PolicyAc
     ]
 
 
-def agreement_rewards(cycle: str, training_data: TrainingData) -> list[StepReward]:
-    """1 where an own action means what the expert's does, 0 where not: StepAgent's comparison (arXiv 2411.03817).
+@dataclass(frozen=True, slots=True)
+class LoggedAction:
+    """A logged step as it is rewarded: where it was taken, and what was done."""
 
-    An action that no expert has answered has none.
+    step_id: str
+    state: State
+    token_ids: TokenIds
+    agrees: bool | None
+    """Whether it means what an expert does there; None where none has answered."""
+
+
+def logged_actions_of(training_data: TrainingData) -> list[LoggedAction]:
+    """Every logged step of the training data, in order, and of what is held out beside it; each once, though two ways
+    of an episode that branches may have it."""
+    found = dict[str, LoggedAction]()
+    for trajectory in (*training_data.trajectories, *training_data.held_out):
+        for state in trajectory.states:
+            for action in _taken_at(state, trajectory):
+                found.setdefault(action.step_id, action)
+    return list(found.values())
+
+
+def _taken_at(state: State, trajectory: Trajectory) -> list[LoggedAction]:
+    own = [LoggedAction(a.step_id, state, a.token_ids, a.agrees) for a in state.policy_actions]
+    if trajectory.is_demonstration and state.expert is not None:
+        own.append(LoggedAction(state.id, state, state.expert, True))
+    return own
+
+
+def agreement_rewards(cycle: str, training_data: TrainingData) -> list[StepReward]:
+    """1 where an action means what the expert's does, 0 where not: StepAgent's comparison (arXiv 2411.03817).
+
+    An expert's own step has 1. An action that no expert has answered has none.
     """
-    judged = ((action, action.agrees) for _, action in policy_actions_of(training_data))
     return [
-        StepReward(action.step_id, cycle, RewardSource.EXPERT_AGREEMENT, float(agrees))
-        for action, agrees in judged
-        if agrees is not None
+        StepReward(action.step_id, cycle, RewardSource.EXPERT_AGREEMENT, float(action.agrees))
+        for action in logged_actions_of(training_data)
+        if action.agrees is not None
     ]
 
 
 def implicit_rewards(
     cycle: str,
-    actions: Sequence[PolicyAction],
+    actions: Sequence[LoggedAction],
     logprobs: Sequence[float],
     ref_logprobs: Sequence[float],
     beta: float,
@@ -50,7 +81,7 @@ def implicit_rewards(
 
 
 def discriminator_rewards(
-    cycle: str, actions: Sequence[PolicyAction], expert_logits: Sequence[float]
+    cycle: str, actions: Sequence[LoggedAction], expert_logits: Sequence[float]
 ) -> list[StepReward]:
     """The length-controlled expert logit of each action: the reward of StepAgent's inverse RL (arXiv 2411.03817)."""
     return [

@@ -40,6 +40,7 @@ class State:
     expert: TokenIds | None
     """The expert's action in tokens; None where no expert has answered."""
     policy_actions: tuple[PolicyAction, ...]
+    """At an own state the first is the one that was taken, and led to what follows; others were sampled there."""
 
     @property
     def disagreeing(self) -> tuple[PolicyAction, ...]:
@@ -61,6 +62,8 @@ class Trajectory:
     task: str | None = None
     outcome: float | None = None
     """1 success, 0 failure; None where nobody said. Of demonstrations: 1."""
+    is_demonstration: bool = False
+    """Its steps are an expert's: the logged step at each state is `expert`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +74,12 @@ class TrainingData:
     """Experts' episodes; own actions there are samples of the acting policy (inspection)."""
     policy_episodes: tuple[Trajectory, ...] = ()
     """The policy's own logged episodes; each state has the action taken, and an expert's where one answered."""
+    held_out: tuple[Trajectory, ...] = ()
+    """Episodes of either kind that are kept for the gate: their steps are rewarded, and never learned from."""
 
     @property
     def trajectories(self) -> tuple[Trajectory, ...]:
+        """What is learned from."""
         return self.demonstrations + self.policy_episodes
 
     def without(self, episodes: Collection[str]) -> TrainingData:

@@ -39,11 +39,13 @@ class PastTrials:
                 return step
         return None
 
-    def of_task(self, adapter: str, task: Task, seed: int) -> Trial | None:
+    def of_task(self, adapter: str, task: Task, seed: int, max_tokens: int | None = None) -> Trial | None:
+        """One in which a step could be as long as now, or was shorter of itself."""
         for episode_id in self._episodes(adapter).get(task.id, []):
             path = main_line(self.log.steps(episode_id))
             has_seeds = all(step.sampling.seed == step_seed(seed, task, n) for n, step in enumerate(path))
-            if path and has_seeds and self.log.outcomes(episode_id):
+            is_within = max_tokens is None or all(_is_within(step, max_tokens) for step in path)
+            if path and has_seeds and is_within and self.log.outcomes(episode_id):
                 self.num_reused += 1
                 return self._replayed(task, path)
         return None
@@ -70,6 +72,10 @@ class PastTrials:
             if isinstance(step.action, ToolCalls):
                 episode.play(action_message(step.action))
         return Trial(episode.outcome(), sum(isinstance(step.action, MalformedAction) for step in path))
+
+
+def _is_within(step: Step, max_tokens: int) -> bool:
+    return len(step.completion_token_ids) < max_tokens or step.sampling.max_tokens == max_tokens
 
 
 def _is_of(step: Step, trial: StateTrial) -> bool:

@@ -17,7 +17,7 @@ from learner.data.collaborators import Collaborators
 from learner.data.collect import LoggedState
 from learner.data.comparison import Verdict, compare
 from learner.data.experts import same_effect_at
-from learner.data.inspection import most_tokens
+from learner.data.inspection import trial_of
 from learner.evaluation.evidence import Trial
 from learner.evaluation.gate import Contestants
 from learner.evaluation.past_trials import PastTrials
@@ -46,7 +46,7 @@ async def try_states(
     drawn: tuple[list[list[Step]], ...] = tuple([[] for _ in states] for _ in adapters)
     places = list(range(len(states)))
     for number in range(NUM_DRAWS):
-        trials = [_trial(states[place], number) for place in places]
+        trials = [trial_of(states[place], number) for place in places]
         sides = await asyncio.gather(*(_draw(trials, adapter, who, past) for adapter in adapters))
         for steps, side in zip(drawn, sides, strict=True):
             for place, step in zip(places, side, strict=True):
@@ -64,10 +64,6 @@ def score(states: Sequence[TriedState]) -> Trial | None:
     if not answered:
         return None
     return Trial(fmean(fmean(state.agreeing) for state in answered), sum(state.num_malformed for state in answered))
-
-
-def _trial(state: LoggedState, number: int) -> StateTrial:
-    return StateTrial(state.messages, state.step.tools, number, most_tokens(state.step))
 
 
 async def _draw(trials: Sequence[StateTrial], adapter: str, who: Collaborators, past: PastTrials) -> list[Step | None]:

@@ -15,6 +15,7 @@ from statistics import fmean
 
 from learner.data.collaborators import Collaborators
 from learner.data.collect import Collected, LoggedEpisode
+from learner.data.inspection import most_tokens
 from learner.evaluation.evidence import Pair, Trial, paired
 from learner.evaluation.folds import fold_of, needs_folds
 from learner.evaluation.gate import Contestants
@@ -57,6 +58,8 @@ class CycleTrials:
     """Those that need no fold first, then fold by fold; else in an order that only names decide."""
     anchors: tuple[Unit, ...]
     past: PastTrials
+    max_task_tokens: int | None = None
+    """Most tokens of a step in a task, by what experts write; None: nobody has shown."""
 
     @classmethod
     def of_cycle(cls, acting: str, collected: Collected, who: Collaborators, num_tasks: int) -> CycleTrials:
@@ -72,7 +75,10 @@ class CycleTrials:
             size = fitting.splits["validation"]
             places = random.Random(acting).sample(range(size), min(num_tasks, size))
             units = [Unit(fitting.task("validation", place)) for place in places]
-        return cls(who, tuple(units), tuple(anchors), PastTrials(who.log, world, who.agent))
+        shown = [step for each in (*collected.demonstrations, *collected.held_out) for step in each.path]
+        max_task_tokens = max(map(most_tokens, shown), default=None)
+        past = PastTrials(who.log, world, who.agent)
+        return cls(who, tuple(units), tuple(anchors), past, max_task_tokens)
 
     @property
     def kind(self) -> str:
@@ -108,9 +114,11 @@ class CycleTrials:
         """Tried anew only where the log does not tell how it went."""
         if self.who.world is None:
             return []
-        trials = {task.id: self.past.of_task(adapter, task, SEED) for task in tasks}
+        bound = self.max_task_tokens
+        trials = {task.id: self.past.of_task(adapter, task, SEED, bound) for task in tasks}
         missing = [task for task in tasks if trials[task.id] is None]
-        attempts = await self.who.endpoint.evaluate(self.who.world, missing, adapter, TEMPERATURE, lambda: None, SEED)
+        ask = self.who.endpoint.evaluate
+        attempts = await ask(self.who.world, missing, adapter, TEMPERATURE, seed=SEED, max_tokens=bound)
         for attempt in attempts:
             if not attempt.error:
                 trials[attempt.task_id] = Trial(attempt.outcome, attempt.num_malformed)

@@ -57,8 +57,13 @@ def run(options: ImportOptions) -> int:
 
 
 def _outlook(state: Path, agent: str) -> str | None:
-    """What an agent's demonstrations in a state folder can show, where no world's tasks judge; None: no such folder."""
+    """What an agent's demonstrations in a state folder can show, where no world's tasks judge, and whether they
+    contradict each other; None for no such folder."""
+    import asyncio
+
     from learner.data.collect import dealt_demonstrations
+    from learner.data.doubts import doubts_of
+    from learner.data.experts import Corrections
     from learner.evaluation.outlook import import_outlook
     from learner.options import CollectionOptions
     from runtime.store.step_log import StepLog, StepLogError
@@ -71,7 +76,11 @@ def _outlook(state: Path, agent: str) -> str | None:
     demonstrations, held_out = dealt_demonstrations(log, collection, agent)
     num_states = sum(len(each.path) for each in (*demonstrations, *held_out))
     outlook = import_outlook(len(held_out), len(demonstrations), num_states, collection.held_out_share)
-    return f"{state}: where no world's tasks judge, {outlook.sentence}"
+    doubts = asyncio.run(doubts_of([*demonstrations, *held_out], [Corrections(log)], None))
+    told = f"{state}: where no world's tasks judge, {outlook.sentence}"
+    if doubts:
+        told += f"\n{len(doubts)} of the steps are contradicted: python -m learner doubts --state {state}"
+    return told
 
 
 # ------------------------------------------------------------------------------------------------- dry run

@@ -118,6 +118,8 @@ def read_message(message: Any, where: str, tools: list[Any]) -> list[Turn]:
         raise RefusedRecord(f"{where} is the {role}'s, and has tool calls")
     speech = read_content(content, role, where)
     close_message(fields, is_assistant=False, harmless=_HARMLESS | {"additional_kwargs"})
+    if role == "user" and (results := tagged_results(speech.text)):  # Qwen's template says results as the user
+        return [Turn("tool", text) for text in results]
     if speech.calls or speech.thinking or speech.hides_thinking:
         raise RefusedRecord(f"{where} is the {role}'s, and has calls or thinking among its parts")
     if not speech.results and not speech.turns:
@@ -297,7 +299,7 @@ def _read_result(fields: Fields) -> list[Turn]:
         if call_id is not None and len(speech_turns) == 1 and speech_turns[0].result_of is None:
             return [replace(speech_turns[0], result_of=str(call_id))]
         return speech_turns
-    texts = tagged_results(content) if isinstance(content, str) else [result_text(content, where)]
+    texts = tagged_results(content) or [content] if isinstance(content, str) else [result_text(content, where)]
     found = None if call_id in (None, "") else str(call_id)
     return [Turn("tool", text, result_of=found, tool_name=name if isinstance(name, str) else None) for text in texts]
 

@@ -200,8 +200,8 @@ def react_call(text: str, where: str) -> tuple[str, tuple[Call, ...]]:
 
 
 def tagged_results(text: str) -> list[str]:
-    """The texts of Hermes's results; the whole text where none is tagged."""
-    return _HERMES_RESULT.findall(text) or [text]
+    """The texts of Hermes's results, where a text is nothing else; none where it is, or where words stand beside."""
+    return [] if _HERMES_RESULT.sub("", text).strip() else _HERMES_RESULT.findall(text)
 
 
 def named_result(text: str) -> tuple[str | None, str | None]:

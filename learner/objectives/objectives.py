@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, pstdev
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -45,9 +45,12 @@ class Objective(Protocol):
     @property
     def sequences(self) -> Sequence[ScoredSequence]: ...
 
+    needs_reference: ClassVar[bool]
+    """Whether the loss looks at `reference`: where it does not, a pass over all sequences is spared."""
+
     def loss(self, scored: SequenceLogprobs, reference: Sequence[Tensor]) -> Loss:
         """Of some of the sequences, whole owners; `reference` holds the reference's token logprobs of every
-        sequence."""
+        sequence, and nothing where it is not needed."""
         ...
 
 
@@ -71,6 +74,7 @@ class Likelihood:
 
     name: str
     sequences: tuple[ScoredSequence, ...]
+    needs_reference: ClassVar[bool] = False
 
     def loss(self, scored: SequenceLogprobs, reference: Sequence[Tensor]) -> Loss:
         fit = sft_loss(scored.tokens, scored.weights)
@@ -104,6 +108,7 @@ class StepPreference:
     beta: float
     anchor_weight: float
     name: str = "implicit"
+    needs_reference: ClassVar[bool] = True
 
     def loss(self, scored: SequenceLogprobs, reference: Sequence[Tensor]) -> Loss:
         place = {sequence: at for at, sequence in enumerate(scored.sequences)}
@@ -139,6 +144,7 @@ class TrajectoryPreference:
     pairs: tuple[Pair, ...]
     beta: float
     name: str = "eto"
+    needs_reference: ClassVar[bool] = True
 
     def loss(self, scored: SequenceLogprobs, reference: Sequence[Tensor]) -> Loss:
         place = {sequence: at for at, sequence in enumerate(scored.sequences)}
@@ -192,6 +198,7 @@ class PolicyGradient:
     clip_high: float = 0.28
     max_ratio: float = 4.0
     kl_weight: float = 0.02
+    needs_reference: ClassVar[bool] = True
 
     def loss(self, scored: SequenceLogprobs, reference: Sequence[Tensor]) -> Loss:
         tokens = scored.tokens

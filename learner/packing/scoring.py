@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from learner.packing.prefix_tree import Pack
-from learner.packing.tree_attention import TREE_ATTENTION, Tree
+from learner.packing.tree_attention import LONG_PACK, TREE_ATTENTION, Tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,7 +77,7 @@ def to_batch(pack: Pack, device: torch.device | str) -> PackedBatch:
     return PackedBatch(
         input_ids=tensor(pack.token_ids)[None],
         position_ids=depths[None],
-        tree=Tree(tensor(pack.subtree_ends), depths),
+        tree=Tree(tensor(pack.subtree_ends), depths, is_long=pack.num_tokens > LONG_PACK),
         pair_positions=tensor(unique_pairs[0]),
         pair_targets=tensor(unique_pairs[1]),
         pair_of_token=tensor(pair_of_token.reshape(-1)),

@@ -7,6 +7,11 @@ On CUDA a FlexAttention BlockMask skips what no token sees. On CPU there is no s
 tokens are taken in blocks: those whose subtree has ended before a block begins are left out of its keys. Branches and
 other trees thus cost nothing, and no mask of n x n is ever made. One dense mask was refused: at 40 steps three quarters
 of the time went into attention, most of it to what no token sees.
+
+The blocks' masks together are half of such a mask, and so are the keys and values that each block keeps for its
+gradient. Packs of up to LONG_PACK tokens afford both, once for all layers. In longer ones a block has a mask only for
+the keys that not all of its queries see, and its attention is computed again in the backward pass: then memory grows
+with the tokens, and not with their square.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -28,6 +34,8 @@ if TYPE_CHECKING:
 TREE_ATTENTION = "tree_attention"
 BLOCK_TOKENS = 128
 """Queries of a block, on CPU."""
+LONG_PACK = 4096
+"""Tokens above which memory is spared, on CPU."""
 TILE_TOKENS = 128
 """Queries and keys of a tile of FlexAttention, on CUDA."""
 
@@ -38,10 +46,23 @@ class Block:
 
     start: int
     stop: int
-    keys: Tensor
-    """int64 [k]: packed positions."""
+    keys: Tensor | slice
+    """int64 [k]: packed positions; or a slice of them, where they lie side by side."""
+    num_seen_by_all: int
+    """So many first keys are seen by every query, and have no mask."""
     mask: Tensor
-    """[1, 1, stop - start, k]: added to the attention logits; 0 where the query sees the key, else -inf."""
+    """[1, 1, stop - start, k - num_seen_by_all], of the other keys: added to the attention logits; 0 where the query
+    sees the key, else -inf."""
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+        """The block's rows of [1, n, heads, d]."""
+        if isinstance(self.keys, slice):
+            keys, values = key[:, :, self.keys], value[:, :, self.keys]
+        else:
+            keys, values = key.index_select(2, self.keys), value.index_select(2, self.keys)
+        mask = nn.functional.pad(self.mask, (self.num_seen_by_all, 0)) if self.num_seen_by_all else self.mask
+        queries = query[:, :, self.start : self.stop]
+        return sdpa_attention_forward(module, queries, keys, values, mask, **kwargs)[0]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,6 +76,8 @@ class Tree:
     """int64 [n]"""
     depths: Tensor
     """int64 [n]"""
+    is_long: bool = False
+    """Memory is spared."""
     _made: dict[Any, Any] = field(default_factory=dict)
 
     def sees(self, queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
@@ -72,13 +95,30 @@ class Tree:
 
     def _block(self, start: int, window: int | None, dtype: torch.dtype) -> Block:
         stop = min(start + BLOCK_TOKENS, len(self.depths))
+        keys = self._open_keys(start, stop, window)
+        num_seen_by_all = 0
+        if self.is_long:
+            is_seen_by_all = self._seen_by_all(keys, start, stop, window)
+            num_seen_by_all = int(is_seen_by_all.sum())
+            keys = torch.cat([keys[is_seen_by_all], keys[~is_seen_by_all]])
+        queries = torch.arange(start, stop, device=keys.device)
+        sees = self.sees(queries[:, None], keys[None, num_seen_by_all:], window)
+        mask = torch.zeros(sees.shape, dtype=dtype, device=keys.device).masked_fill_(~sees, -torch.inf)
+        return Block(start, stop, _as_slice(keys), num_seen_by_all, mask[None, None])
+
+    def _open_keys(self, start: int, stop: int, window: int | None) -> Tensor:
+        """int64 [k]: what any of these queries may see."""
         is_open = self.subtree_ends[:stop] > start
         if window is not None:
             is_open &= self.depths[:stop] > self.depths[start:stop].min() - window
-        keys = is_open.nonzero()[:, 0]
-        sees = self.sees(torch.arange(start, stop, device=keys.device)[:, None], keys[None, :], window)
-        mask = torch.zeros(sees.shape, dtype=dtype, device=keys.device).masked_fill_(~sees, -torch.inf)
-        return Block(start, stop, keys, mask[None, None])
+        return is_open.nonzero()[:, 0]
+
+    def _seen_by_all(self, keys: Tensor, start: int, stop: int, window: int | None) -> Tensor:
+        """bool [k]"""
+        is_seen = (keys < start) & (self.subtree_ends[keys] >= stop)
+        if window is not None:
+            is_seen &= self.depths[start:stop].max() - self.depths[keys] < window
+        return is_seen
 
     def block_mask(self, window: int | None) -> BlockMask:
         """For FlexAttention. `create_block_mask` would make a mask of n x n, or compile itself anew for each pack."""
@@ -107,6 +147,12 @@ class Tree:
         if window is not None:
             full &= depths.amax(1)[:, None] - depths.amin(1)[None, :] < window
         return some, full
+
+
+def _as_slice(keys: Tensor) -> Tensor | slice:
+    first, number = int(keys[0]), len(keys)
+    is_run = torch.equal(keys, torch.arange(first, first + number, device=keys.device))
+    return slice(first, first + number) if is_run else keys
 
 
 def _tiled(values: Tensor, padding: int) -> Tensor:
@@ -142,18 +188,16 @@ def tree_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if query.is_cuda:
         return flex_attention_forward(module, query, key, value, tree.block_mask(sliding_window), **kwargs)
-    outputs = [
-        sdpa_attention_forward(
-            module,
-            query[:, :, block.start : block.stop],
-            key.index_select(2, block.keys),
-            value.index_select(2, block.keys),
-            block.mask,
-            **kwargs,
-        )[0]
-        for block in tree.blocks(sliding_window, query.dtype)
-    ]
-    return torch.cat(outputs, dim=1), None
+    attend = _attend_again_in_backward if tree.is_long and torch.is_grad_enabled() else Block.attend
+    blocks = tree.blocks(sliding_window, query.dtype)
+    return torch.cat([attend(block, module, query, key, value, **kwargs) for block in blocks], dim=1), None
+
+
+def _attend_again_in_backward(
+    block: Block, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+) -> Tensor:
+    attend = partial(block.attend, **kwargs)
+    return checkpoint(attend, module, query, key, value, use_reentrant=False, preserve_rng_state=False)
 
 
 AttentionInterface.register(TREE_ATTENTION, tree_attention)

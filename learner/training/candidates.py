@@ -7,20 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from learner.data.collaborators import Collaborators
+from learner.data.lessons import note_training, note_weights
 from learner.data.rewards import implicit_rewards
 from learner.data.training_data import TrainingData
 from learner.objectives.build import NothingToLearn, objective_of
 from learner.objectives.objectives import Objective
 from learner.options import ObjectiveOptions, TrainingOptions
 from learner.report import CycleRecord
-from learner.training.diagnostics import WatchedActions, diagnostics, policy_action_sums
+from learner.training.diagnostics import WatchedActions, diagnostics, logged_action_sums
 from learner.training.discriminator import Discriminator
 from learner.training.trainer import Trainer, TrainingFailed
-from policies.types import BASE_ADAPTER, TokenIds
+from policies.adapters.reward import REWARD_FOLDER
+from policies.types import BASE_ADAPTER, Message, TokenIds
 from runtime.store.learning_log import CycleStage, StepReward
 
 NUM_PROBE_PROMPTS = 8
 """States whose prompts the probe is chosen from."""
+NEUTRAL: tuple[Message, ...] = ({"role": "user", "content": "Hello! What can you do?"},)
+"""A conversation of nobody's, whose prompt is in every probe: it stays when the others are erased."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,10 @@ def _train(
         return Untrained(name, f"there is no discriminator: {record.report.no_discriminator}", has_failed=False)
     try:
         objective = objective_of(name, training_data, options.objective, discriminator)
-        return _candidate(record, who, options, acting, training_data, objective, folder)
+        candidate = _candidate(record, who, options, acting, training_data, objective, folder)
+        if discriminator is not None:
+            _add_reward(record, discriminator, training_data, folder)
+        return candidate
     except NothingToLearn as reason:
         return Untrained(name, str(reason), has_failed=False)
     except TrainingFailed as error:
@@ -112,6 +119,7 @@ def _candidate(
     objective: Objective,
     folder: Path,
 ) -> Candidate:
+    note_training(record.cycle, objective.name, who, training_data)
     trainer = _trainer(who, options, acting)
     watched = WatchedActions.of(training_data)
     sequences = watched.sequences()
@@ -120,15 +128,29 @@ def _candidate(
     training = trainer.train(objective, lambda done, total: record.progress(CycleStage.TRAIN, name, done, total))
     after = trainer.logprobs(sequences)
     record.measure(name, {**training.diagnostics, **diagnostics(watched, before, after)})
-    trainer.save(folder, _probe_prompts(training_data), _card(record.cycle, name, acting, training_data))
+    _save(trainer, who, folder, record.cycle, name, acting, training_data)
     rewards = implicit_rewards(
         record.cycle,
-        [action for _, action in watched.policy_actions],
-        policy_action_sums(watched, after),
-        policy_action_sums(watched, before),
+        watched.logged,
+        logged_action_sums(watched, after),
+        logged_action_sums(watched, before),
         options.objective.beta,
     )
     return Candidate(name, folder, rewards)
+
+
+def _add_reward(record: CycleRecord, discriminator: Discriminator, training_data: TrainingData, folder: Path) -> None:
+    """The discriminator beside a candidate. Where it cannot be written, the candidate is as good without it."""
+    try:
+        save_reward(discriminator, training_data, folder / REWARD_FOLDER, record.cycle)
+    except TrainingFailed as error:
+        record.add(no_reward_model=str(error))
+
+
+def save_reward(discriminator: Discriminator, training_data: TrainingData, folder: Path, cycle: str) -> None:
+    """The cycle's discriminator as a reward model, for whoever is to choose among draws. Raises TrainingFailed."""
+    card = f"# Reward model, {cycle}\n\nA LoRA whose log probabilities tell experts' actions from the policy's.\n"
+    discriminator.save(folder, _probe_prompts(training_data), card)
 
 
 def train_quietly(
@@ -148,9 +170,24 @@ def train_quietly(
     if name == "inverse":
         raise NothingToLearn("its discriminator was trained on what was to be left out")
     title, objective = folder.name, objective_of(name, training_data, options.objective)
+    note_training(record.cycle, title, who, training_data)
     trainer = _trainer(who, options, begin)
     trainer.train(objective, lambda done, total: record.progress(CycleStage.TRAIN, title, done, total))
-    trainer.save(folder, _probe_prompts(training_data), _card(record.cycle, title, begin, training_data))
+    _save(trainer, who, folder, record.cycle, title, begin, training_data)
+
+
+def _save(
+    trainer: Trainer,
+    who: Collaborators,
+    folder: Path,
+    cycle: str,
+    title: str,
+    begin: str,
+    training_data: TrainingData,
+) -> None:
+    neutral = who.protocol.render(NEUTRAL, ())
+    trainer.save(folder, _probe_prompts(training_data), _card(cycle, title, begin, training_data), neutral)
+    note_weights(cycle, title, who, folder)
 
 
 def _trainer(who: Collaborators, options: CandidateOptions, begin: str) -> Trainer:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learner.data.rewards import policy_actions_of
+from learner.data.rewards import LoggedAction, logged_actions_of, policy_actions_of
 from learner.data.training_data import NO_ANCESTOR, PolicyAction, State, TrainingData
 from learner.objectives.losses import effective_sample_size, k3
 from learner.objectives.objectives import action_sequence
@@ -21,22 +21,24 @@ from learner.packing.prefix_tree import ScoredSequence
 
 @dataclass(frozen=True, slots=True)
 class WatchedActions:
-    """The actions of a training data that are scored before and after training: the experts', then the policy's own."""
+    """The actions of a training data that are scored before and after training: the experts' and the policy's own,
+    which are measured, then the logged ones, which are rewarded; the same action in two of them is scored once."""
 
     experts: list[tuple[State, tuple[int, ...]]]
     policy_actions: list[tuple[State, PolicyAction]]
+    logged: list[LoggedAction]
 
     @classmethod
     def of(cls, training_data: TrainingData) -> WatchedActions:
         states = [state for trajectory in training_data.trajectories for state in trajectory.states]
-        return cls([(s, s.expert) for s in states if s.expert is not None], policy_actions_of(training_data))
+        experts = [(state, state.expert) for state in states if state.expert is not None]
+        return cls(experts, policy_actions_of(training_data), logged_actions_of(training_data))
 
     def sequences(self) -> list[ScoredSequence]:
-        """One a watched action, experts first."""
-        experts = [action_sequence(state.prompt, action, (state.id,)) for state, action in self.experts]
-        return experts + [
-            action_sequence(state.prompt, action.token_ids, (state.id,)) for state, action in self.policy_actions
-        ]
+        """One a watched action: experts', own, logged."""
+        watched = [*self.experts, *((s, a.token_ids) for s, a in self.policy_actions)]
+        watched += [(action.state, action.token_ids) for action in self.logged]
+        return [action_sequence(state.prompt, action, (state.id,)) for state, action in watched]
 
 
 def diagnostics(watched: WatchedActions, before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, float]:
@@ -46,7 +48,8 @@ def diagnostics(watched: WatchedActions, before: Sequence[Tensor], after: Sequen
     token of the own actions. effective_sample_share: of the own actions' importance ratios reference / behavior, how
     many as good as fresh samples they are worth. versions_old: mean over these actions.
     """
-    num_experts = len(watched.experts)
+    num_experts, num_measured = len(watched.experts), len(watched.experts) + len(watched.policy_actions)
+    before, after = before[:num_measured], after[:num_measured]
     measured: dict[str, float] = {}
     if num_experts:
         was, now = (_sums(logprobs[:num_experts]).mean().item() for logprobs in (before, after))
@@ -75,9 +78,10 @@ def _staleness(own: Sequence[PolicyAction], ref_logprobs: Tensor) -> dict[str, f
     }
 
 
-def policy_action_sums(watched: WatchedActions, logprobs: Sequence[Tensor]) -> list[float]:
-    """The logprob of each own action as a whole."""
-    return _sums(logprobs[len(watched.experts) :]).tolist() if watched.policy_actions else []
+def logged_action_sums(watched: WatchedActions, logprobs: Sequence[Tensor]) -> list[float]:
+    """The logprob of each logged action as a whole."""
+    num_measured = len(watched.experts) + len(watched.policy_actions)
+    return _sums(logprobs[num_measured:]).tolist() if watched.logged else []
 
 
 def _sums(logprobs: Sequence[Tensor]) -> Tensor:

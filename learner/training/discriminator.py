@@ -14,20 +14,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from learner.data.held_out import is_held_out
-from learner.data.rewards import discriminator_rewards, policy_actions_of
+from learner.data.rewards import discriminator_rewards, logged_actions_of
 from learner.data.training_data import TrainingData
-from learner.objectives.build import LabelledState, NothingToLearn, labelled_states, without_stale_actions
 from learner.objectives.losses import expert_logits, length_controlled, pairwise_discriminator_loss
 from learner.objectives.objectives import Loss, Pair, action_sequence
+from learner.objectives.states import LabelledState, NothingToLearn, labelled_states, without_stale_actions
 from learner.options import ObjectiveOptions, TrainingOptions
-from learner.packing.prefix_tree import ScoredSequence
+from learner.packing.prefix_tree import ScoredSequence, Span
 from learner.packing.scoring import SequenceLogprobs
 from learner.training.trainer import Trainer
+from policies.adapters.reward import RewardCard, write_reward_card
+from policies.types import TokenIds
 from runtime.store.learning_log import StepReward
 
 
@@ -53,6 +56,7 @@ class Discrimination:
     """Those of one state weigh 1 together."""
     anchor_weight: float
     name: str = "discriminator"
+    needs_reference: ClassVar[bool] = True
 
     def loss(self, scored: SequenceLogprobs, reference: Sequence[Tensor]) -> Loss:
         place = {sequence: at for at, sequence in enumerate(scored.sequences)}
@@ -78,6 +82,8 @@ class Discriminator:
     def __init__(self, trainer: Trainer, training_pairs: Discrimination, held_out: Discrimination | None) -> None:
         """`trainer` holds q, trained on `training_pairs`. None: no pair was held out."""
         self._trainer = trainer
+        self._known: dict[tuple[TokenIds, tuple[Span, ...]], float] = {}
+        """Logits without bias: the pairs it was trained on, those held out and the actions to reward overlap."""
         self.num_pairs = len(training_pairs.pairs)
         self._bias = _balancing_bias(*map(torch.tensor, zip(*self._pair_logits(training_pairs), strict=True)))
         told = [expert > own for expert, own in self._pair_logits(held_out)] if held_out else []
@@ -94,10 +100,15 @@ class Discriminator:
         return length_controlled(self._logits(sequences, self._bias), num_tokens).tolist()
 
     def rewards_of(self, cycle: str, training_data: TrainingData) -> list[StepReward]:
-        """The reward of every action of the policy in the training data."""
-        found = policy_actions_of(training_data)
-        sequences = [action_sequence(state.prompt, action.token_ids, (state.id,)) for state, action in found]
-        return discriminator_rewards(cycle, [action for _, action in found], self.rewards(sequences))
+        """The reward of every logged step of the training data."""
+        found = logged_actions_of(training_data)
+        sequences = [action_sequence(each.state.prompt, each.token_ids, (each.state.id,)) for each in found]
+        return discriminator_rewards(cycle, found, self.rewards(sequences))
+
+    def save(self, folder: Path, probe_prompts: Sequence[TokenIds], card: str) -> None:
+        """Write it as a reward model (`policies/adapters/reward.py`). Raises as `Trainer.save`."""
+        self._trainer.save(folder, probe_prompts, card)
+        write_reward_card(folder, RewardCard(self._bias, self.accuracy, self.num_pairs))
 
     def measures(self) -> dict[str, float]:
         """For the cycle's report."""
@@ -105,11 +116,16 @@ class Discriminator:
         return {"num_pairs": float(self.num_pairs), **accuracy}
 
     def _logits(self, sequences: Sequence[ScoredSequence], bias: float) -> Tensor:
-        q, base = (
-            torch.stack([tokens.sum() for tokens in self._trainer.logprobs(sequences, is_base)])
-            for is_base in (False, True)
-        )
-        return expert_logits(q, base, bias)
+        places = {(sequence.token_ids, sequence.spans): sequence for sequence in sequences}
+        unknown = [sequence for place, sequence in places.items() if place not in self._known]
+        if unknown:
+            q, base = (
+                torch.stack([tokens.sum() for tokens in self._trainer.logprobs(unknown, is_base)])
+                for is_base in (False, True)
+            )
+            logits = expert_logits(q, base, 0.0).tolist()
+            self._known |= {(each.token_ids, each.spans): logit for each, logit in zip(unknown, logits, strict=True)}
+        return torch.tensor([self._known[sequence.token_ids, sequence.spans] for sequence in sequences]) + bias
 
     def _pair_logits(self, pairs: Discrimination) -> list[tuple[float, float]]:
         logits = self._logits(pairs.sequences, 0.0).tolist()

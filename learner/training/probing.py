@@ -6,9 +6,12 @@ policies/adapters/probe.py says what the proof is good for, runtime/adapters/ver
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import DynamicCache
 
 from learner.packing.scoring import reference
 from policies.adapters.probe import HALF_TOLERANCE, MAX_LIKELIEST, LikelyToken, Probe, ProbePrompt, tolerance_in
@@ -18,28 +21,57 @@ NUM_PROMPTS = 4
 NUM_TOKENS = 8
 
 
-def make_probe(network: Any, base_fingerprint: str, prompts: Sequence[TokenIds]) -> Probe:
-    """The probe of a PeftModel as it is now, on those of the prompts where it is furthest from its base."""
-    candidates = [_probe_prompt(network, prompt) for prompt in prompts]
+def make_probe(
+    network: Any, base_fingerprint: str, prompts: Sequence[TokenIds], neutral: TokenIds | None = None
+) -> Probe:
+    """The probe of a PeftModel as it is now, on those of the prompts where it is furthest from its base, and on the
+    neutral one."""
+    adapter, base = _Reading(network), _Reading(network)
+    candidates = [_probe_prompt(prompt, adapter, base) for prompt in sorted(prompts)]  # neighbours begin alike
     # As the least precise of engines would see it: the trainer does not know where the adapter will be served.
     furthest = sorted(candidates, key=lambda prompt: prompt.distance_from_base(HALF_TOLERANCE), reverse=True)
-    return Probe(base_fingerprint, tolerance_in(network.dtype), tuple(furthest[:NUM_PROMPTS]))
+    kept = furthest[:NUM_PROMPTS] + ([] if neutral is None else [_probe_prompt(neutral, adapter, base)])
+    return Probe(base_fingerprint, tolerance_in(network.dtype), tuple(kept))
+
+
+class _Reading:
+    """What a network says after token ids. What they begin with as the last ones did is not read again: prompts share
+    a system message with tools."""
+
+    def __init__(self, network: Any) -> None:
+        self.network = network
+        self._token_ids: list[int] = []
+        self._cache = DynamicCache()
+
+    def logprobs(self, token_ids: list[int], num_last: int = 1) -> Tensor:
+        """float32 [num_last, vocabulary]: of the token that follows each of the last ones."""
+        num_known = min(_common_prefix(self._token_ids, token_ids), len(token_ids) - num_last)
+        if num_known:
+            self._cache.crop(num_known)
+        else:
+            self._cache = DynamicCache()
+        ids = torch.tensor([token_ids[num_known:]], device=self.network.device)
+        logits = self.network(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=num_last).logits[0]
+        self._token_ids = list(token_ids)
+        return logits.float().log_softmax(-1).cpu()
 
 
 @torch.no_grad()
-def _probe_prompt(network: Any, prompt: TokenIds) -> ProbePrompt:
-    token_ids, continuation = list(prompt), []
+def _probe_prompt(prompt: TokenIds, adapter: _Reading, base: _Reading) -> ProbePrompt:
+    """The adapter goes on greedily, token by token; the base reads what it said at once."""
+    token_ids, said = list(prompt), list[Tensor]()
     for _ in range(NUM_TOKENS):
-        adapter = _next_logprobs(network, token_ids)
-        with reference(network):
-            base = _next_logprobs(network, token_ids)
-        likeliest = adapter.topk(min(MAX_LIKELIEST, len(adapter))).indices.tolist()
-        continuation.append(tuple(LikelyToken(t, adapter[t].item(), base[t].item()) for t in likeliest))
-        token_ids.append(likeliest[0])
-    return ProbePrompt(prompt, tuple(continuation))
+        said.append(adapter.logprobs(token_ids)[0])
+        token_ids.append(int(said[-1].argmax()))
+    with reference(base.network):
+        base_said = base.logprobs(token_ids[:-1], NUM_TOKENS)
+    return ProbePrompt(prompt, tuple(map(_likeliest, said, base_said)))
 
 
-def _next_logprobs(network: Any, token_ids: Sequence[int]) -> torch.Tensor:
-    # Without a cache: a probe is a few dozen tokens, and a plain forward pass is beyond doubt.
-    logits = network(torch.tensor([token_ids], device=network.device), logits_to_keep=1).logits[0, -1]
-    return logits.float().log_softmax(-1).cpu()
+def _likeliest(adapter: Tensor, base: Tensor) -> tuple[LikelyToken, ...]:
+    tokens = adapter.topk(min(MAX_LIKELIEST, len(adapter))).indices.tolist()
+    return tuple(LikelyToken(token, adapter[token].item(), base[token].item()) for token in tokens)
+
+
+def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))

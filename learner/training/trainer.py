@@ -30,11 +30,14 @@ from learner.options import TrainingOptions
 from learner.packing.prefix_tree import Pack, ScoredSequence, num_packed_tokens, pack_sequences
 from learner.packing.scoring import SequenceLogprobs, reference, score, to_batch
 from learner.packing.tree_attention import TREE_ATTENTION
+from learner.training.activation_memory import fits, layers_computed_again
 from learner.training.adapter_writer import whole_folder
 from learner.training.model_card import Origin, model_card
+from learner.training.precision import MIN_WEIGHTS, num_weights, training_dtype
 from learner.training.probing import make_probe
+from learner.training.spare_cores import SpareCores
 from policies.adapters.base_network import read_base_network
-from policies.adapters.probe import write_probe
+from policies.adapters.probe import Probe, write_probe
 from policies.types import TokenIds
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -82,8 +85,8 @@ class Trainer:
     ) -> None:
         """`adapter` is the acting adapter's folder; None begins with a fresh LoRA that changes nothing yet.
 
-        `device` is a torch device, or `auto`: a GPU if there is one. `dtype` is the base network's; None is bfloat16
-        on a GPU and float32 on a CPU. The adapter is trained and saved in float32 on either.
+        `device` is a torch device, or `auto`: a GPU if there is one. `dtype` is the base network's; None is as
+        `options.precision` says. The adapter is trained and saved in float32 in any case.
         """
         self.options = options
         self._base, self._parent = base, adapter
@@ -91,9 +94,11 @@ class Trainer:
         self._base_fingerprint = read_base_network(base).fingerprint
         self._device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self._token_budget = options.token_budget
+        may_take_cores = options.spare_cores and self._device == "cpu" and num_weights(base) >= MIN_WEIGHTS
+        self._cores = SpareCores.of_this_machine() if may_take_cores else None
         self._origin: Origin | None = None
         torch.manual_seed(options.seed)
-        dtype = dtype or (torch.bfloat16 if self._device.startswith("cuda") else torch.float32)
+        dtype = dtype or training_dtype(base, options.precision, self._device)
         network: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation=TREE_ATTENTION)
         network.to(self._device)
         # PEFT makes adapter weights float32 over a half-precision base and casts at their door: no autocast is needed.
@@ -128,7 +133,13 @@ class Trainer:
         return found
 
     def _score(self, pack: Pack) -> SequenceLogprobs:
-        return score(self.network, to_batch(pack, self._device))
+        if self._cores:
+            self._cores.take()
+        batch = to_batch(pack, self._device)
+        if not torch.is_grad_enabled() or fits(self.network.config, pack.num_tokens, self.network.device):
+            return score(self.network, batch)
+        with layers_computed_again(self.network):
+            return score(self.network, batch)
 
     def _packs_of_sequences(self, sequences: Sequence[ScoredSequence]) -> list[Pack]:
         """Packs within the budget, without regard to owners."""
@@ -146,7 +157,7 @@ class Trainer:
     ) -> TrainingReport:
         """Train the adapter. Raises TrainingFailed; the adapter is then not to be used."""
         options, sequences = self.options, objective.sequences
-        ref = self.logprobs(sequences)
+        ref = self.logprobs(sequences) if objective.needs_reference else []
         batches = self._batches(sequences)
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         lr = lr_for(self.network.config.get_text_config().hidden_size) if options.lr is None else options.lr
@@ -259,8 +270,12 @@ class Trainer:
 
     # ----------------------------------------------------------------------------------------------- saving
 
-    def save(self, folder: Path, probe_prompts: Sequence[TokenIds], card: str) -> None:
+    def save(
+        self, folder: Path, probe_prompts: Sequence[TokenIds], card: str, neutral_prompt: TokenIds | None = None
+    ) -> None:
         """Write the adapter as a PEFT folder, with its probe and a model card that begins with `card`.
+
+        The probe keeps those of its prompts at which the adapter is furthest from its base, and the neutral one.
 
         The folder is there whole or not at all. Raises TrainingFailed where its weights are not finite or it cannot be
         written, FileExistsError where the folder holds something already.
@@ -268,16 +283,37 @@ class Trainer:
         for name, parameter in self.network.named_parameters():
             if parameter.requires_grad:
                 _require_finite(parameter, f"the adapter's {name}", "at the end of training")
-        probe = make_probe(self.network, self._base_fingerprint, probe_prompts)
+        probe = (
+            None
+            if self._is_half_on_cpu
+            else make_probe(self.network, self._base_fingerprint, probe_prompts, neutral_prompt)
+        )
         try:
             with whole_folder(folder) as incoming:
                 self.network.save_pretrained(incoming, save_embedding_layers=False)
-                write_probe(incoming, probe)
+                write_probe(incoming, probe or self._probe_in_32_bits(incoming, probe_prompts, neutral_prompt))
                 (incoming / "README.md").write_text(model_card(card, self._origin), encoding="utf-8")
         except FileExistsError:
             raise
         except (OSError, SafetensorError) as error:
             raise TrainingFailed(f"the adapter could not be written to {folder}: {error}; make room there") from error
+
+    @property
+    def _is_half_on_cpu(self) -> bool:
+        return self._device == "cpu" and self.network.dtype != torch.float32
+
+    def _probe_in_32_bits(self, adapter: Path, prompts: Sequence[TokenIds], neutral: TokenIds | None) -> Probe:
+        """What a CPU's engine will compute with what was saved, since it keeps 32 bits where the training took 16.
+
+        The network is what was saved from then on: there may be no memory for both.
+        """
+        self.network = None
+        gc.collect()
+        network = AutoModelForCausalLM.from_pretrained(
+            self._base, dtype=torch.float32, attn_implementation=TREE_ATTENTION
+        )
+        self.network = PeftModel.from_pretrained(network, str(adapter)).eval()
+        return make_probe(self.network, self._base_fingerprint, prompts, neutral)
 
     def _origin_of(self, objective: Objective, num_gradient_steps: int, diagnostics: dict[str, float]) -> Origin:
         return Origin(

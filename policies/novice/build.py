@@ -44,16 +44,21 @@ IGNORED = -100
 # ----------------------------------------------------------------------------------------------- network
 
 
-def build_network(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """An untrained network of 0.7M parameters. `head_dim` is 32, the least that vLLM takes."""
+def build_network(
+    tokenizer: PreTrainedTokenizerFast,
+    num_layers: int = 3,
+    num_key_value_heads: int = 4,
+    context_tokens: int = CONTEXT_TOKENS,
+) -> Qwen2ForCausalLM:
+    """An untrained network, of 0.7M parameters for the novice. `head_dim` is 32, the least that vLLM takes."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=3,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=CONTEXT_TOKENS,
+        num_key_value_heads=num_key_value_heads,
+        max_position_embeddings=context_tokens,
         # The usual 0.02 is made for wide networks: at this width nothing is learned in the time.
         initializer_range=0.08,
         tie_word_embeddings=True,

@@ -83,25 +83,31 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     network.add_special_tokens([AddedToken(token, normalized=False) for token in (PADDING, TURN, END_OF_TURN)])
     # Not "special": decoding must keep them even where special tokens are skipped.
     network.add_tokens([AddedToken(word, normalized=False, special=False) for word in _vocabulary()])
+    return with_templates(network, CHAT_TEMPLATE, CONTEXT_TOKENS)
+
+
+def with_templates(network: Tokenizer, chat_template: str, context_tokens: int) -> PreTrainedTokenizerFast:
+    """A tokenizer as transformers loads it, with the templates that write and read its chats."""
     return PreTrainedTokenizerFast(
         tokenizer_object=network,
         eos_token=END_OF_TURN,
         pad_token=PADDING,
-        model_max_length=CONTEXT_TOKENS,
+        model_max_length=context_tokens,
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
         response_template=RESPONSE_TEMPLATE,
     )
 
 
 def _vocabulary() -> list[str]:
     """Every token longer than one character, in a fixed order."""
-    tokens = [*_turn_chunks(), *_call_chunks(), *_text_chunks(), *_words()]
+    tokens = [*turn_chunks(), *_call_chunks(), *_text_chunks(), *_words()]
     return [token for token in dict.fromkeys(tokens) if len(token) > 1]
 
 
-def _turn_chunks() -> Iterable[str]:
+def turn_chunks() -> Iterable[str]:
+    """What the chat template writes between two turns."""
     # The newline belongs to the turn that follows it: the token before it is the end of turn, where a completion stops.
     yield from (f"{TURN}system\n", f"{TURN}user\n", f"{TURN}assistant\n")
     yield from (f"\n{TURN}user\n", f"\n{TURN}assistant\n", f"\n{TURN}tool\n{RESULT}", RESULT_END)

@@ -81,6 +81,7 @@ class Watch:
         self._registry = registry
         self._swap = swap
         self._options = options
+        self._turns: dict[str, tuple[float, int]] = {}
 
     async def keep_watching(self) -> None:
         """For ever: the server's background task."""
@@ -137,10 +138,17 @@ class Watch:
         """In words, how it is worse than the other one by more than the noise; None where it is not."""
         return next((evidence.in_words() for evidence in self.evidence(agent) if evidence.is_worse), None)
 
+    def _number_at(self, adapter: str, since: float) -> int:
+        """Of the newest episode when this turn of the adapter was seen first: its episodes count from there on, also
+        where a clock that is set back makes them look older."""
+        if adapter not in self._turns or self._turns[adapter][0] != since:
+            self._turns[adapter] = (since, self._log.num_episodes())
+        return self._turns[adapter][1]
+
     def _compare(self, agent: str, adapter: str, against: str, since: float) -> list[Evidence]:
         """All of one agent: the base network serves others, too."""
         most = self._options.most_values
-        said = self._log.live_outcomes(adapter, most, since, agent)
+        said = self._log.live_outcomes(adapter, most, since, self._number_at(adapter, since), agent)
         others = [outcome.value for outcome in self._log.live_outcomes(against, most, agent=agent)]
         agrees, others_agree = (self._cycles.agreement(name, agent)[:most] for name in (adapter, against))
         values, by_key = [outcome.value for outcome in said], Counter(outcome.key for outcome in said)

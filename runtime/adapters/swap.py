@@ -19,8 +19,8 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import ParamSpec, TypeVar
 
 from policies.adapters.base_network import BaseNetwork
@@ -116,6 +116,10 @@ class Swap:
         """The episode is over; its adapter need not wait for the idle time-out."""
         self._leases.finish(episode_id)
 
+    def is_in_progress(self, episode_id: str) -> bool:
+        """Whether an episode holds an adapter now."""
+        return self._leases.adapter_of(episode_id) is not None
+
     def num_leases(self, name: str) -> int:
         """Episodes that hold this adapter now."""
         return self._leases.num_on(name)
@@ -125,6 +129,11 @@ class Swap:
         return self._canaries[agent][0] if agent in self._canaries else None
 
     # -------------------------------------------------------------------------------------------- changes
+
+    @property
+    def changes(self) -> asyncio.Lock:
+        """Whoever else loads into the engine holds it meanwhile: two who look for a free slot would take the same."""
+        return self._changes
 
     async def bring_up(self, name: str) -> Adapter:
         """Validate, load and verify an adapter, so that it can be pinned and promoted.
@@ -183,16 +192,23 @@ class Swap:
             await self._unload(adapter, reason)
 
     async def rollback(
-        self, reason: str, expected_acting: str | None = None, key: str = "", agent: str = ""
+        self,
+        reason: str,
+        expected_acting: str | None = None,
+        key: str = "",
+        past: Collection[str] = (),
+        agent: str = "",
     ) -> Adapter | None:
         """Let act again what acted for an agent before; None is the base network. A flip, where that is still loaded.
+
+        Adapters named in `past` are passed over.
 
         Goes further down where that cannot be served any more. Raises SwapError where nothing is behind, or where
         another adapter than the one that is to be taken back acts by now (None: whichever acts).
         """
         async with self._changes:
             self.require_acting(expected_acting, agent)
-            return await self._roll_back(agent, reason, key)
+            return await self._roll_back(agent, reason, key, past)
 
     async def restore(self) -> None:
         """Serve each agent's acting adapter on an engine that has just started, with nothing loaded.
@@ -310,7 +326,7 @@ class Swap:
 
     async def _sweep(self) -> None:
         self._leases.expire()
-        for adapter in self._engine.loaded_adapters():
+        for adapter in self._acting_kind():
             is_wanted = self._registry.state(adapter.name) in WANTED
             if not is_wanted and self._leases.num_on(adapter.name) == 0:
                 await self._unload_if_possible(adapter, "no episode needs it")
@@ -340,9 +356,11 @@ class Swap:
         else:
             await self._roll_back(agent, f"{acting.name} cannot be served any more")
 
-    async def _roll_back(self, agent: str, reason: str, key: str = "") -> Adapter | None:
+    async def _roll_back(self, agent: str, reason: str, key: str = "", past: Collection[str] = ()) -> Adapter | None:
         acting, *behind = self._registry.rollback_chain(agent)
         for num_back, target in enumerate(behind, start=1):
+            if target is not None and target.name in past:
+                continue
             if target is None or (target != acting and await self._comes_up(target)):
                 _log.warning("rolled back to %s: %s", "the base network" if target is None else target.name, reason)
                 return await self.write(self._registry.rollback, reason, num_back, key, agent)
@@ -363,10 +381,13 @@ class Swap:
         if len(self._engine.loaded_adapters()) >= limit:
             await self._sweep()
         if len(self._engine.loaded_adapters()) >= limit:
+            await self._displace_reward()
+        if len(self._engine.loaded_adapters()) >= limit:
             await self._displace()
-        loaded = [adapter.name for adapter in self._engine.loaded_adapters()]
-        if len(loaded) >= limit:
-            holders = (f"{name} ({self._registry.state(name)}, {self.num_leases(name)} episodes)" for name in loaded)
+        if len(self._engine.loaded_adapters()) >= limit:
+            loaded = [adapter.name for adapter in self._acting_kind()]
+            holders = [f"{name} ({self._registry.state(name)}, {self.num_leases(name)} episodes)" for name in loaded]
+            holders += [each.name for each in self._engine.loaded_adapters() if each.is_reward]
             raise NoSlot(f"all {limit} slots of the engine are taken: {', '.join(holders)}")
 
     async def _displace(self) -> None:
@@ -375,13 +396,23 @@ class Swap:
 
         Where none drains, the verified one that was idle longest: else what nobody promotes or refuses would."""
         idle_since: dict[Adapter, tuple[bool, float]] = {}
-        for adapter in self._engine.loaded_adapters():
+        for adapter in self._acting_kind():
             since, state = self._leases.idle_since(adapter.name), self._registry.state(adapter.name)
             if since is not None and (state not in WANTED or state is AdapterState.VERIFIED):
                 idle_since[adapter] = state is AdapterState.VERIFIED, since
         if idle_since:
             longest = min(idle_since, key=idle_since.__getitem__)
             await self._unload_if_possible(longest, "its slot was needed and its episodes were idle")
+
+    async def _displace_reward(self) -> None:
+        """Unload a reward model: it only helps to choose, and comes again when there is a slot."""
+        for reward in [each for each in self._engine.loaded_adapters() if each.is_reward]:
+            with suppress(EngineError):  # something is being scored by it just now
+                await self._engine.unload_adapter(reward)
+
+    def _acting_kind(self) -> list[Adapter]:
+        """What lies in the engine to act, or to be tried: no reward models."""
+        return [adapter for adapter in self._engine.loaded_adapters() if not adapter.is_reward]
 
     def require_acting(self, name: str | None, agent: str = "") -> None:
         """Raises SwapError where another adapter acts for an agent; None: whichever does."""
@@ -402,6 +433,8 @@ class Swap:
         assert not self._engine.loaded_adapters(), "the engine has not just started"
         self._served.clear()
         self._canaries.clear()
-        for adapter in self._registry.adapters():
-            if self._registry.state(adapter.name) in IN_ENGINE:
-                await self.write(self._registry.record, adapter, AdapterState.UNLOADED, "its engine has ended")
+        in_engine = self._registry.damage.sound(
+            self._registry.adapters(), lambda adapter: (adapter, self._registry.state(adapter.name) in IN_ENGINE)
+        )
+        for adapter in [adapter for adapter, was_in_engine in in_engine if was_in_engine]:
+            await self.write(self._registry.record, adapter, AdapterState.UNLOADED, "its engine has ended")

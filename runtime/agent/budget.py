@@ -16,7 +16,7 @@ class RunLimits:
 
     max_steps: int = 16
     max_completion_tokens: int = 8192
-    """Of all steps of the run together."""
+    """Of all steps of the run together, with all that was drawn for them."""
     deadline_s: float = 300.0
     tool_timeout_s: float = 30.0
     max_malformed: int = 2
@@ -31,15 +31,22 @@ class RunBudget:
         self.deadline = time.monotonic() + limits.deadline_s
         """A time.monotonic() value."""
         self._limits = limits
-        self._max_tokens = min(limits.max_completion_tokens, max_tokens or limits.max_completion_tokens)
+        self._max_tokens = max_tokens or limits.max_completion_tokens
         self._num_steps = 0
         self._num_completion_tokens = 0
+        self._num_drawn_tokens = 0
         self._num_malformed = 0
         """In a row, the newest steps."""
 
     @property
     def completion_tokens_left(self) -> int:
-        return self._max_tokens - self._num_completion_tokens
+        """Of what the client wants, and of what the server draws for it."""
+        return self.most_tokens(1)
+
+    def most_tokens(self, num_draws: int) -> int:
+        """That each of so many draws for the next step may have."""
+        drawn_left = self._limits.max_completion_tokens - self._num_drawn_tokens
+        return min(self._max_tokens - self._num_completion_tokens, max(drawn_left // num_draws, min(drawn_left, 1)))
 
     @property
     def tool_timeout_s(self) -> float:
@@ -55,6 +62,7 @@ class RunBudget:
         """Take a step off."""
         self._num_steps += 1
         self._num_completion_tokens += len(sampled.tokens)
+        self._num_drawn_tokens += len(sampled.tokens) + sampled.num_beside_tokens
         self._num_malformed = self._num_malformed + 1 if isinstance(sampled.action, MalformedAction) else 0
 
     def stop_reason(self, sampled: SampledStep, room: int) -> StopReason | None:

@@ -21,6 +21,7 @@ import orjson
 
 from policies.chat.chat_protocol import action_message, text_of
 from policies.types import Action, MalformedAction, Message
+from runtime.store.damage import Damaged
 from runtime.store.episodes import PromptChange, Step, ToolResult, new_messages_along
 from runtime.store.step_log import Mark, MarkedStep, StepLog, Whose
 
@@ -58,7 +59,11 @@ def locate(log: StepLog, messages: Sequence[Message], whose: Whose, stops: Seque
     `stops` are the client's stop texts: it may have gone on where they cut an answer.
     """
     as_cut = [_without_stop(message, stops) for message in messages] if stops else messages
-    place = _place(log, as_cut, whose)
+    try:
+        place = _place(log, as_cut, whose)
+    except Damaged as damaged:  # what was logged of it can no longer be read: it begins anew
+        log.damage.note(damaged)
+        return Place((), (), tuple(messages))
     if place.path and as_cut != messages:
         return Place(place.path, (), tuple(messages), PromptChange.HISTORY)
     return place

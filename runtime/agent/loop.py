@@ -8,7 +8,7 @@ and an unfinished step is not logged: it was not answered.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
@@ -16,15 +16,17 @@ from langchain_core.tools import BaseTool
 
 from policies.chat.chat_protocol import CallDelta, ChatProtocol, TextDelta
 from policies.types import Action, FinalAnswer, FinishReason, MalformedAction, Message, ToolCalls
+from runtime.agent.best_of import sampler_of
 from runtime.agent.budget import RunBudget, RunLimits
 from runtime.agent.conversation import Digests
 from runtime.agent.rendering import SMALL_LETTERS, num_letters, rendered
 from runtime.agent.shown import Shown
-from runtime.agent.step import Delta, Progress, SampledStep, StepSampler
+from runtime.agent.step import Delta, Progress, SampledStep
 from runtime.agent.tool_calls import run_tool_calls
 from runtime.agent.turn import Policy, Turn
 from runtime.off_loop import off_loop
-from runtime.store.episodes import Episode, Fact, Outcome, Step, StopReason, ToolResult, new_id
+from runtime.privacy.redaction import Redactor
+from runtime.store.episodes import Episode, Fact, Outcome, Step, StepCandidate, StopReason, ToolResult, new_id
 from runtime.store.step_log import StepLog, StepLogError
 from tools.bounds import ToolBounds
 
@@ -36,6 +38,8 @@ class StepTaken:
     choice: int
     """Which of the answer's choices it belongs to."""
     step: Step
+    candidates: tuple[StepCandidate, ...] = ()
+    """What it was chosen among, itself included; empty where nothing else was drawn."""
 
 
 RunEvent = Progress | StepTaken
@@ -68,6 +72,8 @@ class Run:
     """What the client wants at most, of all steps together."""
     beside: tuple[Fact, ...] = ()
     """What is logged with the last step."""
+    beside_each: Callable[[Step, int], tuple[Fact, ...]] = lambda _, __: ()
+    """What is logged with each step."""
 
     def events(self, log: StepLog, limits: RunLimits) -> AsyncGenerator[RunEvent, None]:
         return _client_step(self, log) if self.server_tools is None else _episode(self, self.server_tools, log, limits)
@@ -77,7 +83,7 @@ async def _client_step(run: Run, log: StepLog) -> AsyncGenerator[RunEvent, None]
     """One step; the client runs the tools it asks for. The step is durable when it is yielded."""
     turn, shown = run.turn, Shown()
     prompt = await rendered(turn, run.policy)
-    sampler = StepSampler(run.policy, turn, prompt, shows_calls=bool(turn.tools) and turn.may_call)
+    sampler = sampler_of(run.policy, turn, prompt, shows_calls=bool(turn.tools) and turn.may_call)
     async with aclosing(sampler.progress(run.choice)) as stream:
         async for progress in stream:
             yield shown.add(progress)
@@ -86,8 +92,9 @@ async def _client_step(run: Run, log: StepLog) -> AsyncGenerator[RunEvent, None]
         yield shown.add(Progress(run.choice, (), (rest,)))
     digests = await _digests(turn, shown.message(sampled.action, turn.shows_call_ids))
     step = sampled.led_to(_client_stop(sampled), digests)
-    await _commit(log, turn.episode if run.is_new else None, step, *run.beside)
-    yield StepTaken(run.choice, step)
+    beside = (*sampled.candidates, *run.beside_each(step, sampled.num_beside_tokens), *run.beside)
+    await _commit(log, turn.episode if run.is_new else None, step, *beside)
+    yield StepTaken(run.choice, step, sampled.candidates)
 
 
 async def _episode(
@@ -98,23 +105,24 @@ async def _episode(
     turn, is_new, stop_reason = run.turn, run.is_new, None
     prompt = await rendered(turn, run.policy)
     while stop_reason is None:
-        sampler = StepSampler(run.policy, _within_budget(turn, budget), prompt, budget.deadline)
+        sampler = sampler_of(run.policy, _within_budget(turn, budget), prompt, budget.deadline)
         async with aclosing(sampler.progress(run.choice)) as stream:
             async for progress in stream:
                 yield transcript.add(progress)
         transcript.end_step()
         sampled = sampler.sampled
         budget.spend(sampled)
-        results = await _tool_results(sampled.action, server_tools, budget)
+        results = await _tool_results(sampled.action, server_tools, budget, turn.redactor)
         next_turn = turn.after(sampled.action, prompt + sampled.completion_token_ids, results)
         prompt = await rendered(next_turn, run.policy, is_first=False)
         stop_reason = budget.stop_reason(sampled, run.policy.room_after(prompt))
         digests = await _digests(run.turn, transcript.message) if stop_reason else Digests()
         step = sampled.led_to(stop_reason, digests, results)
-        beside = run.beside if stop_reason else ()
+        beside = (*sampled.candidates, *run.beside_each(step, sampled.num_beside_tokens))
+        beside += run.beside if stop_reason else ()
         await _commit(log, turn.episode if is_new else None, step, *await _outcome(step, server_tools), *beside)
         turn, is_new = next_turn, False
-        yield StepTaken(run.choice, step)
+        yield StepTaken(run.choice, step, sampled.candidates)
 
 
 async def _commit(log: StepLog, new_episode: Episode | None, *facts: Fact) -> None:
@@ -129,9 +137,14 @@ async def _commit(log: StepLog, new_episode: Episode | None, *facts: Fact) -> No
 
 
 async def _digests(turn: Turn, answer: Message) -> Digests:
-    """Of the conversation as the client has it after this answer."""
-    messages = [*turn.client_messages, answer]
-    return await off_loop(num_letters(messages) > 10 * SMALL_LETTERS, Digests.of, messages)
+    """Of the conversation as the client sends it back after this answer."""
+    is_large = num_letters([*turn.client_messages, answer]) > 10 * SMALL_LETTERS
+    return await off_loop(is_large or (turn.redactor is not None and turn.redactor.is_slow), _digests_of, turn, answer)
+
+
+def _digests_of(turn: Turn, answer: Message) -> Digests:
+    sent_back = answer if turn.redactor is None else turn.redactor.message(answer)
+    return Digests.of([*turn.client_messages, sent_back])
 
 
 def _unshown(sampled: SampledStep, shown: Shown, protocol: ChatProtocol) -> Delta | None:
@@ -172,7 +185,7 @@ class _Transcript:
 
 
 def _within_budget(turn: Turn, budget: RunBudget) -> Turn:
-    max_tokens = min(turn.sampling.max_tokens, budget.completion_tokens_left)
+    max_tokens = min(turn.sampling.max_tokens, budget.most_tokens(turn.sampling.best_of))
     return replace(turn, sampling=replace(turn.sampling, max_tokens=max_tokens))
 
 
@@ -188,11 +201,18 @@ def _client_stop(sampled: SampledStep) -> StopReason:
             return StopReason.MALFORMED
 
 
-async def _tool_results(action: Action, server_tools: ServerTools, budget: RunBudget) -> tuple[ToolResult, ...]:
+async def _tool_results(
+    action: Action, server_tools: ServerTools, budget: RunBudget, redactor: Redactor | None
+) -> tuple[ToolResult, ...]:
     if not isinstance(action, ToolCalls):
         return ()
     tools, bounds = server_tools.tools, server_tools.bounds
-    return tuple(await run_tool_calls(action.calls, tools, budget.tool_timeout_s, bounds, budget.seconds_left))
+    results = await run_tool_calls(action.calls, tools, budget.tool_timeout_s, bounds, budget.seconds_left)
+    return tuple(results if redactor is None else await asyncio.to_thread(_redacted, redactor, results))
+
+
+def _redacted(redactor: Redactor, results: Sequence[ToolResult]) -> list[ToolResult]:
+    return [replace(result, content=redactor.text(result.content)[0]) for result in results]
 
 
 async def _outcome(step: Step, server_tools: ServerTools) -> list[Outcome]:

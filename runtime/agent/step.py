@@ -23,7 +23,7 @@ from runtime.agent.bursts import Bursts
 from runtime.agent.conversation import Digests
 from runtime.agent.stop_texts import StopTexts
 from runtime.agent.turn import Policy, Turn
-from runtime.store.episodes import Step, StopReason, ToolResult
+from runtime.store.episodes import Step, StepCandidate, StopReason, ToolResult
 
 BURST_S = 0.01
 """Tokens that come quicker than this are read and shown together: a hundred times a second is smooth to any reader."""
@@ -70,6 +70,13 @@ class SampledStep:
     created_at: float
     first_token_ms: float
     latency_ms: float
+    candidates: tuple[StepCandidate, ...] = ()
+    """What it was chosen among, itself included; empty where nothing else was drawn."""
+
+    @property
+    def num_beside_tokens(self) -> int:
+        """Of what was drawn for it and not chosen."""
+        return sum(len(each.completion_token_ids) for each in self.candidates if not each.is_chosen)
 
     @property
     def completion_token_ids(self) -> TokenIds:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from policies.chat.chat_protocol import ChatProtocol, action_message
-from policies.types import Action, Adapter, Engine, Message, SamplingParams, TokenIds, ToolSchema, adapter_name
+from policies.types import Action, Adapter, Engine, Message, SamplingParams, Scorer, TokenIds, ToolSchema, adapter_name
 from runtime.agent.conversation import messages_after
+from runtime.privacy.redaction import Redactor
 from runtime.store.episodes import Episode, PromptChange, ToolResult, new_id
 
 
@@ -18,6 +19,8 @@ class Policy:
     engine: Engine
     protocol: ChatProtocol
     adapter: Adapter | None
+    scorer: Scorer | None = None
+    """Who chooses where several actions are drawn at a step; None: one is drawn."""
 
     @property
     def adapter_name(self) -> str:
@@ -61,6 +64,8 @@ class Turn:
     """The client wants each token's logprob: what each of them makes visible must be known."""
     prompt_change: PromptChange | None = None
     """What the client changed of the conversation that it continues; then `new_messages` is all of it."""
+    redactor: Redactor | None = None
+    """What is redacted in an answer when the client's next request brings it back."""
     step_id: str = field(default_factory=lambda: new_id("step"))
     """The id that the step will have; clients are told before it is taken."""
 

@@ -23,6 +23,13 @@ def check_request(prompt_token_ids: Sequence[int], sampling: SamplingParams, lim
         raise EngineError("this engine has no tokenizer, which a grammar needs")
 
 
+def check_scored(prompt_token_ids: Sequence[int], completion_token_ids: Sequence[int], limits: EngineLimits) -> None:
+    """Raises EngineError for a completion that the engine cannot score after this prompt."""
+    if not completion_token_ids:
+        raise EngineError("there is no token to score")
+    check_request((*prompt_token_ids, *completion_token_ids), SamplingParams(max_tokens=1), limits)
+
+
 def check_loaded(adapter: Adapter | None, loaded: Mapping[str, Adapter]) -> None:
     """Raises EngineError for an adapter that is not loaded; None is the base network."""
     if adapter is not None and loaded.get(adapter.name) != adapter:

@@ -86,6 +86,12 @@ class SupervisedEngine:
             async for token in tokens:
                 yield token
 
+    async def score(
+        self, prompt_token_ids: Sequence[int], completion_token_ids: Sequence[int], adapter: Adapter | None
+    ) -> tuple[float, ...]:
+        """See `Engine.score`."""
+        return await self._usable().score(prompt_token_ids, completion_token_ids, adapter)
+
     async def load_adapter(self, adapter: Adapter) -> None:
         """See `Engine.load_adapter`."""
         await self._usable().load_adapter(adapter)

@@ -14,6 +14,7 @@ from runtime.adapters.approval import Approval, PromotionMode
 from runtime.http.agents import agent_named
 from runtime.http.errors import ApiError
 from runtime.http.keys import asking_key
+from runtime.http.pages import left_out
 from runtime.http.parts import Parts
 from runtime.http.schemas import (
     AdapterChange,
@@ -22,9 +23,11 @@ from runtime.http.schemas import (
     AdapterRegistration,
     AgentChange,
     CanaryRequest,
+    RewardRegistration,
 )
 from runtime.http.strict_json import StrictJsonRoute
 from runtime.store.adapter_registry import AdapterRegistry
+from runtime.store.damage import Damaged
 from runtime.store.keys import LEARNER
 
 _NO_REASON, _OWN_AGENT = AdapterChange(), AgentChange()
@@ -44,10 +47,13 @@ def adapter_routes(parts: Parts) -> APIRouter:
         """Every version that was ever registered (for an agent), oldest first, with its history."""
         wanted = None if agent is None else agent_named(parts, agent).name
 
-        def listed() -> list[dict[str, Any]]:
-            return [record(adapter) for adapter in registry.adapters() if wanted in (None, adapter.agent)]
+        def listed() -> dict[str, Any]:
+            damaged = list[Damaged]()
+            asked = [each for each in registry.adapters(damaged) if wanted in (None, each.agent)]
+            adapters = registry.damage.sound(asked, record, damaged)
+            return {"object": "list", "data": list(adapters)} | left_out(damaged)
 
-        return {"object": "list", "data": await asyncio.to_thread(listed)}
+        return await asyncio.to_thread(listed)
 
     @router.post("", status_code=201)
     async def register_adapter(body: AdapterRegistration, request: Request) -> dict[str, Any]:
@@ -77,6 +83,7 @@ def adapter_routes(parts: Parts) -> APIRouter:
         """
         key = asking_key(request).name
         if body.is_proposal or key == LEARNER:
+            await _require_unerased(parts, name)
             await approval.propose(name, body.reason, body.expected_acting, key)
         else:
             await approval.promote(name, body.reason, body.expected_acting, key)
@@ -87,11 +94,25 @@ def adapter_routes(parts: Parts) -> APIRouter:
         """Let it serve a share of its agent's new episodes; it is promoted or refused by how they go. 409 beside
         another."""
         key, asks_first = asking_key(request).name, (PromotionMode.ASK, PromotionMode.DRY_RUN)
+        if body.is_proposal or key == LEARNER:
+            await _require_unerased(parts, name)
         if (body.is_proposal or key == LEARNER) and approval.terms_of(name).mode in asks_first:
             await approval.propose(name, body.reason, body.expected_acting, key)
         else:
             await swap.start_canary(name, body.share, body.reason, body.expected_acting, key)
         return record(registry.adapter(name))
+
+    @router.post("/{name}/reward", status_code=201)
+    async def add_reward(name: str, body: RewardRegistration, request: Request) -> dict[str, Any]:
+        """Copy in a reward model beside an adapter: its newest from now on. It is judged when a step is first to be
+        chosen by it."""
+        try:
+            reward = await asyncio.to_thread(
+                registry.add_reward, name, Path(body.path), body.cycle, asking_key(request).name
+            )
+        except OSError as error:
+            raise _not_copied(error) from error
+        return {"object": "reward_model", "name": reward.name, "adapter": name, "digest": reward.digest}
 
     @router.post("/{name}/unload")
     async def unload_adapter(name: str, body: Annotated[AdapterChange, Body()] = _NO_REASON) -> dict[str, Any]:
@@ -112,10 +133,22 @@ async def _register(registry: AdapterRegistry, body: AdapterRegistration, key: s
     said = (body.parent, body.reason, body.cycle, key, agent)
     try:
         return await asyncio.to_thread(registry.register, Path(body.path), *said)
-    except OSError as error:  # no permission, too long a name, a full disk
-        raise ApiError(
-            409, f"the adapter could not be copied in: {error.strerror}", "adapter_refused", "path"
-        ) from error
+    except OSError as error:
+        raise _not_copied(error) from error
+
+
+def _not_copied(error: OSError) -> ApiError:
+    """No permission, too long a name, a full disk."""
+    return ApiError(409, f"the folder could not be copied in: {error.strerror}", "adapter_refused", "path")
+
+
+async def _require_unerased(parts: Parts, name: str) -> None:
+    """Raises ApiError where the learner would let act what has learned from an episode that was erased meanwhile."""
+    if parts.erasing is None:
+        return
+    if erased := await asyncio.to_thread(parts.erasing.lineage.erased_lessons_of, name):
+        message = f"{name} has learned from {len(erased)} episodes that were erased since, {erased[0]} among them"
+        raise ApiError(409, f"{message}: start another cycle", "learned_from_erased")
 
 
 def _waiting(parts: Parts, approval: Approval, name: str) -> dict[str, Any]:
@@ -129,17 +162,26 @@ def _waiting(parts: Parts, approval: Approval, name: str) -> dict[str, Any]:
 
 def _record(registry: AdapterRegistry, adapter: Adapter) -> dict[str, Any]:
     """An adapter as clients see it."""
-    events = registry.events(adapter.name)
+    state, events = registry.state(adapter.name), registry.events(adapter.name)
     return {
         "object": "adapter",
         "name": adapter.name,
         "agent": adapter.agent,
         "version": adapter.version,
-        "state": events[-1].state,
+        "state": state,
         "parent": adapter.parent,
         "digest": adapter.digest,
         "rank": adapter.rank,
         "cycle": registry.cycle_of(adapter.name),
-        "is_acting": registry.acting(adapter.agent) == adapter,
+        "is_acting": _is_acting(registry, adapter),
         "events": [asdict(event) for event in events],
     }
+
+
+def _is_acting(registry: AdapterRegistry, adapter: Adapter) -> bool:
+    """False where the pointer is damaged: then nothing acts."""
+    try:
+        return registry.acting(adapter.agent) == adapter
+    except Damaged as damaged:
+        registry.damage.note(damaged)
+        return False

@@ -12,16 +12,27 @@ from policies.chat.grammars import (
     no_call_grammar,
     tool_call_grammar,
 )
-from policies.types import BASE_ADAPTER, EngineError, EngineLimits, Message, SamplingParams, TokenIds, ToolSchema
+from policies.types import (
+    BASE_ADAPTER,
+    Adapter,
+    EngineError,
+    EngineLimits,
+    Message,
+    SamplingParams,
+    TokenIds,
+    ToolSchema,
+)
 from runtime.agent.conversation import Place, continued, locate
 from runtime.agent.loop import Run, ServerTools
 from runtime.agent.rendering import SMALL_LETTERS, num_letters
+from runtime.agent.scorers import scorer_of
 from runtime.agent.served_agent import ServedAgent
 from runtime.agent.turn import Policy, Turn
+from runtime.http.best_of import FIRST_DRAW, NOTHING_ASKED, Choosing, ChoosingAsked
 from runtime.http.fields import FieldRefused
 from runtime.http.parts import Parts
 from runtime.http.schemas import ChatCompletionRequest
-from runtime.off_loop import off_loop
+from runtime.off_loop import in_world_thread, off_loop
 from runtime.store.episodes import Actor, Episode, Step, new_id
 from runtime.store.keys import Key
 from runtime.store.step_log import Whose
@@ -32,6 +43,10 @@ FEW_MESSAGES = 20
 
 class UnknownModel(ValueError):
     """The request names a model that is not served here."""
+
+
+class ErasedEpisode(ValueError):
+    """The request names an episode that was erased."""
 
 
 class ForeignEpisode(ValueError):
@@ -50,6 +65,8 @@ class Caller:
     system: str | None = None
     """Whose system prompt the agent gets: `client` for what the client sends, even if that is none, and nothing of the
     agent's own; None: as usual."""
+    choosing: ChoosingAsked = NOTHING_ASKED
+    """How many actions are to be drawn at each step."""
 
 
 async def admit(
@@ -58,6 +75,7 @@ async def admit(
     caller: Caller,
     lease: AsyncExitStack,
     previous: Step | None = None,
+    choosing: Choosing = FIRST_DRAW,
 ) -> list[Run]:
     """The `n` runs of a request. Its episode's adapter is leased until `lease` is closed.
 
@@ -79,6 +97,8 @@ async def admit(
         raise ForeignEpisode(f"episode {asked_id!r} belongs to another key: choose another id")
     if named is not None and named.agent != agent.name:
         raise ForeignEpisode(f"episode {asked_id!r} belongs to another agent than {agent.model!r}: choose another id")
+    if named is None and asked_id is not None and parts.log.erased_among([asked_id]):
+        raise ErasedEpisode(f"episode {asked_id!r} was erased, for good: choose another id")
     whose = Whose(caller.key.name, request.user_name, asked_id, agent=agent.name)
     if previous is None or not _is_of(parts, previous, agent):
         place = await off_loop(is_large or asked_id is not None, locate, parts.log, messages, whose, request.stop_texts)
@@ -90,14 +110,21 @@ async def admit(
     leased = parts.swap.lease(episode_id, began_with=began_with, pinned=pinned, agent=agent.name)
     adapter = await lease.enter_async_context(leased)
     protocol = await off_loop(bool(request.template_options), parts.protocol.with_options, request.template_options)
-    policy, is_assigned = Policy(parts.engine, protocol, adapter), pinned is None
-    episode = logged or await off_loop(
-        is_large, _new_episode, agent, request, episode_id, policy, messages, caller.key, is_assigned
-    )
-    admitted = _Admitted(parts, agent, request, caller, policy, episode, logged is None, place, messages)
+    scorer = None if choosing.num_draws == 1 else await scorer_of(choosing.by, adapter, parts.reward_models)
+    policy, is_assigned = Policy(parts.engine, protocol, adapter, scorer), pinned is None
+    new = (agent, request, episode_id, policy, messages, caller.key, is_assigned)
+    if logged is not None:
+        episode = logged
+    elif request.metadata.task is not None:
+        episode = await in_world_thread(_new_episode, *new)
+    else:
+        episode = await off_loop(is_large, _new_episode, *new)
+    admitted = _Admitted(parts, agent, request, caller, policy, episode, logged is None, place, messages, choosing)
     opens_world = request.tools is None and episode.task is not None  # which may take its time to replay what was done
+    if opens_world:
+        return [await in_world_thread(admitted.run, choice) for choice in range(request.n)]
     is_large = is_large or len(place.path) > FEW_MESSAGES or request.asks_for_grammar or bool(request.tools)
-    return [await off_loop(is_large or opens_world, admitted.run, choice) for choice in range(request.n)]
+    return [await off_loop(is_large, admitted.run, choice) for choice in range(request.n)]
 
 
 def _conversation(
@@ -154,7 +181,7 @@ def chosen_agent(parts: Parts, model: str) -> tuple[ServedAgent, str | None]:
             return agent, None
         if model == (f"{agent.name}:{BASE_ADAPTER}" if agent.name else BASE_ADAPTER):
             return agent, BASE_ADAPTER
-    whose = next((adapter.agent for adapter in parts.engine.loaded_adapters() if adapter.name == model), None)
+    whose = next((adapter.agent for adapter in _pinnable(parts) if adapter.name == model), None)
     for agent in agents:
         if agent.name == whose:
             return agent, model
@@ -162,6 +189,11 @@ def chosen_agent(parts: Parts, model: str) -> tuple[ServedAgent, str | None]:
     raise UnknownModel(
         f"the model {model!r} is not served here; there are: {there_are}; GET /v1/models lists the adapters, too"
     )
+
+
+def _pinnable(parts: Parts) -> list[Adapter]:
+    """Loaded adapters that may act: a reward model only scores."""
+    return [adapter for adapter in parts.engine.loaded_adapters() if not adapter.is_reward]
 
 
 def _new_episode(
@@ -201,6 +233,7 @@ class _Admitted:
     is_new: bool
     place: Place
     messages: tuple[Message, ...]
+    choosing: Choosing
 
     def run(self, choice: int) -> Run:
         """One of its choices. World tools are opened for each: one choice's calls are not the other's."""
@@ -225,6 +258,7 @@ class _Admitted:
             stream=body.stream,
             tells_tokens=body.logprobs,
             prompt_change=place.change,
+            redactor=self.parts.redactor,
         )
         return Run(choice, self.policy, turn, self.is_new, server_tools, body.asked_max_tokens)
 
@@ -242,6 +276,7 @@ class _Admitted:
         limits = self.parts.engine.limits
         sampling = self.body.sampling(limits.max_context_tokens, _grammar(self.parts, self.body, offered))
         _require_possible(sampling, limits)
+        sampling = replace(sampling, best_of=self.choosing.num_draws)
         return sampling if self.body.seed is None else replace(sampling, seed=self.body.seed + choice)
 
 

@@ -21,5 +21,5 @@ def model_names(parts: Parts) -> list[str]:
     """What a request may name as its model: agents, the base network of each, and the loaded adapters."""
     own, *named = parts.agents
     bases = [BASE_ADAPTER, *(f"{agent.name}:{BASE_ADAPTER}" for agent in named)]
-    adapters = [adapter.name for adapter in parts.engine.loaded_adapters()]
+    adapters = [adapter.name for adapter in parts.engine.loaded_adapters() if not adapter.is_reward]
     return list(dict.fromkeys([own.model, *(agent.model for agent in named), *bases, *adapters]))

@@ -16,6 +16,7 @@ from runtime.http.chat import chat_routes
 from runtime.http.cycles import learner_routes
 from runtime.http.demonstrations import demonstration_routes
 from runtime.http.episodes import episode_routes
+from runtime.http.erasures import erasure_routes
 from runtime.http.errors import ERROR_RESPONSES, ApiError, install_error_handlers
 from runtime.http.export import export_routes
 from runtime.http.keys import KeyCheck, key_routes
@@ -41,6 +42,10 @@ def create_app(parts: Parts) -> FastAPI:
         beside = [asyncio.create_task(parts.swap.keep_draining())]
         if parts.approval is not None:
             beside.append(asyncio.create_task(parts.approval.keep_expiring()))
+        if parts.erasing is not None:
+            beside.append(asyncio.create_task(parts.erasing.keep_finishing()))
+        if parts.retention is not None:
+            beside.append(asyncio.create_task(parts.retention.keep_sweeping()))
         if parts.learning is not None:
             beside.append(asyncio.create_task(parts.learning.keep_watching()))
         yield
@@ -52,9 +57,10 @@ def create_app(parts: Parts) -> FastAPI:
     if parts.learning is not None:
         parts.metrics.show_cycles(parts.learning.log)
     app = FastAPI(title="StepAgent", version=__version__, lifespan=lifespan, responses=ERROR_RESPONSES)
+    app.state.redactor = parts.redactor
     install_error_handlers(app)
     of_agent = (chat_routes, response_routes, message_routes, episode_routes, demonstration_routes, export_routes)
-    for routes in (*of_agent, adapter_routes, learner_routes, watch_routes, key_routes, server_routes):
+    for routes in (*of_agent, erasure_routes, adapter_routes, learner_routes, watch_routes, key_routes, server_routes):
         app.include_router(routes(parts))
     app.add_middleware(_BodyLimit)
     app.add_middleware(_RequestCount, metrics=parts.metrics)

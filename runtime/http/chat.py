@@ -6,6 +6,7 @@ import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 from fastapi import APIRouter, Request
@@ -13,7 +14,9 @@ from fastapi.responses import Response
 from openai.types.chat import ChatCompletion
 
 from runtime.agent.loop import Run, RunEvent, StepTaken
+from runtime.agent.scorers import ChosenBy
 from runtime.http.admission import Caller, admit
+from runtime.http.best_of import BY_HEADER, NUM_HEADER, asked_in_headers
 from runtime.http.chat_answer import ChatAnswer, Choice, step_summary
 from runtime.http.errors import ApiError, as_api_error
 from runtime.http.keys import asking_key
@@ -48,6 +51,20 @@ CALLERS_HEADERS = [
         "required": False,
         "description": "Whose system prompt a request without one gets: the agent's, or none.",
         "schema": {"type": "string", "enum": list(SYSTEM_OF)},
+    },
+    {
+        "name": NUM_HEADER,
+        "in": "header",
+        "required": False,
+        "description": "So many actions are drawn at each step and one is chosen; the answer is told after the choice.",
+        "schema": {"type": "integer", "minimum": 1},
+    },
+    {
+        "name": BY_HEADER,
+        "in": "header",
+        "required": False,
+        "description": "What chooses; `auto`: the reward model beside the adapter, else the mean logprob.",
+        "schema": {"type": "string", "enum": list(ChosenBy)},
     },
 ]
 """Documented by hand and read by hand: FastAPI's own way of reading a header is a tenth of a small request."""
@@ -94,7 +111,8 @@ def caller_of(request: Request) -> Caller:
     if episode_id is not None and not re.fullmatch(EPISODE_ID, episode_id):
         raise ApiError(400, f"x-episode-id: {episode_id!r} does not match {EPISODE_ID}", None, "x-episode-id")
     tools = _one_of(request, "x-stepagent-tools", TOOLS_OF)
-    return Caller(asking_key(request), episode_id, tools, _one_of(request, "x-stepagent-system", SYSTEM_OF))
+    system = _one_of(request, "x-stepagent-system", SYSTEM_OF)
+    return Caller(asking_key(request), episode_id, tools, system, asked_in_headers(request.headers))
 
 
 def _one_of(request: Request, header: str, known: Sequence[str]) -> str | None:
@@ -116,9 +134,14 @@ async def open_runs(
 
     `beside` says what is logged together with a run's last step.
     """
+    choosing = parts.choosing.chosen(caller.choosing, body.metadata.purpose, body.temperature)
     async with AsyncExitStack() as lease:
-        await lease.enter_async_context(parts.load.place(caller.key, body.n))
-        runs = [replace(run, beside=beside(run)) for run in await admit(parts, body, caller, lease, previous)]
+        await lease.enter_async_context(parts.load.place(caller.key, body.n * choosing.num_draws))
+        used = partial(parts.load.usage_of, caller.key)
+        runs = [
+            replace(run, beside=beside(run), beside_each=used)
+            for run in await admit(parts, body, caller, lease, previous, choosing)
+        ]
         return runs, RunEvents(parts, runs, lease.pop_all(), caller.key)
 
 

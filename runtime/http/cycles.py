@@ -9,10 +9,12 @@ from fastapi import APIRouter, Body, Query
 
 from runtime.http.agents import agent_named
 from runtime.http.errors import ApiError
+from runtime.http.pages import left_out
 from runtime.http.parts import Parts
 from runtime.http.schemas import CycleRequest
 from runtime.http.strict_json import StrictJsonRoute
 from runtime.learning.learning import Learning
+from runtime.store.damage import Damaged
 
 _AS_STARTED = CycleRequest.model_validate({})
 
@@ -31,8 +33,10 @@ def learner_routes(parts: Parts) -> APIRouter:
     @router.get("")
     async def list_cycles(limit: Annotated[int, Query(ge=1, le=1000)] = 50, agent: str | None = None) -> dict[str, Any]:
         """Newest first, of all agents or of one."""
+        damaged = list[Damaged]()
         newest = learning_of(parts).cycles.newest
-        return {"object": "list", "data": await asyncio.to_thread(newest, limit, parts.agent_filter(agent))}
+        cycles = await asyncio.to_thread(newest, limit, damaged, parts.agent_filter(agent))
+        return {"object": "list", "data": cycles} | left_out(damaged)
 
     @router.get("/{cycle}")
     async def read_cycle(cycle: str) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from runtime.http.pages import episode_page, page
 from runtime.http.parts import Parts
 from runtime.http.schemas import DemonstrationsRequest, WithdrawalRequest
 from runtime.http.strict_json import StrictJsonRoute
+from runtime.off_loop import in_world_thread
+from runtime.store.damage import Damaged
 from runtime.store.episodes import Actor, Withdrawal, new_id
 from runtime.store.keys import Key
 from runtime.store.step_log import StepLogError
@@ -60,8 +62,9 @@ def demonstration_routes(parts: Parts) -> APIRouter:
 
         def found() -> dict[str, Any]:
             wanted = (None, Actor.EXPERT, adapter, task_prefix, owner, parts.agent_filter(agent))
-            with closing(parts.log.each_episode(after, limit + 1, *wanted)) as episodes:
-                return episode_page(episodes, limit)
+            damaged = list[Damaged]()
+            with closing(parts.log.each_episode(after, limit + 1, *wanted, damaged=damaged)) as episodes:
+                return episode_page(episodes, limit, damaged)
 
         return await page(found)
 
@@ -95,7 +98,10 @@ async def import_demonstration(parts: Parts, agent: ServedAgent, demonstration: 
     """Log one; False where it is known already. Raises ValueError where it is refused."""
     if parts.log.episode(demonstration.episode_id) is not None:
         return False
-    task = agent.toolbox.task_of(demonstration.task, demonstration.messages)
+    if demonstration.task is None:
+        task = agent.toolbox.task_of(None, demonstration.messages)
+    else:
+        task = await in_world_thread(agent.toolbox.task_of, demonstration.task, demonstration.messages)
     episode = replace(demonstrated_episode(demonstration), task=task, owner=key.name)
     # Templates of a long conversation take a while, and answers must go on meanwhile.
     max_context_tokens = parts.engine.limits.max_context_tokens

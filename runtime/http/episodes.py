@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query, Request, Response
 
-from policies.chat.chat_protocol import message_action
+from policies.chat.chat_protocol import action_message, message_action
 from policies.types import Message
 from runtime.agent.demonstrations import correction_in_tokens, promoted_episode
 from runtime.http.agents import agent_named
@@ -17,12 +18,15 @@ from runtime.http.chat_answer import step_summary
 from runtime.http.demonstrations import NO_REASON, import_demonstration, withdraw
 from runtime.http.errors import ApiError
 from runtime.http.keys import asking_key
-from runtime.http.pages import episode_page, page, shown_episode, that_fit
+from runtime.http.pages import episode_page, left_out, page, shown_episode, that_fit
 from runtime.http.parts import Parts
 from runtime.http.schemas import CorrectionRequest, OutcomeRequest, PromotionRequest, WithdrawalRequest
 from runtime.http.strict_json import StrictJsonRoute
+from runtime.store.damage import Damaged
 from runtime.store.episodes import Actor, Correction, Episode, Outcome, Purpose, Role, Step, new_id
 from runtime.store.keys import Key
+from runtime.store.learning_log import RewardSource, StepReward
+from runtime.store.step_log import StepLog
 
 _BY_A_USER = PromotionRequest()
 WORLD = "world"
@@ -44,13 +48,17 @@ def episode_routes(parts: Parts) -> APIRouter:
         task_prefix: str | None = None,
         agent: str | None = None,
     ) -> Response:
-        """Newest first, the key's own; an admin key lists all. `after` is the `last_id` of the page before."""
+        """Newest first, the key's own; an admin key lists all. `after` is the `last_id` of the page before.
+
+        Rows of the log that are damaged are left out and named under `damaged`, here and in the other lists.
+        """
         owner = asking_key(request).sees_only
 
         def found() -> dict[str, Any]:
             wanted = (purpose, actor, adapter, task_prefix, owner, parts.agent_filter(agent))
-            with closing(log.each_episode(after, limit + 1, *wanted)) as episodes:
-                return episode_page(episodes, limit)
+            damaged = list[Damaged]()
+            with closing(log.each_episode(after, limit + 1, *wanted, damaged=damaged)) as episodes:
+                return episode_page(episodes, limit, damaged)
 
         return await page(found)
 
@@ -64,12 +72,19 @@ def episode_routes(parts: Parts) -> APIRouter:
     ) -> Response:
         """One episode with its outcomes and its steps by time; `with_tokens` adds token ids and logprobs.
 
+        `rewards` of a step is what the newest cycles gave it, by source; empty where none has read it yet.
+
         Of a long one a page of steps: `after_step` is the `last_step_id` of the page before.
         """
         episode = _known(parts, asking_key(request), episode_id)
 
         def read() -> dict[str, Any]:
-            steps = (_step(step, with_tokens) for step in log.steps_after(episode.id, after_step, limit + 1))
+            damaged = list[Damaged]()
+            rewards = parts.learning.log.newest_rewards_of(episode.id) if parts.learning else {}
+            steps = (
+                _step(step, with_tokens) | _chosen_among(log, step) | {"rewards": _rewards(rewards.get(step.id, {}))}
+                for step in log.steps_after(episode.id, after_step, limit + 1, damaged)
+            )
             fitting, has_more = that_fit(steps, limit)
             return {
                 **shown_episode(episode),
@@ -77,6 +92,7 @@ def episode_routes(parts: Parts) -> APIRouter:
                 "has_more": has_more,
                 "last_step_id": fitting[-1]["id"] if fitting else None,
                 "outcomes": [asdict(outcome) for outcome in log.outcomes(episode.id)],
+                **left_out(damaged),
             }
 
         return await page(read)
@@ -155,9 +171,33 @@ def episode_routes(parts: Parts) -> APIRouter:
 def _known(parts: Parts, key: Key, episode_id: str) -> Episode:
     """The episode, if the key may see it: to others it does not exist."""
     episode = parts.log.episode(episode_id)
+    if parts.erasing is not None and (erased := parts.erasing.eraser.tombstone(episode_id)) and key.sees(erased.owner):
+        raise ApiError(410, f"episode {episode_id!r} was erased ({erased.erasure_id})", "episode_erased")
     if episode is None or not key.sees(episode.owner):
         raise ApiError(404, f"there is no episode {episode_id!r}; GET /v1/episodes lists them", "episode_not_found")
     return episode
+
+
+def _rewards(newest: Mapping[RewardSource, StepReward]) -> dict[str, Any]:
+    return {source.value: {"value": reward.value, "cycle": reward.cycle} for source, reward in newest.items()}
+
+
+def _chosen_among(log: StepLog, step: Step) -> dict[str, Any]:
+    """The draws that a step was chosen among, where it was."""
+    if step.sampling.best_of == 1:
+        return {}
+    return {
+        "candidates": [
+            {
+                "action": action_message(each.action),
+                "score": each.score,
+                "scorer": each.scorer,
+                "is_chosen": each.is_chosen,
+                "num_completion_tokens": len(each.completion_token_ids),
+            }
+            for each in log.candidates(step.id)
+        ]
+    }
 
 
 def _step(step: Step, with_tokens: bool) -> dict[str, Any]:

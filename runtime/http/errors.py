@@ -19,14 +19,16 @@ from policies.chat.chat_protocol import ChatProtocolError
 from policies.types import EngineError
 from runtime.adapters.swap import SwapError
 from runtime.agent.step import ContextFull
-from runtime.http.admission import ForeignEpisode, UnknownModel
+from runtime.http.admission import ErasedEpisode, ForeignEpisode, UnknownModel
 from runtime.http.fields import FieldRefused
 from runtime.http.load import Refused
 from runtime.http.shutdown import ServerStopping
 from runtime.http.sse import ClientGone
 from runtime.learning.process import LearnerBusy
+from runtime.privacy.redaction import RedactionFailed
 from runtime.store.adapter_registry import RegistryError, UnknownAdapter
-from runtime.store.step_log import StepLogError
+from runtime.store.damage import Damaged, StepLogError
+from tools.worlds.world import WorldFailed
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +114,8 @@ def as_api_error(error: Exception) -> ApiError:
             return _validation_error(error)
         case UnknownModel():
             return ApiError(404, str(error), "model_not_found", "model")
+        case ErasedEpisode():
+            return ApiError(410, str(error), "episode_erased", "metadata.episode_id")
         case ForeignEpisode():
             return ApiError(409, str(error), "episode_taken", "metadata.episode_id")
         case ContextFull():
@@ -120,6 +124,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), None, "messages")
         case EngineError():
             return ApiError(503, f"the engine could not answer: {error}", "engine_error")
+        case WorldFailed():
+            return ApiError(503, f"the world could not open the task: {error}", "world_error")
         case LearnerBusy():
             return ApiError(409, str(error), "learner_busy")
         case SwapError():
@@ -134,11 +140,15 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(499, str(error) or "the client has hung up", "client_gone")
         case Refused():
             return ApiError(429, str(error), error.code, headers={"Retry-After": str(error.retry_after_s)})
+        case RedactionFailed():
+            return ApiError(500, f"nothing was done with this text: {error}", "redaction_failed")
         case ServerStopping():
             return ApiError(503, str(error), "server_stopping", headers={"Retry-After": "5"})
         case sqlite3.Error():
             problem = f"the server's database, agent.db, could not be used: {error}"
             return ApiError(503, f"{problem}; is the disk full, or does another program hold a lock?", "database_error")
+        case Damaged():
+            return ApiError(503, f"what was asked for cannot be read: {error}", "damaged")
         case StepLogError():
             return ApiError(503, f"the answer could not be logged, so it was not given: {error}", "log_error")
         case HTTPException(status_code=404):
@@ -191,6 +201,8 @@ def install_error_handlers(app: FastAPI) -> None:
     of_adapters = (SwapError, AdapterRefused, RegistryError, LearnerBusy)
     failed = (
         EngineError,
+        RedactionFailed,
+        WorldFailed,
         StepLogError,
         sqlite3.Error,
         ClientGone,

@@ -6,6 +6,7 @@ that nobody decided on).
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,12 @@ NEEDS: Sequence[tuple[Role, str, str]] = (
     (Role.USE, "GET", "/v1/models/{model}"),
     (Role.USE, "GET", "/v1/episodes"),
     (Role.USE, "GET", "/v1/episodes/{episode_id}"),
+    (Role.USE, "DELETE", "/v1/episodes"),
+    (Role.USE, "DELETE", "/v1/episodes/{episode_id}"),
+    (Role.USE, "GET", "/v1/episodes/{episode_id}/lineage"),
+    (Role.ADMIN, "GET", "/v1/erasures"),
+    (Role.ADMIN, "GET", "/v1/erasures/{erasure_id}"),
+    (Role.ADMIN, "GET", "/v1/adapters/{name}/lineage"),
     (Role.FEEDBACK, "POST", "/v1/episodes/{episode_id}/outcome"),
     (Role.FEEDBACK, "DELETE", "/v1/episodes/{episode_id}/outcomes/{outcome_id}"),
     (Role.FEEDBACK, "POST", "/v1/episodes/{episode_id}/corrections"),
@@ -52,6 +59,7 @@ NEEDS: Sequence[tuple[Role, str, str]] = (
     (Role.ADMIN, "POST", "/v1/adapters/{name}/promote"),
     (Role.ADMIN, "POST", "/v1/adapters/{name}/canary"),
     (Role.ADMIN, "POST", "/v1/adapters/{name}/refuse"),
+    (Role.ADMIN, "POST", "/v1/adapters/{name}/reward"),
     (Role.ADMIN, "POST", "/v1/adapters/{name}/unload"),
     (Role.ADMIN, "GET", "/v1/learner/cycles"),
     (Role.ADMIN, "POST", "/v1/learner/cycles"),
@@ -152,21 +160,21 @@ def key_routes(parts: Parts) -> APIRouter:
     async def make_key(body: KeyRequest, request: Request) -> dict[str, Any]:
         """Make a key. Its secret is in this answer and nowhere else."""
         store, quota = _store(parts), Quota(body.requests_per_day, body.steps_per_day, body.tokens_per_day)
-        secret = _change(store.make, body.name, body.role, quota, asking_key(request).name)
+        secret = await _change(store.make, body.name, body.role, quota, asking_key(request).name)
         return _named(store, body.name) | {"secret": secret}
 
     @router.post("/{name}/rotate")
     async def rotate_key(name: str, request: Request) -> dict[str, Any]:
         """Give a key another secret; the old one is refused from now on."""
         store = _store(parts)
-        secret = _change(store.rotate, name, asking_key(request).name)
+        secret = await _change(store.rotate, name, asking_key(request).name)
         return _named(store, name) | {"secret": secret}
 
     @router.post("/{name}/revoke")
     async def revoke_key(name: str, request: Request) -> dict[str, Any]:
         """Refuse a key from now on, for ever."""
         store = _store(parts)
-        _change(store.revoke, name, asking_key(request).name)
+        await _change(store.revoke, name, asking_key(request).name)
         return _named(store, name)
 
     return router
@@ -193,9 +201,9 @@ def _store(parts: Parts) -> KeyStore:
     return parts.keys.store
 
 
-def _change(change: Any, *values: object) -> Any:
+async def _change(change: Any, *values: object) -> Any:
     try:
-        return change(*values)
+        return await asyncio.to_thread(change, *values)
     except KeyProblem as problem:
         raise ApiError(409, str(problem), "key_conflict", "name") from problem
 

@@ -5,7 +5,8 @@ once is better off than one that waits for minutes. A free place goes to the key
 queue is full, a newcomer takes the place of the last who waits with the key that has most of them: one busy client
 keeps nobody else out.
 
-Not covered: a restart forgets what was used up today.
+What a key with a quota has used up is logged together with the step that it was used for, and a start goes on from
+there. Not covered: requests that ended without a step, since the last step of that key, are forgotten by a kill.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -21,8 +22,8 @@ from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client import Counter as CounterMetric
 
 from runtime.http.shutdown import Cutting
-from runtime.store.episodes import Step
-from runtime.store.keys import Key
+from runtime.store.episodes import KeyUsage, Step
+from runtime.store.keys import Key, Quota
 
 DAY_S = 24 * 3600
 
@@ -44,6 +45,13 @@ class Usage:
     requests: int = 0
     steps: int = 0
     tokens: int = 0
+    unlogged_requests: int = 0
+    """Of `requests`, those that no logged step has carried to disk yet."""
+
+
+def today(clock: Callable[[], float] = time.time) -> int:
+    """Days since 1970, UTC."""
+    return int(clock() // DAY_S)
 
 
 class Load:
@@ -56,7 +64,9 @@ class Load:
         cutting: Cutting | None = None,
         metrics: CollectorRegistry | None = None,
         clock: Callable[[], float] = time.time,
+        used: Iterable[KeyUsage] = (),
     ) -> None:
+        """`used` is what was used up before this start."""
         self._free = places
         self._places = places
         self._most_waiting = most_waiting
@@ -67,7 +77,7 @@ class Load:
         self._served_at: dict[str, int] = {}
         """By key, the number of the turn that it was given last: who was served longer ago comes first."""
         self._num_turns = 0
-        self._usage: dict[str, Usage] = {}
+        self._usage = {each.key: Usage(each.day, each.requests, each.steps, each.tokens) for each in used}
         self._mean_s = 1.0
         """How long a request has held its place lately."""
         registry = metrics or CollectorRegistry()
@@ -99,7 +109,9 @@ class Load:
         self._running[key.name] += num_completions
         self._num_turns += 1
         self._served_at[key.name] = self._num_turns
-        self._today(key).requests += 1
+        usage = self._today(key)
+        usage.requests += 1
+        usage.unlogged_requests += 1
         self._used["requests"].labels(key.name).inc()
         began = time.monotonic()
         try:
@@ -110,9 +122,20 @@ class Load:
             self._free += num_completions
             self._hand_on()
 
-    def count(self, key: Key, step: Step) -> None:
+    def usage_of(self, key: Key, step: Step, num_beside: int = 0) -> tuple[KeyUsage, ...]:
+        """What is to be logged beside a step that is taken for this key; nothing for a key without a quota.
+
+        `num_beside`: tokens that were drawn for it and not chosen; here and below.
+        """
+        if key.quota == Quota():
+            return ()
+        usage = self._today(key)
+        num_requests, usage.unlogged_requests = usage.unlogged_requests, 0
+        return (KeyUsage(key.name, usage.day, num_requests, 1, _num_tokens(step) + num_beside),)
+
+    def count(self, key: Key, step: Step, num_beside: int = 0) -> None:
         """A step was taken for this key."""
-        num_tokens = len(step.prompt_token_ids) + len(step.completion_token_ids)
+        num_tokens = _num_tokens(step) + num_beside
         usage = self._today(key)
         usage.steps += 1
         usage.tokens += num_tokens
@@ -171,7 +194,7 @@ class Load:
     # -------------------------------------------------------------------------------------------- the quota
 
     def _today(self, key: Key) -> Usage:
-        day = int(self._clock() // DAY_S)
+        day = today(self._clock)
         usage = self._usage.get(key.name)
         if usage is None or usage.day != day:
             usage = self._usage[key.name] = Usage(day)
@@ -185,3 +208,7 @@ class Load:
                 self._refused.labels(key.name, "quota").inc()
                 message = f"the key {key.name!r} has used up its {bound} {what} of today (UTC): ask again tomorrow"
                 raise Refused(message, "quota_exceeded", DAY_S - self._clock() % DAY_S)
+
+
+def _num_tokens(step: Step) -> int:
+    return len(step.prompt_token_ids) + len(step.completion_token_ids)

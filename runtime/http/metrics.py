@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import sqlite3
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from policies.types import Engine, MalformedAction
+from runtime.store.damage import StepLogError
 from runtime.store.episodes import Step
 from runtime.store.learning_log import LearningReader
+from runtime.store.step_log import Storage
+
+_log = logging.getLogger(__name__)
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -51,10 +57,13 @@ class Metrics:
                 lambda field=field: float(getattr(engine.health(), field))
             )
 
-    def count_step(self, step: Step, agent: str = "") -> None:
+    def count_step(self, step: Step, agent: str = "", num_beside: int = 0) -> None:
+        """`num_beside`: tokens of draws that were not chosen; they are in no answer's usage."""
         self._steps.labels(agent, step.adapter, type(step.action).__name__).inc()
         self._tokens.labels(agent, "prompt").inc(len(step.prompt_token_ids))
         self._tokens.labels(agent, "completion").inc(len(step.completion_token_ids))
+        if num_beside:
+            self._tokens.labels(agent, "not_chosen").inc(num_beside)
         self._malformed.labels(agent).inc(isinstance(step.action, MalformedAction))
         self._latency.observe(step.latency_ms / 1000)
         self._first.observe(step.first_token_ms / 1000)
@@ -65,8 +74,34 @@ class Metrics:
         """Also tell of the learner, from now on."""
         self._registry.register(_LearnerCollector(cycles))
 
+    def show_storage(self, storage: Callable[[], Storage], num_damaged_rows: Callable[[], int]) -> None:
+        """Also tell of the disk, from now on."""
+        self._registry.register(_StorageCollector(storage, num_damaged_rows))
+
     def text(self) -> bytes:
+        """Reads from disk: not for the event loop."""
         return generate_latest(self._registry)
+
+
+class _StorageCollector(Collector):
+    """The disk below the log."""
+
+    def __init__(self, storage: Callable[[], Storage], num_damaged_rows: Callable[[], int]) -> None:
+        self._storage = storage
+        self._num_damaged_rows = num_damaged_rows
+
+    def collect(self) -> Iterator[Metric]:
+        now = self._storage()
+        yield _gauge("stepagent_log_writable", "1 while steps can be logged, and so answers be given.", now.is_writable)
+        yield _gauge("stepagent_state_free_bytes", "Room on the disk of the state folder.", now.free_bytes)
+        yield _gauge("stepagent_damaged_rows", "Rows that could not be read since the start.", self._num_damaged_rows())
+        failed = CounterMetricFamily("stepagent_log_failed_writes", "Writes of the log that failed since the start.")
+        failed.add_metric([], now.num_failed_writes)
+        yield failed
+
+
+def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, text, float(value))
 
 
 class _LearnerCollector(Collector):
@@ -76,6 +111,12 @@ class _LearnerCollector(Collector):
         self._cycles = cycles
 
     def collect(self) -> Iterator[Metric]:
+        try:
+            yield from self._collect()
+        except (StepLogError, sqlite3.Error) as error:  # a folder that was moved away: the other metrics tell so
+            _log.warning("nothing of the learner can be read: %s", error)
+
+    def _collect(self) -> Iterator[Metric]:
         endings = CounterMetricFamily(
             "stepagent_learner_cycles", "Cycles by how they ended.", labels=["agent", "ending"]
         )

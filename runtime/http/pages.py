@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import orjson
 from fastapi import Response
 
+from runtime.store.damage import Damaged
 from runtime.store.episodes import Episode
 
 PAGE_BYTES = 4 * 2**20
@@ -44,11 +45,16 @@ def that_fit(entries: Iterable[dict[str, Any]], limit: int) -> tuple[list[dict[s
     return fitting, False
 
 
-def episode_page(found: Iterable[Episode], limit: int) -> dict[str, Any]:
-    """One page of a list; `found` may go on beyond it."""
+def episode_page(found: Iterable[Episode], limit: int, damaged: Sequence[Damaged] = ()) -> dict[str, Any]:
+    """One page of a list; `found` may go on beyond it. `damaged` is what reading it has stepped over."""
     entries, has_more = that_fit(map(shown_episode, found), limit)
     last_id = entries[-1]["id"] if entries else None
-    return {"object": "list", "data": entries, "has_more": has_more, "last_id": last_id}
+    return {"object": "list", "data": entries, "has_more": has_more, "last_id": last_id} | left_out(damaged)
+
+
+def left_out(damaged: Sequence[Damaged]) -> dict[str, Any]:
+    """What a list says of the damaged rows that it leaves out; nothing where there are none."""
+    return {"damaged": [each.shown() for each in damaged]} if damaged else {}
 
 
 def shown_episode(episode: Episode) -> dict[str, Any]:

@@ -7,14 +7,19 @@ from dataclasses import dataclass, field
 from policies.chat.chat_protocol import ChatProtocol
 from policies.types import Engine
 from runtime.adapters.approval import Approval
+from runtime.adapters.reward_models import RewardModels
 from runtime.adapters.swap import Swap
 from runtime.agent.budget import RunLimits
 from runtime.agent.served_agent import ServedAgent
 from runtime.agent.tools import Toolbox
+from runtime.http.best_of import ChoosingLimits
 from runtime.http.load import Load
 from runtime.http.metrics import Metrics
 from runtime.http.shutdown import Cutting
 from runtime.learning.learning import Learning
+from runtime.privacy.erasing import Erasing
+from runtime.privacy.redaction import Redactor
+from runtime.privacy.retention import Retention
 from runtime.store.adapter_registry import AdapterRegistry
 from runtime.store.keys import KeyRing
 from runtime.store.state_folder import StateFolder
@@ -42,6 +47,9 @@ class Parts:
     """Of web pages that may use this server."""
     cutting: Cutting = field(default_factory=Cutting)
     load: Load = field(default_factory=Load)
+    choosing: ChoosingLimits = field(default_factory=ChoosingLimits)
+    reward_models: RewardModels | None = None
+    """None: no step is chosen by one, as in benchmarks."""
     state: StateFolder | None = None
     """None: nobody else works on it, as in tests."""
     shelf: ToolShelf | None = None
@@ -50,6 +58,12 @@ class Parts:
     """None: what passes the gate acts at once."""
     learning: Learning | None = None
     """None: a server that only serves, as in benchmarks and tests."""
+    redactor: Redactor | None = None
+    """None: what is said is logged as it is said."""
+    erasing: Erasing | None = None
+    """None: nothing can be erased, as in benchmarks."""
+    retention: Retention | None = None
+    """None: all is kept."""
     named_agents: tuple[ServedAgent, ...] = ()
     """Beside the server's own; of each name one."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -26,7 +26,7 @@ from runtime.http.schemas import ChatCompletionRequest
 from runtime.http.sse import EventStream, json_answer, sse_event, until_gone
 from runtime.http.strict_json import StrictJsonRoute
 from runtime.off_loop import off_loop
-from runtime.store.episodes import ResponseDeletion, ResponseRecord, Step
+from runtime.store.episodes import Episode, ResponseDeletion, ResponseRecord, Step
 from runtime.store.keys import Key
 from runtime.store.step_log import Mark, Whose
 
@@ -42,13 +42,15 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
 def response_routes(parts: Parts) -> APIRouter:
     router = APIRouter(prefix="/v1/responses", route_class=StrictJsonRoute)
     background = Background()
+    if parts.erasing is not None:
+        parts.erasing.on_erased.append(background.forget)
 
     @router.post("", responses=_ANSWERS, openapi_extra={"parameters": CALLERS_HEADERS})
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
         """Answer an input. Every step behind the answer is in the log before its last byte leaves."""
         runs, events, answer = await open_response(parts, body, request)
         if body.background:
-            background.start(answer, events, runs[0].turn.episode.owner)
+            background.start(answer, events, runs[0].turn.episode)
             return json_answer(answer.whole(), headers_of(runs, runs[0].turn.step_id, body.warnings))
         if not body.stream:
             await until_gone(request.receive, gather(answer, events))
@@ -223,17 +225,18 @@ class Background:
     """Responses whose clients do not wait. They live as long as the server; a key reaches its own only."""
 
     def __init__(self) -> None:
-        self._running: dict[str, tuple[asyncio.Task[None], ResponseAnswer, str]] = {}
-        """With the owner of its episode."""
+        self._running: dict[str, tuple[asyncio.Task[None], ResponseAnswer, Episode]] = {}
 
-    def start(self, answer: ResponseAnswer, events: RunEvents, owner: str) -> None:
+    def start(self, answer: ResponseAnswer, events: RunEvents, episode: Episode) -> None:
         task = asyncio.create_task(self._run(answer, events))
-        self._running[answer.id] = (task, answer, owner)
+        self._running[answer.id] = (task, answer, episode)
 
     def answer(self, response_id: str, key: Key) -> ResponseAnswer | None:
         """One that still runs, or failed; None for every other."""
-        _, answer, owner = self._running.get(response_id, (None, None, ""))
-        return answer if answer is not None and key.sees(owner) else None
+        if (running := self._running.get(response_id)) is None:
+            return None
+        _, answer, episode = running
+        return answer if key.sees(episode.owner) else None
 
     async def cancel(self, response_id: str, key: Key) -> ResponseAnswer | None:
         if self.answer(response_id, key) is None:
@@ -242,6 +245,14 @@ class Background:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         return answer
+
+    def forget(self, episode_ids: Collection[str]) -> None:
+        """End those of erased episodes, and keep nothing of the failed ones."""
+        erased = set(episode_ids)
+        for task, answer, episode in list(self._running.values()):
+            if episode.id in erased:
+                task.cancel()
+                del self._running[answer.id]
 
     async def _run(self, answer: ResponseAnswer, events: RunEvents) -> None:
         try:

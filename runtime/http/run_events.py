@@ -33,8 +33,9 @@ class RunEvents:
     async def __anext__(self) -> RunEvent:
         event = await self._cutting.next_of(self._stream)
         if isinstance(event, StepTaken):
-            self._metrics.count_step(event.step, self._agent)
-            self._load.count(self._key, event.step)
+            num_beside = sum(len(each.completion_token_ids) for each in event.candidates if not each.is_chosen)
+            self._metrics.count_step(event.step, self._agent, num_beside)
+            self._load.count(self._key, event.step, num_beside)
         return event
 
     async def first(self) -> RunEvent:

@@ -513,6 +513,15 @@ class WithdrawalRequest(WireModel):
     reason: str = Field("", max_length=10_000)
 
 
+class ErasureRequest(WireModel):
+    """Body of a DELETE of episodes; may be left out. Both fields may stand in the query as well."""
+
+    reason: str = Field("", max_length=1000)
+    """Kept for good, with the tombstones: name nobody in it."""
+    retrain: bool = False
+    """Start a cycle without what is erased; what acts and has learned from it is rolled back first."""
+
+
 class CorrectionRequest(WireModel):
     """Body of POST /v1/episodes/{id}/corrections: what should have been done at one of its steps."""
 
@@ -528,7 +537,9 @@ class CorrectionRequest(WireModel):
 class CycleRequest(WireModel):
     """Body of POST /v1/learner/cycles; may be left out. What is not said is as the server was started."""
 
-    objectives: list[Literal["sft", "implicit", "inverse", "eto", "rft", "ppo"]] | None = Field(None, min_length=1)
+    objectives: list[Literal["sft_rft", "sft", "rft", "dft", "implicit", "inverse", "pivot", "eto", "ppo"]] | None = (
+        Field(None, min_length=1)
+    )
     """What candidates are trained for; the gate chooses among them."""
     gate_tasks: int | None = Field(None, ge=8, le=10_000)
     """Tasks that the gate tries under each adapter."""
@@ -580,6 +591,15 @@ class AdapterRegistration(WireModel):
     """The learner's cycle that made it; without it, somebody else did."""
     agent: str | None = None
     """The agent that it is for; without it, the server's own."""
+
+
+class RewardRegistration(WireModel):
+    """Body of POST /v1/adapters/{name}/reward."""
+
+    path: str = Field(min_length=1, max_length=4096)
+    """A PEFT folder on the server's machine, with its probe and its `reward.json`."""
+    cycle: str | None = Field(None, max_length=128)
+    """The learner's cycle that made it."""
 
 
 class AdapterChange(WireModel):

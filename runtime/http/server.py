@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import sqlite3
 import time
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -13,11 +16,15 @@ from policies.types import adapter_name
 from runtime.http.admission import chosen_agent
 from runtime.http.agents import model_names
 from runtime.http.parts import Parts
+from runtime.store.damage import StepLogError
+
+T = TypeVar("T")
 
 
 def server_routes(parts: Parts) -> APIRouter:
     router = APIRouter()
     started = int(time.time())
+    parts.metrics.show_storage(parts.log.storage, lambda: num_damaged_rows(parts))
 
     def models() -> list[dict[str, Any]]:
         owner = {"object": "model", "created": started, "owned_by": "stepagent"}
@@ -37,23 +44,58 @@ def server_routes(parts: Parts) -> APIRouter:
         chosen_agent(parts, model)  # says what there is
         raise AssertionError(f"{model} is chosen, but not listed")
 
-    @router.get("/health", responses={503: {"description": "The engine cannot answer; the body is as with 200."}})
+    @router.get("/health", responses={503: {"description": "Nothing can be answered; the body is as with 200."}})
     async def health() -> JSONResponse:
-        """200 while the engine can answer, 503 while it cannot: `status` is `starting` where that will pass."""
+        """200 while the server can answer. 503 while it cannot, since the engine cannot (`status` is `starting` where
+        that will pass, else `down`) or since nothing can be logged: then `storage` says why."""
         engine = parts.engine.health()
-        body = {
-            "status": "ok" if engine.is_alive else "starting" if engine.is_starting else "down",
-            "engine": asdict(engine),
-            "acting": adapter_name(parts.registry.acting()),
-            "log": parts.log.counts(),
-        }
-        if parts.named_agents:
-            body["agents"] = {agent.model: adapter_name(parts.registry.acting(agent.name)) for agent in parts.agents}
-        return JSONResponse(body, 200 if engine.is_alive else 503)
+        stored = await asyncio.to_thread(_stored, parts)
+        can_answer = engine.is_alive and stored["storage"]["is_writable"]
+        status = "ok" if can_answer else "starting" if engine.is_starting else "down"
+        return JSONResponse({"status": status, "engine": asdict(engine), **stored}, 200 if can_answer else 503)
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> PlainTextResponse:
         """Prometheus text."""
-        return PlainTextResponse(parts.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return PlainTextResponse(
+            await asyncio.to_thread(parts.metrics.text), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
 
     return router
+
+
+def _stored(parts: Parts) -> dict[str, Any]:
+    """What the disk knows of the server, and whether it can be written to."""
+    acting, no_acting = _read(lambda: {agent.model: parts.registry.acting(agent.name) for agent in parts.agents})
+    names = {model: adapter_name(adapter) for model, adapter in (acting or {}).items()}
+    agents = {"agents": names} if len(names) > 1 else {}
+    counts, no_counts = _read(parts.log.counts)
+    storage = parts.log.storage()
+    problem = "; ".join(filter(None, (storage.problem, no_acting, no_counts)))
+    return {
+        "acting": names.get(parts.served_name),
+        **agents,
+        "log": counts or {},
+        "storage": {
+            **asdict(storage),
+            "is_writable": storage.is_writable and not no_acting,
+            "problem": problem,
+            "num_damaged_rows": num_damaged_rows(parts),
+        },
+    }
+
+
+def _read(read: Callable[[], T]) -> tuple[T | None, str]:
+    """What is read, or why it cannot be."""
+    try:
+        return read(), ""
+    except (StepLogError, sqlite3.Error) as error:
+        return None, str(error)
+
+
+def num_damaged_rows(parts: Parts) -> int:
+    """How many were stepped over since the start."""
+    notes = [parts.log.damage, parts.registry.damage]
+    notes += [parts.learning.log.damage] if parts.learning else []
+    notes += [parts.keys.store.damage] if parts.keys.store else []
+    return sum(map(len, notes))

@@ -16,8 +16,11 @@ from pydantic import BaseModel, ValidationError
 
 from runtime.http.errors import ApiError, as_api_error
 from runtime.off_loop import free_off_loop, off_loop
+from runtime.privacy.redaction import RedactionFailed, Redactor
 
 LARGE_BYTES = 32 * 1024
+REDACTED = "x-stepagent-redacted"
+"""The header that tells a client how many secrets of its request were replaced."""
 
 MAX_DEPTH = 100
 """Of objects and lists within each other. Schemas and metadata need ten or so; a thousand overflow Python's stack."""
@@ -34,8 +37,12 @@ class StrictJsonRoute(APIRoute):
         async def answer_strictly(request: Request) -> Response:
             strict = _StrictJsonRequest(request.scope, request.receive)
             strict.model = model
+            strict.redactor = getattr(request.app.state, "redactor", None)
             try:
-                return await answer(strict)
+                response = await answer(strict)
+                if strict.num_redacted:
+                    response.headers[REDACTED] = str(strict.num_redacted)
+                return response
             finally:
                 if strict.large_value is not None:
                     free_off_loop(strict.large_value)
@@ -48,28 +55,40 @@ class _StrictJsonRequest(Request):
     """Of the body."""
     large_value: Any = None
     """What a large body was read to."""
+    redactor: Redactor | None = None
+    num_redacted: int = 0
+    """Placeholders that stand in the body for something."""
 
     async def json(self) -> Any:
         """The body's value; of a large one already its model, which FastAPI takes as it is: a hundred thousand messages
         are not checked on the event loop. Raises orjson.JSONDecodeError, which FastAPI takes for the json module's own.
         """
         body = await self.body()
-        if len(body) <= LARGE_BYTES:
-            return self._read(body)
-        self.large_value = await off_loop(True, self._read, body)
-        return self.large_value
+        is_large = len(body) > LARGE_BYTES
+        is_slow = self.redactor is not None and self.redactor.is_slow
+        value = await off_loop(is_large or is_slow, self._read, body)
+        self.large_value = value if is_large else None
+        return value
 
     def _read(self, body: bytes) -> Any:
         value = orjson.loads(body)
         # A body with few brackets cannot be deep; walking every body through would cost a fifth of a small request.
         if body.count(b"{") + body.count(b"[") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
             raise ApiError(400, f"the body is nested more than {MAX_DEPTH} deep; flatten it")
+        if self.redactor is not None:
+            value, self.num_redacted = self._redacted(self.redactor, value)
         if self.model is None or len(body) <= LARGE_BYTES:
             return value
         try:
             return self.model.model_validate(value)
         except ValidationError as error:
             raise as_api_error(error) from None
+
+    def _redacted(self, redactor: Redactor, value: Any) -> tuple[Any, int]:
+        try:
+            return redactor.body(value)
+        except RedactionFailed as problem:
+            raise as_api_error(problem) from None
 
 
 def _is_deeper(value: Any, depth: int) -> bool:

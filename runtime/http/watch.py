@@ -13,9 +13,11 @@ from runtime.adapters.live_guard import Evidence
 from runtime.http.agents import agent_named
 from runtime.http.cycles import learning_of
 from runtime.http.keys import asking_key
+from runtime.http.pages import left_out
 from runtime.http.parts import Parts
 from runtime.http.schemas import AgentChange
 from runtime.http.strict_json import StrictJsonRoute
+from runtime.store.damage import Damaged
 
 _OWN_AGENT = AgentChange()
 
@@ -25,8 +27,12 @@ def watch_routes(parts: Parts) -> APIRouter:
     registry = parts.registry
 
     def shown(agent: str) -> dict[str, Any]:
-        evidence = [_shown(each) for each in learning_of(parts).watch.evidence(agent)]
-        return {"object": "learner.watch", "agent": agent, **asdict(registry.watch(agent)), "evidence": evidence}
+        told = {"object": "learner.watch", "agent": agent, **asdict(registry.watch(agent))}
+        try:
+            evidence = learning_of(parts).watch.evidence(agent)
+        except Damaged as damaged:  # what acts cannot be read: nothing is watched then
+            return told | {"evidence": []} | left_out([damaged])
+        return told | {"evidence": [_shown(each) for each in evidence]}
 
     async def change(is_paused: bool, body: AgentChange, request: Request) -> dict[str, Any]:
         agent, key = agent_named(parts, body.agent).name, asking_key(request).name

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from runtime.learning.process import LearnerProcess
+from runtime.store.damage import Damaged
 from runtime.store.learning_log import CycleStage, CycleStatus, LearningReader, cut_off_message
 
 
@@ -16,10 +17,13 @@ class Cycles:
         self._log = log
         self._process = process
 
-    def newest(self, limit: int, agent: str | None = None) -> list[dict[str, Any]]:
-        """Newest first, of all agents or of one; what was started and has logged nothing yet stands before all."""
+    def newest(
+        self, limit: int, damaged: list[Damaged] | None = None, agent: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Newest first, of all agents or of one; what was started and has logged nothing yet stands before all. Those
+        whose rows are damaged are added to `damaged` instead."""
         unlogged = self._process.unlogged()  # before the log is read: one that begins meanwhile is found in either
-        logged = [self._shown(status) for status in self._log.cycles(limit, agent)]
+        logged = [self._shown(status) for status in self._log.cycles(limit, damaged, agent)]
         known = {cycle["id"] for cycle in logged}
         waiting = [cycle for cycle in unlogged if cycle["id"] not in known and agent in (None, cycle["agent"])]
         return [*waiting, *logged][:limit]

@@ -123,7 +123,7 @@ class LearnerProcess:
         ]
 
     async def close(self) -> None:
-        """End the learner; its cycle is marked as failed by the next one."""
+        """End the cycle that runs in our process, if one does; it is marked as failed by the next one."""
         if self._process is None or self._process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):

@@ -19,6 +19,8 @@ import shutil
 import sqlite3
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -28,7 +30,19 @@ from sqlite_utils import Database, Migrations
 
 from policies.adapters.files import ADAPTER_FILES, CONFIG_FILE, AdapterRefused, adapter_rank, weights_digest
 from policies.adapters.probe import PROBE_FILE
+from policies.adapters.reward import REWARD_FILE, REWARD_FOLDER
 from policies.types import Adapter
+from runtime.store.damage import (
+    Damaged,
+    DamageNotes,
+    Query,
+    Row,
+    damaged_file,
+    is_damage,
+    problems_in,
+    record_of,
+    text_or_bytes,
+)
 from runtime.store.transaction import write_transaction
 
 
@@ -126,6 +140,8 @@ MODEL_CARD = "README.md"
 
 UNNAMED = "agent"
 """What adapters of the server's own agent are called by: `agent-v0001`."""
+REWARD_VERSIONS = 1_000_000_000
+"""Above the versions of adapters: an engine's ids must not meet."""
 
 INCOMING = ".incoming-"
 """Begins the name of a folder that is being copied in and is no adapter yet."""
@@ -199,6 +215,21 @@ def ask_before_promoting(db: Database) -> None:
 
 
 @migrations()
+def keep_reward_models(db: Database) -> None:
+    """The reward models beside adapters; the newest of an adapter is used."""
+    db.execute(
+        "CREATE TABLE reward_models (id INTEGER PRIMARY KEY, adapter TEXT NOT NULL REFERENCES adapters(name), "
+        "number INTEGER NOT NULL, rank INTEGER NOT NULL, digest TEXT NOT NULL, cycle TEXT, key TEXT NOT NULL, "
+        "created_at REAL NOT NULL, UNIQUE (adapter, number)) STRICT"
+    )
+    for verb in ("UPDATE", "DELETE"):
+        db.execute(
+            f"CREATE TRIGGER reward_models_no_{verb.lower()} BEFORE {verb} ON reward_models "
+            "BEGIN SELECT RAISE(ABORT, 'reward_models is append-only'); END"
+        )
+
+
+@migrations()
 def say_whose(db: Database) -> None:
     """The agent of each adapter and of each acting pointer; without a name, the server's own."""
     for table in ("adapters", "acting", "watch_events"):
@@ -207,7 +238,7 @@ def say_whose(db: Database) -> None:
 
 
 _WAITING = """
-SELECT adapter, reason, expected_acting, key, created_at FROM proposal_events AS said
+SELECT * FROM proposal_events AS said
 WHERE event = 'proposed' AND id = (SELECT max(id) FROM proposal_events WHERE adapter = said.adapter)
   AND NOT EXISTS (SELECT 1 FROM adapter_events WHERE adapter_events.adapter = said.adapter
                   AND state IN ('acting', 'canary', 'refused') AND adapter_events.created_at >= said.created_at)
@@ -217,6 +248,94 @@ ORDER BY id"""
 def in_words(agent: str) -> str:
     """An agent, in a sentence."""
     return f"the agent {agent!r}" if agent else "the server's own agent"
+
+
+# ---------------------------------------------------------------------------------------------------- rows
+
+
+@record_of(
+    "adapters",
+    {
+        "version": int,
+        "name": str,
+        "rank": int,
+        "parent": str,
+        "digest": str,
+        "created_at": float,
+        "cycle": str,
+        "agent": str,
+    },
+    may_be_null={"parent", "cycle"},
+    key="name",
+)
+def _adapter_from_row(row: Row, folder: Path) -> Adapter:
+    path = folder / row["name"]
+    return Adapter(row["name"], row["version"], path, row["rank"], row["parent"], row["digest"], agent=row["agent"])
+
+
+@record_of("adapter_events", {"adapter": str, "state": str, "reason": str, "created_at": float, "key": str})
+def _event_from_row(row: Row) -> AdapterEvent:
+    return AdapterEvent(row["adapter"], AdapterState(row["state"]), row["reason"], row["created_at"], row["key"])
+
+
+@record_of("acting", {"adapter": str, "behind": int, "created_at": float}, may_be_null={"adapter", "behind"})
+def _acting_from_row(row: Row) -> dict[str, Any]:
+    return dict(row)
+
+
+@record_of(
+    "proposal_events",
+    {"adapter": str, "event": str, "reason": str, "expected_acting": str, "key": str, "created_at": float},
+    may_be_null={"expected_acting"},
+)
+def _proposal_from_row(row: Row) -> Proposal:
+    ProposalEvent(row["event"])
+    return Proposal(row["adapter"], row["reason"], row["expected_acting"], row["key"], row["created_at"])
+
+
+@record_of("watch_events", {"is_paused": int, "reason": str, "key": str, "created_at": float})
+def _watch_from_row(row: Row) -> WatchEvent:
+    return WatchEvent(bool(row["is_paused"]), row["reason"], row["key"], row["created_at"])
+
+
+@record_of(
+    "reward_models",
+    {
+        "id": int, "adapter": str, "number": int, "rank": int, "digest": str, "cycle": str, "key": str,
+        "created_at": float,
+    },
+    may_be_null={"cycle"},
+)  # fmt: skip
+def _reward_from_row(row: Row, adapter: Path) -> Adapter:
+    """`adapter` is the folder of the adapter that it lies beside."""
+    name, path = f"{row['adapter']}-reward{row['number']}", adapter / _reward_folder(row["number"])
+    version = REWARD_VERSIONS + row["id"]
+    return Adapter(name, version, path, row["rank"], row["adapter"], row["digest"], is_reward=True)
+
+
+def registry_problems(query: Query) -> Iterator[str]:
+    """What is wrong with the registry's rows, in sentences."""
+    yield from problems_in(query, "adapters", lambda row: _adapter_from_row(row, Path()))
+    yield from problems_in(query, "reward_models", lambda row: _reward_from_row(row, Path()))
+    readers = {
+        "adapter_events": _event_from_row,
+        "acting": _acting_from_row,
+        "proposal_events": _proposal_from_row,
+        "watch_events": _watch_from_row,
+    }
+    for table, read in readers.items():
+        yield from problems_in(query, table, read)
+
+
+def weights_to_check(query: Query) -> Iterator[Adapter]:
+    """The adapters that may serve again, with their folders' names as paths: what lies there must have their digest."""
+    if not query("SELECT 1 FROM sqlite_schema WHERE name = 'adapters'"):
+        return
+    last_state = "(SELECT state FROM adapter_events WHERE adapter = adapters.name ORDER BY id DESC LIMIT 1)"
+    for row in query(f"SELECT *, {last_state} AS state FROM adapters ORDER BY version"):
+        if row["state"] != AdapterState.REFUSED.value:  # such a one never acts: its files may go
+            with suppress(Damaged):
+                yield _adapter_from_row(row, Path("adapters"))
 
 
 class AdapterRegistry:
@@ -235,9 +354,14 @@ class AdapterRegistry:
         self.db = Database(sqlite3.connect(path, check_same_thread=False, timeout=LOCK_TIMEOUT_S))
         self.db.enable_wal()
         self.db.execute("PRAGMA synchronous=FULL")
+        self.db.execute("PRAGMA secure_delete=ON")
         migrations.apply(self.db)
+        self.damage = DamageNotes()
+        """What could not be read."""
         self._reading = threading.Lock()
-        self._reader = Database(sqlite3.connect(path, check_same_thread=False))
+        self._path = path
+        self._reader = sqlite3.connect(path, check_same_thread=False)
+        self._reader.row_factory, self._reader.text_factory = sqlite3.Row, text_or_bytes
 
     def close(self) -> None:
         self._reader.close()
@@ -310,6 +434,33 @@ class AdapterRegistry:
             self._flip(agent, target["adapter"], target["behind"], reason, key)
             return self.acting(agent)
 
+    def add_reward(self, name: str, path: Path, cycle: str | None = None, key: str = "") -> Adapter:
+        """Copy a reward model in beside an adapter: its newest from now on. The very same weights as the newest are the
+        one that there is. Raises UnknownAdapter, and AdapterRefused for a folder without readable
+        weights and rank."""
+        adapter = self.adapter(name)
+        if not path.is_dir():
+            raise AdapterRefused(f"the reward model's folder {path} does not exist")
+        incoming = self._folder / f"{INCOMING}{secrets.token_hex(4)}"
+        try:
+            self._copy_reward(path, incoming)
+            rank, digest = adapter_rank(incoming), weights_digest(incoming)
+            with self._lock:
+                newest = self.reward_of(name)
+                if newest is not None and newest.digest == digest:
+                    return newest
+                number = 1 + self._rows("SELECT count(*) AS num FROM reward_models WHERE adapter = ?", name)[0]["num"]
+                folder = adapter.path / _reward_folder(number)
+                shutil.rmtree(folder, ignore_errors=True)  # left by one that died before its row
+                with write_transaction(self.db):
+                    self._insert_reward(name, number, rank, digest, cycle, key)
+                    incoming.rename(folder)
+                reward = self.reward_of(name)
+                assert reward is not None
+                return reward
+        finally:
+            shutil.rmtree(incoming, ignore_errors=True)
+
     def note_proposal(
         self, name: str, event: ProposalEvent, reason: str, expected_acting: str | None, key: str = ""
     ) -> None:
@@ -334,15 +485,20 @@ class AdapterRegistry:
 
     def proposals(self) -> list[Proposal]:
         """What waits for somebody's yes, oldest first."""
-        return [Proposal(**row) for row in self._rows(_WAITING)]
+        return list(self.damage.sound(self._rows(_WAITING), _proposal_from_row))
 
     def proposal(self, name: str) -> Proposal | None:
         return next((proposal for proposal in self.proposals() if proposal.adapter == name), None)
 
     def watch(self, agent: str = "") -> WatchEvent:
-        """Whether the watch over an agent's adapters is paused, and who said so."""
+        """Whether the watch over an agent's adapters is paused, and who said so. Where that can no longer be read, it
+        is: the safe side."""
         for row in self._rows("SELECT * FROM watch_events WHERE agent = ? ORDER BY id DESC LIMIT 1", agent):
-            return WatchEvent(bool(row["is_paused"]), row["reason"], row["key"], row["created_at"])
+            try:
+                return _watch_from_row(row)
+            except Damaged as damaged:
+                self.damage.note(damaged)
+                return WatchEvent(True, str(damaged))
         return WatchEvent(False)
 
     def state_since(self, name: str, state: AdapterState) -> float:
@@ -366,9 +522,15 @@ class AdapterRegistry:
             raise UnknownAdapter(f"there is no adapter {name!r}")
         return self._adapter_from(rows[0])
 
-    def adapters(self) -> tuple[Adapter, ...]:
-        """All that were ever registered, oldest first."""
-        return tuple(self._adapter_from(row) for row in self._rows("SELECT * FROM adapters ORDER BY version"))
+    def adapters(self, damaged: list[Damaged] | None = None) -> tuple[Adapter, ...]:
+        """All that were ever registered, oldest first; those whose rows are damaged are added to `damaged` instead."""
+        rows = self._rows("SELECT * FROM adapters ORDER BY version")
+        return tuple(self.damage.sound(rows, self._adapter_from, damaged))
+
+    def reward_of(self, name: str) -> Adapter | None:
+        """The newest reward model beside an adapter, as it was registered; None where there is none."""
+        rows = self._rows("SELECT * FROM reward_models WHERE adapter = ? ORDER BY number DESC", name)
+        return next(self.damage.sound(rows, lambda row: _reward_from_row(row, self._folder / name)), None)
 
     def cycle_of(self, name: str) -> str | None:
         """The learner's cycle that made an adapter; None where somebody else did."""
@@ -379,17 +541,23 @@ class AdapterRegistry:
         return self.last_event(name).state
 
     def last_event(self, name: str) -> AdapterEvent:
-        """What brought the adapter into its present state, and why. Raises UnknownAdapter."""
-        return self._events(name, "ORDER BY id DESC LIMIT 1")[0]
+        """What brought the adapter into its present state, and why. Raises UnknownAdapter, and Damaged."""
+        return _event_from_row(self._event_rows(name, "ORDER BY id DESC LIMIT 1")[0])
 
     def events(self, name: str) -> tuple[AdapterEvent, ...]:
         """An adapter's changes of state, oldest first. Raises UnknownAdapter."""
-        return self._events(name, "ORDER BY id")
+        return tuple(self.damage.sound(self._event_rows(name, "ORDER BY id"), _event_from_row))
 
     def acting(self, agent: str = "") -> Adapter | None:
-        """The adapter that serves an agent's new episodes; None is the base network."""
+        """The adapter that serves an agent's new episodes; None is the base network. Raises Damaged: another would be
+        served."""
         row = self._acting_row(agent)
-        return None if row is None or row["adapter"] is None else self.adapter(row["adapter"])
+        if row is None or row["adapter"] is None:
+            return None
+        try:
+            return self.adapter(row["adapter"])
+        except UnknownAdapter:
+            raise Damaged("acting", row["id"], f"no adapter is called {row['adapter']!r}") from None
 
     def rollback_chain(self, agent: str = "") -> tuple[Adapter | None, ...]:
         """The acting one, then what rollbacks would reach, one by one; the last is always the base network, None."""
@@ -404,6 +572,14 @@ class AdapterRegistry:
             raise AdapterRefused(f"the adapter folder {path} does not exist")
         incoming.mkdir()
         for name in (*ADAPTER_FILES, MODEL_CARD):
+            if (path / name).is_file():
+                shutil.copyfile(path / name, incoming / name)
+        if (path / REWARD_FOLDER).is_dir():
+            self._copy_reward(path / REWARD_FOLDER, incoming / REWARD_FOLDER)
+
+    def _copy_reward(self, path: Path, incoming: Path) -> None:
+        incoming.mkdir()
+        for name in (*ADAPTER_FILES, REWARD_FILE):
             if (path / name).is_file():
                 shutil.copyfile(path / name, incoming / name)
 
@@ -427,9 +603,10 @@ class AdapterRegistry:
         key: str,
         agent: str,
     ) -> Adapter:
-        version = 1 + len(self.adapters())
+        version = self._rows("SELECT 1 + coalesce(max(version), 0) AS next FROM adapters")[0]["next"]
         name = f"{agent or UNNAMED}-v{version:04d}"
-        adapter = Adapter(name, version, self._folder / name, rank, parent, digest, agent)
+        adapter = Adapter(name, version, self._folder / name, rank, parent, digest, agent=agent)
+        reward = _reward_in(incoming)
         shutil.rmtree(adapter.path, ignore_errors=True)  # left by a registration that died before its row
         with write_transaction(self.db):
             self.db.execute(
@@ -438,6 +615,8 @@ class AdapterRegistry:
                 [version, name, rank, parent, digest, time.time(), cycle, agent],
             )
             self._insert_event(name, AdapterState.REGISTERED, reason, key)
+            if reward is not None:
+                self._insert_reward(name, 1, *reward, cycle, key)
             incoming.rename(adapter.path)
         return adapter
 
@@ -467,20 +646,27 @@ class AdapterRegistry:
             [name, state.value, reason, time.time(), key],
         )
 
-    def _events(self, name: str, order: str) -> tuple[AdapterEvent, ...]:
+    def _insert_reward(self, name: str, number: int, rank: int, digest: str, cycle: str | None, key: str) -> None:
+        self.db.execute(
+            "INSERT INTO reward_models (adapter, number, rank, digest, cycle, key, created_at) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            [name, number, rank, digest, cycle, key, time.time()],
+        )
+
+    def _event_rows(self, name: str, order: str) -> list[sqlite3.Row]:
         rows = self._rows(f"SELECT * FROM adapter_events WHERE adapter = ? {order}", name)
         if not rows:
             raise UnknownAdapter(f"there is no adapter {name!r}")
-        return tuple(AdapterEvent(name, AdapterState(r["state"]), r["reason"], r["created_at"], r["key"]) for r in rows)
+        return rows
 
     def _acting_row(self, agent: str) -> dict[str, Any] | None:
         rows = self._rows("SELECT * FROM acting WHERE agent = ? ORDER BY id DESC LIMIT 1", agent)
-        return rows[0] if rows else None
+        return _acting_from_row(rows[0]) if rows else None
 
     def _chain(self, agent: str) -> list[dict[str, Any]]:
         """The acting pointer's row and those behind it; ends with a row of the base network."""
         base = {"adapter": None, "behind": None}
-        rows = {row["id"]: row for row in self._rows("SELECT * FROM acting")}
+        rows = {row["id"]: row for row in self.damage.sound(self._rows("SELECT * FROM acting"), _acting_from_row)}
         chain, row = [], self._acting_row(agent)
         while row is not None and row["adapter"] is not None:
             chain.append(row)
@@ -491,12 +677,30 @@ class AdapterRegistry:
         chain = self.rollback_chain(agent)
         return ", before it ".join("the base network" if one is None else one.name for one in chain)
 
-    def _adapter_from(self, row: dict[str, Any]) -> Adapter:
-        name = row["name"]
-        folder = self._folder / name
-        return Adapter(name, row["version"], folder, row["rank"], row["parent"], row["digest"], row["agent"])
+    def _adapter_from(self, row: Row) -> Adapter:
+        return _adapter_from_row(row, self._folder)
 
-    def _rows(self, sql: str, *params: Any) -> list[dict[str, Any]]:
+    def _rows(self, sql: str, *params: Any) -> list[sqlite3.Row]:
         """What is committed; within a write, too, for no write reads what it has written itself."""
-        with self._reading:
-            return list(self._reader.query(sql, params))
+        try:
+            with self._reading:
+                return self._reader.execute(sql, params).fetchall()
+        except sqlite3.DatabaseError as error:
+            if is_damage(error):
+                raise damaged_file(error, self._path) from error
+            raise
+
+
+def _reward_folder(number: int) -> str:
+    """Within an adapter's folder: the one that came with it, and those that later cycles made of its own actions."""
+    return REWARD_FOLDER if number == 1 else f"{REWARD_FOLDER}-{number:04d}"
+
+
+def _reward_in(folder: Path) -> tuple[int, str] | None:
+    """Rank and digest of the reward model in an adapter's folder. None where there is none that can be read: the
+    adapter itself acts as well without it, and whoever wants to choose by it is told that there is none."""
+    try:
+        reward = folder / REWARD_FOLDER
+        return (adapter_rank(reward), weights_digest(reward)) if reward.is_dir() else None
+    except AdapterRefused:
+        return None

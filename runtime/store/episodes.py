@@ -116,7 +116,7 @@ class Episode:
     user: str = ""
     """Whom the key's holder asked for; empty where the request did not say."""
     agent: str = ""
-    """Name of the agent that acts in it; empty: the server's only one."""
+    """Name of the agent that acts in it, or that is to learn from it; empty: the server's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +165,25 @@ class Step:
         logprobs = self.behavior_logprobs
         if logprobs is not None and len(logprobs) != len(self.completion_token_ids):
             raise ValueError(f"step {self.id}: {len(self.completion_token_ids)} tokens but {len(logprobs)} logprobs")
+
+
+@dataclass(frozen=True, slots=True)
+class StepCandidate:
+    """One of several draws that a step was chosen among; the chosen one is among them, too."""
+
+    step_id: str
+    number: int
+    """In the order they were drawn, from 0: the one that would have been the step without a choice."""
+    action: Action
+    completion_token_ids: TokenIds
+    logprobs: tuple[float, ...]
+    """Parallel to the completion, at temperature 1."""
+    finish_reason: FinishReason
+    score: float
+    """Larger is better; compares within one step."""
+    scorer: str
+    """Who gave the score: `discriminator`, `mean_logprob`, `majority`."""
+    is_chosen: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +255,20 @@ class ResponseDeletion:
     created_at: float = field(default_factory=time.time)
 
 
+@dataclass(frozen=True, slots=True)
+class KeyUsage:
+    """What a key with a quota has used up in a day; logged, it is added to what is known of that day."""
+
+    key: str
+    """Its name."""
+    day: int
+    """Days since 1970, UTC."""
+    requests: int = 0
+    steps: int = 0
+    tokens: int = 0
+    """Of prompts and completions together."""
+
+
 def new_messages_along(path: Sequence[Step]) -> Iterator[tuple[Step, tuple[Message, ...]]]:
     """A path's steps with what was new at each, from the last one on at which the whole conversation was."""
     begins = max((number for number, step in enumerate(path) if step.prompt_change is not None), default=0)
@@ -243,5 +276,5 @@ def new_messages_along(path: Sequence[Step]) -> Iterator[tuple[Step, tuple[Messa
         yield step, step.new_messages
 
 
-Fact = Episode | Step | Outcome | Correction | Withdrawal | ResponseRecord | ResponseDeletion
-"""What the step log takes: appended, never edited."""
+Fact = Episode | Step | StepCandidate | Outcome | Correction | Withdrawal | ResponseRecord | ResponseDeletion | KeyUsage
+"""What the step log takes: appended, never edited, but for a day's usage, which is a sum."""

@@ -17,6 +17,7 @@ from typing import Any
 from policies.chat.chat_protocol import action_message, text_of
 from policies.types import MalformedAction, Message, ToolSchema
 from runtime import __version__
+from runtime.store.damage import Damaged
 from runtime.store.episodes import Actor, Episode, Outcome, Purpose, Step
 from runtime.store.learning_log import LearningReader
 from runtime.store.step_log import StepLog
@@ -66,11 +67,18 @@ class Branch:
 
 
 def export(log: StepLog, learning_log: LearningReader | None, wanted: ExportFilter, form: str) -> Iterator[Row]:
-    """The rows of a format, of the newest episode first. `form` is a key of FORMATS."""
+    """The rows of a format, of the newest episode first. `form` is a key of FORMATS.
+
+    An episode with a damaged step is left out, and noted by the log.
+    """
     convert = FORMATS[form]
     for episode in _episodes(log, wanted):
-        for branch in _branches(log, learning_log, episode):
-            yield from convert(branch, log)
+        try:
+            rows = [row for branch in _branches(log, learning_log, episode) for row in convert(branch, log)]
+        except Damaged as damaged:
+            log.damage.note(damaged)
+            continue
+        yield from rows
 
 
 def _episodes(log: StepLog, wanted: ExportFilter) -> Iterator[Episode]:

@@ -15,13 +15,14 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sqlite_utils import Database, Migrations
 
+from runtime.store.damage import Damaged, DamageNotes, Query, Row, problems_in, record_of, text_or_bytes
 from runtime.store.episodes import Role
 from runtime.store.transaction import write_transaction
 
@@ -104,6 +105,25 @@ def new_secret() -> str:
     return f"sa_{secrets.token_urlsafe(32)}"
 
 
+_QUOTA = ("requests", "steps", "tokens")
+
+
+@record_of(
+    "key_events",
+    {"name": str, "event": str, "role": str, "digest": str, "created_at": float} | dict.fromkeys(_QUOTA, int),
+    may_be_null=_QUOTA,
+)
+def _key_from_row(row: Row) -> Key:
+    if row["event"] not in ("made", "rotated", "revoked"):
+        raise ValueError(f"{row['event']!r} is nothing that happens to a key")
+    return Key(row["name"], Role(row["role"]), _quota_of(row), row["event"] == "revoked", row["created_at"])
+
+
+def key_problems(query: Query) -> Iterator[str]:
+    """What is wrong with the keys' rows, in sentences."""
+    yield from problems_in(query, "key_events", _key_from_row)
+
+
 class KeyStore:
     """The store. Constructing migrates. May be used from any thread, and beside a running server."""
 
@@ -113,8 +133,14 @@ class KeyStore:
         self.db.enable_wal()
         self.db.execute("PRAGMA synchronous=FULL")
         migrations.apply(self.db)
+        self._reading = threading.Lock()
+        self._reader = Database(sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, check_same_thread=False))
+        self._reader.conn.text_factory = text_or_bytes
+        self.damage = DamageNotes()
+        """What could not be read."""
 
     def close(self) -> None:
+        self._reader.close()
         self.db.close()
 
     # ---------------------------------------------------------------------------------------------- write
@@ -154,19 +180,25 @@ class KeyStore:
 
     def with_digests(self) -> list[tuple[Key, str]]:
         """The same, each with the hash of its secret; an empty one where it is revoked."""
-        with self._lock:
-            rows = list(self.db.query("SELECT * FROM key_events ORDER BY id"))
+        with self._reading:  # not the lock of those who write, and who may wait for another process
+            rows = list(self._reader.query("SELECT * FROM key_events ORDER BY id"))
         found: dict[str, tuple[Key, str]] = {}
         for row in rows:
-            made = found[row["name"]][0].created_at if row["name"] in found else row["created_at"]
-            key = Key(row["name"], Role(row["role"]), _quota_of(row), row["event"] == "revoked", made)
-            found[row["name"]] = replace(key, changed_at=row["created_at"]), row["digest"]
+            try:
+                key = _key_from_row(row)
+            except Damaged as damaged:
+                self.damage.note(damaged)
+                if row["name"] in found:  # it may have been revoked there: to refuse it is the safe side
+                    found[row["name"]] = replace(found[row["name"]][0], is_revoked=True), ""
+                continue
+            made = found[key.name][0].created_at if key.name in found else key.created_at
+            found[key.name] = replace(key, created_at=made, changed_at=key.created_at), row["digest"]
         return list(found.values())
 
     def num_events(self) -> int:
         """Grows with every change: a few microseconds to ask."""
-        with self._lock:
-            return self.db.execute("SELECT coalesce(max(id), 0) FROM key_events").fetchone()[0]
+        with self._reading:
+            return self._reader.execute("SELECT coalesce(max(id), 0) FROM key_events").fetchone()[0]
 
     def _newest(self, name: str) -> dict[str, Any] | None:
         rows = self.db.query("SELECT * FROM key_events WHERE name = ? ORDER BY id DESC LIMIT 1", [name])
@@ -188,7 +220,7 @@ class KeyStore:
         )
 
 
-def _quota_of(row: dict[str, Any]) -> Quota:
+def _quota_of(row: Row) -> Quota:
     return Quota(row["requests"], row["steps"], row["tokens"])
 
 

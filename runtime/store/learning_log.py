@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,6 +18,18 @@ from typing import Any
 
 from sqlite_utils import Database, Migrations
 
+from runtime.store.damage import (
+    Damaged,
+    DamageNotes,
+    Query,
+    Row,
+    damaged_file,
+    is_damage,
+    json_object,
+    problems_in,
+    record_of,
+    text_or_bytes,
+)
 from runtime.store.learner_lock import is_learner_alive
 from runtime.store.transaction import write_transaction
 
@@ -49,6 +61,7 @@ class RewardSource(StrEnum):
     EXPERT_AGREEMENT = "expert_agreement"  # 1 where the step does what the expert does there, else 0
     IMPLICIT = "implicit"  # beta times the log ratio of the trained policy to its reference
     DISCRIMINATOR = "discriminator"  # expert logit of the discriminator, length-controlled
+    JUDGE = "judge"  # a judge model's score of the whole episode, in [0, 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +143,36 @@ def keep_the_last_step_in_a_column(db: Database) -> None:
 
 
 @migrations()
+def note_who_taught_what(db: Database) -> None:
+    """Which episodes a cycle read and what for, and which weights came of it; and of which cycles words were erased."""
+    db.execute(
+        "CREATE TABLE cycle_episodes (cycle TEXT NOT NULL, title TEXT NOT NULL, role TEXT NOT NULL, "
+        "episode_id TEXT NOT NULL, PRIMARY KEY (cycle, title, role, episode_id)) STRICT, WITHOUT ROWID"
+    )
+    db.execute("CREATE INDEX cycle_episodes_by_episode ON cycle_episodes(episode_id)")
+    db.execute(
+        "CREATE TABLE trained_weights (digest TEXT NOT NULL, cycle TEXT NOT NULL, title TEXT NOT NULL, "
+        "created_at REAL NOT NULL, PRIMARY KEY (digest, cycle, title)) STRICT, WITHOUT ROWID"
+    )
+    db.execute(
+        "CREATE TABLE erased_cycles (cycle TEXT NOT NULL, erasure_id TEXT NOT NULL, "
+        "PRIMARY KEY (cycle, erasure_id)) STRICT, WITHOUT ROWID"
+    )
+    db.execute("DROP TRIGGER cycles_no_update")
+    db.execute(
+        "CREATE TRIGGER cycles_no_update BEFORE UPDATE ON cycles WHEN NOT EXISTS "
+        "(SELECT 1 FROM erased_cycles WHERE cycle = OLD.cycle) "
+        "BEGIN SELECT RAISE(ABORT, 'cycles is append-only, but for words that were erased'); END"
+    )
+    for table in ("cycle_episodes", "trained_weights", "erased_cycles"):
+        for verb in ("UPDATE", "DELETE"):
+            db.execute(
+                f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
+                f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
+            )
+
+
+@migrations()
 def say_whose(db: Database) -> None:
     """The agent that each cycle is for."""
     db.execute("ALTER TABLE cycles ADD COLUMN agent TEXT NOT NULL DEFAULT ''")
@@ -147,6 +190,55 @@ def _create_status_view(db: Database, more_columns: str) -> None:
     )
 
 
+class LessonRole(StrEnum):
+    """What a cycle read an episode for."""
+
+    DEMONSTRATION = "demonstration"  # trained on, as an expert's
+    OWN = "own"  # trained on, as the policy's own
+    TRIED = "tried"  # the gate's: held out, or an anchor; not trained on
+
+
+_WORDS = ("doubts", "judge", "no_reward_model", "expert_problems", "not_trained", "not_registered", "no_discriminator")
+"""Parts of a report that quote episodes, or in which other programs speak."""
+
+
+# ---------------------------------------------------------------------------------------------------- rows
+
+_CYCLE = {"cycle": str, "stage": str, "done": int, "total": int, "message": str, "report": str, "created_at": float}
+_DECISION = {"cycle": str, "candidate": str, "against": str, "promote": int, "reason": str, "evidence": str}
+_REWARD = {"step_id": str, "cycle": str, "source": str, "value": float}
+
+
+@record_of("cycles", {**_CYCLE, "last_step_id": str, "started_at": float}, may_be_null={"last_step_id"}, key="cycle")
+def _status_from_row(row: Row) -> CycleStatus:
+    fields = dict(row) | {"stage": CycleStage(row["stage"]), "report": json_object(row["report"])}
+    return CycleStatus(**fields)
+
+
+@record_of("cycles", {**_CYCLE, "last_step_id": str}, may_be_null={"last_step_id"})
+def _check_cycle(row: Row) -> None:
+    CycleStage(row["stage"])
+    json_object(row["report"])
+
+
+@record_of("gate_decisions", _DECISION)
+def _decision_from_row(row: Row) -> dict[str, Any]:
+    shown = {name: row[name] for name in _DECISION}
+    return shown | {"promote": bool(row["promote"]), "evidence": json_object(row["evidence"])}
+
+
+@record_of("step_rewards", _REWARD, key="step_id")
+def _reward_from_row(row: Row) -> StepReward:
+    return StepReward(row["step_id"], row["cycle"], RewardSource(row["source"]), row["value"])
+
+
+def learning_problems(query: Query) -> Iterator[str]:
+    """What is wrong with the learner's rows, in sentences; none where no learner ever ran."""
+    yield from problems_in(query, "cycles", _check_cycle)
+    yield from problems_in(query, "gate_decisions", _decision_from_row)
+    yield from problems_in(query, "step_rewards", _reward_from_row)
+
+
 class LearningReader:
     """What the learner has written in a state folder. May be used from any thread, also while it writes.
 
@@ -155,15 +247,19 @@ class LearningReader:
 
     def __init__(self, state: Path) -> None:
         self.state = state
+        self.damage = DamageNotes()
+        """What could not be read."""
 
     def status(self, cycle: str) -> CycleStatus | None:
         return next(iter(self._statuses("WHERE cycle = ? LIMIT 1", [cycle])), None)
 
-    def cycles(self, limit: int = 50, agent: str | None = None) -> list[CycleStatus]:
-        """Newest first; None: of all agents."""
+    def cycles(
+        self, limit: int = 50, damaged: list[Damaged] | None = None, agent: str | None = None
+    ) -> list[CycleStatus]:
+        """Newest first; None: of all agents. Those whose rows are damaged are added to `damaged` instead."""
         if agent is None:
-            return self._statuses("LIMIT ?", [limit])
-        return self._statuses("WHERE agent = ? LIMIT ?", [agent, limit])
+            return self._statuses("LIMIT ?", [limit], damaged)
+        return self._statuses("WHERE agent = ? LIMIT ?", [agent, limit], damaged)
 
     def last_step_seen(self, agent: str = "") -> str | None:
         """The step that the agent's last cycle which learned from the log read up to."""
@@ -176,39 +272,34 @@ class LearningReader:
 
     def decisions(self, cycle: str) -> list[dict[str, Any]]:
         """What the gate decided in a cycle, and on what evidence."""
-        rows = self._rows(
-            "SELECT candidate, against, promote, reason, evidence FROM gate_decisions WHERE cycle = ? ORDER BY id",
-            [cycle],
-        )
-        return [{**row, "promote": bool(row["promote"]), "evidence": json.loads(row["evidence"])} for row in rows]
+        rows = self._rows("SELECT * FROM gate_decisions WHERE cycle = ? ORDER BY id", [cycle])
+        return [_without(row, "cycle") for row in self.damage.sound(rows, _decision_from_row)]
 
     def evidence_against(self, acting: str, agent: str = "") -> list[dict[str, Any]]:
         """On what evidence an agent's candidates were held against an adapter, newest first."""
         rows = self._rows(
-            "SELECT evidence FROM gate_decisions WHERE against = ? AND "
+            "SELECT * FROM gate_decisions WHERE against = ? AND "
             "EXISTS (SELECT 1 FROM cycles WHERE cycles.cycle = gate_decisions.cycle AND agent = ?) ORDER BY id DESC",
             [acting, agent],
         )
-        return [json.loads(row["evidence"]) for row in rows]
+        return [row["evidence"] for row in self.damage.sound(rows, _decision_from_row)]
 
     def decisions_on(self, candidate: str) -> list[dict[str, Any]]:
         """What gates decided on an adapter, and on what evidence; oldest first."""
-        rows = self._rows(
-            "SELECT cycle, against, promote, reason, evidence FROM gate_decisions WHERE candidate = ? ORDER BY id",
-            [candidate],
-        )
-        return [{**row, "promote": bool(row["promote"]), "evidence": json.loads(row["evidence"])} for row in rows]
+        rows = self._rows("SELECT * FROM gate_decisions WHERE candidate = ? ORDER BY id", [candidate])
+        return [_without(row, "candidate") for row in self.damage.sound(rows, _decision_from_row)]
 
     def rewards(self, cycle: str) -> list[StepReward]:
         rows = self._rows("SELECT step_id, cycle, source, value FROM step_rewards WHERE cycle = ?", [cycle])
-        return [StepReward(r["step_id"], r["cycle"], RewardSource(r["source"]), r["value"]) for r in rows]
+        return list(self.damage.sound(rows, _reward_from_row))
 
     def reward_summary(self, cycle: str) -> dict[str, dict[str, float]]:
         """By source: how many steps a cycle rewarded, and how."""
         rows = self._rows(
             "SELECT source, count(*) AS num_steps, avg(value) AS mean, min(value) AS least, max(value) AS most "
-            "FROM step_rewards WHERE cycle = ? GROUP BY source",
-            [cycle],
+            "FROM step_rewards WHERE cycle = ? AND source IN (SELECT value FROM json_each(?)) "
+            "AND typeof(value) = 'real' GROUP BY source",
+            [cycle, json.dumps(list(RewardSource))],
         )
         return {row.pop("source"): row for row in rows}
 
@@ -219,7 +310,14 @@ class LearningReader:
             "WHERE episode_id = ? ORDER BY step_rewards.created_at, source",
             [episode_id],
         )
-        return [StepReward(r["step_id"], r["cycle"], RewardSource(r["source"]), r["value"]) for r in rows]
+        return list(self.damage.sound(rows, _reward_from_row))
+
+    def newest_rewards_of(self, episode_id: str) -> dict[str, dict[RewardSource, StepReward]]:
+        """Of each rewarded step of an episode, by source, what the newest cycle that judged it gave."""
+        newest = dict[str, dict[RewardSource, StepReward]]()
+        for reward in self.rewards_of(episode_id):
+            newest.setdefault(reward.step_id, {})[reward.source] = reward
+        return newest
 
     def num_endings(self) -> dict[tuple[str, CycleStage], int]:
         """How many cycles of each agent ended how."""
@@ -234,7 +332,7 @@ class LearningReader:
         """What the agent's newest cycle that measured anything did, by what it was of: an objective, the discriminator,
         the training data."""
         reports = (status.report.get("diagnostics") for status in self.cycles(limit=50, agent=agent))
-        return next((diagnostics for diagnostics in reports if diagnostics), {})
+        return next((measured for measured in map(_numbers_in, reports) if measured), {})
 
     def agreement(self, adapter: str, agent: str = "") -> list[float]:
         """Expert agreement of an adapter's own steps with an agent, in that agent's newest cycle that judged any: 1 or
@@ -250,27 +348,47 @@ class LearningReader:
         )
         return [row["value"] for row in rows]
 
+    def episodes_of(self, cycle: str) -> list[str]:
+        """The episodes that a cycle has read."""
+        rows = self._rows("SELECT DISTINCT episode_id FROM cycle_episodes WHERE cycle = ?", [cycle])
+        return [row["episode_id"] for row in rows]
+
     def is_learner_alive(self) -> bool:
         """Whether a learner works on this state folder now, whoever started it."""
         return is_learner_alive(self.state)
 
-    def _statuses(self, rest: str, values: Sequence[object]) -> list[CycleStatus]:
+    def _statuses(self, rest: str, values: Sequence[object], damaged: list[Damaged] | None = None) -> list[CycleStatus]:
         rows = self._rows(f"SELECT * FROM cycle_status {rest}", values)
-        return [
-            CycleStatus(**{**row, "stage": CycleStage(row["stage"]), "report": json.loads(row["report"])})
-            for row in rows
-        ]
+        return list(self.damage.sound(rows, _status_from_row, damaged))
 
     def _rows(self, query: str, values: Sequence[object]) -> list[dict[str, Any]]:
         uri = (self.state / "agent.db").absolute().as_uri() + "?mode=ro"
         try:
             with closing(sqlite3.connect(uri, uri=True, timeout=10.0)) as connection:
-                connection.row_factory = sqlite3.Row
+                connection.row_factory, connection.text_factory = sqlite3.Row, text_or_bytes
                 return [dict(row) for row in connection.execute(query, values).fetchall()]
         except sqlite3.OperationalError as error:
             if "no such table" in str(error) or "no such column" in str(error):  # no learner of this release has run
                 return []
             raise
+        except sqlite3.DatabaseError as error:
+            if is_damage(error):
+                raise damaged_file(error, self.state / "agent.db") from error
+            raise
+
+
+def _without(row: dict[str, Any], name: str) -> dict[str, Any]:
+    return {each: value for each, value in row.items() if each != name}
+
+
+def _numbers_in(diagnostics: object) -> dict[str, dict[str, float]]:
+    """The measures of a report, without what a damaged one holds in their place."""
+    found = diagnostics if isinstance(diagnostics, dict) else {}
+    return {
+        of: {name: value for name, value in measures.items() if isinstance(value, int | float)}
+        for of, measures in found.items()
+        if isinstance(measures, dict)
+    }
 
 
 class LearningLog(LearningReader):
@@ -280,10 +398,39 @@ class LearningLog(LearningReader):
         super().__init__(state)
         self.db = Database(sqlite3.connect(state / "agent.db", timeout=30.0))
         self.db.enable_wal()
+        self.db.execute("PRAGMA secure_delete=ON")
         migrations.apply(self.db)
 
     def close(self) -> None:
         self.db.close()
+
+    def note_episodes(self, cycle: str, title: str, episodes: Iterable[tuple[LessonRole, str]]) -> None:
+        """Append what a cycle reads, before it uses it. `title`: the candidate that is trained on it, as its folder is
+        called; empty where it is for none. Twice adds nothing."""
+        rows = [(cycle, title, role.value, episode_id) for role, episode_id in episodes]
+        with write_transaction(self.db):
+            self.db.conn.executemany("INSERT OR IGNORE INTO cycle_episodes VALUES (?, ?, ?, ?)", rows)
+
+    def note_weights(self, cycle: str, title: str, digest: str) -> None:
+        """Append what weights a candidate has, before the runtime hears of them."""
+        with write_transaction(self.db):
+            self.db.execute(
+                "INSERT OR IGNORE INTO trained_weights VALUES (?, ?, ?, ?)", [digest, cycle, title, time.time()]
+            )
+
+    def forget_words(self, cycles: Iterable[str], erasure_id: str) -> None:
+        """Take out of the rows of cycles what may quote an erased episode: words of other programs, and of errors."""
+        parts = ", ".join(f"'$.{name}'" for name in _WORDS)
+        with write_transaction(self.db):
+            for cycle in cycles:
+                self.db.execute("INSERT OR IGNORE INTO erased_cycles VALUES (?, ?)", [cycle, erasure_id])
+                self.db.execute(
+                    "UPDATE cycles SET report = "
+                    f"CASE WHEN json_valid(report) THEN json_remove(report, {parts}) ELSE '{{}}' END, "
+                    "message = CASE stage WHEN 'failed' "
+                    f"THEN 'what it said of its failure was erased ({erasure_id})' ELSE message END WHERE cycle = ?",
+                    [cycle],
+                )
 
     def note(
         self,
@@ -331,6 +478,11 @@ class LearningLog(LearningReader):
     def _insert(self, table: str, record: dict[str, Any]) -> None:
         with write_transaction(self.db):
             self.db.table(table).insert({**record, "created_at": time.time()})
+
+
+def migrate_learning_log(state: Path) -> None:
+    """Bring the learner's tables to this release: a server reads them also where no learner has run since."""
+    LearningLog(state).close()
 
 
 def cut_off_message(status: CycleStatus) -> str:

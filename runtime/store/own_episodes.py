@@ -7,11 +7,11 @@ be counted through the whole log, it is counted up to MOST_COUNTED.
 from __future__ import annotations
 
 import random
+import sqlite3
 from collections.abc import Sequence
 
 from runtime.store.episodes import Episode
 from runtime.store.step_log import LEARNABLE, StepLog
-from runtime.store.step_rows import episode_from_row
 
 MOST_COUNTED = 1000
 _PAGE = 2000
@@ -42,15 +42,14 @@ class OwnEpisodes:
         self._agent = agent
         self._adapters = list(adapters)
         self._places = ", ".join("?" * len(adapters))
-        rows = log.query("SELECT rowid FROM steps WHERE id = ?", after_step or "")
-        self._cursor = rows[0][0] if rows else 0
-        rows = log.query(_LAST_OLD, self._cursor - _PAGE, self._cursor)
-        self._last_old = rows[0][0] or 0
+        self._cursor = log.number_of_step(after_step)
+        rows = log.sound_rows(_LAST_OLD, self._cursor - _PAGE, self._cursor)
+        self._last_old: int = rows[0][0] or 0 if rows else 0
         """No episode with a later number is old: it was logged with a fresh step."""
 
     def last_step_id(self) -> str | None:
         """The newest step there is."""
-        rows = self._log.query("SELECT id FROM steps ORDER BY rowid DESC LIMIT 1")
+        rows = self._log.sound_rows("SELECT id FROM steps ORDER BY rowid DESC LIMIT 1")
         return rows[0][0] if rows else None
 
     def fresh(self, limit: int) -> list[Episode]:
@@ -58,8 +57,8 @@ class OwnEpisodes:
         found: list[Episode] = []
         seen: set[str] = set()
         below = 2**62
-        query = "SELECT rowid, episode_id FROM steps WHERE rowid > ? AND rowid < ? ORDER BY rowid DESC LIMIT ?"
-        while len(found) < limit and (rows := self._log.query(query, self._cursor, below, _PAGE)):
+        query = "SELECT rowid, episode_id FROM steps WHERE rowid BETWEEN ? AND ? ORDER BY rowid DESC"
+        while len(found) < limit and (rows := self._log.rows_down(query, self._cursor + 1, below - 1, _PAGE)):
             below = rows[-1][0]
             new = list(dict.fromkeys(row[1] for row in rows if row[1] not in seen))
             seen.update(new)
@@ -68,11 +67,12 @@ class OwnEpisodes:
 
     def num_too_old(self) -> int:
         """Learnable episodes of other adapters; MOST_COUNTED where there are more."""
-        names = [row[0] for row in self._log.query(_ADAPTERS, self._agent)]
+        names = [row[0] for row in self._log.sound_rows(_ADAPTERS, self._agent)]
         wanted = f"{LEARNABLE} AND agent = ? AND adapter = ?"
         query = f"SELECT count(*) FROM (SELECT 1 FROM episodes WHERE {wanted} LIMIT ?)"
-        others = (name for name in names if name not in self._adapters)
-        return min(sum(self._log.query(query, self._agent, name, MOST_COUNTED)[0][0] for name in others), MOST_COUNTED)
+        others = [name for name in names if name not in self._adapters]
+        counts = [row[0] for name in others for row in self._log.sound_rows(query, self._agent, name, MOST_COUNTED)]
+        return min(sum(counts), MOST_COUNTED)
 
     def old(self, limit: int, draw: random.Random) -> list[Episode]:
         """So many of the old ones, drawn at random."""
@@ -89,9 +89,11 @@ class OwnEpisodes:
         wanted = f"{LEARNABLE} AND agent = ? AND adapter = ? AND rowid <= ? AND {_IS_OLD}"
         query = f"SELECT * FROM episodes WHERE {wanted} ORDER BY id LIMIT ?"
         return [
-            episode_from_row(row)
+            episode
             for adapter in (self._adapters if self._last_old else ())
-            for row in self._log.query(query, self._agent, adapter, self._last_old, self._cursor, limit)
+            for episode in self._log.sound_episodes(
+                self._log.sound_rows(query, self._agent, adapter, self._last_old, self._cursor, limit)
+            )
         ]
 
     def _drawn(self, limit: int, draw: random.Random) -> list[Episode]:
@@ -102,15 +104,20 @@ class OwnEpisodes:
             if len(found) == limit:
                 break
             drawn = draw.randint(1, self._last_old)
-            for row in self._log.query(query, drawn, self._agent, *self._adapters, self._cursor):
-                found[row["id"]] = episode_from_row(row)
+            rows = self._log.sound_rows(query, drawn, self._agent, *self._adapters, self._cursor)
+            found |= {episode.id: episode for episode in self._log.sound_episodes(rows)}
         return list(found.values())
 
     def _own(self, ids: Sequence[str]) -> list[Episode]:
         """Those of these episodes that are learnable, and of this agent and these adapters, in the order of the ids."""
+        rows = self._those(ids)
+        if not rows and len(ids) > 1:  # perhaps for a damaged page alone, which must not hide the others
+            rows = [row for each in ids for row in self._those([each])]
+        found = {episode.id: episode for episode in self._log.sound_episodes(rows)}
+        return [found[each] for each in ids if each in found]
+
+    def _those(self, ids: Sequence[str]) -> list[sqlite3.Row]:
         chosen = f"id IN ({', '.join('?' * len(ids))})"
         query = f"SELECT * FROM episodes WHERE {chosen} AND +actor = 'policy' AND purpose <> 'evaluation'"
         query += f" AND +agent = ? AND +adapter IN ({self._places})"
-        rows = self._log.query(query, *ids, self._agent, *self._adapters) if ids else []
-        found = {row["id"]: episode_from_row(row) for row in rows}
-        return [found[each] for each in ids if each in found]
+        return self._log.sound_rows(query, *ids, self._agent, *self._adapters)

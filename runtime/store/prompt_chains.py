@@ -53,11 +53,18 @@ class SequenceCache:
 
 
 def sequence_of(connection: sqlite3.Connection, cache: SequenceCache, step_id: str) -> bytes | None:
-    """Prompt and completion of a logged step; None for an unknown one. Linear in what its ancestors store."""
+    """Prompt and completion of a logged step; None for an unknown one. Linear in what its ancestors store.
+
+    Raises ValueError or TypeError where what an ancestor stores is damaged.
+    """
     links = []
+    seen: set[str] = set()
     ancestor_id: str | None = step_id
     sequence = bytearray()
     while ancestor_id is not None:
+        if ancestor_id in seen:
+            raise ValueError(f"step {ancestor_id} is its own ancestor")
+        seen.add(ancestor_id)
         cached = cache.get(ancestor_id)
         if cached is not None:
             sequence += cached

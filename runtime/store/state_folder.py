@@ -11,8 +11,13 @@ import fcntl
 import os
 from pathlib import Path
 
+DATABASE = "agent.db"
 SERVER_LOCK = "server.lock"
-_FILES = ("agent.db", "agent.db-wal", "agent.db-shm", "learner.log", "learner.lock", SERVER_LOCK)
+LOCKS = (SERVER_LOCK, "learner.lock")
+_FILES = (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", "learner.log", *LOCKS)
+
+RESTORING = ".restoring"
+"""A folder in the state folder as long as a backup is being restored to it."""
 
 
 class StateFolderTaken(ValueError):
@@ -20,10 +25,13 @@ class StateFolderTaken(ValueError):
 
 
 class StateFolder:
-    """Constructing makes the folder, closes it to others, and takes it. Raises StateFolderTaken, or OSError."""
+    """Constructing makes the folder, closes it to others, and takes it. Raises StateFolderTaken, or OSError; and
+    ValueError for what a restore that was broken off has left, unless it is to be restored now."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_being_restored: bool = False) -> None:
         self.path = path
+        if not is_being_restored and (path / RESTORING).exists() and not (path / DATABASE).exists():
+            raise ValueError(f"a restore to {path} was broken off: run python -m runtime.backup restore again")
         os.umask(0o077)  # for all that this process and its children will write
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = os.open(path / SERVER_LOCK, os.O_RDWR | os.O_CREAT, 0o600)

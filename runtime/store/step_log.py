@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shutil
 import sqlite3
-import struct
+import tempfile
 import zlib
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -25,37 +27,53 @@ from pathlib import Path
 
 from sqlite_utils import Database
 
+from runtime.store.damage import (
+    Damaged,
+    DamageNotes,
+    StepLogError,
+    damaged_file,
+    is_damage,
+    last_rowid,
+    rows_between,
+    text_or_bytes,
+)
 from runtime.store.episodes import (
     Actor,
     Correction,
     Episode,
     Fact,
+    KeyUsage,
     Outcome,
     Purpose,
     ResponseRecord,
     Role,
     Step,
+    StepCandidate,
     Withdrawal,
 )
 from runtime.store.prompt_chains import SequenceCache, sequence_of
 from runtime.store.step_rows import (
     TOKEN_BYTES,
+    candidate_from_row,
     correction_from_row,
     episode_from_row,
     outcome_from_row,
     response_from_row,
     step_from_row,
+    tool_set_from_row,
+    usage_from_row,
     withdrawal_from_row,
 )
 from runtime.store.step_schema import FACT_TABLES, STEP_LOG_MIGRATIONS
-from runtime.store.step_writer import StepLogError, StepWriter
+from runtime.store.step_writer import StepWriter, no_longer_there
+from runtime.store.tables import all_rows, page_problems, reference_problems, table_problems
 
-__all__ = ["Mark", "MarkedStep", "StepLog", "StepLogError", "Whose"]
+__all__ = ["LOCK_TIMEOUT_S", "Damaged", "Mark", "MarkedStep", "StepLog", "StepLogError", "Storage", "Whose"]
 
 LOCK_TIMEOUT_S = 5.0
 """How long a write waits for another process that writes to the same file (the learner's tables live there too)."""
 
-_STEPS = "SELECT steps.*, tool_sets.tools FROM steps JOIN tool_sets ON tool_sets.digest = steps.tools_digest"
+_STEPS = "SELECT steps.*, tool_sets.tools FROM steps LEFT JOIN tool_sets ON tool_sets.digest = steps.tools_digest"
 
 _TRUST = "CASE role " + " ".join(f"WHEN '{role}' THEN {role.trust}" for role in Role) + " END"
 
@@ -72,7 +90,8 @@ _NOT_TAKEN_BACK = "NOT EXISTS (SELECT 1 FROM withdrawals WHERE fact_id = {id})"
 _LIVE_OUTCOMES = f"""
 WITH live AS (
     SELECT id FROM episodes
-    WHERE {LEARNABLE} AND agent = ? AND adapter = ? AND is_assigned = 1 AND created_at >= ? ORDER BY id DESC LIMIT ?),
+    WHERE {LEARNABLE} AND agent = ? AND adapter = ? AND is_assigned = 1 AND (created_at >= ? OR rowid > ?)
+    ORDER BY id DESC LIMIT ?),
 said AS (
     SELECT outcomes.*, outcomes.rowid AS number, {_TRUST} AS trust, row_number() OVER (
         PARTITION BY episode_id ORDER BY {_TRUST} DESC, created_at DESC, outcomes.id DESC) AS place
@@ -83,14 +102,33 @@ counted AS (
 SELECT id, episode_id, value, source, note, created_at, key, role FROM counted
 WHERE trust >= {{least_trust}} OR nth_of_key <= ? ORDER BY number DESC LIMIT ?"""
 
+# UNION, not UNION ALL: it ends where a damaged step is its own ancestor.
 _ANCESTRY = """
 WITH RECURSIVE ancestry (id, parent_id) AS (
     SELECT id, parent_id FROM steps WHERE id = ?
-    UNION ALL SELECT steps.id, steps.parent_id FROM steps JOIN ancestry ON steps.id = ancestry.parent_id)"""
+    UNION SELECT steps.id, steps.parent_id FROM steps JOIN ancestry ON steps.id = ancestry.parent_id)"""
 
 _MISCOUNTED = """
 SELECT steps.id, steps.step_index FROM steps LEFT JOIN steps AS parents ON parents.id = steps.parent_id
 WHERE steps.step_index <> coalesce(parents.step_index + 1, 0)"""
+
+
+LOW_SPACE_BYTES = 512 * 2**20
+"""Below this the operator is told; SQLite itself goes on until nothing is left."""
+_PROBE_BYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How the disk below the log does."""
+
+    is_writable: bool
+    """Steps can be logged, and so answers be given."""
+    problem: str
+    """What is wrong, or soon will be; empty: nothing."""
+    free_bytes: int
+    num_failed_writes: int
+    """Since the start: each refused the answers of all that waited for it."""
 
 
 class Mark(Enum):
@@ -134,8 +172,10 @@ class StepLog:
     not yet migrated.
     """
 
-    def __init__(self, path: str | Path, read_only: bool = False) -> None:
+    def __init__(self, path: str | Path, read_only: bool = False, lock_timeout_s: float = LOCK_TIMEOUT_S) -> None:
         self._path = Path(path)
+        self.damage = DamageNotes()
+        """What could not be read."""
         self._cache = SequenceCache()
         self._idle_readers: deque[sqlite3.Connection] = deque()
         self._is_closed = False
@@ -143,7 +183,8 @@ class StepLog:
         if read_only:
             self._check_readable()
         else:
-            self._writer = StepWriter(_open_to_write(self._path), self._cache)
+            connection = _open_to_write(self._path)
+            self._writer = StepWriter(connection, self._cache, self._path, lock_timeout_s)
 
     # ------------------------------------------------------------------------------------------ write
 
@@ -162,6 +203,10 @@ class StepLog:
         """`append`, and wait on the event loop."""
         await asyncio.wrap_future(self.append(*facts))
 
+    def forget(self, step_ids: Iterable[str]) -> None:
+        """Drop the tokens of steps that were erased from memory."""
+        self._cache.discard(step_ids)
+
     def close(self) -> None:
         """Write what waits, then close the file. May be called twice."""
         self._is_closed = True
@@ -173,6 +218,7 @@ class StepLog:
     # ------------------------------------------------------------------------------------------- read
 
     def episode(self, episode_id: str) -> Episode | None:
+        """Raises Damaged, as everything that reads one record does."""
         rows = self._rows("SELECT * FROM episodes WHERE id = ?", episode_id)
         return episode_from_row(rows[0]) if rows else None
 
@@ -180,17 +226,26 @@ class StepLog:
         return _first(self._steps(f"{_STEPS} WHERE steps.id = ?", step_id))
 
     def steps(self, episode_id: str) -> list[Step]:
-        """An episode's steps by time of creation; its branches stand beside each other."""
+        """An episode's steps by time of creation; its branches stand beside each other. Raises Damaged where one is."""
         return self._steps(f"{_STEPS} WHERE episode_id = ? ORDER BY created_at, steps.id", episode_id)
 
-    def steps_after(self, episode_id: str, step_id: str | None, limit: int) -> Iterator[Step]:
-        """The same, page by page and read one by one: those after this step. Close the iterator where it is left."""
+    def steps_after(
+        self, episode_id: str, step_id: str | None, limit: int, damaged: list[Damaged] | None = None
+    ) -> Iterator[Step]:
+        """The same, page by page and read one by one: those after this step. Close the iterator where it is left.
+
+        Damaged ones are left out, and added to `damaged`.
+        """
         after = "AND (created_at, steps.id) > (SELECT created_at, id FROM steps WHERE id = ?)" if step_id else ""
         query = f"SELECT id FROM steps WHERE episode_id = ? {after} ORDER BY created_at, id LIMIT ?"
         values = (episode_id, step_id, limit) if step_id else (episode_id, limit)
-        for row in self._rows(query, *values):
-            if (step := self.step(row["id"])) is not None:
-                yield step
+        rows = self._rows(query, *values)
+        yield from filter(None, self.damage.sound((row["id"] for row in rows), self.step, damaged))
+
+    def candidates(self, step_id: str) -> list[StepCandidate]:
+        """What a step was chosen among, in the order it was drawn; empty where nothing else was."""
+        rows = self._rows("SELECT * FROM step_candidates WHERE step_id = ? ORDER BY number", step_id)
+        return list(self.damage.sound(rows, candidate_from_row))
 
     def children(self, step_id: str) -> list[Step]:
         """The steps that stand on it, by time of creation."""
@@ -249,8 +304,12 @@ class StepLog:
         task_prefix: str | None = None,
         owner: str | None = None,
         agent: str | None = None,
+        damaged: list[Damaged] | None = None,
     ) -> Generator[Episode, None, None]:
-        """The same, read one by one: close the iterator where the rest is not needed."""
+        """The same, read one by one: close the iterator where the rest is not needed.
+
+        Damaged ones are left out, and added to `damaged`.
+        """
         conditions = {"id < ?": after, "purpose = ?": purpose, "actor = ?": actor, "adapter = ?": adapter}
         conditions |= {"owner = ?": owner, "agent = ?": agent}
         if task_prefix is not None:  # a range, which an index serves; LIKE would trip over the prefix's own % and _
@@ -259,9 +318,44 @@ class StepLog:
         where = " AND ".join([*wanted, _NOT_TAKEN_BACK.format(id="episodes.id")])
         page = f"SELECT id FROM episodes WHERE {where} ORDER BY id DESC LIMIT ?"  # sorts ids in an index, no whole rows
         query = f"SELECT * FROM episodes WHERE id IN ({page}) ORDER BY id DESC"
-        with self._reading() as connection, closing(connection.execute(query, (*wanted.values(), limit))) as rows:
-            for row in rows:
-                yield episode_from_row(row)
+        values, num_read = tuple(wanted.values()), 0
+        with self._reading() as connection:
+            try:
+                with closing(connection.execute(query, (*values, limit))) as rows:
+                    for episode in self.damage.sound(rows, episode_from_row, damaged):
+                        yield episode
+                        num_read += 1
+                return
+            except sqlite3.DatabaseError as error:
+                if not is_damage(error):
+                    raise
+            rows = self._beside_damaged_pages(connection, where, values, limit, damaged)
+            for number, episode in enumerate(self.damage.sound(rows, episode_from_row, damaged)):
+                if number >= num_read:
+                    yield episode
+
+    def _beside_damaged_pages(
+        self,
+        connection: sqlite3.Connection,
+        where: str,
+        values: tuple[object, ...],
+        limit: int,
+        damaged: list[Damaged] | None,
+    ) -> Iterator[sqlite3.Row]:
+        """The rows of a page of episodes, by the order of their logging: no index is asked, and each may be damaged."""
+        query = f"SELECT * FROM episodes NOT INDEXED WHERE {where} AND rowid BETWEEN ? AND ? ORDER BY rowid DESC"
+        high, num_found = last_rowid(connection, "episodes"), 0
+        while high > 0 and num_found < limit:
+            for row in rows_between(connection, query, values, max(1, high - 199), high, newest_first=True):
+                if isinstance(row, int):
+                    error = Damaged("episodes", f"row {row}", "it lies on a damaged page of the file")
+                    self.damage.note(error)
+                    if damaged is not None:
+                        damaged.append(error)
+                elif num_found < limit:
+                    num_found += 1
+                    yield row
+            high -= 200
 
     def response(self, response_id: str) -> ResponseRecord | None:
         """None for one that is not known, or was deleted."""
@@ -285,7 +379,12 @@ class StepLog:
         """Those that were not taken back. The last one counts: the newest of those who are trusted most."""
         query = f"SELECT * FROM outcomes WHERE episode_id = ? AND {_NOT_TAKEN_BACK.format(id='outcomes.id')}"
         rows = self._rows(f"{query} ORDER BY {_TRUST}, created_at, id", episode_id)
-        return [outcome_from_row(row) for row in rows]
+        return list(self.damage.sound(rows, outcome_from_row))
+
+    def erased_among(self, episode_ids: Iterable[str]) -> set[str]:
+        """Those of these episodes that were erased, or are being erased now."""
+        query = "SELECT id FROM erased_episodes WHERE id IN (SELECT value FROM json_each(?))"
+        return {row["id"] for row in self._rows(query, json.dumps(list(episode_ids)))}
 
     def outcome(self, outcome_id: str) -> Outcome | None:
         rows = self._rows("SELECT * FROM outcomes WHERE id = ?", outcome_id)
@@ -298,7 +397,7 @@ class StepLog:
     def withdrawals(self, fact_id: str) -> list[Withdrawal]:
         """Oldest first; the fact no longer counts where there is one."""
         rows = self._rows("SELECT * FROM withdrawals WHERE fact_id = ? ORDER BY created_at, id", fact_id)
-        return [withdrawal_from_row(row) for row in rows]
+        return list(self.damage.sound(rows, withdrawal_from_row))
 
     def num_learnable_since(self, created_at: float, most: int, agent: str = "") -> int:
         """How many of an agent's own episodes, evaluations not counted, began after that moment; at most `most`."""
@@ -317,27 +416,29 @@ class StepLog:
         """The number of the newest episode."""
         return self._rows("SELECT coalesce(max(rowid), 0) FROM episodes")[0][0]
 
-    def live_outcomes(self, adapter: str, limit: int, since: float = 0.0, agent: str = "") -> list[Outcome]:
-        """How the newest of an agent's episodes went that the server gave this adapter and that began since: one
-        outcome each, the newest first.
+    def live_outcomes(
+        self, adapter: str, limit: int, since: float = 0.0, after_number: int = 2**62, agent: str = ""
+    ) -> list[Outcome]:
+        """How the newest of an agent's episodes went that the server gave this adapter and that began since, or were
+        logged after the episode with this number (clocks may be set back): one outcome each, the newest first.
 
         Neither evaluations count nor what a client pinned, and of a key that is only trusted to give feedback no more
         than MOST_OF_A_KEY: it takes several of them to be evidence. Looks at the newest LIVE_EPISODES: its cost does
         not grow with the log.
         """
         query = _LIVE_OUTCOMES.format(least_trust=Role.TEACH.trust)
-        rows = self._rows(query, agent, adapter, since, LIVE_EPISODES, MOST_OF_A_KEY, limit)
-        return [outcome_from_row(row) for row in rows]
+        rows = self._rows(query, agent, adapter, since, after_number, LIVE_EPISODES, MOST_OF_A_KEY, limit)
+        return list(self.damage.sound(rows, outcome_from_row))
 
     def corrections(self, step_id: str) -> list[Correction]:
         """Oldest first, without those that were taken back."""
         query = f"SELECT * FROM corrections WHERE step_id = ? AND {_NOT_TAKEN_BACK.format(id='corrections.id')}"
         rows = self._rows(f"{query} ORDER BY created_at, id", step_id)
-        return [correction_from_row(row) for row in rows]
+        return list(self.damage.sound(rows, correction_from_row))
 
     def corrected_steps(self, agent: str = "") -> list[str]:
         """Ids of an agent's steps that have a correction, newest correction first."""
-        rows = self._rows(
+        rows = self.sound_rows(
             "SELECT step_id, max(corrections.created_at) AS newest FROM corrections "
             "JOIN steps ON steps.id = step_id JOIN episodes ON episodes.id = episode_id "
             f"WHERE episodes.agent = ? AND {_NOT_TAKEN_BACK.format(id='corrections.id')} "
@@ -351,25 +452,69 @@ class StepLog:
 
         Not by id: an id is made when a step begins, and a slow step is logged after quicker ones that began later.
         """
-        cursor = "coalesce((SELECT rowid FROM steps WHERE id = ?), 0)"
-        return self._steps(f"{_STEPS} WHERE steps.rowid > {cursor} ORDER BY steps.rowid LIMIT ?", step_id, limit)
+        return self._steps(
+            f"{_STEPS} WHERE steps.rowid > ? ORDER BY steps.rowid LIMIT ?", self.number_of_step(step_id), limit
+        )
+
+    def number_of_step(self, step_id: str | None) -> int:
+        """Where a step stands in the order of logging, or stood before it was erased; 0 for an unknown one and None."""
+        erased = "SELECT number FROM erased_cursors WHERE step_id = ?1"
+        rows = self._rows(f"SELECT rowid AS number FROM steps WHERE id = ?1 UNION ALL {erased}", step_id or "")
+        return rows[0]["number"] if rows else 0
+
+    def usage_of(self, day: int) -> list[KeyUsage]:
+        """What keys with a quota have used up on a day (UTC, since 1970)."""
+        rows = self._rows("SELECT * FROM key_usage WHERE day = ?", day)
+        return list(self.damage.sound(rows, usage_from_row))
+
+    def storage(self) -> Storage:
+        """How the disk below the log does. Where the last write failed, another is tried: not for the event loop."""
+        assert self._writer is not None, "who writes is asked"
+        problem = self._writer.problem and self._problem_now()
+        try:
+            self._writer.require_place()
+            free_bytes = shutil.disk_usage(self._path.parent).free
+        except (OSError, StepLogError) as error:
+            return Storage(False, str(error), 0, self._writer.num_failed)
+        if not problem and free_bytes < LOW_SPACE_BYTES:
+            told = f"only {free_bytes // 2**20} MiB are free where {self._path.parent} lies: make room"
+            return Storage(True, told, free_bytes, self._writer.num_failed)
+        return Storage(not problem, problem, free_bytes, self._writer.num_failed)
+
+    def _problem_now(self) -> str:
+        """Why a write would fail now; empty where it would not."""
+        assert self._writer is not None, "who writes is asked"
+        try:
+            with tempfile.TemporaryFile(dir=self._path.parent) as file:
+                file.write(bytes(_PROBE_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+            self.append().result()
+        except (OSError, StepLogError) as error:
+            return str(error) if isinstance(error, StepLogError) else f"{self._path.parent}: {error.strerror}"
+        return ""
 
     def counts(self) -> dict[str, int]:
-        """Rows of each table, without counting them: rowids of a table that nothing is deleted from have no gaps."""
+        """Rows that were logged in each table, without counting them: rowids have no gaps but those of erased rows,
+        which count, unless they were the last ones.
+        """
         columns = ", ".join(f"(SELECT coalesce(max(rowid), 0) FROM {table}) AS {table}" for table in FACT_TABLES)
         return dict(self._rows(f"SELECT {columns}")[0])
 
     def verify(self) -> list[str]:
         """Read everything and return what is wrong with it, in sentences; empty when all is well.
 
-        SQLite's integrity check and foreign keys; every record can be read; every step's tokens rebuild to the checksum
-        taken when they were served; its index counts its ancestors.
+        The file's pages and each table's types; every record can be read; every step's tokens rebuild to the checksum
+        taken when they were served; its index counts its ancestors. Damage to one of them hides none of the others.
         """
-        try:
-            with self._reading() as connection:
-                return [*_file_problems(connection), *_record_problems(connection), *_step_problems(connection)]
-        except StepLogError as error:
-            return [str(error)]
+        problems: list[str] = []
+        for check in (page_problems, table_problems, reference_problems, _record_problems, _step_problems):
+            try:
+                with self._reading() as connection:
+                    problems.extend(check(connection))
+            except StepLogError as error:
+                problems.append(str(error))
+        return list(dict.fromkeys(problems))
 
     # ---------------------------------------------------------------------------------------- reading
 
@@ -377,13 +522,51 @@ class StepLog:
         """Rows of a query, for the other readers of this package."""
         return self._rows(query, *values)
 
+    def sound_rows(self, query: str, *values: object) -> list[sqlite3.Row]:
+        """The same; none, which is noted, where a page that it needs is damaged."""
+        try:
+            return self._rows(query, *values)
+        except Damaged as error:
+            self.damage.note(error)
+            return []
+
+    def rows_down(self, query: str, low: int, high: int, limit: int) -> list[sqlite3.Row]:
+        """Rows of a query that ends in `rowid BETWEEN ? AND ? ORDER BY rowid DESC`, without those on damaged pages: the
+        first `limit` of them."""
+        try:
+            return self._rows(f"{query} LIMIT ?", low, high, limit)
+        except Damaged as error:
+            self.damage.note(error)
+        high = min(high, self.num_rows("steps"))
+        found: list[sqlite3.Row] = []
+        with self._reading() as connection:
+            while high >= low and len(found) < limit:
+                rows = rows_between(connection, query, (), max(low, high - 199), high, newest_first=True)
+                found += [row for row in rows if not isinstance(row, int)]
+                high -= 200
+        return found[:limit]
+
+    def num_rows(self, table: str) -> int:
+        """The number of a table's newest row."""
+        with self._reading() as connection:
+            return last_rowid(connection, table)
+
+    def sound_episodes(self, rows: Iterable[sqlite3.Row]) -> list[Episode]:
+        """The episodes of rows that `query` has read, without those that are damaged."""
+        return list(self.damage.sound(rows, episode_from_row))
+
     def _rows(self, query: str, *values: object) -> list[sqlite3.Row]:
         with self._reading() as connection:
             return connection.execute(query, values).fetchall()
 
     def _steps(self, query: str, *values: object) -> list[Step]:
         with self._reading() as connection:
-            return [_rebuild(connection, self._cache, row) for row in connection.execute(query, values).fetchall()]
+            rows = connection.execute(query, values).fetchall()
+            try:
+                return [_rebuild(connection, self._cache, row) for row in rows]
+            except Damaged as error:
+                self.damage.note(error)
+                raise
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -394,7 +577,11 @@ class StepLog:
         try:
             connection = self._take_reader()
             yield connection
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            if is_damage(error):
+                raise damaged_file(error, self._path) from error
+            if not self._path.exists():
+                raise StepLogError(no_longer_there(self._path)) from error
             raise StepLogError(f"{self._path} could not be read: {error}") from error
         finally:
             if connection is not None:
@@ -423,27 +610,32 @@ def _open_to_write(path: Path) -> sqlite3.Connection:
     connection = None
     try:
         connection = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-        connection.row_factory = sqlite3.Row
+        connection.row_factory, connection.text_factory = sqlite3.Row, text_or_bytes
         if connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
             raise StepLogError(f"{path} lies on a file system on which SQLite has no WAL: use a local disk")
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute(
+            "PRAGMA secure_delete = ON"
+        )  # what is erased is overwritten, and so is what trees move about
         database = _database(connection)
         _refuse_newer_schema(database, path)
         STEP_LOG_MIGRATIONS.apply(database)
         return connection
-    except (sqlite3.Error, StepLogError) as error:
+    except (sqlite3.Error, UnicodeDecodeError, StepLogError) as error:
         if connection is not None:
             connection.close()
         if isinstance(error, StepLogError):
             raise
+        if is_damage(error):
+            raise damaged_file(error, path) from error
         raise StepLogError(f"{path} could not be opened as a step log: {error}") from error
 
 
 def _open_to_read(path: Path) -> sqlite3.Connection:
     uri = path.absolute().as_uri() + "?mode=ro"
     connection = sqlite3.connect(uri, uri=True, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-    connection.row_factory = sqlite3.Row
+    connection.row_factory, connection.text_factory = sqlite3.Row, text_or_bytes
     return connection
 
 
@@ -463,12 +655,19 @@ def _refuse_newer_schema(database: Database, path: Path) -> None:
 
 
 def _rebuild(connection: sqlite3.Connection, cache: SequenceCache, row: sqlite3.Row) -> Step:
-    """The step of a row. Raises StepLogError where what is stored no longer makes a step."""
-    prompt = _prompt_of(connection, cache, row)
-    if len(prompt) != row["num_prompt_tokens"] * TOKEN_BYTES:
-        raise StepLogError(f"step {row['id']} is damaged: its prompt rebuilds to another length; run verify()")
-    cache.put(row["id"], prompt + row["completion_token_ids"])
-    return step_from_row(row, prompt)
+    """The step of a row. Raises Damaged where what is stored no longer makes the step that was served."""
+    try:
+        prompt = _prompt_of(connection, cache, row)
+        sequence = prompt + row["completion_token_ids"]
+        if len(prompt) != row["num_prompt_tokens"] * TOKEN_BYTES:
+            raise ValueError("its prompt rebuilds to another length")
+        if zlib.crc32(sequence) != row["tokens_crc32"]:
+            raise ValueError("its tokens are not those that were served")
+    except (TypeError, ValueError) as error:
+        raise Damaged("steps", row["id"], str(error)) from error
+    step = step_from_row(row, prompt)
+    cache.put(row["id"], sequence)
+    return step
 
 
 def _prompt_of(connection: sqlite3.Connection, cache: SequenceCache, row: sqlite3.Row) -> bytes:
@@ -483,48 +682,39 @@ def _first(steps: list[Step]) -> Step | None:
 
 # ------------------------------------------------------------------------------------------------ verifying
 
-_UNREADABLE = (StepLogError, ValueError, TypeError, KeyError, RecursionError, struct.error)
-
-
-def _file_problems(connection: sqlite3.Connection) -> Iterator[str]:
-    for (verdict,) in connection.execute("PRAGMA integrity_check"):
-        if verdict != "ok":
-            yield f"integrity: {verdict}"
-    for row in connection.execute("PRAGMA foreign_key_check"):
-        yield f"{row['table']} row {row['rowid']} refers to a row that is not in {row['parent']}"
+_READERS = {
+    "tool_sets": tool_set_from_row,
+    "episodes": episode_from_row,
+    "outcomes": outcome_from_row,
+    "corrections": correction_from_row,
+    "withdrawals": withdrawal_from_row,
+    "responses": response_from_row,
+    "key_usage": usage_from_row,
+    "step_candidates": candidate_from_row,
+}
 
 
 def _record_problems(connection: sqlite3.Connection) -> Iterator[str]:
-    readers = {
-        "episodes": episode_from_row,
-        "outcomes": outcome_from_row,
-        "corrections": correction_from_row,
-        "withdrawals": withdrawal_from_row,
-    }
-    for table, from_row in readers.items():
-        for row in _in_pages(connection, f"SELECT * FROM {table} WHERE id > ? ORDER BY id"):
-            try:
-                from_row(row)
-            except _UNREADABLE as error:
-                yield f"{table} {row['id']} cannot be read: {error}"
+    for table, from_row in _READERS.items():
+        for row in all_rows(connection, table):
+            if not isinstance(row, int):  # else it was named by whoever looked at the pages
+                yield from _problem(lambda row=row, read=from_row: read(row))
 
 
 def _step_problems(connection: sqlite3.Connection) -> Iterator[str]:
     cache = SequenceCache()  # not the log's own: what is on disk is to be checked
-    for row in _in_pages(connection, f"{_STEPS} WHERE steps.id > ? ORDER BY steps.id"):
-        try:
-            _rebuild(connection, cache, row)
-            if zlib.crc32(cache.get(row["id"]) or b"") != row["tokens_crc32"]:
-                yield f"step {row['id']}: its tokens are not those that were served"
-        except _UNREADABLE as error:
-            yield f"step {row['id']} cannot be read: {error}"
+    for row in all_rows(connection, "steps", f"{_STEPS} WHERE steps.rowid BETWEEN ? AND ?"):
+        if not isinstance(row, int):
+            yield from _problem(lambda row=row: _rebuild(connection, cache, row))
     for row in connection.execute(_MISCOUNTED):
-        yield f"step {row['id']}: its index {row['step_index']} is not the number of its ancestors"
+        yield f"steps {row['id']} is damaged: its index {row['step_index']} is not the number of its ancestors"
 
 
-def _in_pages(connection: sqlite3.Connection, query: str) -> Iterator[sqlite3.Row]:
-    """All rows by id. One long read would keep the writer's WAL from being folded back into the file."""
-    last_id = ""
-    while page := connection.execute(f"{query} LIMIT 200", (last_id,)).fetchall():
-        yield from page
-        last_id = page[-1]["id"]
+def _problem(read: Callable[[], object]) -> Iterator[str]:
+    try:
+        read()
+    except Damaged as damaged:
+        yield str(damaged)
+    except sqlite3.DatabaseError as error:
+        if not is_damage(error):
+            raise  # of a step's ancestor, which is named by itself

@@ -26,19 +26,33 @@ from policies.types import (
     ToolCalls,
     ToolSchema,
 )
+from runtime.store.damage import json_object, json_objects, record_of
 from runtime.store.episodes import (
     Actor,
     Correction,
     Episode,
+    KeyUsage,
     Outcome,
     PromptChange,
     Purpose,
     ResponseRecord,
     Role,
     Step,
+    StepCandidate,
     StopReason,
     ToolResult,
     Withdrawal,
+)
+from runtime.store.step_schema import (
+    CORRECTION_COLUMNS,
+    EPISODE_COLUMNS,
+    OUTCOME_COLUMNS,
+    RESPONSE_COLUMNS,
+    STEP_CANDIDATE_COLUMNS,
+    STEP_COLUMNS,
+    STEP_MAY_BE_NULL,
+    TOOL_SET_COLUMNS,
+    WITHDRAWAL_COLUMNS,
 )
 
 Row = dict[str, Any]
@@ -95,7 +109,7 @@ def action_to_json(action: Action) -> str:
 
 
 def action_from_json(text: str) -> Action:
-    fields = json.loads(text)
+    fields = json_object(text)
     match fields.pop("type"):
         case "tool_calls":
             calls = tuple(ToolCall(**call) for call in fields.pop("calls"))
@@ -109,7 +123,7 @@ def action_from_json(text: str) -> Action:
 
 
 def sampling_from_json(text: str) -> SamplingParams:
-    fields = json.loads(text)
+    fields = json_object(text)
     fields["stop_token_ids"] = tuple(fields["stop_token_ids"])
     fields["logit_bias"] = tuple((token_id, bias) for token_id, bias in fields.get("logit_bias", ()))
     return SamplingParams(**fields)
@@ -118,7 +132,7 @@ def sampling_from_json(text: str) -> SamplingParams:
 @lru_cache(maxsize=256)
 def tools_from_json(text: str) -> tuple[ToolSchema, ...]:
     """Equal tool sets are one object, so that ten thousand steps do not hold ten thousand copies. Not to be edited."""
-    return tuple(json.loads(text))
+    return tuple(json_objects(text))  # type: ignore[arg-type]
 
 
 # --------------------------------------------------------------------------------------------------- rows
@@ -140,6 +154,9 @@ def episode_to_row(episode: Episode) -> Row:
     }
 
 
+@record_of(
+    "episodes", {**EPISODE_COLUMNS, "owner": str, "is_assigned": int, "user": str, "agent": str}, may_be_null={"task"}
+)
 def episode_from_row(row: sqlite3.Row) -> Episode:
     return Episode(
         id=row["id"],
@@ -147,7 +164,7 @@ def episode_from_row(row: sqlite3.Row) -> Episode:
         purpose=Purpose(row["purpose"]),
         adapter=row["adapter"],
         task=row["task"],
-        metadata=json.loads(row["metadata"]),
+        metadata=json_object(row["metadata"]),
         created_at=row["created_at"],
         owner=row["owner"],
         is_assigned=bool(row["is_assigned"]),
@@ -159,6 +176,13 @@ def episode_from_row(row: sqlite3.Row) -> Episode:
 def tool_set_to_row(step: Step) -> Row:
     tools = to_json(step.tools)
     return {"digest": hashlib.sha256(tools.encode()).hexdigest(), "tools": tools}
+
+
+@record_of("tool_sets", TOOL_SET_COLUMNS, key="digest")
+def tool_set_from_row(row: sqlite3.Row) -> tuple[ToolSchema, ...]:
+    if hashlib.sha256(row["tools"].encode("utf-8", "surrogatepass")).hexdigest() != row["digest"]:
+        raise ValueError("its tools are not those that its digest is of")
+    return tools_from_json(row["tools"])
 
 
 def step_to_row(step: Step, tools_digest: str, prompt: bytes, completion: bytes, prefix_len: int) -> Row:
@@ -195,6 +219,14 @@ def step_to_row(step: Step, tools_digest: str, prompt: bytes, completion: bytes,
     }
 
 
+@record_of(
+    "steps",
+    {
+        name: kind for name, kind in STEP_COLUMNS.items() if name != "mean_logprob"
+    }  # which may be infinite, and is not read
+    | {"prompt_change": str, "thread_digest": str, "tail_digest": str, "tools": str},
+    may_be_null={*STEP_MAY_BE_NULL, "prompt_change"},
+)
 def step_from_row(row: sqlite3.Row, prompt: bytes) -> Step:
     """The step of a row joined with its tool set. `prompt` is the rebuilt prompt as a blob."""
     logprobs = row["behavior_logprobs"]
@@ -204,7 +236,7 @@ def step_from_row(row: sqlite3.Row, prompt: bytes) -> Step:
         episode_id=row["episode_id"],
         parent_id=row["parent_id"],
         index=row["step_index"],
-        new_messages=tuple(json.loads(row["new_messages"])),
+        new_messages=tuple(json_objects(row["new_messages"])),
         tools=tools_from_json(row["tools"]),
         prompt_token_ids=tokens_from_blob(prompt),
         completion_token_ids=tokens_from_blob(row["completion_token_ids"]),
@@ -214,7 +246,7 @@ def step_from_row(row: sqlite3.Row, prompt: bytes) -> Step:
         action=action_from_json(row["action"]),
         finish_reason=FinishReason(row["finish_reason"]),
         stop_reason=None if stop_reason is None else StopReason(stop_reason),
-        tool_results=tuple(ToolResult(**result) for result in json.loads(row["tool_results"])),
+        tool_results=tuple(ToolResult(**result) for result in json_objects(row["tool_results"])),
         conversation_digest=row["conversation_digest"],
         created_at=row["created_at"],
         first_token_ms=row["first_token_ms"],
@@ -229,6 +261,7 @@ def outcome_to_row(outcome: Outcome) -> Row:
     return fields_of(outcome) | {"role": Role(outcome.role).value}
 
 
+@record_of("outcomes", {**OUTCOME_COLUMNS, "key": str, "role": str})
 def outcome_from_row(row: sqlite3.Row) -> Outcome:
     return Outcome(**{**dict(row), "role": Role(row["role"])})
 
@@ -237,8 +270,33 @@ def withdrawal_to_row(withdrawal: Withdrawal) -> Row:
     return fields_of(withdrawal)
 
 
+@record_of("withdrawals", WITHDRAWAL_COLUMNS)
 def withdrawal_from_row(row: sqlite3.Row) -> Withdrawal:
     return Withdrawal(**dict(row))
+
+
+def candidate_to_row(candidate: StepCandidate) -> Row:
+    return fields_of(candidate) | {
+        "action": action_to_json(candidate.action),
+        "completion_token_ids": tokens_to_blob(candidate.completion_token_ids),
+        "logprobs": logprobs_to_blob(candidate.logprobs),
+        "finish_reason": FinishReason(candidate.finish_reason).value,
+        "is_chosen": int(candidate.is_chosen),
+    }
+
+
+@record_of("step_candidates", STEP_CANDIDATE_COLUMNS, key="step_id")
+def candidate_from_row(row: sqlite3.Row) -> StepCandidate:
+    return StepCandidate(
+        **{
+            **dict(row),
+            "action": action_from_json(row["action"]),
+            "completion_token_ids": tokens_from_blob(row["completion_token_ids"]),
+            "logprobs": logprobs_from_blob(row["logprobs"]),
+            "finish_reason": FinishReason(row["finish_reason"]),
+            "is_chosen": bool(row["is_chosen"]),
+        }
+    )
 
 
 def correction_to_row(correction: Correction) -> Row:
@@ -253,6 +311,7 @@ def correction_to_row(correction: Correction) -> Row:
     }
 
 
+@record_of("corrections", {**CORRECTION_COLUMNS, "key": str})
 def correction_from_row(row: sqlite3.Row) -> Correction:
     return Correction(
         id=row["id"],
@@ -265,5 +324,11 @@ def correction_from_row(row: sqlite3.Row) -> Correction:
     )
 
 
+@record_of("responses", RESPONSE_COLUMNS)
 def response_from_row(row: sqlite3.Row) -> ResponseRecord:
-    return ResponseRecord(**{**dict(row), "request": json.loads(row["request"])})
+    return ResponseRecord(**{**dict(row), "request": json_object(row["request"])})
+
+
+@record_of("key_usage", {"key": str, "day": int, "requests": int, "steps": int, "tokens": int}, key="key")
+def usage_from_row(row: sqlite3.Row) -> KeyUsage:
+    return KeyUsage(**dict(row))

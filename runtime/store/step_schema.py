@@ -7,15 +7,17 @@ another program. Refused: one JSON document per step, which neither an index nor
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from sqlite_utils import Database, Migrations
 
+from runtime.store.erasure_schema import create_erasures
 from runtime.store.step_views import EPISODE_TEXT, STEP_SUMMARY
 
 STEP_LOG_MIGRATIONS = Migrations("step_log")
 
-FACT_TABLES = ("episodes", "steps", "outcomes", "corrections", "tool_sets", "withdrawals")
+FACT_TABLES = ("episodes", "steps", "outcomes", "corrections", "tool_sets", "withdrawals", "step_candidates")
 _FIRST_TABLES = FACT_TABLES[:5]
 
 
@@ -28,7 +30,7 @@ def create_facts(database: Database) -> None:
         database,
         "steps",
         STEP_COLUMNS,
-        may_be_null={"parent_id", "behavior_logprobs", "mean_logprob", "stop_reason"},
+        may_be_null=STEP_MAY_BE_NULL,
         foreign_keys=[
             ("episode_id", "episodes", "id"),
             ("parent_id", "steps", "id"),
@@ -83,7 +85,8 @@ def recognise_rewritten_conversations(database: Database) -> None:
     _refuse_edits(database, "step_calls", None)
     database.execute(
         "INSERT INTO step_calls SELECT json_extract(call.value, '$.id'), steps.id "
-        "FROM steps, json_each(steps.action, '$.calls') AS call"
+        "FROM steps, json_each(CASE WHEN json_valid(steps.action) THEN steps.action ELSE '{}' END, '$.calls') AS call "
+        "WHERE typeof(json_extract(call.value, '$.id')) = 'text'"  # a damaged row must not keep a release from starting
     )
     _create(database, "responses", RESPONSE_COLUMNS, foreign_keys=[("step_id", "steps", "id")])
     _create(database, "response_deletions", {"id": str, "created_at": float})
@@ -91,6 +94,27 @@ def recognise_rewritten_conversations(database: Database) -> None:
         _refuse_edits(database, table, "id")
     for table, columns in (("step_calls", ["call_id"]), ("steps", ["thread_digest"]), ("steps", ["tail_digest"])):
         database.table(table).create_index(columns)
+
+
+@STEP_LOG_MIGRATIONS()
+def keep_what_was_not_chosen(database: Database) -> None:
+    """The draws that a step was chosen among."""
+    _create(database, "step_candidates", STEP_CANDIDATE_COLUMNS, pk=None, foreign_keys=[("step_id", "steps", "id")])
+    database.execute("CREATE UNIQUE INDEX step_candidates_by_step ON step_candidates(step_id, number)")
+    _refuse_edits(database, "step_candidates", None)
+
+
+@STEP_LOG_MIGRATIONS()
+def remember_what_keys_use_up(database: Database) -> None:
+    """A row for each key with a quota and day: a count, and no fact, so that a start reads few of them."""
+    columns = {"key": str, "day": int, "requests": int, "steps": int, "tokens": int}
+    _create(database, "key_usage", columns, pk=["day", "key"])
+
+
+@STEP_LOG_MIGRATIONS()
+def erase(database: Database) -> None:
+    """What was erased, and leave to delete it."""
+    create_erasures(database)
 
 
 @STEP_LOG_MIGRATIONS()
@@ -148,6 +172,8 @@ STEP_COLUMNS = {
     "latency_ms": float,
 }
 
+STEP_MAY_BE_NULL = frozenset({"parent_id", "behavior_logprobs", "mean_logprob", "stop_reason"})
+
 OUTCOME_COLUMNS = {
     "id": str,
     "episode_id": str,
@@ -180,6 +206,18 @@ RESPONSE_COLUMNS = {
     "step_id": str,  # the first one
     "request": str,  # JSON object
     "created_at": float,
+}
+
+STEP_CANDIDATE_COLUMNS = {
+    "step_id": str,
+    "number": int,
+    "action": str,  # JSON object with a `type`
+    "completion_token_ids": bytes,  # int32 little endian
+    "logprobs": bytes,  # float32 little endian
+    "finish_reason": str,
+    "score": float,
+    "scorer": str,
+    "is_chosen": int,
 }
 
 STEP_CALL_COLUMNS = {
@@ -219,11 +257,11 @@ def _create(
     database: Database,
     table: str,
     columns: dict[str, Any],
-    pk: str | None = "id",
-    may_be_null: set[str] | None = None,
+    pk: str | list[str] | None = "id",
+    may_be_null: Collection[str] = (),
     foreign_keys: list[Any] | None = None,
 ) -> None:
-    not_null = set(columns) - (may_be_null or set())
+    not_null = set(columns) - set(may_be_null)
     database.table(table).create(columns, pk=pk, not_null=not_null, foreign_keys=foreign_keys or [], strict=True)
 
 

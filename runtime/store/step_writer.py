@@ -10,23 +10,29 @@ from __future__ import annotations
 import sqlite3
 import struct
 import threading
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from policies.types import ToolCalls
+from runtime.store.damage import WHAT_TO_DO, StepLogError, is_damage
 from runtime.store.episodes import (
     Correction,
     Episode,
     Fact,
+    KeyUsage,
     Outcome,
     ResponseDeletion,
     ResponseRecord,
     Step,
+    StepCandidate,
     Withdrawal,
 )
 from runtime.store.prompt_chains import SequenceCache, common_prefix_len, sequence_of
 from runtime.store.step_rows import (
     Row,
+    candidate_to_row,
     correction_to_row,
     episode_to_row,
     fields_of,
@@ -39,16 +45,13 @@ from runtime.store.step_rows import (
 )
 
 
-class StepLogError(Exception):
-    """The step log could not be opened, read or written; the message says why and what to do."""
-
-
 @dataclass(frozen=True, slots=True)
 class Append:
     """One caller's facts: logged all together, or not at all."""
 
     facts: tuple[Fact, ...]
     done: Future[None] = field(default_factory=Future)
+    asked_at: float = field(default_factory=time.monotonic)
 
 
 # What is wrong with one caller's facts, as against what is wrong with the file: the others of the group are committed.
@@ -67,12 +70,29 @@ _CALLERS_FAULT = (
 )
 
 
-class StepWriter:
-    """Owns the writing connection and the thread that uses it. `connection` is in autocommit mode."""
+_ADD_USAGE = """
+INSERT INTO key_usage (key, day, requests, steps, tokens) VALUES (:key, :day, :requests, :steps, :tokens)
+ON CONFLICT (day, key) DO UPDATE SET
+    requests = requests + excluded.requests, steps = steps + excluded.steps, tokens = tokens + excluded.tokens"""
 
-    def __init__(self, connection: sqlite3.Connection, cache: SequenceCache) -> None:
+
+class StepWriter:
+    """Owns the writing connection and the thread that uses it. `connection` is in autocommit mode.
+
+    Nobody waits longer than `lock_timeout_s` for another process that writes to the file: who asked while a group was
+    waiting has waited with it.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, cache: SequenceCache, path: Path, lock_timeout_s: float) -> None:
         self.connection = connection
+        self.problem = ""
+        """Why the last group could not be written; empty where it could."""
+        self.num_failed = 0
+        """Groups that could not be written since the start."""
         self._cache = cache
+        self._path = path
+        self._place = _place_of(path)
+        self._lock_timeout_s = lock_timeout_s
         self._waiting: list[Append] = []
         self._is_closed = False
         self._changed = threading.Condition()
@@ -112,9 +132,12 @@ class StepWriter:
     def _commit(self, group: list[Append]) -> None:
         try:
             problems = self._write(group)
+            self.problem = ""
         except Exception as error:  # whatever it was, those who wait must be told and the thread must go on
             self._roll_back(group)
-            problems = [_file_problem(error)] * len(group)
+            self.problem = _file_problem(error)
+            self.num_failed += 1
+            problems = [self.problem] * len(group)
         for append, problem in zip(group, problems, strict=True):
             if problem is None:
                 append.done.set_result(None)
@@ -123,10 +146,20 @@ class StepWriter:
 
     def _write(self, group: list[Append]) -> list[str | None]:
         """One transaction for the group; returns what is wrong with each caller's facts, None where nothing is."""
+        self.require_place()
+        waited_s = time.monotonic() - group[0].asked_at
+        patience_s = max(self._lock_timeout_s - waited_s, 0.05)
+        self.connection.execute(f"PRAGMA busy_timeout = {round(patience_s * 1000)}")
         self.connection.execute("BEGIN IMMEDIATE")
         problems = [self._write_one(append) for append in group]
         self.connection.execute("COMMIT")
         return problems
+
+    def require_place(self) -> None:
+        """Raises StepLogError where the file is no longer where it was opened: what is written would be found by no
+        restart."""
+        if _place_of(self._path) != self._place:
+            raise StepLogError(no_longer_there(self._path))
 
     def _write_one(self, append: Append) -> str | None:
         self.connection.execute("SAVEPOINT one_caller")
@@ -148,6 +181,8 @@ class StepWriter:
                 self._insert_step(fact)
             case Episode():
                 self._insert("episodes", episode_to_row(fact))
+            case StepCandidate():
+                self._insert("step_candidates", candidate_to_row(fact))
             case Outcome():
                 self._insert("outcomes", outcome_to_row(fact))
             case Correction():
@@ -158,6 +193,8 @@ class StepWriter:
                 self._insert("responses", fields_of(fact) | {"request": to_json(fact.request)})
             case ResponseDeletion():
                 self._insert("response_deletions", fields_of(fact))
+            case KeyUsage():
+                self.connection.execute(_ADD_USAGE, fields_of(fact))
             case _:
                 raise TypeError(
                     f"a fact is an Episode, Step, Outcome, Correction or Withdrawal, got {type(fact).__name__}"
@@ -207,11 +244,32 @@ def _fact_problem(fact: Fact, error: Exception) -> str:
     return f"{name} cannot be logged: {message}"
 
 
+def no_longer_there(path: Path) -> str:
+    """What is said of a file that was moved or removed."""
+    return (
+        f"{path} is no longer there: its folder was moved or removed. Put it back, or stop the server and restore a "
+        "backup; until then nothing is logged, so nothing is answered"
+    )
+
+
+def _place_of(path: Path) -> tuple[int, int] | None:
+    """What a path leads to; None: nothing."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def _file_problem(error: Exception) -> str:
     """A sentence on why a whole group could not be written."""
     message = str(error)
+    if isinstance(error, StepLogError):
+        return message
     if "full" in message:
         return "the disk is full: these facts were not logged; free some space and try again"
     if "locked" in message:
         return "another process holds the file's write lock for too long: these facts were not logged"
+    if isinstance(error, sqlite3.Error) and is_damage(error):
+        return f"agent.db is damaged ({message}): these facts were not logged. {WHAT_TO_DO}"
     return f"the step log could not be written, these facts were not logged: {message or type(error).__name__}"

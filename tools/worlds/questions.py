@@ -6,12 +6,14 @@ accepted answers (Rajpurkar et al. 2016; Yang et al. 2018). The outcome is the e
 
 from __future__ import annotations
 
+import json
 import re
 import string
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -30,6 +32,9 @@ SYSTEM_PROMPT = (
     "Answer the question from what you find with the search tool; it may take several searches. "
     "Your answer is the bare fact, in as few words as it takes."
 )
+
+MOST_SEARCHES = 10_000
+"""That are remembered: some kilobytes each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +75,22 @@ def _f1(said: list[str], right: list[str]) -> float:
 # ------------------------------------------------------------------------------------------------ episode
 
 
+class Search:
+    """The search tool, which remembers what it found: an episode is opened again for each of its steps."""
+
+    def __init__(self, tool: BaseTool) -> None:
+        self.schema: ToolSchema = convert_to_openai_tool(tool)["function"]
+        self.find: Callable[[str], str] = lru_cache(MOST_SEARCHES)(lambda arguments: tool.invoke(json.loads(arguments)))
+        """What the tool says to arguments, given as JSON. Raises what the tool raises for arguments that do not fit."""
+
+
 class QuestionEpisode(ToolEpisode):
     """One attempt at one question. The last answer counts."""
 
-    def __init__(self, question: Question, search: BaseTool, schema: ToolSchema) -> None:
+    def __init__(self, question: Question, search: Search) -> None:
         super().__init__()
         self.question = question
-        self._search, self._schema = search, schema
+        self._search = search
         self._num_found = 0
         """How many of the expert's searches were made."""
         self.said: str | None = None
@@ -86,13 +100,13 @@ class QuestionEpisode(ToolEpisode):
         return self.said is not None
 
     def schemas(self) -> list[ToolSchema]:
-        return [self._schema]
+        return [self._search.schema]
 
     def run(self, name: str, arguments: dict[str, Any]) -> str:
         del name
         queries = self.question.queries
         self._num_found += self._num_found < len(queries) and arguments.get("query") == queries[self._num_found]
-        return self._search.invoke(arguments)
+        return self._search.find(json.dumps(arguments))
 
     def answer(self, text: str) -> None:
         self.said = text
@@ -106,11 +120,13 @@ class QuestionEpisode(ToolEpisode):
     def expert_action(self) -> Message:
         """The next search, then the answer. No search that was made before it does harm."""
         if self._num_found < len(self.question.queries):
-            return calling(self._search.name, {"query": self.question.queries[self._num_found]}, self.num_moves)
+            return calling(
+                self._search.schema["name"], {"query": self.question.queries[self._num_found]}, self.num_moves
+            )
         return answering(self.question.answers[0])
 
     def reopened(self) -> QuestionEpisode:
-        return QuestionEpisode(self.question, self._search, self._schema)
+        return QuestionEpisode(self.question, self._search)
 
     def is_where(self, other: QuestionEpisode) -> bool:
         reached, others = ((each.is_done, each.outcome(), each.f1()) for each in (self, other))
@@ -127,15 +143,14 @@ class QuestionWorld(ListedWorld[Question]):
         self, name: str, questions: dict[str, Sequence[Question]], passages: Iterable[tuple[str, str]]
     ) -> None:
         self.name = name
-        self._search = search_tool(corpus_file(name, passages))
-        self._schema: ToolSchema = convert_to_openai_tool(self._search)["function"]
+        self._search = Search(search_tool(corpus_file(name, passages)))
         super().__init__(questions)
 
     def messages_of(self, item: Question) -> tuple[Message, ...]:
         return ({"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": item.text})
 
     def open_item(self, item: Question) -> QuestionEpisode:
-        return QuestionEpisode(item, self._search, self._schema)
+        return QuestionEpisode(item, self._search)
 
 
 def corpus_file(name: str, passages: Iterable[tuple[str, str]]) -> Path:

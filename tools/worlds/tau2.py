@@ -129,6 +129,9 @@ class Tau2Episode(ToolEpisode):
 class Tau2World(ListedWorld[PackageTask]):
     """A domain of tau2-bench. Its published test split is held out."""
 
+    max_steps = 32
+    """The longest of the right ways takes 21."""
+
     def __init__(self, name: str, domain: Any) -> None:
         self.name = name
         self._domain = domain

@@ -123,6 +123,19 @@ class World(Protocol):
         ...
 
 
+class WorldFailed(Exception):
+    """A world cannot open a task now: its simulator does not start, or hangs."""
+
+
+MAX_STEPS = 16
+"""Of an attempt, where the world has no `max_steps` of its own."""
+
+
+def max_steps_of(world: World | None) -> int:
+    """Steps after which an attempt at a task is given up."""
+    return getattr(world, "max_steps", MAX_STEPS)
+
+
 class UnknownTask(ValueError):
     """A task id that names no task of the world."""
 

@@ -30,6 +30,8 @@ from runtime.engines.embedded.shared_prefix import PrefixGroup, SharedPrefix, gr
 ROOM_TO_WRITE = 64
 """Tokens that a row's first slot has room for beyond its prompt, if it may write so many."""
 
+NOT_FINITE = "the network's output is not finite, or the grammar allows no token"
+
 RowT = TypeVar("RowT", bound=BatchRow)
 
 
@@ -81,7 +83,8 @@ class Batch(Generic[RowT]):
         if source is not None:
             self._memory.touch(source)
         cached = CachedSequence(row.token_ids, row.adapter_name)
-        room = min(ROOM_TO_WRITE, row.sampling.max_tokens - row.num_sampled)
+        row.logprobs.clear()  # one that had to leave reads what it scores again
+        room = 0 if row.num_scored else min(ROOM_TO_WRITE, row.sampling.max_tokens - row.num_sampled)
         if not self._memory.place(cached, min(len(row.token_ids) + room, self._max_context_tokens)):
             return False
         if source is not None and source.slab is not None:  # else its memory was needed for this row
@@ -97,7 +100,7 @@ class Batch(Generic[RowT]):
         assert row.cached is not None
         self.rows.remove(row)
         # Before its first token nobody has seen whether a row's numbers are finite.
-        if is_sound and row.num_sampled:
+        if is_sound and (row.num_sampled or row.logprobs):
             self._memory.keep(row.cached)
         else:
             self._memory.release(row.cached)
@@ -122,7 +125,7 @@ class Batch(Generic[RowT]):
 
     def step(self) -> list[tuple[RowT, EngineEvent]]:
         """Compute a chunk of the prompts that are being read, and the next token of each row that decodes."""
-        decoding = [row for row in self.rows if row.num_left == 1]
+        decoding = [row for row in self.rows if row.num_left == 1 and not row.num_scored]
         reading = self._reading()
         events: list[tuple[RowT, EngineEvent]] = []
         for group in next_chunks(reading, self._chunk_size.tokens(is_waited_for=bool(decoding))):
@@ -130,19 +133,21 @@ class Batch(Generic[RowT]):
         return events + self._decode(decoding)
 
     def _reading(self) -> list[RowT]:
-        return [row for row in self.rows if row.num_left > 1]
+        return [row for row in self.rows if row.num_left > 1 or row.num_scored]
 
     def _read(self, chunks: dict[RowT, int]) -> list[tuple[RowT, EngineEvent]]:
         began = time.perf_counter()
         rows = in_slot_order(chunks)
         try:
-            logits = self._forward(rows, [chunks[row] for row in rows])
-            done = [place for place, row in enumerate(rows) if row.num_left == 0]
+            num_logits = max(1, *(num_wanted(row, row.num_computed, row.num_computed + chunks[row]) for row in rows))
+            logits = self._forward(rows, [chunks[row] for row in rows], num_logits=num_logits)
+            done = [place for place, row in enumerate(rows) if row.num_left == 0 and not row.num_scored]
             ready = [rows[place] for place in done]
-            events = self._sample(ready, logits[done], self._sampler_of(ready))
+            events = self._sample(ready, logits[done, -1], self._sampler_of(ready))
+            events += self._score(rows, chunks, logits)
         except Exception as error:
             return failed(rows, f"computing the prompt failed: {error!r}")
-        if not done and self._device.type == "cuda":
+        if not events and self._device.type == "cuda":
             torch.cuda.synchronize()  # the clock is read below
         num_tokens = sum(chunks.values())
         self.num_prefilled_tokens += num_tokens
@@ -160,7 +165,7 @@ class Batch(Generic[RowT]):
             self._sampled, self._sampler = rows, self._sampler_of(rows)
         self.num_prefilled_tokens += sum(row.num_sampled == 0 for row in rows)
         try:
-            return self._sample(rows, self._forward(rows, [1] * len(rows), shared), self._sampler)
+            return self._sample(rows, self._forward(rows, [1] * len(rows), shared)[:, -1], self._sampler)
         except Exception as error:
             return failed(rows, f"a decoding step failed: {error!r}")
 
@@ -173,9 +178,14 @@ class Batch(Generic[RowT]):
         return Sampler(samplings, self._device, prompts, said)
 
     def _forward(
-        self, rows: Sequence[BatchRow], num_new: Sequence[int], shared: Sequence[SharedPrefix] = ()
+        self,
+        rows: Sequence[BatchRow],
+        num_new: Sequence[int],
+        shared: Sequence[SharedPrefix] = (),
+        num_logits: int = 1,
     ) -> torch.Tensor:
-        """Compute each row's next `num_new` tokens; gives the logits (rows, vocabulary) after the last of them.
+        """Compute each row's next `num_new` tokens; gives the logits (rows, num_logits, vocabulary) after the last
+        `num_logits` of them.
 
         Padded on the left, so that each row ends in the last column.
         """
@@ -199,11 +209,33 @@ class Batch(Generic[RowT]):
             attention_mask=self._masks.build(position_ids, max(ends)),
             past_key_values=self._kv,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=num_logits,
         )
         for cached, end in zip(sequences, ends, strict=True):
             cached.num_computed = end
-        return output.logits[:, -1].float()
+        return output.logits.float()
+
+    def _score(
+        self, rows: Sequence[RowT], chunks: dict[RowT, int], logits: torch.Tensor
+    ) -> list[tuple[RowT, EngineEvent]]:
+        """Take the scored tokens' logprobs of what was just computed; gives the rows that have them all.
+
+        `logits` are (rows, last computed tokens, vocabulary).
+        """
+        events: list[tuple[RowT, EngineEvent]] = []
+        for row, last in zip(rows, logits, strict=True):
+            if not row.num_scored:
+                continue
+            end = row.num_computed
+            num = num_wanted(row, end - chunks[row], end)
+            targets = row.token_ids[end - num + 1 : end + 1]  # nothing follows the last token
+            if targets:
+                predicted = last[-num:][: len(targets)].log_softmax(-1)
+                row.logprobs += predicted.gather(1, self._tensor(targets)[:, None])[:, 0].tolist()
+            if row.num_left == 0:
+                is_finite = all(map(math.isfinite, row.logprobs))
+                events.append((row, tuple(row.logprobs) if is_finite else EngineError(NOT_FINITE)))
+        return events
 
     def _sample(self, rows: Sequence[RowT], logits: torch.Tensor, sampler: Sampler) -> list[tuple[RowT, EngineEvent]]:
         if not rows:
@@ -225,7 +257,7 @@ class Batch(Generic[RowT]):
 
     def _append(self, row: BatchRow, token_id: int, logprob: float, top: tuple[tuple[int, float], ...]) -> EngineEvent:
         if not math.isfinite(logprob):
-            return EngineError("the network's output is not finite, or the grammar allows no token")
+            return EngineError(NOT_FINITE)
         row.token_ids.append(token_id)
         if row.grammar:
             try:
@@ -243,6 +275,12 @@ class Batch(Generic[RowT]):
 
     def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> torch.Tensor:
         return torch.tensor(values, device=self._device)
+
+
+def num_wanted(row: BatchRow, start: int, end: int) -> int:
+    """Of a row's places from `start` to `end`, how many at the end have logits that are wanted for its scored tokens:
+    those from the one before the first scored token on."""
+    return max(0, end - max(start, row.num_reusable)) if row.num_scored else 0
 
 
 def in_slot_order(rows: Sequence[RowT] | dict[RowT, int]) -> list[RowT]:

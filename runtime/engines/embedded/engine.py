@@ -29,7 +29,7 @@ import torch
 
 from policies.adapters.probe import tolerance_in
 from policies.types import Adapter, EngineError, EngineHealth, EngineLimits, SampledToken, SamplingParams
-from runtime.engines.checks import check_loaded, check_place, check_request, check_unused
+from runtime.engines.checks import check_loaded, check_place, check_request, check_scored, check_unused
 from runtime.engines.embedded.adapter_weights import read_adapter
 from runtime.engines.embedded.batch import Batch
 from runtime.engines.embedded.grammar import Grammars
@@ -149,11 +149,31 @@ class EmbeddedEngine:
                 event = await request.events.get()
                 if isinstance(event, EngineError):
                     raise event
+                assert isinstance(event, SampledToken)
                 yield event
                 if event.finish_reason is not None:
                     return
         finally:
             request.is_cancelled = True
+
+    async def score(
+        self, prompt_token_ids: Sequence[int], completion_token_ids: Sequence[int], adapter: Adapter | None
+    ) -> tuple[float, ...]:
+        """See `Engine.score`. A row of the batch, read like a prompt in chunks beside those that run."""
+        check_scored(prompt_token_ids, completion_token_ids, self._limits)
+        check_loaded(adapter, self._adapters)
+        token_ids, num_scored = (*prompt_token_ids, *completion_token_ids), len(completion_token_ids)
+        loop = asyncio.get_running_loop()
+        request = Request(token_ids, SamplingParams(max_tokens=1), adapter, None, num_scored, loop=loop)
+        self._submit(request)
+        try:
+            event = await request.events.get()
+        finally:
+            request.is_cancelled = True
+        if isinstance(event, EngineError):
+            raise event
+        assert isinstance(event, tuple)
+        return event
 
     async def load_adapter(self, adapter: Adapter) -> None:
         """See `Engine.load_adapter`. The files are read beside the running batch; only the last move stops it."""
@@ -263,7 +283,7 @@ class EmbeddedEngine:
             self._post(request, event)
             if isinstance(event, EngineError):
                 self._batch.leave(request, is_sound=False)
-            elif event.finish_reason is not None:
+            elif isinstance(event, tuple) or event.finish_reason is not None:
                 self._batch.leave(request, is_sound=True)
 
     def _post(self, request: Request, event: EngineEvent) -> None:

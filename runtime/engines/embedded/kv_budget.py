@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 
+from policies.free_memory import free_bytes
 from runtime.engines.embedded.kv_memory import KvShape
 
 SHARE_OF_FREE_MEMORY = 0.25
@@ -30,7 +28,7 @@ def kv_budget(
     per_token = shape.bytes_per_token
     if num_bytes is None:
         num_bytes = min(
-            int(SHARE_OF_FREE_MEMORY * free_bytes(shape.device)), SEQUENCES_PER_ROW * max_rows * wanted * per_token
+            int(SHARE_OF_FREE_MEMORY * free_on(shape.device)), SEQUENCES_PER_ROW * max_rows * wanted * per_token
         )
     fits = num_bytes // per_token
     if fits < (max_context or MIN_CONTEXT):
@@ -46,25 +44,6 @@ def named(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.1f} MiB"
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that this process could take now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return min(_free_of_machine(), _free_of_container())
-
-
-def _free_of_machine() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux: half of what is built in
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def _free_of_container(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """What the container's limit leaves; no limit is a very large one."""
-    try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return int(limit) - int(used)
-    except (OSError, ValueError):  # no container, or "max"
-        return 1 << 62
+def free_on(device: torch.device) -> int:
+    """Bytes that this process could take now."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes()

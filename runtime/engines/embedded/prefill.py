@@ -67,12 +67,12 @@ def next_chunks(rows: Iterable[RowT], num_tokens: int) -> list[list[tuple[RowT, 
 
 
 def longest_known_prefix(row: BatchRow, known: Iterable[CachedSequence]) -> tuple[int, CachedSequence | None]:
-    """How many of a row's tokens lie computed under the same adapter, and where. The last token never counts: its
-    logits are wanted."""
+    """How many of a row's tokens lie computed under the same adapter, and where. The last token never counts, nor one
+    that is scored: their logits are wanted."""
     best, source = MIN_KEPT_TOKENS - 1, None
     for cached in known:
-        if cached.adapter_name == row.adapter_name and min(cached.num_computed, len(row.token_ids) - 1) > best:
-            length = min(common_prefix(row.token_ids, cached.token_ids), cached.num_computed, len(row.token_ids) - 1)
+        if cached.adapter_name == row.adapter_name and min(cached.num_computed, row.num_reusable) > best:
+            length = min(common_prefix(row.token_ids, cached.token_ids), cached.num_computed, row.num_reusable)
             if length > best:
                 best, source = length, cached
     return (best, source) if source else (0, None)
@@ -81,7 +81,7 @@ def longest_known_prefix(row: BatchRow, known: Iterable[CachedSequence]) -> tupl
 def is_worth_waiting(row: BatchRow, reading: Sequence[BatchRow], known: Iterable[CachedSequence]) -> bool:
     """Whether another row is about to compute more of this row's beginning than is known now."""
     promised = [
-        min(common_prefix(row.token_ids, other.token_ids), len(row.token_ids) - 1)
+        min(common_prefix(row.token_ids, other.token_ids), row.num_reusable)
         for other in reading
         if other.adapter_name == row.adapter_name
     ]

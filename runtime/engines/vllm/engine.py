@@ -31,10 +31,10 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from policies.adapters.probe import tolerance_in
 from policies.types import Adapter, EngineError, EngineHealth, EngineLimits, SampledToken, SamplingParams
-from runtime.engines.checks import check_loaded, check_place, check_request, check_unused
+from runtime.engines.checks import check_loaded, check_place, check_request, check_scored, check_unused
 from runtime.engines.vllm.adapters import TARGET_MODULES, require_target_modules
 from runtime.engines.vllm.on_cpu import ask_for_amx, has_amx, safe_block_size
-from runtime.engines.vllm.outputs import sampled_tokens
+from runtime.engines.vllm.outputs import sampled_tokens, scored_tokens
 from runtime.engines.vllm.process import start_llm
 from runtime.engines.vllm.settings import own_engine_args, parse_engine_args
 
@@ -170,6 +170,40 @@ class VllmEngine:
         finally:
             await outputs.aclose()  # aborts it, where it has not ended; awaited, so that an unload comes after it
             self._completions.remove(completion)
+
+    async def score(
+        self, prompt_token_ids: Sequence[int], completion_token_ids: Sequence[int], adapter: Adapter | None
+    ) -> tuple[float, ...]:
+        """See `Engine.score`. vLLM reads the whole prompt for it, without its prefix cache, and samples one token."""
+        self._check_alive()
+        check_scored(prompt_token_ids, completion_token_ids, self._limits)
+        check_loaded(adapter, self._adapters)
+        token_ids = [*prompt_token_ids, *completion_token_ids]
+        outputs = self._llm.generate(
+            tokens_input(token_ids),
+            VllmSamplingParams(
+                max_tokens=1,
+                temperature=0.0,
+                prompt_logprobs=0,
+                detokenize=False,
+                ignore_eos=True,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            ),
+            request_id=uuid.uuid4().hex,
+            lora_request=None if adapter is None else lora_request(adapter),
+        )
+        completion, found = RunningCompletion(adapter), None
+        self._completions.add(completion)
+        try:
+            async for output in outputs:
+                completion.has_begun = True
+                found = output.prompt_logprobs or found
+        except Exception as error:
+            raise self._engine_error(error) from error
+        finally:
+            await outputs.aclose()
+            self._completions.remove(completion)
+        return scored_tokens(found, token_ids, len(completion_token_ids))
 
     def _vllm_sampling(self, sampling: SamplingParams, stream_interval: int | None) -> VllmSamplingParams:
         stop_token_ids, structured_outputs = list(sampling.stop_token_ids), None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from policies.types import EngineError, FinishReason, SampledToken
@@ -23,6 +23,14 @@ def sampled_tokens(completion: Any, num_top_logprobs: int) -> Iterator[SampledTo
             likeliest(flat, first, end, num_top_logprobs) if num_top_logprobs else (),
             FinishReason(reason) if reason is not None and place == last else None,
         )
+
+
+def scored_tokens(prompt_logprobs: Any, token_ids: Sequence[int], num: int) -> tuple[float, ...]:
+    """The logprobs of a prompt's last `num` tokens. Raises EngineError where vLLM does not tell them."""
+    if prompt_logprobs is None or len(prompt_logprobs) != len(token_ids):
+        raise EngineError("vLLM gave no logprobs of the prompt's tokens")
+    places = range(len(token_ids) - num, len(token_ids))
+    return tuple(prompt_logprobs[place][token_ids[place]].logprob for place in places)
 
 
 def likeliest(flat: Any, first: int, end: int, num: int) -> tuple[tuple[int, float], ...]:

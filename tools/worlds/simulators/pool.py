@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.worlds.simulators.live import Frame, RawCall, Settings
+from tools.worlds.world import WorldFailed
 
 MAX_REMEMBERED_CHARS = 64_000_000
 """Of observations, over all episodes of a pool."""
@@ -37,7 +38,7 @@ _ROOT = Path(__file__).parents[3]
 _starter = ThreadPoolExecutor(1, "simulator-starter")
 
 
-class SimulatorFailed(Exception):
+class SimulatorFailed(WorldFailed):
     """A simulator raised, hung or could not be started."""
 
 

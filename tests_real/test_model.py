@@ -1,11 +1,7 @@
-"""The model that everybody can have: brought from the package index, converted, served by the embedded engine."""
+"""The model that everybody can have, on the embedded engine itself: answers, required calls, schemas beside tools."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -17,7 +13,6 @@ from policies.chat.grammars import call_or_answer_grammar, tool_call_grammar
 from policies.types import FinalAnswer, FinishReason, Message, SamplingParams, ToolCalls, ToolSchema
 from runtime.engines.embedded.engine import EmbeddedEngine
 
-ROOT = Path(__file__).parent.parent
 WEATHER: ToolSchema = {
     "type": "function",
     "function": {
@@ -28,26 +23,6 @@ WEATHER: ToolSchema = {
 }
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-def fetched(*arguments: str, cache: Path) -> tuple[Path, float]:
-    """The folder that the command prints, and the seconds it took."""
-    began = time.monotonic()
-    command = [sys.executable, "-m", "policies.fetch", "smollm2-135m", *arguments]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    return Path(run.stdout.splitlines()[-1]), time.monotonic() - began
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def folder(cache: Path) -> Path:
-    return fetched(cache=cache)[0]
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +42,6 @@ async def said(
 ) -> tuple[int, ...]:
     sampling = SamplingParams(max_tokens=48, temperature=0, stop_token_ids=protocol.stop_token_ids, grammar=grammar)
     return tuple([token.token_id async for token in engine.generate(prompt, sampling, None)])
-
-
-async def test_fetching_again_is_quick_and_prints_the_same(folder: Path, cache: Path) -> None:
-    again, seconds = fetched(cache=cache)
-    assert again == folder == cache / "stepagent" / "models" / "smollm2-135m"
-    assert seconds < 10.0
-    assert (folder / "LICENSE").read_text().lstrip().startswith("Apache License")
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["smollm2-135m"], "nothing else is left behind"
 
 
 async def test_it_answers_a_question(engine: EmbeddedEngine, protocol: ChatProtocol) -> None:

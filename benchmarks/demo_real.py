@@ -1,0 +1,324 @@
+"""make demo-real: a real model gets better while it serves, in two tables.
+
+    python -m benchmarks.demo_real [--model FOLDER] [--state state] [--part desk|tau2_retail|bfcl ...]
+
+At the order desk (`desk`), which has tasks to try: experts' demonstrations are imported, and learner cycles run one
+after the other, with practice between them; after each, the acting adapter is tried on held-out tasks. On transcripts
+of another world (`tau2_retail`, `bfcl`: make setup-worlds), which the server does not know: some are imported, a cycle
+runs, and others, which nothing has learned from and no gate has seen, tell how often the greedy action means what the
+expert's does, before and after. Transcripts offer the tools that any of them calls, after the world's own instructions.
+
+What is done is not done again: started anew after a stop, it goes on (STATE/demo-real holds rows and server states).
+Without --model it is SmolLM2-135M, which comes from the package index.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from math import sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from openai import AsyncOpenAI
+from tqdm import tqdm
+
+from benchmarks.demo import ENDINGS, server
+from learner.client import Endpoint
+from learner.data.comparison import compare
+from learner.practice import PracticeOptions, practise, success_interval
+from policies.types import BASE_ADAPTER, Action, FinalAnswer, ToolCall, ToolCalls
+from tools.worlds import load_world
+from tools.worlds.world import Message, World
+
+LEARNING = ("objectives=sft", "discriminator=false")
+"""One objective, no rewards for others: a real model's minutes go into what is shown here."""
+MAX_STEP_TOKENS = 160
+"""Of a step in a task: an untrained model may go on for ever."""
+
+Row = dict[str, Any]
+
+
+class Results:
+    """Rows by part, kept on disk as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.rows: dict[str, list[Row]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def of(self, part: str) -> list[Row]:
+        return self.rows.setdefault(part, [])
+
+    def add(self, part: str, row: Row) -> None:
+        self.of(part).append(row)
+        self._path.write_text(json.dumps(self.rows, indent=2))
+        tqdm.write(f"{part}: {json.dumps(row)}")
+
+
+# -------------------------------------------------------------------------------------------------- demonstrations
+
+
+def expert_conversation(world: World, index: int) -> list[Message] | None:
+    """An expert's way through a training task; None where the world's expert does not finish it."""
+    task = world.task("train", index)
+    episode, messages = world.open(task), list(task.messages)
+    while messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls"):
+        action = episode.expert_action()
+        if action is None or len(messages) > 60:
+            return None
+        messages += [action, *episode.play(action)]
+    return messages
+
+
+def expert_conversations(world: World, number: int) -> list[list[Message]]:
+    found = (expert_conversation(world, index) for index in range(world.splits["train"]))
+    return [messages for messages, _ in zip(filter(None, found), range(number), strict=False)]
+
+
+def tools_of(world: World, conversations: Sequence[Sequence[Message]]) -> list[Any]:
+    """The world's tools that any of these calls."""
+    called = {call["function"]["name"] for m in conversations for each in m for call in each.get("tool_calls") or ()}
+    offered = [convert_to_openai_tool(tool) for tool in world.open(world.task("train", 0)).tools]
+    return [tool for tool in offered if tool["function"]["name"] in called]
+
+
+def write(path: Path, conversations: Sequence[Sequence[Message]], tools: Sequence[Any]) -> None:
+    path.write_text("".join(json.dumps({"messages": each, "tools": tools}) + "\n" for each in conversations))
+
+
+def import_into(url: str, path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "learner", "import", str(path), "--url", f"{url}/v1"], check=True)
+
+
+# -------------------------------------------------------------------------------------------------- cycles
+
+
+async def run_cycle(client: AsyncOpenAI) -> Row:
+    """Trigger a cycle and see it through."""
+    cycle: Any = await client.post("/learner/cycles", cast_to=object, body={})
+    began = time.monotonic()
+    with tqdm(total=0, bar_format="{desc}", leave=False) as line:
+        while cycle["stage"] not in ENDINGS:
+            share = f"{cycle.get('done')}/{cycle['total']}" if cycle.get("total") else ""
+            since = f"{time.monotonic() - began:.0f} s"
+            line.set_description_str(f"cycle: {cycle['stage']} {cycle['message']} {share} {since}")
+            await asyncio.sleep(1)
+            cycle = await client.get(f"/learner/cycles/{cycle['id']}", cast_to=object)
+    seconds = cycle["report"].get("seconds", {})
+    return {"ended": cycle["stage"], "reason": cycle["message"], "seconds": time.monotonic() - began, "stages": seconds}
+
+
+# -------------------------------------------------------------------------------------------------- the order desk
+
+
+async def desk_row(client: AsyncOpenAI, world: World, adapter: str, num_tasks: int) -> Row:
+    """Greedy success on held-out tasks."""
+    options = PracticeOptions(adapter, 0.0, "evaluation", concurrency=16, max_tokens=MAX_STEP_TOKENS)
+    began = time.monotonic()
+    with tqdm(total=num_tasks, desc=f"{adapter}, held out", unit=" tasks", leave=False) as bar:
+        tasks = [world.task("heldout", index) for index in range(num_tasks)]
+        attempts = await practise(client, world, tasks, options, lambda _: bar.update())
+    succeeded = sum(attempt.outcome for attempt in attempts)
+    low, high = success_interval(succeeded, num_tasks)
+    return {
+        "adapter": adapter, "success": succeeded / num_tasks, "low": low, "high": high, "num_tasks": num_tasks,
+        "malformed": sum(a.num_malformed for a in attempts), "errors": [a.error for a in attempts if a.error],
+        "seconds": time.monotonic() - began,
+    }  # fmt: skip
+
+
+async def desk(url: str, results: Results, options: argparse.Namespace, folder: Path) -> None:
+    world, client = load_world("order_desk"), client_of(url)
+    rows = results.of("desk")
+    if not rows:
+        conversations = expert_conversations(world, options.demonstrations)
+        write(folder / "desk.jsonl", conversations, tools_of(world, conversations))
+        import_into(url, folder / "desk.jsonl")
+        results.add("desk", await desk_row(client, world, BASE_ADAPTER, options.tasks))
+    for number in range(len(rows), options.cycles + 1):
+        if number > 1:
+            first = options.demonstrations + 1000 * number
+            tasks = [world.task("train", first + index) for index in range(options.practice)]
+            practice = PracticeOptions(concurrency=16, max_tokens=MAX_STEP_TOKENS)
+            with tqdm(total=len(tasks), desc="practice", unit=" tasks", leave=False) as bar:
+                await practise(client, world, tasks, practice, lambda _, bar=bar: bar.update())
+        cycle = await run_cycle(client)
+        acting = (await Endpoint(client).parents())[0]
+        unchanged = next((row for row in rows if row["adapter"] == acting), None)
+        row = unchanged or await desk_row(client, world, acting, options.tasks)
+        results.add("desk", {**row, "cycle": cycle})
+
+
+# -------------------------------------------------------------------------------------------------- transcripts
+
+
+def states_of(messages: Sequence[Message]) -> Iterator[tuple[Sequence[Message], Message]]:
+    """What stood there, and what the expert did."""
+    for place, message in enumerate(messages):
+        if message["role"] == "assistant":
+            yield messages[:place], message
+
+
+def action_of(message: Any) -> Action:
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    if not calls:
+        return FinalAnswer(message.get("content") or "")
+    return ToolCalls(tuple(ToolCall("", call["name"], json.loads(call["arguments"])) for call in calls))
+
+
+async def agreements(
+    client: AsyncOpenAI, adapter: str, held_out: Sequence[Sequence[Message]], tools: Any
+) -> list[float]:
+    """Of each transcript: the share of its states at which the greedy action means what the expert's does."""
+    states = [(place, *state) for place, messages in enumerate(held_out) for state in states_of(messages)]
+    places = asyncio.Semaphore(8)
+    with tqdm(total=len(states), desc=f"{adapter}, agreement", unit=" states", leave=False) as bar:
+
+        async def agrees(before: Any, expert: Message) -> bool:
+            metadata: Any = {"purpose": "evaluation"}
+            async with places:
+                answer = await client.chat.completions.create(
+                    model=adapter, messages=before, tools=tools, temperature=0.0, max_tokens=MAX_STEP_TOKENS,
+                    metadata=metadata,
+                )  # fmt: skip
+            bar.update()
+            if "problem" in (answer.model_extra or {})["stepagent"]["choices"][0][0]:
+                return False
+            said = answer.choices[0].message.model_dump(exclude_none=True)
+            return compare(action_of(said), action_of(expert)).agrees
+
+        found = await asyncio.gather(*(agrees(list(before), expert) for _, before, expert in states))
+    of = [
+        [agreed for (at, *_), agreed in zip(states, found, strict=True) if at == place]
+        for place in range(len(held_out))
+    ]
+    return [fmean(each) for each in of]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and 95 % interval by the normal approximation, a transcript being the unit."""
+    half = 1.96 * stdev(values) / sqrt(len(values)) if len(values) > 1 else float("inf")
+    return fmean(values), fmean(values) - half, fmean(values) + half
+
+
+async def transcripts(name: str, url: str, results: Results, options: argparse.Namespace, folder: Path) -> None:
+    client, rows, world = client_of(url), results.of(name), load_world(name)
+    number = options.transcripts + options.held_out
+    conversations = [trimmed(each, options.steps) for each in expert_conversations(world, number)]
+    learned, held_out = conversations[: options.transcripts], conversations[options.transcripts :]
+    tools = tools_of(world, conversations)
+    if not rows:
+        write(folder / f"{name}.jsonl", learned, tools)
+        import_into(url, folder / f"{name}.jsonl")
+        results.add(name, agreement_row(BASE_ADAPTER, await agreements(client, BASE_ADAPTER, held_out, tools), None))
+    if len(rows) < 2:
+        cycle = await run_cycle(client)
+        acting = (await Endpoint(client).parents())[0]
+        found = rows[0]["each"] if acting == BASE_ADAPTER else await agreements(client, acting, held_out, tools)
+        results.add(name, {**agreement_row(acting, found, rows[0]["each"]), "cycle": cycle})
+
+
+def trimmed(messages: list[Message], num_steps: int) -> list[Message]:
+    """Up to so many of the expert's actions: a long transcript is most of a training's tokens."""
+    ends = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    return messages[: ends[min(num_steps, len(ends)) - 1] + 1]
+
+
+def agreement_row(adapter: str, each: list[float], before: list[float] | None) -> Row:
+    mean, low, high = interval(each)
+    row: Row = {"adapter": adapter, "agreement": mean, "low": low, "high": high, "each": each}
+    if before is not None:
+        row["gain"] = interval([new - old for new, old in zip(each, before, strict=True)])
+    return row
+
+
+# -------------------------------------------------------------------------------------------------- report
+
+
+def table(results: Results) -> str:
+    lines = ["part          adapter        greedy, % (95 %)       on              cycle s  ended"]
+    for part, rows in results.rows.items():
+        for row in rows:
+            rate = row["success" if part == "desk" else "agreement"]
+            figure = f"{100 * rate:5.1f} ({100 * row['low']:.0f} to {100 * row['high']:.0f})"
+            on = f"{row['num_tasks']} tasks" if part == "desk" else f"{len(row['each'])} transcripts"
+            cycle = row.get("cycle")
+            gain = (
+                f"; gain {100 * row['gain'][0]:+.1f} ({100 * row['gain'][1]:+.1f} to {100 * row['gain'][2]:+.1f})"
+                if "gain" in row
+                else ""
+            )
+            ended = f"{cycle['seconds']:7.0f}  {cycle['ended']}: {cycle['reason']}{gain}" if cycle else "      -"
+            lines.append(f"{part:<12}  {row['adapter']:<13}  {figure:<21}  {on:<14}  {ended}")
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------------------- main
+
+
+def client_of(url: str) -> AsyncOpenAI:
+    return AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=3600)
+
+
+def smollm2() -> Path:
+    found = subprocess.run(
+        [sys.executable, "-m", "policies.fetch", "smollm2-135m"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return Path(found.stdout.splitlines()[-1])
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_real", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", type=Path, help="default: SmolLM2-135M, brought from the package index")
+    parser.add_argument("--state", type=Path, default=Path("state"))
+    parser.add_argument("--part", nargs="+", default=["desk", "tau2_retail"], help="desk, tau2_retail, bfcl")
+    parser.add_argument("--cycles", type=int, default=3, help="at the order desk")
+    parser.add_argument("--demonstrations", type=int, default=96, help="at the order desk")
+    parser.add_argument("--practice", type=int, default=16, help="tasks before a further cycle at the order desk")
+    parser.add_argument("--tasks", type=int, default=32, help="held-out tasks at the order desk")
+    parser.add_argument("--transcripts", type=int, default=16, help="that are imported, of another world")
+    parser.add_argument("--held-out", type=int, default=16, help="transcripts that are kept from the server")
+    parser.add_argument("--steps", type=int, default=4, help="of each transcript, at most")
+    parser.add_argument("--learner-arg", action="append", default=[], help="passed on: min-gradient-steps=12")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parse(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server ends with us in any case
+    model, folder, began = options.model or smollm2(), options.state / "demo-real", time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    results = Results(folder / "results.json")
+    for part in options.part:
+        at_desk = part == "desk"
+        learning = [
+            *LEARNING,
+            *(
+                ("epochs=1", "num-samples=0", "gate-tasks=24")
+                if at_desk
+                else ("epochs=4", "num-samples=1", "min-gradient-steps=8")
+            ),
+        ]
+        passed_on = [text for given in (*learning, *options.learner_arg) for text in ("--learner-arg", given)]
+        served = [
+            "--model",
+            str(model),
+            *(("--world", "order_desk", "--max-context", "2048") if at_desk else ("--max-context", "6144")),
+        ]
+        with server(folder / part, [*served, *passed_on], folder / f"{part}.log") as url:
+            story = desk(url, results, options, folder) if at_desk else transcripts(part, url, results, options, folder)
+            asyncio.run(story)
+    print(f"\n{table(results)}\n\n{time.monotonic() - began:.0f} s in this run; rows: {folder}/results.json")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

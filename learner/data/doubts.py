@@ -1,0 +1,109 @@
+"""Steps of demonstrations that something contradicts: their outcome, an expert who knows the way, or their peers.
+
+Demonstrations are noisy in real life, and imitation learns a mistake as faithfully as the rest. Nothing is thrown away
+here: what is doubted is listed, with the reason, for somebody to withdraw or correct. Peers are other demonstrations at
+the same state, which have gone through the same conversation by meaning. What only a trained network can say of a
+state that no other demonstration has been at is in `learner/training/cross_fit.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from learner.data.collect import LoggedEpisode, LoggedState
+from learner.data.comparison import compare
+from learner.data.experts import Expert, ask, same_effect_at
+from learner.data.explanation import short
+from learner.data.same_state import state_key
+from tools.worlds.world import World
+
+
+class DoubtKind(StrEnum):
+    """What contradicts a step; the strongest first."""
+
+    EXPERT = "expert"  # a correction, the task's world or a stronger model would do something else
+    OUTCOME = "outcome"  # its demonstration is said to have failed, and nothing names the step: its last one is listed
+    PEERS = "peers"  # most other demonstrations that were at this state did something else
+    UNLIKELY = "unlikely"  # a network that was trained on the other demonstrations would not do it
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """A step of a demonstration that something contradicts."""
+
+    episode_id: str
+    step_id: str
+    index: int
+    kind: DoubtKind
+    action: str
+    """What was done, in a line."""
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+async def doubts_of(
+    demonstrations: Sequence[LoggedEpisode], experts: Sequence[Expert], world: World | None
+) -> list[Doubt]:
+    """By demonstration and step; of several reasons against one step the strongest. `experts` are asked at every step.
+
+    The outcome is named where no expert contradicts a step of its demonstration.
+    """
+    by_step = {doubt.step_id: doubt for doubt in _by_peers(demonstrations, world)}
+    contradicted = await asyncio.gather(*(_by_experts(each, experts, world) for each in demonstrations))
+    for demonstration, doubts in zip(demonstrations, contradicted, strict=True):
+        by_step |= {doubt.step_id: doubt for doubt in doubts or _by_outcome(demonstration)}
+    steps = [step.id for demonstration in demonstrations for step in demonstration.path]
+    return [by_step[step_id] for step_id in dict.fromkeys(steps) if step_id in by_step]
+
+
+def doubted(state: LoggedState, kind: DoubtKind, reason: str) -> Doubt:
+    step = state.step
+    return Doubt(step.episode_id, step.id, step.index, kind, short(step.action), reason)
+
+
+# ------------------------------------------------------------------------------------------------ evidence
+
+
+def _by_outcome(demonstration: LoggedEpisode) -> list[Doubt]:
+    if demonstration.outcome is None or demonstration.outcome == 1.0:
+        return []
+    reason = f"the demonstration is said to have ended with outcome {demonstration.outcome:g}"
+    return [doubted(state, DoubtKind.OUTCOME, reason) for state in demonstration.states()[-1:]]
+
+
+async def _by_experts(demonstration: LoggedEpisode, experts: Sequence[Expert], world: World | None) -> list[Doubt]:
+    states = demonstration.states()
+    answers = await asyncio.gather(*(ask(experts, state) for state in states))
+    return [
+        doubted(state, DoubtKind.EXPERT, f"{answer.source} would do this: {short(answer.action)}")
+        for state, answer in zip(states, answers, strict=True)
+        if answer is not None and not compare(state.step.action, answer.action, same_effect_at(world, state)).agrees
+    ]
+
+
+def _by_peers(demonstrations: Sequence[LoggedEpisode], world: World | None) -> list[Doubt]:
+    """Where two or more demonstrations were at one state, the steps that fewer than half of the others agree with."""
+    at_state: dict[str, list[LoggedState]] = {}
+    for demonstration in demonstrations:
+        for state in demonstration.states():
+            at_state.setdefault(state_key(state), []).append(state)
+    return [doubt for group in at_state.values() if len(group) > 1 for doubt in _minority(group, world)]
+
+
+def _minority(group: Sequence[LoggedState], world: World | None) -> list[Doubt]:
+    doubts = []
+    for state in group:
+        effect = same_effect_at(world, state)
+        others = [other for other in group if other is not state]
+        against = [o for o in others if not compare(state.step.action, o.step.action, effect).agrees]
+        if 2 * len(against) > len(others):
+            did = short(against[0].step.action)
+            reason = f"{len(against)} of {len(others)} other demonstrations at this state did otherwise: {did}"
+            doubts.append(doubted(state, DoubtKind.PEERS, reason))
+    return doubts

@@ -1,0 +1,90 @@
+"""Who chooses among several draws at a state: the cycle's discriminator, the policy's own sureness, or the majority.
+
+None is believed to be right: what each gained, and what it cost, stands in benchmarks/RESULTS.md. Refused: the implicit
+reward, log pi - log ref of the served adapter, which was no better than chance in choosing (FACTS of 2026-11-26).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from policies.chat.meaning import meaning
+from policies.types import Adapter, Draw, MalformedAction, Scorer, TokenIds
+from runtime.adapters.reward_models import NoRewardModel, RewardModel, RewardModels
+
+
+class ChosenBy(StrEnum):
+    """What a draw is chosen by."""
+
+    AUTO = "auto"  # the discriminator where there is one beside the adapter, else the mean logprob
+    DISCRIMINATOR = "discriminator"  # the expert logit of the reward model beside the adapter
+    MEAN_LOGPROB = "mean_logprob"  # how sure the policy was of its tokens
+    MAJORITY = "majority"  # how many draws mean the same
+
+
+@dataclass(frozen=True, slots=True)
+class MeanLogprob:
+    """The mean log probability of a draw's tokens."""
+
+    name: str = ChosenBy.MEAN_LOGPROB.value
+
+    async def scores(self, prompt_token_ids: TokenIds, draws: Sequence[Draw]) -> list[float]:
+        return [sum(draw.logprobs) / len(draw.logprobs) for draw in draws]
+
+
+@dataclass(frozen=True, slots=True)
+class Majority:
+    """How many of the draws mean the same (self-consistency, arXiv 2203.11171); what cannot be read means nothing."""
+
+    name: str = ChosenBy.MAJORITY.value
+
+    async def scores(self, prompt_token_ids: TokenIds, draws: Sequence[Draw]) -> list[float]:
+        said = [None if isinstance(draw.action, MalformedAction) else meaning(draw.action) for draw in draws]
+        votes = Counter(each for each in said if each is not None)
+        return [0.0 if each is None else float(votes[each]) for each in said]
+
+
+@dataclass(frozen=True, slots=True)
+class ByReward:
+    """The logit of the reward model beside the adapter that acts."""
+
+    models: RewardModels
+    reward: RewardModel
+    name: str = ChosenBy.DISCRIMINATOR.value
+
+    async def scores(self, prompt_token_ids: TokenIds, draws: Sequence[Draw]) -> list[float]:
+        return await self.models.expert_logits(self.reward, prompt_token_ids, draws)
+
+
+async def scorer_of(chosen_by: ChosenBy, adapter: Adapter | None, models: RewardModels | None) -> Scorer:
+    """Who chooses among an adapter's draws. Raises NoRewardModel where the discriminator is asked for by name and
+    there is none."""
+    if chosen_by is ChosenBy.MAJORITY:
+        return Majority()
+    if chosen_by is ChosenBy.MEAN_LOGPROB:
+        return MeanLogprob()
+    try:
+        if models is None:
+            raise NoRewardModel("this server keeps no reward models")
+        return ByReward(models, await models.find(adapter))
+    except NoRewardModel as problem:
+        if chosen_by is ChosenBy.AUTO:
+            return MeanLogprob()
+        raise NoRewardModel(f"{problem}; ask for {ChosenBy.MEAN_LOGPROB} or {ChosenBy.MAJORITY}") from problem
+
+
+def best(draws: Sequence[Draw], scores: Sequence[float]) -> int:
+    """The place of the draw that is taken: the best score; among equals the surer one, then the first.
+
+    What cannot be read as an action is taken only where no draw can.
+    """
+
+    def rank(place: int) -> tuple[bool, float, float, int]:
+        draw = draws[place]
+        is_sound = not isinstance(draw.action, MalformedAction)
+        return is_sound, scores[place], sum(draw.logprobs) / len(draw.logprobs), -place
+
+    return max(range(len(draws)), key=rank)

@@ -1,0 +1,64 @@
+"""How many actions are drawn at a step, and what chooses among them: what a request asks for, and what the server does
+by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+
+from runtime.agent.scorers import ChosenBy
+from runtime.http.fields import FieldRefused
+from runtime.store.episodes import Purpose
+
+NUM_HEADER = "x-stepagent-best-of"
+BY_HEADER = "x-stepagent-best-of-by"
+
+
+@dataclass(frozen=True, slots=True)
+class Choosing:
+    """How the action of a step is found."""
+
+    num_draws: int = 1
+    by: ChosenBy = ChosenBy.AUTO
+
+
+@dataclass(frozen=True, slots=True)
+class ChoosingAsked:
+    """What a request says of it; None where it does not."""
+
+    num_draws: int | None = None
+    by: ChosenBy | None = None
+
+
+FIRST_DRAW, NOTHING_ASKED = Choosing(), ChoosingAsked()
+
+
+@dataclass(frozen=True, slots=True)
+class ChoosingLimits:
+    """What the server does by itself, and what a request may ask for."""
+
+    default: Choosing = FIRST_DRAW
+    """For served requests that say nothing of it. Practice and evaluation want the policy's own draws."""
+    most: int = 8
+
+    def chosen(self, asked: ChoosingAsked, purpose: Purpose, temperature: float) -> Choosing:
+        """What is done for a request. Raises FieldRefused for more draws than the server makes.
+
+        At temperature 0 all draws are the same: one is made.
+        """
+        own = self.default if purpose is Purpose.SERVE else FIRST_DRAW
+        num_draws = own.num_draws if asked.num_draws is None else asked.num_draws
+        if num_draws > max(self.most, self.default.num_draws):
+            raise FieldRefused(NUM_HEADER, f"this server draws at most {self.most} actions at a step (--best-of-most)")
+        return Choosing(1 if temperature == 0.0 else num_draws, asked.by or self.default.by)
+
+
+def asked_in_headers(headers: Headers) -> ChoosingAsked:
+    """Raises FieldRefused for headers that say nothing that is known."""
+    num_draws, by = headers.get(NUM_HEADER), headers.get(BY_HEADER)
+    if num_draws is not None and not (num_draws.isascii() and num_draws.isdigit() and 1 <= int(num_draws[:9]) < 10**6):
+        raise FieldRefused(NUM_HEADER, f"{num_draws!r} is no number of draws, 1 or more")
+    if by is not None and by not in list(ChosenBy):
+        raise FieldRefused(BY_HEADER, f"{by!r} is not one of {', '.join(ChosenBy)}")
+    return ChoosingAsked(None if num_draws is None else int(num_draws), None if by is None else ChosenBy(by))

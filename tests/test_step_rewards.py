@@ -1,0 +1,153 @@
+"""Every logged step that a cycle reads is rewarded, and a user reads which step lost an episode."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from learner.__main__ import main
+from learner.data.explanation import Evidence, JudgedStep, lost_at
+from learner.data.rewards import agreement_rewards, logged_actions_of
+from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
+from policies.types import FinalAnswer, MalformedAction, ToolCall, ToolCalls
+from runtime.store.episodes import Actor, Correction, Episode, Outcome, Step, new_id
+from runtime.store.learning_log import LearningLog, RewardSource, StepReward
+from runtime.store.step_log import StepLog
+from tests.records import make_chain, make_episode, make_step
+
+
+def reward(step: Step, source: RewardSource, value: float, cycle: str = "cycle_1") -> StepReward:
+    return StepReward(step.id, cycle, source, value)
+
+
+def judged(*values: tuple[float | None, float | None], **actions: object) -> list[JudgedStep]:
+    """Steps of one episode by (agreement, discriminator) rewards."""
+    episode, parent, steps = make_episode(), None, list[JudgedStep]()
+    for number, (agreement, logit) in enumerate(values):
+        action = actions.get(f"at{number}", FinalAnswer(f"word {number}"))
+        parent = make_step(episode, parent, action=action)
+        given = {RewardSource.EXPERT_AGREEMENT: agreement, RewardSource.DISCRIMINATOR: logit}
+        rewards = {of: reward(parent, of, value) for of, value in given.items() if value is not None}
+        steps.append(JudgedStep(parent, rewards))
+    return steps
+
+
+# ------------------------------------------------------------------------------------ what is rewarded
+
+
+def a_state(step_id: str, expert: tuple[int, ...] | None, *own: PolicyAction) -> State:
+    return State(step_id, (1, 2), expert, own)
+
+
+def test_experts_steps_and_held_out_ones_are_rewarded_and_no_step_twice() -> None:
+    own = PolicyAction("own_1", (5,), (-0.1,), agrees=False)
+    shared = Trajectory("ep_own", (a_state("own_1", (4,), own),))
+    training_data = TrainingData(
+        demonstrations=(Trajectory("demo", (a_state("expert_1", (4,)),), is_demonstration=True),),
+        policy_episodes=(shared, shared),  # a corrected side way shares its first steps with the main line
+        held_out=(
+            Trajectory("kept", (a_state("expert_2", (4,)),), is_demonstration=True),
+            Trajectory("own_kept", (a_state("own_2", None, PolicyAction("own_2", (6,), (-0.1,), agrees=None)),)),
+        ),
+    )
+    assert [each.step_id for each in logged_actions_of(training_data)] == ["expert_1", "own_1", "expert_2", "own_2"]
+    given = {each.step_id: each.value for each in agreement_rewards("cycle_1", training_data)}
+    assert given == {"expert_1": 1.0, "own_1": 0.0, "expert_2": 1.0}  # nobody has answered at own_2
+    learned = [state.id for trajectory in training_data.trajectories for state in trajectory.states]
+    assert "expert_2" not in learned
+    assert "own_2" not in learned
+
+
+# ------------------------------------------------------------------------------------ which step lost it
+
+
+def test_the_first_step_that_an_expert_contradicts_lost_a_failed_episode() -> None:
+    steps = judged((1.0, 0.5), (0.0, 0.4), (0.0, -9.0))
+    found = lost_at(steps, outcome=0.0)
+    assert found is not None
+    assert (found.index, found.evidence) == (1, Evidence.DISAGREES)
+
+
+def test_a_correction_says_more_than_any_reward() -> None:
+    steps = judged((0.0, 0.5), (1.0, 0.4))
+    should = Correction(new_id("corr"), steps[1].step.id, FinalAnswer("better"), (1,), "ann")
+    found = lost_at([steps[0], JudgedStep(steps[1].step, steps[1].rewards, (should,))], outcome=0.0)
+    assert found is not None
+    assert (found.index, found.evidence) == (1, Evidence.CORRECTED)
+    assert found.reason == "ann says it should have been says 'better'"
+
+
+def test_a_correction_that_confirms_the_step_is_no_evidence() -> None:
+    (step,) = judged((None, None))
+    same = Correction(new_id("corr"), step.step.id, step.step.action, (1,), "ann")
+    assert lost_at([JudgedStep(step.step, {}, (same,))], outcome=0.0) is None
+
+
+def test_without_an_expert_the_discriminators_lowest_is_where_to_look() -> None:
+    found = lost_at(judged((None, 1.0), (None, -2.0), (None, 0.0)), outcome=0.0)
+    assert found is not None
+    assert (found.index, found.evidence) == (1, Evidence.UNLIKE_EXPERT)
+    assert "-2.00, the other 2 have 0.50" in found.reason
+
+
+def test_what_cannot_be_read_is_named_also_where_nobody_judged() -> None:
+    found = lost_at(judged((None, None), (None, None), at1=MalformedAction("<x", "no end")), outcome=None)
+    assert found is not None
+    assert (found.index, found.evidence) == (1, Evidence.MALFORMED)
+
+
+@pytest.mark.parametrize("outcome", [1.0, None])
+def test_a_learned_reward_alone_does_not_make_an_episode_lost(outcome: float | None) -> None:
+    assert lost_at(judged((None, 1.0), (None, -2.0)), outcome) is None
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def failed(tmp_path: Path) -> tuple[Episode, list[Step]]:
+    """An episode of three steps that failed, rewarded by two cycles."""
+    log, learning_log = StepLog(tmp_path / "agent.db"), LearningLog(tmp_path)
+    episode = make_episode(task="order_desk/train/1")
+    steps = make_chain(episode, 2)
+    steps.append(make_step(episode, steps[-1], action=ToolCalls((ToolCall("a", "pack", {"item": "mug", "count": 2}),))))
+    log.append(episode, *steps, Outcome(new_id("out"), episode.id, 0.0, "world")).result()
+    for cycle, values in (("cycle_1", (1.0, 1.0, 1.0)), ("cycle_2", (1.0, 1.0, 0.0))):
+        learning_log.add_rewards(
+            reward(step, RewardSource.EXPERT_AGREEMENT, value, cycle) for step, value in zip(steps, values, strict=True)
+        )
+    learning_log.close()
+    log.close()
+    return episode, steps
+
+
+def test_a_user_reads_the_steps_of_an_episode_and_which_one_lost_it(
+    failed: tuple[Episode, list[Step]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    episode, steps = failed
+    assert main(["steps", episode.id, "--state", str(tmp_path)]) == 0
+    said = capfd.readouterr().out
+    assert f"{episode.id}  policy base, order_desk/train/1, 3 steps, outcome 0" in said
+    assert "> " in next(line for line in said.splitlines() if "pack(item='mug', count=2)" in line)
+    assert "lost at step 2: an expert would have done something else here (agreement 0 in cycle_2)" in said
+    assert main(["steps", episode.id, "--json", "--state", str(tmp_path)]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert told["lost_at"]["step_id"] == steps[2].id
+    assert [each["rewards"]["expert_agreement"]["cycle"] for each in told["steps"]] == ["cycle_2"] * 3
+
+
+def test_an_experts_episode_and_an_unknown_one_are_answered_in_sentences(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log = StepLog(tmp_path / "agent.db")
+    episode = make_episode(actor=Actor.EXPERT, adapter="ann")
+    log.append(episode, *make_chain(episode, 1)).result()
+    log.close()
+    assert main(["steps", episode.id, "--state", str(tmp_path)]) == 0
+    said = capfd.readouterr().out
+    assert "no cycle has rewarded these steps yet" in said
+    assert "nothing speaks against any step: nobody has said how it ended" in said
+    assert main(["steps", "ep_none", "--state", str(tmp_path)]) == 1
+    assert "there is no episode 'ep_none'" in capfd.readouterr().err

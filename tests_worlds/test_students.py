@@ -1,0 +1,175 @@
+"""Students and rollouts: what a student reads in a rollout is what it is served; the same seed makes the same one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.rollouts import Lockstep, Rollouts, load_policy
+from benchmarks.students import PLANS, build_student, chat_template, demonstrations, student
+from learner.objectives.objectives import action_sequence
+from learner.options import TrainingOptions
+from learner.training.trainer import Trainer
+from policies.chat.chat_protocol import ChatProtocol, action_message, message_action
+from policies.types import ToolCalls
+from tools.worlds import load_world
+from tools.worlds.world import Task, World
+
+torch.set_num_threads(1)
+QUICK = replace(PLANS["babyai"], num_demonstrations=60, num_gradient_steps=60)
+
+
+@pytest.fixture(scope="module", params=["babyai", "multihop_qa"])
+def world(request: pytest.FixtureRequest) -> World:
+    return load_world(request.param)
+
+
+def tasks_of(world: World, num: int) -> list[Task]:
+    return [world.task("train", index) for index in range(num)]
+
+
+@pytest.fixture(scope="module")
+def folder(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("students") / world.name
+    build_student(list(demonstrations(world, tasks_of(world, QUICK.num_demonstrations))), [], QUICK, made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def rollouts(world: World, folder: Path) -> Rollouts:
+    return Rollouts(world, folder)
+
+
+@pytest.fixture(scope="module")
+def network(folder: Path) -> Any:
+    return load_policy(folder, None)
+
+
+def draw() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+def test_prompts_answers_and_outcomes_are_those_of_the_conversation_replayed(rollouts: Rollouts, network: Any) -> None:
+    world, protocol = rollouts.world, rollouts.protocol
+    tasks = tasks_of(world, 12)
+    own, num_compared = rollouts.own_trajectories(network, tasks, draw(), "own"), 0
+    for task, trajectory in zip(tasks, own, strict=True):
+        episode, messages = world.open(task), list(task.messages)
+        for state in trajectory.states:
+            assert state.prompt == protocol.render(messages)
+            expert = episode.expert_action()
+            [chosen] = state.policy_actions
+            action = protocol.parse(chosen.token_ids)
+            if expert is None:
+                assert (state.expert, chosen.agrees) == (None, None)
+            else:
+                assert state.expert == protocol.completion_of(messages, message_action(expert))[1]
+                num_compared += isinstance(action, ToolCalls)
+                assert not isinstance(action, ToolCalls) or chosen.agrees == episode.same_effect(
+                    action_message(action), expert
+                )
+            messages += [action_message(action), *episode.play(action_message(action))]
+        assert trajectory.outcome == episode.outcome()
+    assert num_compared > 20
+
+
+def test_a_sampled_action_has_the_logprobs_that_the_trainer_finds(
+    rollouts: Rollouts, network: Any, folder: Path
+) -> None:
+    """Also after holes were closed: episodes of twenty steps and more are among them."""
+    own = rollouts.own_trajectories(network, tasks_of(rollouts.world, 24), draw(), "own")
+    rows = [
+        (state.prompt, action, state.id) for each in own for state in each.states for action in state.policy_actions
+    ]
+    scored = Trainer(folder, None, TrainingOptions(), "cpu").logprobs(
+        [action_sequence(prompt, action.token_ids, (place,)) for prompt, action, place in rows]
+    )
+    logged = torch.tensor([logprob for _, action, _ in rows for logprob in action.behavior_logprobs])
+    torch.testing.assert_close(logged, torch.cat(scored), atol=1e-4, rtol=0)
+
+
+def test_inspection_has_samples_at_every_state_of_a_demonstration(rollouts: Rollouts, network: Any) -> None:
+    tasks = tasks_of(rollouts.world, 5)
+    inspected = rollouts.inspected(network, tasks, 3, draw())
+    plain = rollouts.demonstrations(tasks)
+    assert [[(s.prompt, s.expert) for s in each.states] for each in inspected] == [
+        [(s.prompt, s.expert) for s in each.states] for each in plain
+    ]
+    assert {len(state.policy_actions) for each in inspected for state in each.states} == {3}
+
+
+def test_what_a_student_says_is_read_back(rollouts: Rollouts) -> None:
+    """The actions that it learns from parse to what the expert did."""
+    protocol = rollouts.protocol
+    for conversation in demonstrations(rollouts.world, tasks_of(rollouts.world, 10)):
+        for place, message in enumerate(conversation):
+            if message["role"] == "assistant":
+                _, written = protocol.completion_of(conversation[:place], message_action(message))
+                read = protocol.parse(written)
+                if calls := message.get("tool_calls"):
+                    assert isinstance(read, ToolCalls)
+                    assert read.calls[0].name == calls[0]["function"]["name"]
+                    assert read.calls[0].arguments == json.loads(calls[0]["function"]["arguments"])
+                else:
+                    assert action_message(read)["content"] == message["content"]
+
+
+def test_the_same_seed_makes_the_same_student(tmp_path: Path) -> None:
+    world = load_world("babyai")
+    conversations = list(demonstrations(world, tasks_of(world, 8)))
+    plan = replace(QUICK, num_gradient_steps=3)
+    for name in ("one", "two"):
+        build_student(conversations, [], plan, tmp_path / name)
+    build_student(conversations, [], replace(plan, seed=1), tmp_path / "other")
+    files = sorted(file.name for file in (tmp_path / "one").iterdir())
+    assert "model.safetensors" in files
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other")]
+    assert weights[0] != weights[1]
+
+
+def test_a_long_observation_is_read_in_part_and_an_own_word_in_full(rollouts: Rollouts) -> None:
+    tokenizer = rollouts.protocol.tokenizer
+    tokenizer = type(tokenizer)(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        eos_token=tokenizer.eos_token,
+        chat_template=chat_template(10),
+        response_template=tokenizer.response_template,
+    )
+    text = tokenizer.apply_chat_template(
+        [
+            {"role": "system", "content": "s" * 50},
+            {"role": "user", "content": "u" * 50},
+            {"role": "assistant", "content": "a" * 50},
+            {"role": "tool", "content": "t" * 50},
+        ],
+        tokenize=False,
+    )
+    assert [text.count(letter * 10) for letter in "sut"] == [1, 1, 1]
+    assert [letter * 11 in text for letter in "suta"] == [False, False, False, True]
+    ChatProtocol(tokenizer)  # whatever the length, it can be served
+
+
+def test_a_world_without_a_plan_is_refused() -> None:
+    with pytest.raises(ValueError, match="no student of order_desk is planned; there are: multihop_qa"):
+        student("order_desk")
+
+
+def test_closing_holes_changes_nothing_that_is_said(network: Any, rollouts: Rollouts) -> None:
+    prompts = [rollouts.protocol.render(task.messages) for task in tasks_of(rollouts.world, 4)]
+    said = []
+    for is_closed in (False, True):
+        lockstep = Lockstep(network, 4, rollouts.protocol.stop_token_ids[0], draw())
+        lockstep.read(prompts)
+        for row in range(4):  # long texts for one row at a time: three quarters of the cache are holes
+            lockstep.read([prompts[row] * 3 if other == row else prompts[row][:1] for other in range(4)])
+            if is_closed:
+                lockstep._close_holes()
+        said.append(lockstep.complete(torch.zeros(4)))
+    assert [each.token_ids for each in said[0]] == [each.token_ids for each in said[1]]
