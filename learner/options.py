@@ -91,9 +91,10 @@ class TrainingOptions:
 class CycleOptions:
     """What a cycle does."""
 
-    objectives: tuple[str, ...] = ("sft", "rft")
-    """Each that can be trains a candidate, and the gate chooses: sft, rft, implicit, inverse, eto, ppo. With few
-    demonstrations own successes teach more, with many the experts do, as measured (benchmarks/methods.py)."""
+    objectives: tuple[str, ...] = ("sft_rft",)
+    """Each that can be trains a candidate, and the gate chooses: sft_rft, sft, rft, dft, implicit, inverse, pivot, eto,
+    ppo. By default experts and own successes are imitated alike, which without outcomes is sft: the best of those
+    measured (benchmarks/methods.py)."""
     num_samples: int = 2
     """Actions of the acting policy at each state of a demonstration."""
     gate_tasks: int = 100

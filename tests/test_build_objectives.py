@@ -190,6 +190,51 @@ def test_rft_imitates_own_successes_and_nothing_else() -> None:
     assert completions(make("rft", rich_training_data())) == [RIGHT, RIGHT, WORSE]
 
 
+def test_sft_rft_imitates_experts_and_own_successes_alike() -> None:
+    objective = make("sft_rft", rich_training_data())
+    assert isinstance(objective, Likelihood)
+    assert completions(objective) == [RIGHT] * 6 + [RIGHT, RIGHT, WORSE]
+    assert [row.owner[0] for row in objective.sequences][-3:] == ["d"] * 3  # type: ignore[index]
+
+
+def test_sft_rft_is_sft_without_outcomes_and_rft_without_experts() -> None:
+    rich = rich_training_data()
+    unjudged = replace(rich, policy_episodes=tuple(replace(each, outcome=None) for each in rich.policy_episodes))
+    assert make("sft_rft", unjudged).sequences == make("sft", unjudged).sequences
+    alone = TrainingData((), tuple(each for each in rich.policy_episodes if each.episode_id == "d"))
+    assert make("sft_rft", alone).sequences == make("rft", alone).sequences
+
+
+def test_sft_rft_learns_the_expert_s_action_and_not_the_step_that_it_contradicts() -> None:
+    success = attempt("c", 1.0, [own(RIGHT, True), own(WRONG, False)], expert=True)
+    assert completions(make("sft_rft", TrainingData((), (success,)))) == [RIGHT, RIGHT, RIGHT]
+    assert completions(make("rft", TrainingData((), (success,)))) == [RIGHT, WRONG]
+
+
+@pytest.mark.parametrize("name", ["rft", "sft_rft", "ppo", "eto"])
+def test_an_outcome_speaks_of_the_actions_that_were_taken_and_not_of_samples_beside_them(name: str) -> None:
+    rich = rich_training_data()
+
+    def sampled_besides(trajectory: Trajectory) -> Trajectory:
+        states = (replace(s, policy_actions=(*s.policy_actions, own((6, 2)))) for s in trajectory.states)
+        return replace(trajectory, states=tuple(states))
+
+    judged = tuple(each for each in rich.policy_episodes if each.outcome is not None)
+    besides = tuple(map(sampled_besides, judged))
+    plain = make(name, replace(rich, policy_episodes=judged))
+    assert make(name, replace(rich, policy_episodes=besides)).sequences == plain.sequences
+
+
+def test_pivot_rewards_agreement_within_a_state_where_samples_differ_and_anchors_experts_everywhere() -> None:
+    objective = make("pivot", rich_training_data())
+    assert isinstance(objective, PolicyGradient)
+    rewarded = [index for index in range(len(objective.sequences)) if index not in objective.anchored]
+    assert [completions(objective, [index])[0] for index in rewarded] == [RIGHT, WRONG]
+    assert [objective.sequences[index].owner for index in rewarded] == [("a", "a-0")] * 2
+    assert [objective.advantages[index] for index in rewarded] == pytest.approx([1.0, -1.0])
+    assert len(objective.anchored) == 6
+
+
 def test_ppo_gives_every_action_its_episode_s_outcome_against_the_mean() -> None:
     objective = make("ppo", rich_training_data())
     assert isinstance(objective, PolicyGradient)
@@ -264,6 +309,10 @@ MASTERED = TrainingData(
             TrainingData((), (attempt("c", 0.0, [own(WRONG)]), attempt("d", None, [own(RIGHT)]))),
             "no own episode succ",
         ),
+        ("dft", TrainingData(()), "no expert has acted or answered at any state"),
+        ("sft_rft", TrainingData((), (attempt("c", 0.0, [own(WRONG)]),)), "no own episode succeeded: 1 own episodes"),
+        ("pivot", MASTERED, "no pivot among 1 states"),
+        ("pivot", TrainingData((demonstration("a", (own(WRONG, False), own(WORSE, False))),)), "no pivot among 1"),
         ("ppo", MASTERED, "the outcomes of all own episodes are equal: 1 own episodes, 1 succeeded"),
         ("ppo", TrainingData((demonstration("a", ()),)), "the outcomes of all own episodes are equal: 0 own episodes"),
     ],
@@ -287,7 +336,7 @@ def test_equal_rewards_are_no_lesson() -> None:
 
 def test_an_unknown_objective_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        ValueError, match="no objective is called 'dpo'; there are: sft, implicit, inverse, eto, rft, ppo"
+        ValueError, match="no objective is called 'dpo'; there are: sft, sft_rft, dft, implicit, inverse"
     ):
         make("dpo", rich_training_data())
 
@@ -315,7 +364,9 @@ def materials(draw: st.DrawFn) -> TrainingData:
     demonstrations = [Trajectory(f"d{at}", states(f"d{at}", False), f"t{at}", 1.0) for at in range(2)]
     disagreeing = State("d2-0", draw(tokens), (1, 2), (own((3,), False),))
     episodes = [Trajectory(f"o{at}", states(f"o{at}", True), f"t{at % 2}", float(at == 2)) for at in range(4)]
-    return TrainingData((*demonstrations, Trajectory("d2", (disagreeing,), "t2", 1.0)), tuple(episodes))
+    pivot = State("d3-0", draw(tokens), (1, 2), (own((1, 2), True), own((3,), False)))
+    further = Trajectory("d2", (disagreeing,), "t2", 1.0), Trajectory("d3", (pivot,), "t3", 1.0)
+    return TrainingData((*demonstrations, *further), tuple(episodes))
 
 
 class HashedRewards:

@@ -53,6 +53,28 @@ def test_a_policy_that_has_mastered_every_demonstrated_state_learns_nothing(
     assert "does what the experts do at all 1 states" in status.message
 
 
+def test_own_successes_teach_a_policy_that_has_mastered_every_demonstrated_state(
+    protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    """After imitation the demonstrations are known by heart; a cycle once ended there, whatever users had said."""
+    engine = SayingEngine(protocol, *["All done."] * 100)
+    with served(parts_of(engine, protocol, tmp_path)) as server:
+        question = {"role": "user", "content": "Hi"}
+        post(server, {"messages": [question, {"role": "assistant", "content": "All done."}]}).raise_for_status()
+        answer = server.client().chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "And now?"}], max_tokens=24
+        )
+        assert answer.choices[0].message.content == "All done."
+        untold = run(server, tmp_path, options=replace(QUICK, objectives=("sft_rft",)))
+        assert untold.stage is CycleStage.NOTHING_TO_LEARN
+        assert "does what the experts do" in untold.message
+        [own] = server.parts.log.episodes(limit=10, purpose=Purpose.SERVE, actor=Actor.POLICY)
+        server.parts.log.append(Outcome(new_id("out"), own.id, 1.0, "user")).result()
+        status = run(server, tmp_path, "cycle_2", options=replace(QUICK, objectives=("sft_rft",)))
+    assert "sft_rft" in status.report["diagnostics"], status.message
+    assert status.report["diagnostics"]["sft_rft"]["perplexity"] > 0
+
+
 def test_one_cycle_rewards_every_own_action_from_every_source_and_answers_own_states(
     engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
 ) -> None:
@@ -209,7 +231,7 @@ def test_a_candidate_may_begin_as_a_canary_and_no_cycle_starts_another_beside_it
         status = run(server, tmp_path, options=options)
         assert status.stage is CycleStage.PROMOTED, status.message
         assert "agent-v0001, canary of 25%" in status.message
-        assert server.parts.swap.canary == "agent-v0001"
+        assert server.parts.swap.canary_of() == "agent-v0001"
         assert server.parts.registry.acting() is None
         second = run(server, tmp_path, "cycle_2", options=options)
         assert second.stage is CycleStage.NOTHING_TO_LEARN

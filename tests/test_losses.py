@@ -13,6 +13,7 @@ from torch import Tensor
 
 from learner.objectives.losses import (
     clipped_policy_gradient_loss,
+    dft_loss,
     effective_sample_size,
     expert_logits,
     implicit_step_loss,
@@ -49,6 +50,17 @@ def policy_gradient(logprobs: Tensor, behavior: Tensor, advantages: Tensor, kl_w
 
 
 # ---------------------------------------------------------------------------------------------- by hand
+
+
+def test_dft_by_hand_and_its_gradient_goes_with_the_probability() -> None:
+    logprobs = doubles(-1.0, -2.0, -3.0).requires_grad_()
+    result = dft_loss(logprobs, doubles(1.0, 0.5, 0.0))
+    result.loss.backward()
+    assert result.loss.item() == pytest.approx(math.exp(-1.0) + 0.5 * 2.0 * math.exp(-2.0))
+    assert result.weight == pytest.approx(1.5)
+    assert result.perplexity == pytest.approx(math.exp(2.0 / 1.5))
+    assert logprobs.grad is not None
+    torch.testing.assert_close(logprobs.grad, doubles(-math.exp(-1.0), -0.5 * math.exp(-2.0), 0.0))
 
 
 def test_sft_by_hand() -> None:

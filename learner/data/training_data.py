@@ -40,6 +40,7 @@ class State:
     expert: TokenIds | None
     """The expert's action in tokens; None where no expert has answered."""
     policy_actions: tuple[PolicyAction, ...]
+    """At an own state the first is the one that was taken, and led to what follows; others were sampled there."""
 
     @property
     def disagreeing(self) -> tuple[PolicyAction, ...]:

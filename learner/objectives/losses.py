@@ -42,6 +42,18 @@ def sft_loss(logprobs: Tensor, weights: Tensor | None = None) -> SftLoss:
     return SftLoss(loss, weights.sum().item(), _mean(-logprobs, weights).exp().item())
 
 
+def dft_loss(logprobs: Tensor, weights: Tensor | None = None) -> SftLoss:
+    """-sum_t w_t sg(pi(a_t | s_t)) log pi(a_t | s_t): dynamic fine-tuning (arXiv 2508.05629, eq. 9).
+
+    sg: without gradient. The gradient of a token's likelihood goes with 1 / pi, which lets rare tokens pull hardest;
+    the factor takes that off. logprobs [m]; weights [m] (None: 1). `weight` is that of `sft_loss`, so that both divide
+    alike; `perplexity` that of the tokens.
+    """
+    weights = _weights(logprobs, weights)
+    loss = -(weights * logprobs.detach().exp() * logprobs).sum()
+    return SftLoss(loss, weights.sum().item(), _mean(-logprobs, weights).exp().item())
+
+
 # ------------------------------------------------------------------------------------------------- preferences
 
 

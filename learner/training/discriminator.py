@@ -22,9 +22,9 @@ from torch import Tensor
 from learner.data.held_out import is_held_out
 from learner.data.rewards import discriminator_rewards, logged_actions_of
 from learner.data.training_data import TrainingData
-from learner.objectives.build import LabelledState, NothingToLearn, labelled_states, without_stale_actions
 from learner.objectives.losses import expert_logits, length_controlled, pairwise_discriminator_loss
 from learner.objectives.objectives import Loss, Pair, action_sequence
+from learner.objectives.states import LabelledState, NothingToLearn, labelled_states, without_stale_actions
 from learner.options import ObjectiveOptions, TrainingOptions
 from learner.packing.prefix_tree import ScoredSequence, Span
 from learner.packing.scoring import SequenceLogprobs
@@ -105,9 +105,11 @@ class Discriminator:
         sequences = [action_sequence(each.state.prompt, each.token_ids, (each.state.id,)) for each in found]
         return discriminator_rewards(cycle, found, self.rewards(sequences))
 
-    def save(self, folder: Path, probe_prompts: Sequence[TokenIds], card: str) -> None:
+    def save(
+        self, folder: Path, probe_prompts: Sequence[TokenIds], card: str, neutral_prompt: TokenIds | None = None
+    ) -> None:
         """Write it as a reward model (`policies/adapters/reward.py`). Raises as `Trainer.save`."""
-        self._trainer.save(folder, probe_prompts, card)
+        self._trainer.save(folder, probe_prompts, card, neutral_prompt)
         write_reward_card(folder, RewardCard(self._bias, self.accuracy, self.num_pairs))
 
     def measures(self) -> dict[str, float]:

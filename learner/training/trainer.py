@@ -303,12 +303,17 @@ class Trainer:
         return self._device == "cpu" and self.network.dtype != torch.float32
 
     def _probe_in_32_bits(self, adapter: Path, prompts: Sequence[TokenIds], neutral: TokenIds | None) -> Probe:
-        """What a CPU engine will compute with what was saved: it keeps 32 bits where the training took 16."""
+        """What a CPU's engine will compute with what was saved, since it keeps 32 bits where the training took 16.
+
+        The network is what was saved from then on: there may be no memory for both.
+        """
+        self.network = None
+        gc.collect()
         network = AutoModelForCausalLM.from_pretrained(
             self._base, dtype=torch.float32, attn_implementation=TREE_ATTENTION
         )
-        adapted = PeftModel.from_pretrained(network, str(adapter)).eval()
-        return make_probe(adapted, self._base_fingerprint, prompts, neutral)
+        self.network = PeftModel.from_pretrained(network, str(adapter)).eval()
+        return make_probe(self.network, self._base_fingerprint, prompts, neutral)
 
     def _origin_of(self, objective: Objective, num_gradient_steps: int, diagnostics: dict[str, float]) -> Origin:
         return Origin(
