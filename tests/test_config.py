@@ -87,6 +87,7 @@ def test_every_option_can_come_from_every_source(monkeypatch: pytest.MonkeyPatch
         "learn_every": "8", "demonstrations": "demos.jsonl", "kv_memory": "2GiB", "precision": "bfloat16",
         "run_tools": "asked", "agents": "agents.toml", "max_adapters": "9",
         "best_of": "2", "best_of_most": "9", "best_of_by": "majority",
+        "keep_days": "30.5", "keep_gb": "0.5", "redact_secrets": "off", "redact": "a.b:c",
     }  # fmt: skip
     (tmp_path / "demos.jsonl").touch()
     missing = set(Settings.model_fields) - set(values) - {"engine_arg", "learner_arg", "api_key", "api_key_file"}
