@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from runtime.privacy.redaction import Redactor
     from runtime.privacy.retention import Retention
     from runtime.store.step_log import StepLog
+    from tools.shelf import ToolShelf
     from tools.worlds.world import World
 
 
@@ -99,6 +100,8 @@ async def _serve(settings: Settings) -> None:
         await parts.engine.close()
         parts.log.close()
         parts.registry.close()
+        if parts.shelf is not None:
+            parts.shelf.close()
         if parts.keys.store is not None:
             parts.keys.store.close()
         if parts.state is not None:
@@ -142,6 +145,7 @@ def build_parts(settings: Settings) -> Parts:
     from runtime.agent.budget import RunLimits
     from runtime.agent.scorers import ChosenBy
     from runtime.agent.served_agent import ServedAgent
+    from runtime.agent.tool_sources import tool_sources
     from runtime.http.best_of import Choosing, ChoosingLimits
     from runtime.http.load import Load, today
     from runtime.http.metrics import Metrics
@@ -155,12 +159,15 @@ def build_parts(settings: Settings) -> Parts:
     from runtime.store.learning_log import migrate_learning_log
     from runtime.store.state_folder import StateFolder
     from runtime.store.step_log import LOCK_TIMEOUT_S, StepLog
+    from tools.shelf import ToolShelf
     from tools.worlds import load_world
     from tools.worlds.world import max_steps_of
 
     served_name = settings.served_name or os.path.basename(os.path.normpath(settings.model))
+    agents_file = settings.agents_file
+    folder_of_agents = settings.agents.parent if settings.agents else None
+    shelf = ToolShelf(tool_sources(agents_file.tools, folder_of_agents), settings.search_corpus)
     try:
-        agents_file = settings.agents_file
         if served_name in agents_file.agents:
             raise ValueError(
                 f"the agent {served_name!r} has the name of the model itself: choose another, or --served-name"
@@ -168,12 +175,12 @@ def build_parts(settings: Settings) -> Parts:
         slots = num_slots(settings, agents_file)
         worlds = {"": settings.world_name, **{name: agent.world for name, agent in agents_file.agents.items()}}
         loaded = {name: load_world(world) if world else None for name, world in worlds.items()}
-        toolbox = toolbox_of(settings, settings.tools, loaded[""], settings.run_tools)
+        toolbox = toolbox_of(shelf, settings.tools, loaded[""], settings.run_tools)
         named_agents = tuple(
             ServedAgent(
                 name,
                 name,
-                toolbox_of(settings, agent.tools, loaded[name], agent.run_tools),
+                toolbox_of(shelf, agent.tools, loaded[name], agent.run_tools),
                 agent.system_prompt,
                 agent.sampling.said,
             )
@@ -197,8 +204,10 @@ def build_parts(settings: Settings) -> Parts:
         engine = load_engine(settings, folder, protocol, slots)
     except (sqlite3.Error, UnicodeDecodeError) as error:
         told = damaged_file(error, settings.state / "agent.db") if is_damage(error) else error
+        shelf.close()
         raise SystemExit(f"cannot start: {told}") from error
     except (ValueError, OSError, StepLogError, BaseNetworkError) as error:
+        shelf.close()
         raise SystemExit(f"cannot start: {error}") from error
     swap = Swap(engine, registry, network, agents=("", *agents_file.agents))
     metrics, cutting = Metrics(engine), Cutting()
@@ -226,6 +235,7 @@ def build_parts(settings: Settings) -> Parts:
         registry=registry,
         swap=swap,
         toolbox=toolbox,
+        shelf=shelf,
         limits=RunLimits(
             max_steps=settings.max_steps or max(map(max_steps_of, loaded.values())),
             max_completion_tokens=settings.max_run_tokens,
@@ -253,12 +263,12 @@ def build_parts(settings: Settings) -> Parts:
     )
 
 
-def toolbox_of(settings: Settings, tools: Sequence[str], world: World | None, run_tools: str) -> Toolbox:
+def toolbox_of(shelf: ToolShelf, tools: Sequence[str], world: World | None, run_tools: str) -> Toolbox:
     """The tools that the server runs for one agent. Raises ValueError for those that cannot be loaded."""
     from runtime.agent.tools import Toolbox
-    from tools import load_tools
 
-    return Toolbox(load_tools(tools, settings.search_corpus), world, is_default=run_tools == "always")
+    offered = shelf.offer(tools)
+    return Toolbox(offered.tools, world, run_tools == "always", offered.bounds)
 
 
 def require_possible(agent: ServedAgent, protocol: ChatProtocol, model: str) -> None:
@@ -323,7 +333,8 @@ def redactor_of(settings: Settings) -> Redactor | None:
     from runtime.privacy.secret_shapes import SHAPES
 
     hooks = [load_hook(path) for path in settings.redact]
-    return Redactor(SHAPES if settings.redact_secrets else (), hooks) if hooks or settings.redact_secrets else None
+    shapes = SHAPES if settings.redact_secrets == "on" else ()
+    return Redactor(shapes, hooks) if hooks or shapes else None
 
 
 def learner_arguments(settings: Settings, folder: Path) -> list[str]:

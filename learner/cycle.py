@@ -215,7 +215,8 @@ async def _renew_reward(
     if discriminator is None or acting == BASE_ADAPTER:
         return
     try:
-        save_reward(discriminator, training_data, folders / "reward", record.cycle)
+        save_reward(discriminator, training_data, folders / "reward", record.cycle, who.protocol)
+        require_unerased(who.log, [trajectory.episode_id for trajectory in training_data.trajectories])
         await who.endpoint.add_reward(acting, (folders / "reward").absolute(), record.cycle)
     except (TrainingFailed, OpenAIError) as problem:
         record.add(no_reward_model=str(problem))

@@ -72,7 +72,7 @@ class SamplingParams:
 
     @property
     def has_penalties(self) -> bool:
-        """What was said before changes the draw, which not every engine can."""
+        """What was said before changes the draw; the logprobs that are told stay the policy's own."""
         return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
 
     def __post_init__(self) -> None:
@@ -221,8 +221,6 @@ class EngineLimits:
     supports_grammar: bool
     logprob_tolerance: float
     """Nats by which its logprobs may differ from another engine's: precision (`policies/adapters/probe.py`)."""
-    supports_penalties: bool = False
-    """It can draw with penalties, and still report the policy's own logprobs."""
 
 
 @dataclass(frozen=True, slots=True)

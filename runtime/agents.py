@@ -52,13 +52,14 @@ class McpServer(_Table):
     args: tuple[str, ...] = ()
     """More arguments of the program."""
     env: dict[str, str] = Field(default_factory=dict)
-    """Variables of the program's environment, beside the server's own."""
+    """Variables of the program's environment: it has these, PATH, HOME and the like, and none of the server's others.
+    `${NAME}` in a value is that variable of the server."""
     cwd: Path | None = None
     """The folder that the program runs in; default: that of the file."""
     url: str | None = Field(None, pattern=r"^https?://")
     """Address of a server that runs already (streamable HTTP)."""
     headers: dict[str, str] = Field(default_factory=dict)
-    """Sent with each request to the address."""
+    """Sent with each request to the address; `${NAME}` in a value is that variable of the server."""
 
     @model_validator(mode="after")
     def _one_of_the_two(self) -> McpServer:
@@ -89,7 +90,7 @@ class ToolTable(_Table):
     timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Most seconds of one call; default: --tool-timeout."""
     max_output_chars: int | None = Field(None, ge=1)
-    """Most characters of an answer that the agent is shown; the rest is cut off. Default: no bound."""
+    """Most characters of an answer that the agent is shown; the rest is cut off. Default: 20,000."""
     allow: tuple[str, ...] | None = None
     """Names of the tools that may be used; default: all."""
 

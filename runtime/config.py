@@ -64,7 +64,7 @@ class Settings(Options):
     """Erase the policy's own episodes so many days after their last step; unset: never."""
     keep_gb: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Erase the oldest of them where the log takes more; unset: never. Demonstrations stay in any case."""
-    redact_secrets: bool = True
+    redact_secrets: Literal["on", "off"] = "on"
     """Replace keys, tokens and passwords of known shapes in what clients and tools say, before it is rendered or
     logged."""
     redact: Annotated[list[str], NoDecode] = Field(default_factory=list)
@@ -81,7 +81,8 @@ class Settings(Options):
     """When the server runs its own tools: for every request without `tools`, or only for those that ask for it by the
     header `x-stepagent-tools: server`."""
     tools: Annotated[list[str], NoDecode] = Field(default_factory=list)
-    """Tools that the server runs for the agent: calculator, search. Repeat or separate by commas."""
+    """Tools that the server runs for the agent: calculator, search, package.module:object (a LangChain tool, a list of
+    them, or a function that returns either), or a table [tools.NAME] of --agents. Repeat or separate by commas."""
     search_corpus: Path | None = None
     """JSONL file of {"title", "text"} objects for the search tool."""
     max_steps: int | None = Field(None, ge=1, le=1000)
@@ -91,7 +92,7 @@ class Settings(Options):
     deadline: float = Field(300.0, gt=0, allow_inf_nan=False)
     """Most seconds of one run."""
     tool_timeout: float = Field(30.0, gt=0, allow_inf_nan=False)
-    """Most seconds of one tool call."""
+    """Most seconds of one tool call, where its table in --agents names none."""
     max_context: int | None = Field(None, ge=16)
     """Most tokens of prompt and answer together; default: what the model allows."""
     max_batch_size: int = Field(32, ge=1, le=1024)

@@ -94,6 +94,7 @@ def _learn(state: Path) -> None:
             log.note(cycle, CycleStage.REFUSED, "not better", report={"diagnostics": {"sft": {"loss": 0.5}}})
             log.add_decision(cycle, "agent-v0001", "base", False, "not better", {"gain": 0.0})
             log.note_episodes(cycle, "sft", [(LessonRole.OWN, f"ep_{number}")])
+            log.forget_words([f"cycle_gone_{number}"], f"erase_{number}")
             log.note_weights(cycle, "sft", f"digest_{number}")
             log.add_rewards([StepReward(f"step_{number}a", cycle, RewardSource.EXPERT_AGREEMENT, 1.0)])
 

@@ -18,11 +18,15 @@ from learner.objectives.losses import effective_sample_size, k3
 from learner.objectives.objectives import action_sequence
 from learner.packing.prefix_tree import ScoredSequence
 
+MAX_EXPERTS = 64
+"""Experts' actions that are watched: their mean is all that is told, and each takes a pass before and one after."""
+
 
 @dataclass(frozen=True, slots=True)
 class WatchedActions:
-    """The actions of a training data that are scored before and after training: the experts' and the policy's own,
-    which are measured, then the logged ones, which are rewarded; the same action in two of them is scored once."""
+    """The actions of a training data that are scored before and after training: the experts' (of many some, evenly
+    spread) and the policy's own, which are measured, then the logged ones, which are rewarded; the same action in two
+    of them is scored once."""
 
     experts: list[tuple[State, tuple[int, ...]]]
     policy_actions: list[tuple[State, PolicyAction]]
@@ -32,7 +36,8 @@ class WatchedActions:
     def of(cls, training_data: TrainingData) -> WatchedActions:
         states = [state for trajectory in training_data.trajectories for state in trajectory.states]
         experts = [(state, state.expert) for state in states if state.expert is not None]
-        return cls(experts, policy_actions_of(training_data), logged_actions_of(training_data))
+        watched = experts[:: -(-len(experts) // MAX_EXPERTS) or 1]
+        return cls(watched, policy_actions_of(training_data), logged_actions_of(training_data))
 
     def sequences(self) -> list[ScoredSequence]:
         """One a watched action: experts', own, logged."""

@@ -285,15 +285,8 @@ def _served_token_ids(step: Step) -> TokenIds:
     return step.prompt_token_ids + step.completion_token_ids
 
 
-_PENALTIES = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
-"""And the value of each that changes nothing."""
-
-
 def _require_possible(sampling: SamplingParams, limits: EngineLimits) -> None:
-    """Raises FieldRefused for a way of sampling that the engine does not have."""
-    if sampling.has_penalties and not limits.supports_penalties:
-        name = next(name for name in _PENALTIES if getattr(sampling, name) != _PENALTIES[name])
-        raise FieldRefused(name, "this engine has no penalties: leave it out, or serve with --engine vllm")
+    """Raises FieldRefused for a bias on what is no token."""
     if wrong := [token_id for token_id, _ in sampling.logit_bias if token_id >= limits.vocab_size]:
         problem = f"token {wrong[0]} is outside the model's vocabulary of {limits.vocab_size}"
         raise FieldRefused("logit_bias", problem)

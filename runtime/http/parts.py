@@ -24,6 +24,7 @@ from runtime.store.adapter_registry import AdapterRegistry
 from runtime.store.keys import KeyRing
 from runtime.store.state_folder import StateFolder
 from runtime.store.step_log import StepLog
+from tools.shelf import ToolShelf
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,8 @@ class Parts:
     """None: no step is chosen by one, as in benchmarks."""
     state: StateFolder | None = None
     """None: nobody else works on it, as in tests."""
+    shelf: ToolShelf | None = None
+    """Where the tools come from, and what ends them; None: they need no ending."""
     approval: Approval | None = None
     """None: what passes the gate acts at once."""
     learning: Learning | None = None

@@ -15,6 +15,7 @@ import sqlite3
 import struct
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -196,11 +197,15 @@ def rows_between(
 
 
 def last_rowid(connection: sqlite3.Connection, table: str) -> int:
-    """The greatest, also where the page that it lies on is damaged. Raises sqlite3's errors."""
+    """The greatest, also where the page that it lies on is damaged and an index is not. Raises sqlite3's errors."""
+    greatest = "SELECT coalesce(max(rowid), 0) FROM {}"
     try:
-        return connection.execute(f"SELECT coalesce(max(rowid), 0) FROM {table}").fetchone()[0]
+        return connection.execute(greatest.format(table)).fetchone()[0]
     except sqlite3.DatabaseError as error:
         if not is_damage(error):
             raise
-    index = f"{table} INDEXED BY sqlite_autoindex_{table}_1"
-    return connection.execute(f"SELECT coalesce(max(rowid), 0) FROM {index}").fetchone()[0]
+        indexes = connection.execute("SELECT name FROM sqlite_schema WHERE type = 'index' AND tbl_name = ?", (table,))
+        for (index,) in indexes.fetchall():
+            with suppress(sqlite3.DatabaseError):  # damaged too, or of some rows only
+                return connection.execute(greatest.format(f"{table} INDEXED BY {index}")).fetchone()[0]
+        raise

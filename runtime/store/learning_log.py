@@ -232,11 +232,17 @@ def _reward_from_row(row: Row) -> StepReward:
     return StepReward(row["step_id"], row["cycle"], RewardSource(row["source"]), row["value"])
 
 
+@record_of("cycle_episodes", {"cycle": str, "title": str, "role": str, "episode_id": str}, key="cycle")
+def _check_read(row: Row) -> None:
+    LessonRole(row["role"])
+
+
 def learning_problems(query: Query) -> Iterator[str]:
     """What is wrong with the learner's rows, in sentences; none where no learner ever ran."""
     yield from problems_in(query, "cycles", _check_cycle)
     yield from problems_in(query, "gate_decisions", _decision_from_row)
     yield from problems_in(query, "step_rewards", _reward_from_row)
+    yield from problems_in(query, "cycle_episodes", _check_read)
 
 
 class LearningReader:

@@ -459,7 +459,7 @@ class StepLog:
     def number_of_step(self, step_id: str | None) -> int:
         """Where a step stands in the order of logging, or stood before it was erased; 0 for an unknown one and None."""
         erased = "SELECT number FROM erased_cursors WHERE step_id = ?1"
-        rows = self._rows(f"SELECT rowid AS number FROM steps WHERE id = ?1 UNION ALL {erased}", step_id or "")
+        rows = self.sound_rows(f"SELECT rowid AS number FROM steps WHERE id = ?1 UNION ALL {erased}", step_id or "")
         return rows[0]["number"] if rows else 0
 
     def usage_of(self, day: int) -> list[KeyUsage]:
