@@ -26,8 +26,8 @@ SLOW_MODULES = frozenset(
     test_embedded_memory test_embedded_precision test_erasure test_erasure_cycles test_examples test_fold_contest
     test_fuzz test_keys test_large_log test_learner_command test_learning_loop test_load test_mcp
     test_methods_benchmark test_no_stall test_novice test_objective_gradients test_order_desk test_promises
-    test_reading test_retention test_sequential test_serve test_stitching test_swap_embedded test_swap_histories test_trainer test_trials
-    test_worlds
+    test_reading test_retention test_sequential test_serve test_stitching test_swap_embedded test_swap_histories
+    test_trainer test_trials test_worlds
     """.split()
 )
 """They train, start processes, load tiny networks or try thousands of examples: `make quick` leaves them out."""
