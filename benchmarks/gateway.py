@@ -34,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -200,7 +200,10 @@ def _wait_for(port: int, process: subprocess.Popen[bytes], timeout_s: float = 12
 
 async def speed_of(target: Target, concurrency: int, stream: bool) -> Speed:
     clients = [PlainClient(target.port) for _ in range(concurrency)]
-    calls = [lambda client=client: client.post(target.path, {**BODY, "stream": stream}) for client in clients]
+    body = {**BODY, "stream": stream}
+    calls: list[Callable[[], Awaitable[object]]] = [
+        lambda client=client: client.post(target.path, body) for client in clients
+    ]
     await asyncio.gather(*(call() for call in calls))  # connect, and warm up
     speed = await timed(calls, NUM_REQUESTS[concurrency])
     for client in clients:

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from langchain_core.tools import BaseTool, BaseToolkit
+from pydantic import BaseModel
 
 from tools.schemas import schema_of
 
@@ -142,9 +143,8 @@ def _made_by(make: Any, path: str) -> Any:
 
 def _not_from_model(tool: BaseTool) -> list[str]:
     """Arguments that it requires and that the model is not shown."""
-    shown = tool.tool_call_schema
-    taken = tool.get_input_schema()
-    if isinstance(shown, dict) or not hasattr(taken, "model_fields"):
+    shown, taken = tool.tool_call_schema, tool.get_input_schema()
+    if isinstance(shown, dict) or not issubclass(shown, BaseModel) or not issubclass(taken, BaseModel):
         return []
     fields = taken.model_fields.items()
     return [name for name, field in fields if field.is_required() and name not in shown.model_fields]
