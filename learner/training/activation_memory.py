@@ -44,7 +44,7 @@ def layers_computed_again(network: torch.nn.Module) -> Iterator[None]:
     A layer of transformers does so only while it `is training`. That is said of the layer and not of what is in it: no
     dropout is switched on.
     """
-    layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers: list[Any] = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
     before = [layer.training for layer in layers]
     for layer in layers:
         layer.gradient_checkpointing = True
