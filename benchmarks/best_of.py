@@ -347,7 +347,7 @@ AXIS = "best-of-4"
 
 
 def rows_of(cell: Cell, result: dict[str, Any], student: str) -> list[dict[str, Any]]:
-    """A cell as rows of the table of methods."""
+    """A cell as rows of the table of methods: success in %, CPU seconds of trying the tasks (not of training)."""
     arms = result["arms"]
     return [
         {
@@ -357,8 +357,8 @@ def rows_of(cell: Cell, result: dict[str, Any], student: str) -> list[dict[str, 
             "seed": cell.seed,
             "demonstrations": cell.num_demonstrations,
             "axis": AXIS,
-            "success_t1": arm["success"],
-            "success_greedy": arms["greedy"]["success"] if name == "T=1" else None,
+            "success_t1": round(100 * arm["success"], 1),
+            "success_greedy": round(100 * arms["greedy"]["success"], 1) if name == "T=1" else None,
             "cpu_seconds": round(arm["cpu_seconds"], 1),
             "is_default": False,
         }

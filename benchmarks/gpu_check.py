@@ -11,8 +11,8 @@ Sections, each for itself, so that the failure of one loses nothing of the other
             random weights, bfloat16, LoRA: tokens/s, peak memory beside our estimate; the losses must agree. Of long
             trajectories some rows are timed, evenly spread, and the rest are reckoned (`rows_timed`)
   engine    the embedded engine beside transformers' `generate`: prompts of 500 tokens, 64 written, 1, 8 and 32 at once
-  cycle     with --parts: SmolLM2 learns 24 orders by `sft`, is saved, verified by the engine on this device, tried at
-            the states of other orders: how often its greedy action is the expert's, token by token, before and after
+  cycle     with --parts: SmolLM2 learns 24 orders by `sft`, is saved, verified by the engine on this device, and tried
+            at the states of other orders: how often its greedy action is the expert's, token by token, before and after
 
 A section that lacks a package says so in a sentence. `--seconds` bounds all; what found no time says so too.
 """
@@ -121,7 +121,8 @@ def lora_network(size: str, device: str) -> Any:
     from learner.training.trainer import fresh_lora
 
     torch.manual_seed(0)
-    config = Qwen2Config(**SIZES[size], max_position_embeddings=65_536, tie_word_embeddings=True)
+    sizes: dict[str, Any] = {**SIZES[size], "max_position_embeddings": 65_536, "tie_word_embeddings": True}
+    config = Qwen2Config(**sizes)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device):
         network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=TREE_ATTENTION)
@@ -249,7 +250,8 @@ def engine(device: str, size: str, clock: Clock) -> Iterator[Figures]:
 
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        network = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES[size], tie_word_embeddings=True))
+        sizes: dict[str, Any] = {**SIZES[size], "tie_word_embeddings": True}
+        network = AutoModelForCausalLM.from_config(Qwen2Config(**sizes))
         network.to(torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(folder)
         prompt, written = (500, 64) if device == "cuda" else (40, 8)
         network = network.to(device).eval()

@@ -20,7 +20,7 @@ from benchmarks.experience import experience
 from benchmarks.harder_worlds import ErringExpert, PermutingExpert, Resumed
 from benchmarks.own_choice import majority, raft, sft_rft_majority
 from benchmarks.recipes import Labels, Method, Samples, Takes
-from benchmarks.rollouts import MAX_ROWS, Lockstep, Rollouts, load_policy
+from benchmarks.rollouts import MAX_ACTION_TOKENS, MAX_ROWS, Lockstep, Rollouts, load_policy
 from learner.data.comparison import compare
 from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
 from learner.objectives.build import NothingToLearn, objective_of
@@ -31,13 +31,9 @@ from learner.training.trainer import Trainer
 from policies.chat.chat_protocol import ChatProtocol, action_message
 from policies.types import Action, Completion, FinishReason, MalformedAction, TokenIds, ToolCall, ToolCalls
 from tools.worlds import load_world
-from tools.worlds.world import Message, Task, TaskId
+from tools.worlds.world import Message, Task, TaskId, World
 
 NUM_CYCLES = 3
-GRADIENT_STEPS = 24
-"""Of a cycle, for every method."""
-NUM_OWN_EPISODES = 48
-"""Of a cycle: one at each demonstrated task, the others at tasks never seen before."""
 NUM_SAMPLES = 8
 """Of the policy at an own state, where a method looks at them."""
 NUM_FOLD_SAMPLES = 4
@@ -92,6 +88,10 @@ class Scene:
     axis: Axis = AXES[None]
     split: str = "heldout"
     num_tasks: int = 200
+    gradient_steps: int = 24
+    """Of a cycle, for every method."""
+    num_own_episodes: int = 48
+    """Of a cycle: one at each demonstrated task, the others at tasks never seen before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +109,40 @@ class Result:
     """Of the last cycle."""
 
 
+class BriefRollouts(Rollouts):
+    """Rollouts that end an action at four times the longest of the expert's: it is wrong before, and one row that
+    writes on and on holds up all the others."""
+
+    def __init__(self, world: World, model: Path) -> None:
+        super().__init__(world, model)
+        self.max_action_tokens = MAX_ACTION_TOKENS
+
+    def learn_length(self, demonstrations: Sequence[Trajectory]) -> None:
+        longest = max(len(state.expert or ()) for each in demonstrations for state in each.states)
+        self.max_action_tokens = min(MAX_ACTION_TOKENS, 4 * longest)
+
+    def _lockstep(self, network: Any, num_rows: int, generator: torch.Generator) -> Lockstep:
+        return Lockstep(network, num_rows, self.protocol.stop_token_ids[0], generator, self.max_action_tokens)
+
+    def samples_at(
+        self, network: Any, prompts: Sequence[TokenIds], num: int, generator: torch.Generator
+    ) -> list[list[Completion]]:
+        """`num` actions after each prompt, at temperature 1."""
+        # Alike in length, to need little padding.
+        order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+        found: list[list[Completion]] = [[] for _ in prompts]
+        size = max(1, MAX_ROWS // num)
+        for start in range(0, len(order), size):
+            part = order[start : start + size]
+            lockstep = self._lockstep(network, len(part), generator)
+            lockstep.read([prompts[place] for place in part])
+            lockstep.keep([row for row in range(len(part)) for _ in range(num)])  # each prompt is read once
+            completions = lockstep.complete(torch.ones(len(part) * num))
+            for number, place in enumerate(part):
+                found[place] = completions[number * num : (number + 1) * num]
+        return found
+
+
 @dataclass(slots=True)
 class Stage:
     """A scene with what all its methods share."""
@@ -116,7 +150,7 @@ class Stage:
     scene: Scene
     folder: Path
     """For adapters."""
-    rollouts: Rollouts = field(init=False)
+    rollouts: BriefRollouts = field(init=False)
     demonstrated: list[Task] = field(init=False)
     others: list[Task] = field(init=False)
     tried: list[Task] = field(init=False)
@@ -131,7 +165,7 @@ class Stage:
             world = ErringExpert(world, scene.axis.noise, scene.seed)
         if scene.axis.permutes:
             world = PermutingExpert(world, scene.seed)
-        self.rollouts = Rollouts(world, scene.base)
+        self.rollouts = BriefRollouts(world, scene.base)
         unseen = range(first_unseen(scene), world.splits["train"])
         order = Random(f"demonstrations/{scene.seed}").sample(unseen, min(len(unseen), 1000))
         tasks = [world.task("train", index) for index in order]
@@ -149,6 +183,7 @@ class Stage:
             found += [each for each in self.rollouts.demonstrations([tasks[place]]) if self._is_success(each)]
             place += 1
         self.demonstrations = tuple(found)
+        self.rollouts.learn_length(found)
         self.demonstrated = [task for task in tasks[:place] if task.id in {each.task for each in found}]
         self.others = tasks[place:]
 
@@ -217,7 +252,7 @@ class Run:
     def _first_cycle(self) -> Path:
         data = TrainingData(self._stage.demonstrations)
         sft = objective_of("sft", data, replace(self._method.objectives, own_states=False))
-        return self._trained(sft, self._stage.folder / "first", 0, GRADIENT_STEPS, None)[0]
+        return self._trained(sft, self._stage.folder / "first", 0, self._scene.gradient_steps, None)[0]
 
     def _cycle(self, number: int) -> None:
         training_data = self._training_data(number)
@@ -230,7 +265,7 @@ class Run:
             self._notes.append(str(reason))
             sft = objective_of("sft", TrainingData(self._stage.demonstrations), self._method.objectives)
             self._adapter, self._diagnostics = self._trained(
-                sft, self._folder / str(number), number, GRADIENT_STEPS, self._adapter
+                sft, self._folder / str(number), number, self._scene.gradient_steps, self._adapter
             )
         self._seconds += time.process_time() - began
 
@@ -239,7 +274,10 @@ class Run:
         method, options = self._method, self._method.objective_options
         if method.objective == "experience, sft":
             sft = objective_of("sft", training_data, options)
-            return [(experience(training_data), GRADIENT_STEPS // 2), (sft, GRADIENT_STEPS // 2)]
+            return [
+                (experience(training_data), self._scene.gradient_steps // 2),
+                (sft, self._scene.gradient_steps // 2),
+            ]
         discriminator = self._discriminator(training_data, number) if method.objective in ("inverse", "raft") else None
         match method.objective:
             case "majority":
@@ -251,7 +289,7 @@ class Run:
                 objective = sft_rft_majority(training_data, options)
             case name:
                 objective = objective_of(name, training_data, options, discriminator)
-        return [(objective, GRADIENT_STEPS)]
+        return [(objective, self._scene.gradient_steps)]
 
     def _trained(
         self, objective: Objective, folder: Path, number: int, steps: int, begin: Path | None
@@ -273,7 +311,7 @@ class Run:
         )
 
     def _discriminator(self, training_data: TrainingData, number: int) -> Discriminator:
-        training = replace(self._options(number, GRADIENT_STEPS), lr=DISCRIMINATOR_LR)
+        training = replace(self._options(number, self._scene.gradient_steps), lr=DISCRIMINATOR_LR)
         options = DiscriminatorOptions(training=training, held_out_share=0.0)
         return discriminate(
             TrainingData(with_hard_negatives(training_data.demonstrations, self._stage.rollouts.protocol)),
@@ -309,7 +347,7 @@ class Run:
 
     def _played(self, number: int) -> list[Trajectory]:
         stage = self._stage
-        num_others = NUM_OWN_EPISODES - len(stage.demonstrated)
+        num_others = stage.scene.num_own_episodes - len(stage.demonstrated)
         tasks = stage.demonstrated + stage.others[number * num_others : (number + 1) * num_others]
         return stage.rollouts.own_trajectories(self._network(), tasks, self._generator(number, 1), f"own/{number}")
 
@@ -362,9 +400,8 @@ class Run:
         """With samples of the policy at every state, beside what it did there."""
         protocol = self._stage.rollouts.protocol
         states = [state for each in trajectories for state in each.states]
-        stop, generator = protocol.stop_token_ids[0], self._generator(number, 3)
-        prompts = [state.prompt for state in states]
-        drawn = samples_at(self._network(), prompts, NUM_SAMPLES - 1, stop, generator)
+        prompts, generator = [state.prompt for state in states], self._generator(number, 3)
+        drawn = self._stage.rollouts.samples_at(self._network(), prompts, NUM_SAMPLES - 1, generator)
         found = {
             state.id: replace(
                 state, policy_actions=state.policy_actions + _as_policy_actions(state, completions, protocol)
@@ -382,7 +419,7 @@ class Run:
             seen = TrainingData(demonstrations[1 - fold :: 2])
             sft = objective_of("sft", seen, replace(self._method.objectives, own_states=False))
             folder = self._stage.folder / f"fold-{fold}"
-            adapter, _ = self._trained(sft, folder, 900 + fold, GRADIENT_STEPS, None)
+            adapter, _ = self._trained(sft, folder, 900 + fold, self._scene.gradient_steps, None)
             tasks = self._stage.demonstrated[fold::2]
             inspected = self._stage.rollouts.inspected(
                 load_policy(self._scene.base, adapter), tasks, NUM_FOLD_SAMPLES, self._generator(fold, 4)
@@ -451,25 +488,6 @@ def measured(stage: Stage, network: Any) -> tuple[float, float]:
 
 
 # ---------------------------------------------------------------------------------------------- states
-
-
-def samples_at(
-    network: Any, prompts: Sequence[TokenIds], num: int, stop: int, generator: torch.Generator
-) -> list[list[Completion]]:
-    """`num` actions after each prompt, at temperature 1."""
-    # Alike in length, to need little padding.
-    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    found: list[list[Completion]] = [[] for _ in prompts]
-    size = max(1, MAX_ROWS // num)
-    for start in range(0, len(order), size):
-        part = order[start : start + size]
-        lockstep = Lockstep(network, len(part), stop, generator)
-        lockstep.read([prompts[place] for place in part])
-        lockstep.keep([row for row in range(len(part)) for _ in range(num)])  # each prompt is read once
-        completions = lockstep.complete(torch.ones(len(part) * num))
-        for number, place in enumerate(part):
-            found[place] = completions[number * num : (number + 1) * num]
-    return found
 
 
 def _as_policy_actions(

@@ -116,10 +116,11 @@ def run_all(
             for number in demonstrations:
                 for seed in seeds:
                     scene = Scene(world, student, base, seed, number, axis, num_tasks=num_tasks)
-                    _run_scene(rows, scene, methods)
+                    run_scene(rows, scene, methods)
 
 
-def _run_scene(rows: Rows, scene: Scene, methods: Sequence[str]) -> None:
+def run_scene(rows: Rows, scene: Scene, methods: Sequence[str]) -> None:
+    """Those of the methods that the rows do not have yet."""
     place = scene.world, scene.student, scene.seed, scene.demonstrations, scene.axis.name
     finished = {row.key for row in rows.read()}
     missing = [name for name in methods if (name, *place) not in finished]

@@ -141,9 +141,8 @@ class Lockstep:
             return
         order = self._mask.argsort(dim=1, stable=True)[:, -longest:]
         self._mask = self._mask.gather(1, order)
-        for layer in self._cache.layers:
-            assert layer.keys is not None
-            assert layer.values is not None
+        layers: list[Any] = self._cache.layers
+        for layer in layers:
             places = order[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
             layer.keys, layer.values = layer.keys.gather(2, places), layer.values.gather(2, places)
 

@@ -14,6 +14,7 @@ what comes after them it has not seen.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import shutil
 import tempfile
@@ -110,19 +111,25 @@ def all_openings(world: World) -> list[Conversation]:
     return [list(world.task(split, index).messages) for split, size in world.splits.items() for index in range(size)]
 
 
-def _kept_demonstrations(world_name: str, num_tasks: int) -> list[Conversation]:
-    """Those of the first training tasks, from a file where they were made before."""
-    file = CACHE / f"{world_name}-{num_tasks}.jsonl"
-    if not file.exists():
+def kept_demonstrations(world_name: str, num_tasks: int) -> list[Conversation]:
+    """Those of the first training tasks. What was made once lies in a file, a line for each task, and whoever was
+    stopped goes on there."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / f"{world_name}.jsonl").open("a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        lines = file.read().splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):  # whoever wrote it was ended meanwhile
+            lines.pop()
+            file.truncate(sum(len(line.encode()) for line in lines))
         world = load_world(world_name)
         num_tasks = min(num_tasks, world.splits["train"])
-        tasks = (world.task("train", index) for index in range(num_tasks))
-        lines = [json.dumps(each) for each in demonstrations(world, tqdm(tasks, total=num_tasks, desc=world_name))]
-        CACHE.mkdir(parents=True, exist_ok=True)
-        half_made = file.with_suffix(".part")
-        half_made.write_text("\n".join(lines), "utf-8")
-        half_made.replace(file)
-    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        for index in tqdm(range(len(lines), num_tasks), desc=f"experts of {world_name}", mininterval=1.0):
+            conversation = next(demonstrations(world, [world.task("train", index)]), None)
+            lines.append(json.dumps(conversation) + "\n")
+            file.write(lines[-1])
+            file.flush()
+    return [conversation for line in lines[:num_tasks] if (conversation := json.loads(line)) is not None]
 
 
 # -------------------------------------------------------------------------------------------- tokenizer
@@ -326,7 +333,7 @@ def student(world_name: str, plan: Plan | None = None) -> Path:
     digest = sha256(json.dumps(asdict(plan)).encode()).hexdigest()[:8]
     folder = CACHE / f"{world_name}-student-{digest}"
     if not folder.exists():
-        conversations = _kept_demonstrations(world_name, plan.num_demonstrations)
+        conversations = kept_demonstrations(world_name, plan.num_demonstrations)
         openings = all_openings(load_world(world_name)) if plan.knows_names else []
         with tempfile.TemporaryDirectory(dir=CACHE) as making:
             build_student(conversations, openings, plan, Path(making) / "student")

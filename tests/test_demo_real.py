@@ -17,7 +17,9 @@ SHORT = [
 
 
 @pytest.mark.timeout(600)
-def test_both_parts_end_and_are_not_done_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_parts_come_to_their_end_and_are_not_done_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["--state", str(tmp_path), "--part", "desk", "order_desk", *SHORT]
     assert main(arguments) == 0
     path = tmp_path / "demo-real" / "results.json"

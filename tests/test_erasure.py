@@ -295,13 +295,18 @@ def test_erased_prompts_leave_the_probes_of_adapters(log: StepLog, tmp_path: Pat
     episode, steps = many_steps(log, 2)
     learned = tuple(ProbePrompt(step.prompt_token_ids, ((LikelyToken(1, -0.5, -0.1),),)) for step in steps)
     neutral = ProbePrompt((7, 7, 7), ((LikelyToken(2, -0.5, -0.1),),))
-    for name, prompts in (("agent-v0001", (*learned, neutral)), ("agent-v0002", learned), ("agent-v0003", (neutral,))):
+    for name, prompts in (
+        ("agent-v0001", (*learned, neutral)),
+        ("agent-v0001/reward-1", (*learned, neutral)),
+        ("agent-v0002", learned),
+        ("agent-v0003", (neutral,)),
+    ):
         (tmp_path / "adapters" / name).mkdir(parents=True)
         write_probe(tmp_path / "adapters" / name, Probe("base", 1e-3, prompts))
     eraser = Eraser(tmp_path, log)
     erased = eraser.work(eraser.begin([episode.id], Scope.EPISODE, "").id)
-    assert erased.report["rows"]["probe_prompts"] == 4
-    for name in ("agent-v0001", "agent-v0003"):
+    assert erased.report["rows"]["probe_prompts"] == 6
+    for name in ("agent-v0001", "agent-v0001/reward-1", "agent-v0003"):
         assert read_probe(tmp_path / "adapters" / name).prompts == (neutral,)
     assert not (tmp_path / "adapters" / "agent-v0002" / "probe.json").exists()
 

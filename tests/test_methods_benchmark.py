@@ -24,7 +24,7 @@ from benchmarks.method_runs import (
     Stage,
     with_hard_negatives,
 )
-from benchmarks.methods import Row, Rows, run_all, scene_table
+from benchmarks.methods import Row, Rows, run_scene, scene_table
 from benchmarks.own_choice import majority, raft
 from benchmarks.recipes import CONTROL, DEFAULT, METHODS
 from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
@@ -113,9 +113,12 @@ def test_inspection_shows_the_expert_s_episodes_with_samples_at_each_state(desk:
 # ------------------------------------------------------------------------------------------------- runs
 
 
+def scene_of(axis: str | None = None, demonstrations: int = 2) -> Scene:
+    return Scene("order_desk", "novice", NOVICE_PATH, 1, demonstrations, AXES[axis], "validation", 4, 2, 16)
+
+
 def stage(folder: Path, axis: str | None = None, demonstrations: int = 2) -> Stage:
-    scene = Scene("order_desk", "novice", NOVICE_PATH, 1, demonstrations, AXES[axis], "validation", num_tasks=4)
-    return Stage(scene, folder)
+    return Stage(scene_of(axis, demonstrations), folder)
 
 
 def training_data(name: str, folder: Path, axis: str | None = None) -> TrainingData:
@@ -283,16 +286,16 @@ def test_a_resumed_task_goes_on_where_somebody_stopped() -> None:
 
 def test_a_finished_run_is_read_from_its_file_and_would_come_out_the_same(tmp_path: Path) -> None:
     rows = Rows(tmp_path / "methods.json")
-    arguments = (["order_desk"], [CONTROL, "rft + sft"], [2], [AXES[None]], [1], 4)
-    run_all(rows, *arguments)
+    scene, methods = scene_of(), [CONTROL, "rft + sft"]
+    run_scene(rows, scene, methods)
     first = rows.read()
     assert [(row.method, row.is_default) for row in first] == [("rft + sft", True), (CONTROL, False)]
     written = (tmp_path / "methods.json").read_text()
     assert all(set(row) == {field.name for field in fields(Row)} for row in json.loads(written))
-    run_all(rows, *arguments)
+    run_scene(rows, scene, methods)
     assert (tmp_path / "methods.json").read_text() == written
     again = Rows(tmp_path / "again.json")
-    run_all(again, *arguments)
+    run_scene(again, scene, methods)
     assert [(r.success_t1, r.success_greedy) for r in again.read()] == [(r.success_t1, r.success_greedy) for r in first]
 
 

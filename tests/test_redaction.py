@@ -204,12 +204,11 @@ def test_a_hook_that_cannot_be_had_is_told_at_the_start(path: str) -> None:
 
 
 def test_redaction_is_on_unless_it_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert parse_settings([]).redact_secrets
-    monkeypatch.setenv("STEPAGENT_REDACT_SECRETS", "false")
+    assert parse_settings([]).redact_secrets == "on"
+    monkeypatch.setenv("STEPAGENT_REDACT_SECRETS", "off")
     monkeypatch.setenv("STEPAGENT_REDACT", "a.b:c,d.e:f")
     settings = parse_settings([])
-    assert (settings.redact_secrets, settings.redact) == (False, ["a.b:c", "d.e:f"])
-    assert parse_settings(["--redact-secrets"]).redact_secrets
+    assert (settings.redact_secrets, settings.redact) == ("off", ["a.b:c", "d.e:f"])
 
 
 def test_findings_of_presidio_become_placeholders() -> None:

@@ -406,7 +406,7 @@ def test_a_full_disk_is_an_error_and_later_writes_go_on(log: StepLog) -> None:
 
 
 WRITE_TO_A_LIMIT = """
-import resource, sys
+import os, resource, sys
 from runtime.store.step_log import StepLog, StepLogError
 from tests.records import make_chain, make_episode
 log = StepLog(sys.argv[1])
@@ -414,7 +414,8 @@ episode = make_episode()
 steps = make_chain(episode, 60)
 log.append(episode).result()
 no_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-resource.setrlimit(resource.RLIMIT_FSIZE, (450_000, no_limit[1]))
+limit = os.path.getsize(sys.argv[1] + "-wal") + 150_000
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, no_limit[1]))
 logged = 0
 try:
     for step in steps:

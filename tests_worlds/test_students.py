@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import students
 from benchmarks.rollouts import Lockstep, Rollouts, load_policy
 from benchmarks.students import PLANS, build_student, chat_template, demonstrations, student
 from learner.objectives.objectives import action_sequence
@@ -173,3 +175,27 @@ def test_closing_holes_changes_nothing_that_is_said(network: Any, rollouts: Roll
                 lockstep._close_holes()
         said.append(lockstep.complete(torch.zeros(4)))
     assert [each.token_ids for each in said[0]] == [each.token_ids for each in said[1]]
+
+
+def test_demonstrations_that_were_cut_off_go_on_where_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(students, "CACHE", tmp_path / "whole")
+    whole = students.kept_demonstrations("babyai", 4)
+    monkeypatch.setattr(students, "CACHE", tmp_path / "cut")
+    students.kept_demonstrations("babyai", 2)
+    file = tmp_path / "cut" / "babyai.jsonl"
+    file.write_text(file.read_text("utf-8")[:-40], "utf-8")
+    assert students.kept_demonstrations("babyai", 4) == whole
+    assert len(file.read_text("utf-8").splitlines()) == 4
+    assert students.kept_demonstrations("babyai", 3) == whole[:3]
+
+
+def test_names_change_places_and_nothing_else_does() -> None:
+    row = students.Row([7, 100, 8, 101, 100, 9], [0.5, 0.5, 1.0, 1.0, 1.0, 0.5])
+    changed = students.with_other_names(row, range(100, 200), Random(0))
+    assert changed.weights == row.weights
+    assert [token_id for token_id in changed.token_ids if token_id < 100] == [7, 8, 9]
+    first, second, again = (changed.token_ids[place] for place in (1, 3, 4))
+    assert first == again != second
+    assert {first, second} < {*range(100, 200)} - {100, 101}

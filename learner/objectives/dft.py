@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,6 +23,7 @@ class DynamicLikelihood:
 
     sequences: tuple[ScoredSequence, ...]
     name: str = "dft"
+    needs_reference: ClassVar[bool] = False
 
     def loss(self, scored: SequenceLogprobs, reference: Sequence[Tensor]) -> Loss:
         fit = dft_loss(scored.tokens, scored.weights)

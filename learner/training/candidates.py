@@ -18,6 +18,7 @@ from learner.training.diagnostics import WatchedActions, diagnostics, logged_act
 from learner.training.discriminator import Discriminator
 from learner.training.trainer import Trainer, TrainingFailed
 from policies.adapters.reward import REWARD_FOLDER
+from policies.chat.chat_protocol import ChatProtocol
 from policies.types import BASE_ADAPTER, Message, TokenIds
 from runtime.store.learning_log import CycleStage, StepReward
 
@@ -102,7 +103,7 @@ def _train(
         objective = objective_of(name, training_data, options.objective, discriminator)
         candidate = _candidate(record, who, options, acting, training_data, objective, folder)
         if discriminator is not None:
-            _add_reward(record, discriminator, training_data, folder)
+            _add_reward(record, who, discriminator, training_data, folder)
         return candidate
     except NothingToLearn as reason:
         return Untrained(name, str(reason), has_failed=False)
@@ -139,18 +140,22 @@ def _candidate(
     return Candidate(name, folder, rewards)
 
 
-def _add_reward(record: CycleRecord, discriminator: Discriminator, training_data: TrainingData, folder: Path) -> None:
+def _add_reward(
+    record: CycleRecord, who: Collaborators, discriminator: Discriminator, training_data: TrainingData, folder: Path
+) -> None:
     """The discriminator beside a candidate. Where it cannot be written, the candidate is as good without it."""
     try:
-        save_reward(discriminator, training_data, folder / REWARD_FOLDER, record.cycle)
+        save_reward(discriminator, training_data, folder / REWARD_FOLDER, record.cycle, who.protocol)
     except TrainingFailed as error:
         record.add(no_reward_model=str(error))
 
 
-def save_reward(discriminator: Discriminator, training_data: TrainingData, folder: Path, cycle: str) -> None:
+def save_reward(
+    discriminator: Discriminator, training_data: TrainingData, folder: Path, cycle: str, protocol: ChatProtocol
+) -> None:
     """The cycle's discriminator as a reward model, for whoever is to choose among draws. Raises TrainingFailed."""
     card = f"# Reward model, {cycle}\n\nA LoRA whose log probabilities tell experts' actions from the policy's.\n"
-    discriminator.save(folder, _probe_prompts(training_data), card)
+    discriminator.save(folder, _probe_prompts(training_data), card, protocol.render(NEUTRAL, ()))
 
 
 def train_quietly(

@@ -24,9 +24,9 @@ MAX_EXPERTS = 64
 
 @dataclass(frozen=True, slots=True)
 class WatchedActions:
-    """The actions of a training data that are scored before and after training: the experts', or of many some that
-    are evenly spread, and the policy's own, which are measured, then the logged ones, which are rewarded; the same
-    action in two of them is scored once."""
+    """The actions of a training data that are scored before and after training: the experts' (of many some, evenly
+    spread) and the policy's own, which are measured, then the logged ones, which are rewarded; the same action in two
+    of them is scored once."""
 
     experts: list[tuple[State, tuple[int, ...]]]
     policy_actions: list[tuple[State, PolicyAction]]
@@ -36,8 +36,8 @@ class WatchedActions:
     def of(cls, training_data: TrainingData) -> WatchedActions:
         states = [state for trajectory in training_data.trajectories for state in trajectory.states]
         experts = [(state, state.expert) for state in states if state.expert is not None]
-        experts = experts[:: -(-len(experts) // MAX_EXPERTS) or 1]
-        return cls(experts, policy_actions_of(training_data), logged_actions_of(training_data))
+        watched = experts[:: -(-len(experts) // MAX_EXPERTS) or 1]
+        return cls(watched, policy_actions_of(training_data), logged_actions_of(training_data))
 
     def sequences(self) -> list[ScoredSequence]:
         """One a watched action: experts', own, logged."""

@@ -105,9 +105,11 @@ class Discriminator:
         sequences = [action_sequence(each.state.prompt, each.token_ids, (each.state.id,)) for each in found]
         return discriminator_rewards(cycle, found, self.rewards(sequences))
 
-    def save(self, folder: Path, probe_prompts: Sequence[TokenIds], card: str) -> None:
+    def save(
+        self, folder: Path, probe_prompts: Sequence[TokenIds], card: str, neutral_prompt: TokenIds | None = None
+    ) -> None:
         """Write it as a reward model (`policies/adapters/reward.py`). Raises as `Trainer.save`."""
-        self._trainer.save(folder, probe_prompts, card)
+        self._trainer.save(folder, probe_prompts, card, neutral_prompt)
         write_reward_card(folder, RewardCard(self._bias, self.accuracy, self.num_pairs))
 
     def measures(self) -> dict[str, float]:

@@ -147,5 +147,6 @@ async def _shown(parts: Parts, erasure: Erasure) -> dict[str, Any]:
         "episodes": [asdict(tombstone) for tombstone in tombstones[:MOST_SHOWN]],
         "demonstrations": consequences.demonstrations[:MOST_SHOWN],
         "adapters": [asdict(adapter) for adapter in consequences.adapters],
+        "reward_models": consequences.reward_models,
         "cycles": consequences.cycles,
     }

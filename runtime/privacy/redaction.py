@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 from policies.types import Message
 from runtime.privacy.secret_shapes import SHAPES, Shape
@@ -111,7 +111,7 @@ def load_hook(path: str) -> Hook:
         ) from None
     if not callable(hook):
         raise UnknownHook(f"{path!r} is no function")
-    return hook
+    return cast(Hook, hook)
 
 
 def _replaced(shape: Shape, text: str) -> tuple[str, int]:

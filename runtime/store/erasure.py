@@ -122,6 +122,8 @@ class Consequences:
     demonstrations: list[str]
     """Erased with them."""
     adapters: list[TaughtAdapter]
+    reward_models: list[str]
+    """Beside which adapters one lies that learned from them: it chooses among draws (`best of`)."""
     cycles: list[str]
     """That read one of them."""
 
@@ -222,7 +224,8 @@ class Eraser:
         tombstones = self.tombstones(erasure_id)
         episodes = [tombstone.id for tombstone in tombstones]
         experts = [tombstone.id for tombstone in tombstones if tombstone.actor is Actor.EXPERT]
-        return Consequences(experts, self._lineage.adapters_taught_by(episodes), self._lineage.cycles_of(episodes))
+        adapters, cycles = self._lineage.adapters_taught_by(episodes), self._lineage.cycles_of(episodes)
+        return Consequences(experts, adapters, self._lineage.reward_models_of(cycles), cycles)
 
     def _erasures(self, rest: str, *values: object, damaged: list[Damaged] | None = None) -> list[Erasure]:
         rows = self._log.query(
@@ -477,8 +480,9 @@ def erasure_problems(query: Query) -> Iterator[str]:
 
 @record_of("erased_episodes", TOMBSTONE_COLUMNS)
 def _tombstone(row: sqlite3.Row) -> Tombstone:
-    fields: dict[str, Any] = {**dict(row), "cause": Cause(row["cause"]), "actor": Actor(row["actor"])}
-    return Tombstone(**fields | {"purpose": Purpose(row["purpose"])})
+    fields: dict[str, Any] = dict(row)
+    fields |= {"cause": Cause(row["cause"]), "actor": Actor(row["actor"]), "purpose": Purpose(row["purpose"])}
+    return Tombstone(**fields)
 
 
 def _said(messages: Sequence[Message]) -> str:

@@ -18,6 +18,9 @@ from typing import Any
 from runtime.store.erasure_schema import source_in_metadata
 from runtime.store.learning_log import LessonRole
 
+_ROLES = frozenset(LessonRole)
+"""What is none of them is damaged."""
+
 
 class UnknownName(KeyError):
     """No adapter, or no episode, has this name."""
@@ -123,7 +126,7 @@ class Lineage:
             next(iter(source), known[0]["promoted_from"] if known else None),
             demonstrations,
             self._rows(copied, episode_id)[0]["number"],
-            [CycleUse(row["cycle"], LessonRole(row["role"]), row["title"]) for row in uses if row["role"] in list(LessonRole)],
+            [CycleUse(row["cycle"], LessonRole(row["role"]), row["title"]) for row in uses if row["role"] in _ROLES],
             self.adapters_taught_by([episode_id, *demonstrations]),
         )
 
@@ -162,6 +165,11 @@ class Lineage:
     def erased_lessons_of(self, adapter: str) -> list[str]:
         """The erased episodes that an adapter itself was trained on."""
         return self._lessons(adapter).erased
+
+    def reward_models_of(self, cycles: Collection[str]) -> list[str]:
+        """The adapters beside which a reward model of one of these cycles lies: it learned from all that they read."""
+        query = "SELECT DISTINCT adapter FROM reward_models WHERE cycle IN (SELECT value FROM json_each(?))"
+        return [row["adapter"] for row in self._rows(f"{query} ORDER BY adapter", json.dumps(list(cycles)))]
 
     def cycles_of(self, episode_ids: Iterable[str]) -> list[str]:
         """The cycles that read one of these episodes, oldest first."""

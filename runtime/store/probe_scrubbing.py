@@ -21,7 +21,8 @@ class ProbePrompts:
     def __init__(self, state: Path) -> None:
         self._probes: dict[Path, Probe] = {}
         self.num_forgotten = 0
-        for file in (*state.glob(f"adapters/*/{PROBE_FILE}"), *state.glob(f"candidates/*/{PROBE_FILE}")):
+        # Also those of reward models, which lie within their adapter's folder.
+        for file in (*(state / "adapters").rglob(PROBE_FILE), *(state / "candidates").rglob(PROBE_FILE)):
             try:
                 self._probes[file.parent] = read_probe(file.parent)
             except (OSError, ValueError):  # no adapter can come up with it
