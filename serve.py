@@ -12,17 +12,24 @@ from typing import TYPE_CHECKING
 from runtime.config import Settings, parse_settings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from policies.chat.chat_protocol import ChatProtocol
     from policies.types import Engine
+    from runtime.adapters.approval import PromotionTerms
     from runtime.adapters.swap import Swap
+    from runtime.agent.served_agent import ServedAgent
+    from runtime.agent.tools import Toolbox
+    from runtime.agents import AgentsFile, AgentTable
     from runtime.engines.gpu_share import GpuShare
     from runtime.http.parts import Parts
     from runtime.privacy.erasing import Erasing
     from runtime.privacy.redaction import Redactor
     from runtime.privacy.retention import Retention
     from runtime.store.step_log import StepLog
+    from tools.shelf import ToolShelf
+    from tools.worlds.world import World
 
 
 def main(arguments: list[str]) -> None:
@@ -73,8 +80,8 @@ async def _serve(settings: Settings) -> None:
         if parts.state is not None:
             parts.state.say(f"process {os.getpid()}, {url_of(sock)}")
         print(welcome(parts, settings, sock), flush=True)
-        if settings.demonstrations:
-            importing = import_demonstrations(settings, url_of(sock), parts.keys.learner_secret)
+        for agent, files in demonstrations_of(settings).items():
+            importing = import_demonstrations(files, agent, url_of(sock), parts.keys.learner_secret)
             beside.append(asyncio.create_task(importing))
 
     starting = asyncio.create_task(start())
@@ -93,15 +100,24 @@ async def _serve(settings: Settings) -> None:
         await parts.engine.close()
         parts.log.close()
         parts.registry.close()
+        if parts.shelf is not None:
+            parts.shelf.close()
         if parts.keys.store is not None:
             parts.keys.store.close()
         if parts.state is not None:
             parts.state.close()
 
 
-async def import_demonstrations(settings: Settings, url: str, secret: str) -> None:
+def demonstrations_of(settings: Settings) -> dict[str, Sequence[Path]]:
+    """By agent, the files to import once the server is up."""
+    of_agents = {name: agent.demonstrations for name, agent in settings.agents_file.agents.items()}
+    return {name: files for name, files in {"": settings.demonstrations, **of_agents}.items() if files}
+
+
+async def import_demonstrations(files: Sequence[Path], agent: str, url: str, secret: str) -> None:
     """Have the learner import them; it says what it refuses. Serving goes on meanwhile."""
-    command = [sys.executable, "-m", "learner", "import", *map(str, settings.demonstrations), "--url", f"{url}/v1"]
+    whose = ["--agent", agent] if agent else []
+    command = [sys.executable, "-m", "learner", "import", *map(str, files), "--url", f"{url}/v1", *whose]
     importing = await asyncio.create_subprocess_exec(*command, env={**os.environ, "STEPAGENT_API_KEY": secret})
     try:
         await importing.wait()
@@ -123,12 +139,13 @@ def build_parts(settings: Settings) -> Parts:
 
     from policies.adapters.base_network import BaseNetworkError, model_folder, read_base_network
     from policies.chat.chat_protocol import ChatProtocol
-    from runtime.adapters.approval import Approval, PromotionMode
+    from runtime.adapters.approval import Approval
     from runtime.adapters.reward_models import RewardModels
     from runtime.adapters.swap import Swap
     from runtime.agent.budget import RunLimits
     from runtime.agent.scorers import ChosenBy
-    from runtime.agent.tools import Toolbox
+    from runtime.agent.served_agent import ServedAgent
+    from runtime.agent.tool_sources import tool_sources
     from runtime.http.best_of import Choosing, ChoosingLimits
     from runtime.http.load import Load, today
     from runtime.http.metrics import Metrics
@@ -142,21 +159,38 @@ def build_parts(settings: Settings) -> Parts:
     from runtime.store.learning_log import migrate_learning_log
     from runtime.store.state_folder import StateFolder
     from runtime.store.step_log import LOCK_TIMEOUT_S, StepLog
-    from tools import load_tools
+    from tools.shelf import ToolShelf
     from tools.worlds import load_world
     from tools.worlds.world import max_steps_of
 
+    served_name = settings.served_name or os.path.basename(os.path.normpath(settings.model))
+    agents_file = settings.agents_file
+    folder_of_agents = settings.agents.parent if settings.agents else None
+    shelf = ToolShelf(tool_sources(agents_file.tools, folder_of_agents), settings.search_corpus)
     try:
-        world = load_world(settings.world_name) if settings.world_name else None
-        toolbox = Toolbox(
-            load_tools(settings.tools, settings.search_corpus),
-            world,
-            is_default=settings.run_tools == "always",
+        if served_name in agents_file.agents:
+            raise ValueError(
+                f"the agent {served_name!r} has the name of the model itself: choose another, or --served-name"
+            )
+        slots = num_slots(settings, agents_file)
+        worlds = {"": settings.world_name, **{name: agent.world for name, agent in agents_file.agents.items()}}
+        loaded = {name: load_world(world) if world else None for name, world in worlds.items()}
+        toolbox = toolbox_of(shelf, settings.tools, loaded[""], settings.run_tools)
+        named_agents = tuple(
+            ServedAgent(
+                name,
+                name,
+                toolbox_of(shelf, agent.tools, loaded[name], agent.run_tools),
+                agent.system_prompt,
+                agent.sampling.said,
+            )
+            for name, agent in agents_file.agents.items()
         )
         folder_of_state = StateFolder(settings.state)
         log = StepLog(settings.state / "agent.db", lock_timeout_s=min(LOCK_TIMEOUT_S, settings.deadline))
         registry = AdapterRegistry(settings.state / "agent.db")
-        registry.acting()  # raises where it can no longer be read: another adapter would be served
+        for name in worlds:
+            registry.acting(name)  # raises where it can no longer be read: another adapter would be served
         migrate_learning_log(settings.state)
         keys = KeyRing(KeyStore(settings.state / "agent.db"), key_of(settings))
         folder = model_folder(settings.model)
@@ -164,14 +198,18 @@ def build_parts(settings: Settings) -> Parts:
         protocol = ChatProtocol.load(folder, settings.response_template)
         if settings.tools and not protocol.takes_tools:
             raise ValueError(f"the chat template of {settings.model} has no words for tools: leave --tools out")
+        for agent in named_agents:
+            require_possible(agent, protocol, settings.model)
         redactor = redactor_of(settings)
-        engine = load_engine(settings, folder, protocol)
+        engine = load_engine(settings, folder, protocol, slots)
     except (sqlite3.Error, UnicodeDecodeError) as error:
         told = damaged_file(error, settings.state / "agent.db") if is_damage(error) else error
+        shelf.close()
         raise SystemExit(f"cannot start: {told}") from error
     except (ValueError, OSError, StepLogError, BaseNetworkError) as error:
+        shelf.close()
         raise SystemExit(f"cannot start: {error}") from error
-    swap = Swap(engine, registry, network)
+    swap = Swap(engine, registry, network, agents=("", *agents_file.agents))
     metrics, cutting = Metrics(engine), Cutting()
     learning = Learning.beside(
         settings.state,
@@ -181,18 +219,25 @@ def build_parts(settings: Settings) -> Parts:
         arguments=learner_arguments(settings, folder),
         environment=learner_environment(settings, folder, keys.learner_secret),
         every_episodes=settings.learn_every,
+        arguments_of={name: ["--world", agent.world] for name, agent in agents_file.agents.items()},
+        every_episodes_of={
+            name: settings.learn_every if agent.learn_every is None else agent.learn_every
+            for name, agent in agents_file.agents.items()
+        },
     )
     erasing = Erasing(settings.state, log, registry, swap, learning, metrics.registry)
     return Parts(
-        served_name=settings.served_name or os.path.basename(os.path.normpath(settings.model)),
+        served_name=served_name,
+        named_agents=named_agents,
         engine=engine,
         protocol=protocol,
         log=log,
         registry=registry,
         swap=swap,
         toolbox=toolbox,
+        shelf=shelf,
         limits=RunLimits(
-            max_steps=settings.max_steps or max_steps_of(world),
+            max_steps=settings.max_steps or max(map(max_steps_of, loaded.values())),
             max_completion_tokens=settings.max_run_tokens,
             deadline_s=settings.deadline,
             tool_timeout_s=settings.tool_timeout,
@@ -204,9 +249,8 @@ def build_parts(settings: Settings) -> Parts:
         approval=Approval(
             swap,
             registry,
-            PromotionMode.DRY_RUN if settings.learn == "dry-run" else PromotionMode(settings.promote),
-            settings.canary_share,
-            settings.approval_days * 86400,
+            promotion_terms(settings),
+            {name: promotion_terms(settings, agent) for name, agent in agents_file.agents.items()},
         ),
         load=Load(settings.max_batch_size, settings.max_waiting, cutting, metrics.registry, used=log.usage_of(today())),
         keys=keys,
@@ -217,6 +261,60 @@ def build_parts(settings: Settings) -> Parts:
         erasing=erasing,
         retention=retention_of(settings, log, erasing, swap),
     )
+
+
+def toolbox_of(shelf: ToolShelf, tools: Sequence[str], world: World | None, run_tools: str) -> Toolbox:
+    """The tools that the server runs for one agent. Raises ValueError for those that cannot be loaded."""
+    from runtime.agent.tools import Toolbox
+
+    offered = shelf.offer(tools)
+    return Toolbox(offered.tools, world, run_tools == "always", offered.bounds)
+
+
+def require_possible(agent: ServedAgent, protocol: ChatProtocol, model: str) -> None:
+    """Raises ValueError for an agent that this model's chat template cannot be."""
+    from policies.chat.chat_protocol import ChatProtocolError
+
+    if agent.toolbox.has_tools and not protocol.takes_tools:
+        raise ValueError(
+            f"agent {agent.name!r}: the chat template of {model} has no words for tools: leave `tools` out"
+        )
+    try:
+        protocol.render([*agent.opening, {"role": "user", "content": "Hello."}], ())
+    except ChatProtocolError as error:
+        raise ValueError(
+            f"agent {agent.name!r}: the chat template of {model} takes no system prompt: {error}"
+        ) from error
+
+
+def promotion_terms(settings: Settings, agent: AgentTable | None = None) -> PromotionTerms:
+    """What a candidate of an agent may do; None: of the server's own."""
+    from runtime.adapters.approval import PromotionMode, PromotionTerms
+
+    mode = (agent and agent.promote) or settings.promote
+    return PromotionTerms(
+        PromotionMode.DRY_RUN if settings.learn == "dry-run" else PromotionMode(mode),
+        (agent and agent.canary_share) or settings.canary_share,
+        ((agent and agent.approval_days) or settings.approval_days) * 86400,
+    )
+
+
+SPARE_SLOTS = 3
+"""Of the engine, beside the acting adapters: a candidate or its twin, what it is tried against, and one that drains."""
+
+
+def num_slots(settings: Settings, agents_file: AgentsFile) -> int:
+    """Adapters that the engine must hold at a time. Raises ValueError where it may not hold so many."""
+    modes = [settings.promote, *(agent.promote or settings.promote for agent in agents_file.agents.values())]
+    num_canaries = modes.count("canary")
+    needed = len(modes) + SPARE_SLOTS + max(0, num_canaries - 1)
+    if settings.max_adapters is not None and settings.max_adapters < needed:
+        raise ValueError(
+            f"{len(modes)} agents, the server's own included, need {needed} adapters in the engine at a time: one that "
+            f"acts for each, {SPARE_SLOTS} while one of them learns, and one more for each further agent that promotes "
+            f"by canary; --max-adapters is {settings.max_adapters}: raise it, or serve fewer agents"
+        )
+    return settings.max_adapters or needed
 
 
 def retention_of(settings: Settings, log: StepLog, erasing: Erasing, swap: Swap) -> Retention:
@@ -267,9 +365,9 @@ def key_of(settings: Settings) -> str | None:
     return settings.api_key.get_secret_value() if settings.api_key else None
 
 
-def load_engine(settings: Settings, folder: Path, protocol: ChatProtocol) -> Engine:
+def load_engine(settings: Settings, folder: Path, protocol: ChatProtocol, max_adapters: int) -> Engine:
     if settings.engine == "vllm":
-        return supervised_vllm(settings, folder)
+        return supervised_vllm(settings, folder, max_adapters)
     from runtime.engines.embedded.engine import EmbeddedEngine
 
     return EmbeddedEngine(
@@ -280,10 +378,11 @@ def load_engine(settings: Settings, folder: Path, protocol: ChatProtocol) -> Eng
         kv_memory_bytes=settings.kv_memory,
         precision=settings.precision,
         num_threads=settings.threads,
+        max_adapters=max_adapters,
     )
 
 
-def supervised_vllm(settings: Settings, folder: Path) -> Engine:
+def supervised_vllm(settings: Settings, folder: Path, max_adapters: int) -> Engine:
     from functools import partial
 
     from runtime.engines.supervised import SupervisedEngine
@@ -297,6 +396,7 @@ def supervised_vllm(settings: Settings, folder: Path) -> Engine:
         folder,
         max_batch_size=settings.max_batch_size,
         max_context_tokens=settings.max_context,
+        max_adapters=max_adapters,
         kv_memory_bytes=settings.kv_memory,
         num_threads=settings.threads,
         gpu_memory_fraction=share.engine_fraction,

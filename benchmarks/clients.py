@@ -22,6 +22,7 @@ PAGE = ROOT / "docs" / "CLIENTS.md"
 ENVIRONMENTS = {
     ".venv-clients": ("test_openai.py", "test_frameworks.py", "test_command_lines.py"),
     ".venv-clients-litellm": ("test_litellm.py",),
+    ".venv": ("test_mcp_servers.py",),
 }
 
 CLIENTS = {
@@ -40,6 +41,7 @@ CLIENTS = {
     "`anthropic`: tools, streams, `count_tokens`": ("test_anthropic",),
     "Codex CLI": ("test_codex",),
     "`curl`": ("test_curl",),
+    "MCP servers behind the agent: `mcp-server-time`, tau2-bench's retail shop": ("test_mcp",),
 }  # fmt: skip
 """Each client, and how the names of its tests begin."""
 

@@ -106,6 +106,9 @@ def _steps_of(answer: bytes, is_streaming: bool) -> list[str]:
     return [chunk["stepagent"]["step"]["id"] for chunk in chunks if "stepagent" in chunk]
 
 
+Beside = Callable[[int], Awaitable[BaseProcess | None]]
+
+
 async def load_and_kill(server: BaseProcess, port: int, after_s: float, beside: Beside) -> list[str]:
     """Kill the server, and what runs beside it, so many seconds after its first answer; returns the answered steps."""
     answered: list[str] = []
@@ -123,17 +126,21 @@ async def load_and_kill(server: BaseProcess, port: int, after_s: float, beside: 
     return answered
 
 
-Beside = Callable[[int], Awaitable[BaseProcess | None]]
-
-
 async def nothing(_: int) -> None:
     """Beside the load."""
 
 
-async def a_cycle(port: int) -> None:
-    """It dies with its server."""
-    async with httpx.AsyncClient(timeout=30) as client:
-        (await client.post(f"http://127.0.0.1:{port}/v1/learner/cycles", json={})).raise_for_status()
+def a_cycle(state: Path) -> Beside:
+    async def begin(port: int) -> None:
+        """It dies with its server. Returns when it has logged that it works."""
+        async with httpx.AsyncClient(timeout=30) as client:
+            answer = await client.post(f"http://127.0.0.1:{port}/v1/learner/cycles", json={})
+            cycle = answer.raise_for_status().json()["id"]
+        log = LearningReader(state)
+        while log.status(cycle) is None:  # noqa: ASYNC110 (another process writes it)
+            await asyncio.sleep(0.05)
+
+    return begin
 
 
 def a_backup(state: Path, file: Path) -> Beside:
@@ -169,7 +176,7 @@ def measure(num_kills: int) -> dict[str, Any]:
     for number in tqdm(range(num_kills), unit="kill"):
         kind = list(LONGEST_S)[number % len(LONGEST_S)]
         backup = folder / f"{number}.tar"
-        beside = {"load": nothing, "cycle": a_cycle, "backup": a_backup(state, backup)}[kind]
+        beside = {"load": nothing, "cycle": a_cycle(state), "backup": a_backup(state, backup)}[kind]
         server, port = start_server(state)
         answered = asyncio.run(load_and_kill(server, port, draw.uniform(0.0, LONGEST_S[kind]), beside))
         _look(state, answered, found[kind], recovery_s)

@@ -91,10 +91,10 @@ async def _bare(engine: Any, protocol: Any, concurrency: int) -> Speed:
         async for _ in engine.generate(prompt, sampling, None):
             pass
 
-    return await _timed([call] * concurrency, NUM_REQUESTS[concurrency])
+    return await timed([call] * concurrency, NUM_REQUESTS[concurrency])
 
 
-async def _timed(callers: list[Callable[[], Awaitable[object]]], num_calls: int) -> Speed:
+async def timed(callers: list[Callable[[], Awaitable[object]]], num_calls: int) -> Speed:
     """Each caller calls, waits and calls again, until all calls are made."""
     left, latencies = iter(range(num_calls)), []
 
@@ -116,7 +116,7 @@ async def request_speed(port: int, concurrency: int, stream: bool) -> Speed:
         lambda client=client: client.post("/v1/chat/completions", body) for client in clients
     ]
     await asyncio.gather(*(call() for call in calls))  # connect, and warm up
-    speed = await _timed(calls, NUM_REQUESTS[concurrency])
+    speed = await timed(calls, NUM_REQUESTS[concurrency])
     for client in clients:
         await client.close()
     return speed

@@ -38,7 +38,7 @@ from typing import Any
 PART_BYTES = 58_000_000
 WHEELS = ("gguf", "llguidance", "peft", "accelerate")
 """What the sections need beside torch and transformers, of pure Python or small; others come with those two."""
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
              "num_key_value_heads": 2, "vocab_size": 151_936},
     "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,

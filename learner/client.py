@@ -21,6 +21,10 @@ UNJUDGED = frozenset({"registered", "validated", "loaded", "verified", "unloaded
 """States of an adapter that has never served and was not refused."""
 
 
+AS_SENT = {"x-stepagent-system": "client", "x-stepagent-tools": "client"}
+"""A logged state is shown as it was: the server adds neither its agent's prompt nor tools of its own."""
+
+
 @dataclass(frozen=True, slots=True)
 class StateTrial:
     """One draw of an action at one state, the same for every adapter that tries it."""
@@ -54,10 +58,20 @@ class Endpoint:
     concurrency: int = 16
     """States at a time. An engine on a CPU reads its weights once for all that run; with two draws they fill 32
     places."""
+    agent: str = ""
+    """Name of the agent that is spoken to; empty: the server's own."""
+
+    async def _adapters(self) -> Any:
+        """The agent's adapters, as the server lists them."""
+        return await self.client.get("/adapters", cast_to=object, options={"params": {"agent": self.agent}})
+
+    def _pin(self, adapter: str) -> str:
+        """The model name of an adapter: the base network serves other agents, too."""
+        return f"{self.agent}:{adapter}" if self.agent and adapter == BASE_ADAPTER else adapter
 
     async def parents(self) -> list[str]:
-        """The acting adapter, what it was trained from, and so on down to `base`."""
-        listed: Any = await self.client.get("/adapters", cast_to=object)
+        """The agent's acting adapter, what it was trained from, and so on down to `base`."""
+        listed = await self._adapters()
         parents = {adapter["name"]: adapter["parent"] for adapter in listed["data"]}
         name = next((adapter["name"] for adapter in listed["data"] if adapter["is_acting"]), None)
         chain = []
@@ -67,8 +81,8 @@ class Endpoint:
         return [*chain, BASE_ADAPTER]
 
     async def canary(self) -> str | None:
-        """The adapter that serves a share of the new episodes, if one does."""
-        listed: Any = await self.client.get("/adapters", cast_to=object)
+        """The adapter that serves a share of the agent's new episodes, if one does."""
+        listed = await self._adapters()
         return next((adapter["name"] for adapter in listed["data"] if adapter["state"] == "canary"), None)
 
     async def sample(
@@ -109,7 +123,10 @@ class Endpoint:
         asked: Any = {"messages": list(trial.messages), "tools": list(trial.tools), "seed": trial.seed}
         asked |= {"max_tokens": trial.max_tokens} if trial.max_tokens is not None else {}
         try:
-            answer = await self.client.chat.completions.create(model=adapter, metadata=metadata, **asked)
+            pinned = self._pin(adapter)
+            answer = await self.client.chat.completions.create(
+                model=pinned, metadata=metadata, extra_headers=AS_SENT, **asked
+            )
         except BadRequestError:
             return None
         (choice,) = (answer.model_extra or {})["stepagent"]["choices"]
@@ -126,7 +143,8 @@ class Endpoint:
         max_tokens: int | None = None,
     ) -> list[Attempt]:
         """Try tasks under an adapter, with `max_tokens` at most in a step; they are not learned from."""
-        options = PracticeOptions(adapter, temperature, Purpose.EVALUATION, self.concurrency, seed, max_tokens)
+        pinned = self._pin(adapter)
+        options = PracticeOptions(pinned, temperature, Purpose.EVALUATION, self.concurrency, seed, max_tokens)
         return await practise(self.client, world, tasks, options, lambda _: on_done())
 
     async def register(self, folder: Path, parent: str, reason: str, cycle: str) -> str:
@@ -136,6 +154,7 @@ class Endpoint:
             "parent": None if parent == BASE_ADAPTER else parent,
             "reason": reason,
             "cycle": cycle,
+            "agent": self.agent,
         }
         adapter: Any = await self.client.post("/adapters", cast_to=object, body=body)
         return adapter["name"]
@@ -160,7 +179,7 @@ class Endpoint:
         return await self.client.post(f"/adapters/{name}/canary", cast_to=object, body=body)
 
     async def waiting(self) -> list[Any]:
-        """The adapters that wait for somebody's yes."""
+        """The adapters that wait for somebody's yes, of all agents."""
         listed: Any = await self.client.get("/adapters", cast_to=object)
         return [adapter for adapter in listed["data"] if adapter["proposal"]]
 
@@ -191,9 +210,10 @@ class Endpoint:
         return names
 
     async def rollback(self, reason: str) -> Any:
-        return await self.client.post("/adapters/rollback", cast_to=object, body={"reason": reason})
+        body = {"reason": reason, "agent": self.agent}
+        return await self.client.post("/adapters/rollback", cast_to=object, body=body)
 
     async def demonstrate(self, demonstrations: Sequence[dict[str, Any]]) -> Any:
         """Import demonstrations; the answer says how many were new, known or refused."""
-        body = {"demonstrations": list(demonstrations)}
+        body = {"demonstrations": list(demonstrations), "agent": self.agent}
         return await self.client.post("/demonstrations", cast_to=object, body=body)

@@ -59,7 +59,7 @@ class Ending:
 
 async def run_cycle(cycle: str, who: Collaborators, options: CycleOptions) -> CycleStage:
     """Run a cycle to its end, which is noted in the learning log with a report. No error of a cycle is raised."""
-    record = CycleRecord(cycle, who.learning_log)
+    record = CycleRecord(cycle, who.learning_log, who.agent)
     try:
         ending = await _run(record, who, options)
     except NothingToLearn as reason:
@@ -110,15 +110,17 @@ async def _acting_and_parents(who: Collaborators, options: CycleOptions) -> list
 
 def _collect(record: CycleRecord, who: Collaborators, options: CycleOptions, parents: Sequence[str]) -> Collected:
     with record.stage(CycleStage.COLLECT):
-        since = who.learning_log.last_step_seen()
-        collected = collect(who.log, since, parents, options.collection, options.training.seed, who.world)
+        since = who.learning_log.last_step_seen(who.agent)
+        seed = options.training.seed
+        collected = collect(who.log, since, parents, options.collection, seed, who.world, who.agent)
         record.add(acting=parents[0], collected=collected.counts)
         record.has_read_to(collected.last_step_id)
     if not collected.demonstrations and not collected.policy_episodes:
         held = f", {len(collected.held_out)} held out" if collected.held_out else ""
+        whose = f" --agent {who.agent}" if who.agent else ""
         raise NothingToLearn(
             f"there are no demonstrations to train on{held}, and no own episodes: import some first "
-            "(python -m learner import FILE)"
+            f"(python -m learner import FILE{whose})"
         )
     return collected
 

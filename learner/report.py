@@ -43,6 +43,8 @@ class CycleReport:
     """By candidate: the evidence, the decision and its reason."""
     promoted: str | None = None
     """The adapter that acts since, or is a canary."""
+    proposed: str | None = None
+    """The adapter that waits for somebody's yes since."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """By stage."""
 
@@ -55,8 +57,9 @@ class CycleRecord:
 
     PROGRESS_EVERY_S = 1.0
 
-    def __init__(self, cycle: str, log: LearningLog) -> None:
+    def __init__(self, cycle: str, log: LearningLog, agent: str = "") -> None:
         self.cycle = cycle
+        self._agent = agent
         self.report = CycleReport()
         self._log = log
         self._last_step_id: str | None = None
@@ -110,4 +113,4 @@ class CycleRecord:
         self._note(ending, message, 0, 0)
 
     def _note(self, stage: CycleStage, message: str, done: int, total: int) -> None:
-        self._log.note(self.cycle, stage, message, done, total, self.report.to_json(), self._last_step_id)
+        self._log.note(self.cycle, stage, message, done, total, self.report.to_json(), self._last_step_id, self._agent)

@@ -72,7 +72,7 @@ class SamplingParams:
 
     @property
     def has_penalties(self) -> bool:
-        """What was said before changes the draw, which not every engine can."""
+        """What was said before changes the draw; the logprobs that are told stay the policy's own."""
         return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
 
     def __post_init__(self) -> None:
@@ -196,6 +196,8 @@ class Adapter:
     """SHA-256 of its weights file, in hex."""
     is_reward: bool = False
     """It is a reward model: it scores actions and never acts. Its name and version are no registered adapter's."""
+    agent: str = ""
+    """Name of the agent that it was made for, and that alone it serves; empty: the server's own."""
 
 
 def adapter_name(adapter: Adapter | None) -> str:
@@ -219,8 +221,6 @@ class EngineLimits:
     supports_grammar: bool
     logprob_tolerance: float
     """Nats by which its logprobs may differ from another engine's: precision (`policies/adapters/probe.py`)."""
-    supports_penalties: bool = False
-    """It can draw with penalties, and still report the policy's own logprobs."""
 
 
 @dataclass(frozen=True, slots=True)

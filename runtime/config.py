@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from functools import cached_property
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ByteSize, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
@@ -19,6 +20,9 @@ from pydantic_settings import (
 
 from policies.command_line import Options, parse, split_commas
 from runtime import __version__
+
+if TYPE_CHECKING:
+    from runtime.agents import AgentsFile
 
 NOVICE = "policies/novice_model"
 
@@ -46,6 +50,8 @@ class Settings(Options):
     """Folder (or hub name) of the base model; the default is the novice that comes with this repository."""
     served_name: str = ""
     """Model name that clients see; empty takes the model folder's name."""
+    agents: Path | None = None
+    """TOML file of named agents, each with its own prompt, tools, demonstrations and adapters (docs/AGENTS.md)."""
     response_template: Path | None = None
     """JSON file of a response template, which reads the model's tool calls and thinking; default: the model's own, or
     a known one that fits its chat template."""
@@ -75,7 +81,8 @@ class Settings(Options):
     """When the server runs its own tools: for every request without `tools`, or only for those that ask for it by the
     header `x-stepagent-tools: server`."""
     tools: Annotated[list[str], NoDecode] = Field(default_factory=list)
-    """Tools that the server runs for the agent: calculator, search. Repeat or separate by commas."""
+    """Tools that the server runs for the agent: calculator, search, package.module:object (a LangChain tool, a list of
+    them, or a function that returns either), or a table [tools.NAME] of --agents. Repeat or separate by commas."""
     search_corpus: Path | None = None
     """JSONL file of {"title", "text"} objects for the search tool."""
     max_steps: int | None = Field(None, ge=1, le=1000)
@@ -85,11 +92,13 @@ class Settings(Options):
     deadline: float = Field(300.0, gt=0, allow_inf_nan=False)
     """Most seconds of one run."""
     tool_timeout: float = Field(30.0, gt=0, allow_inf_nan=False)
-    """Most seconds of one tool call."""
+    """Most seconds of one tool call, where its table in --agents names none."""
     max_context: int | None = Field(None, ge=16)
     """Most tokens of prompt and answer together; default: what the model allows."""
     max_batch_size: int = Field(32, ge=1, le=1024)
     """Completions in the batch at a time; more wait."""
+    max_adapters: int | None = Field(None, ge=4)
+    """Most adapters in the engine at a time; default: as many as the agents need. On a GPU each takes some memory."""
     max_waiting: int = Field(1000, ge=0)
     """Requests that wait for a place in the batch; more are answered 429."""
     threads: int | None = Field(None, ge=1)
@@ -131,6 +140,13 @@ class Settings(Options):
         if self.world is None:
             return "order_desk" if Path(self.model).resolve() == Path(NOVICE).resolve() else ""
         return self.world
+
+    @cached_property
+    def agents_file(self) -> AgentsFile:
+        """What --agents says; nobody where it is not given. Raises AgentsFileProblem."""
+        from runtime.agents import NOBODY, read_agents
+
+        return NOBODY if self.agents is None else read_agents(self.agents)
 
     @classmethod
     def settings_customise_sources(

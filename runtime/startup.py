@@ -7,7 +7,7 @@ import shlex
 import socket
 from typing import TYPE_CHECKING
 
-from policies.types import BASE_ADAPTER
+from policies.types import adapter_name
 from runtime.config import Settings
 
 if TYPE_CHECKING:
@@ -39,11 +39,10 @@ def url_of(sock: socket.socket) -> str:
 def welcome(parts: Parts, settings: Settings, sock: socket.socket) -> str:
     """Where it listens, what it serves, where the log is, and a request to try."""
     url = url_of(sock)
-    acting = parts.registry.acting()
     lines = [
         f"listening   {url}/v1",
-        f"serving     {parts.served_name} ({settings.model}), {settings.engine} engine, adapter "
-        + (acting.name if acting else BASE_ADAPTER),
+        f"serving     {parts.served_name} ({settings.model}), {settings.engine} engine, adapter " + _acting(parts),
+        *(f"agent       {agent.model}, adapter {_acting(parts, agent.name)}" for agent in parts.named_agents),
         f"step log    {settings.state / 'agent.db'}",
         "learner     "
         + (f"a cycle every {settings.learn_every} new episodes; " if settings.learn_every else "")
@@ -51,6 +50,10 @@ def welcome(parts: Parts, settings: Settings, sock: socket.socket) -> str:
         "try         " + _example(parts, url),
     ]
     return "\n".join(lines)
+
+
+def _acting(parts: Parts, agent: str = "") -> str:
+    return adapter_name(parts.registry.acting(agent))
 
 
 def _example(parts: Parts, url: str) -> str:

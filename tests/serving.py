@@ -87,7 +87,8 @@ def parts_of(engine: Engine, protocol: ChatProtocol, folder: Path, **changes: An
     """A server's parts, with real stores in a folder and the order desk as its world."""
     folder.mkdir(parents=True, exist_ok=True)
     registry, log = AdapterRegistry(folder / "agent.db"), StepLog(folder / "agent.db")
-    swap = Swap(engine, registry, network := read_base_network(NOVICE_FOLDER))
+    names = [agent.name for agent in changes.get("named_agents", ())]
+    swap = Swap(engine, registry, network := read_base_network(NOVICE_FOLDER), agents=("", *names))
     parts = Parts(
         served_name=MODEL,
         engine=engine,

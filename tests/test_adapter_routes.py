@@ -162,7 +162,7 @@ def test_a_disk_that_is_full_when_an_adapter_is_copied_in_is_told_and_nothing_is
 
     monkeypatch.setattr(shutil, "copyfile", until_full)
     reason = refusal(post(server, "", {"path": str(tiny.adapter(1))}))
-    assert reason == "the adapter could not be copied in: No space left on device"
+    assert reason == "the folder could not be copied in: No space left on device"
     assert listed(server) == []
     assert list((tmp_path / "adapters").iterdir()) == []
     monkeypatch.undo()

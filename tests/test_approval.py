@@ -10,7 +10,7 @@ import pytest
 
 from learner.__main__ import main as learner_command
 from policies.chat.chat_protocol import ChatProtocol
-from runtime.adapters.approval import Approval, PromotionMode
+from runtime.adapters.approval import Approval, PromotionMode, PromotionTerms
 from runtime.adapters.swap import Swap, SwapError
 from runtime.http.parts import Parts
 from runtime.store.adapter_registry import AdapterRegistry, AdapterState
@@ -28,7 +28,7 @@ class Candidate:
         self.tiny = TinyNetwork(folder / "tiny")
         self.registry = AdapterRegistry(folder / "agent.db")
         self.swap = self.new_swap(self.registry)
-        self.approval = Approval(self.swap, self.registry, mode, **more)
+        self.approval = Approval(self.swap, self.registry, PromotionTerms(mode, **more))
         self.name = self.registry.register(self.tiny.adapter(1), None, "sft, c1").name
 
     def new_swap(self, registry: AdapterRegistry) -> Swap:
@@ -68,7 +68,7 @@ async def test_what_waits_survives_a_restart_and_acts_once_somebody_says_yes(tmp
     registry = AdapterRegistry(tmp_path / "agent.db")  # the server starts again, with an engine that holds nothing
     swap = candidate.new_swap(registry)
     await swap.restore()
-    approval = Approval(swap, registry, PromotionMode.ASK)
+    approval = Approval(swap, registry, PromotionTerms(PromotionMode.ASK))
     assert [proposal.adapter for proposal in registry.proposals()] == [candidate.name]
     assert registry.acting() is None
     await approval.promote(candidate.name, "looks good", None, "ann")
@@ -119,7 +119,7 @@ def test_over_http_and_by_command_with_its_evidence(
     candidate = Candidate(tmp_path / "c", PromotionMode.ASK)
     parts: Parts = parts_of(ScriptedEngine(faithful_script(candidate.registry)), protocol, tmp_path / "c")
     swap = Swap(parts.engine, parts.registry, candidate.tiny.network)
-    approval = Approval(swap, parts.registry, PromotionMode.ASK)
+    approval = Approval(swap, parts.registry, PromotionTerms(PromotionMode.ASK))
     log = LearningLog(tmp_path / "c")
     log.add_decision("c1", candidate.name, "base", True, "gain +10 %", {"gain": 0.1})
     log.close()

@@ -85,7 +85,8 @@ def test_every_option_can_come_from_every_source(monkeypatch: pytest.MonkeyPatch
         "search_corpus": "c", "max_steps": "2", "max_run_tokens": "3", "deadline": "4.5", "tool_timeout": "5.5",
         "max_context": "16", "max_batch_size": "6", "threads": "7", "log_level": "info", "response_template": "r",
         "learn_every": "8", "demonstrations": "demos.jsonl", "kv_memory": "2GiB", "precision": "bfloat16",
-        "run_tools": "asked", "best_of": "2", "best_of_most": "9", "best_of_by": "majority",
+        "run_tools": "asked", "agents": "agents.toml", "max_adapters": "9",
+        "best_of": "2", "best_of_most": "9", "best_of_by": "majority",
         "keep_days": "30.5", "keep_gb": "0.5", "redact_secrets": "off", "redact": "a.b:c",
     }  # fmt: skip
     (tmp_path / "demos.jsonl").touch()

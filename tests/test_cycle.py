@@ -231,7 +231,7 @@ def test_a_candidate_may_begin_as_a_canary_and_no_cycle_starts_another_beside_it
         status = run(server, tmp_path, options=options)
         assert status.stage is CycleStage.PROMOTED, status.message
         assert "agent-v0001, canary of 25%" in status.message
-        assert server.parts.swap.canary == "agent-v0001"
+        assert server.parts.swap.canary_of() == "agent-v0001"
         assert server.parts.registry.acting() is None
         second = run(server, tmp_path, "cycle_2", options=options)
         assert second.stage is CycleStage.NOTHING_TO_LEARN

@@ -74,7 +74,8 @@ def test_a_cycle_runs_beside_the_server_and_says_why_it_learned_nothing(server: 
     assert "import some first" in told["message"]
     listed = httpx.get(f"{server.url}/v1/learner/cycles", timeout=30).json()["data"]
     assert [each["id"] for each in listed] == [second.json()["id"], name]
-    assert 'stepagent_learner_cycles_total{ending="no_lesson"} 2.0' in httpx.get(f"{server.url}/metrics").text
+    metrics = httpx.get(f"{server.url}/metrics").text
+    assert 'stepagent_learner_cycles_total{agent="",ending="no_lesson"} 2.0' in metrics
 
 
 def test_of_two_who_ask_at_once_one_gets_a_cycle(server: Served) -> None:
@@ -186,7 +187,7 @@ def test_a_cycle_starts_by_itself_after_enough_episodes(
 ) -> None:
     parts = parts_of(novice_engine, protocol, tmp_path)
     assert parts.learning is not None
-    parts.learning.trigger.every_episodes = 3
+    parts.learning.trigger.every_episodes[""] = 3
     with served(parts) as server:
         for _ in range(2):
             assert asks_well(server)
@@ -206,7 +207,7 @@ async def test_a_learner_that_dies_before_its_first_word_is_not_started_again_at
     parts = parts_of(novice_engine, protocol, tmp_path)
     assert parts.learning is not None
     trigger, process = parts.learning.trigger, parts.learning.process
-    trigger.every_episodes, process._arguments = 1, ("--objectives", "telepathy")
+    trigger.every_episodes[""], process._arguments = 1, ("--objectives", "telepathy")
     parts.log.append(Episode("ep_1", Actor.POLICY, Purpose.SERVE, "base")).result()
     for _ in range(2):
         await trigger.look()

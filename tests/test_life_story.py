@@ -577,7 +577,7 @@ def test_metrics_count_answers_and_steps(serve_scripted: ServeScripted) -> None:
     with pytest.raises(BadRequestError):
         ask(served.client(), n=0)
     metrics = httpx.get(f"{served.url}/metrics").text
-    assert 'stepagent_steps_total{action="FinalAnswer",adapter="base"} 1.0' in metrics
+    assert 'stepagent_steps_total{action="FinalAnswer",adapter="base",agent=""} 1.0' in metrics
     assert 'stepagent_requests_total{route="/v1/chat/completions",status="200"} 1.0' in metrics
     assert 'stepagent_requests_total{route="/v1/chat/completions",status="400"} 1.0' in metrics
 

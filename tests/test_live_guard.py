@@ -123,7 +123,7 @@ async def test_a_canary_that_does_worse_is_refused_and_one_that_does_not_acts(de
     desk.went(good, [1.0, 0.0] * 5)
     assert await desk.watch.look() is not None
     assert desk.acting() == good
-    assert desk.swap.canary is None
+    assert desk.swap.canary_of() is None
 
 
 async def test_a_rollback_that_comes_too_late_changes_nothing(desk: Desk) -> None:

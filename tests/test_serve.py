@@ -185,6 +185,55 @@ def test_what_cannot_be_served_is_told_in_a_sentence(tmp_path: Path, arguments: 
     assert sentence in complaint("--state", str(tmp_path / "state"), *arguments)
 
 
+@pytest.mark.parametrize(
+    ("text", "more", "sentence"),
+    [
+        ("[agents.a]\nsytem = 'x'\n", (), "agents.toml line 2, agent 'a', `sytem`: there is no such key (did you mean"),
+        ("[agents.novice_model]\n", (), "the agent 'novice_model' has the name of the model itself: choose another"),
+        ("[agents.shop]\n", ("--served-name", "shop"), "the agent 'shop' has the name of the model itself"),
+        ("[agents.a]\nworld = 'chess'\n", (), "no world is called 'chess'"),
+        ("[agents.a]\ntools = ['search']\n", (), "--search-corpus"),
+        (
+            "[agents.a]\n[agents.b]\n",
+            ("--max-adapters", "5"),
+            "3 agents, the server's own included, need 6 adapters in the engine at a time",
+        ),
+        (
+            "[agents.a]\npromote = 'canary'\n[agents.b]\npromote = 'canary'\n",
+            ("--max-adapters", "6"),
+            "3 agents, the server's own included, need 7 adapters in the engine at a time",
+        ),
+    ],
+)
+def test_agents_that_cannot_be_served_are_told_in_a_sentence(
+    tmp_path: Path, text: str, more: tuple[str, ...], sentence: str
+) -> None:
+    (tmp_path / "agents.toml").write_text(text)
+    asked = ("--state", str(tmp_path / "state"), "--agents", str(tmp_path / "agents.toml"), *more)
+    assert sentence in complaint(*asked)
+
+
+def test_a_server_of_several_agents_says_who_they_are_and_teaches_each_its_own(tmp_path: Path) -> None:
+    write_demonstrations(tmp_path / "demos.jsonl", 3)
+    (tmp_path / "agents.toml").write_text(
+        '[agents.clerk]\nworld = "order_desk"\nsystem = "You are a clerk."\ndemonstrations = ["demos.jsonl"]\n'
+        "[agents.plain]\n"
+    )
+    options = ["--state", str(tmp_path / "s"), "--agents", str(tmp_path / "agents.toml")]
+    with started("--port", "0", *options) as server:
+        url = server.wait_for(r"listening +(\S+)")
+        assert server.wait_for(r"agent +(clerk), adapter base") == "clerk"
+        assert server.wait_for(r"demos.jsonl: (\d) imported") == "3"
+        client = OpenAI(base_url=url, api_key="none", max_retries=0)
+        assert [model.id for model in client.models.list()][:3] == ["novice_model", "clerk", "plain"]
+        for agent in ("clerk", "plain"):
+            client.chat.completions.create(model=agent, messages=ASKED, max_tokens=4)
+        for agent, number in (("clerk", 3), ("plain", 0), ("novice_model", 0)):
+            listed = httpx.get(f"{url}/demonstrations", params={"agent": agent}).json()["data"]
+            assert len(listed) == number, agent
+        server.end(signal.SIGTERM)
+
+
 def test_a_model_folder_without_a_tokenizer_is_told(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()

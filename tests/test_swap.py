@@ -46,7 +46,8 @@ class House:
     async def restart(self) -> Adapter | None:
         self.registry.close()
         self.start()
-        return await self.swap.restore()
+        await self.swap.restore()
+        return self.registry.acting()
 
     def register(self, seed: int) -> str:
         return self.registry.register(self.tiny.adapter(seed)).name

@@ -180,7 +180,7 @@ async def test_half_a_surrogate_pair_in_an_output_does_not_reach_the_log() -> No
 
 
 async def test_a_cancelled_run_cancels_its_tools() -> None:
-    ended = asyncio.Event()
+    ended = threading.Event()
 
     @tool
     async def wait() -> str:
@@ -196,4 +196,5 @@ async def test_a_cancelled_run_cancels_its_tools() -> None:
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
+    await asyncio.to_thread(ended.wait, 5.0)
     assert ended.is_set()

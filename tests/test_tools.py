@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
-from tools import TOOL_NAMES, load_tools
+from tools import TOOL_NAMES
 from tools.calculator import calculator
 from tools.search import search_tool
+from tools.shelf import ToolShelf
 
 
 def work_out(expression: str) -> str:
@@ -244,19 +245,19 @@ def test_a_unicode_line_separator_within_a_document_does_not_split_it(tmp_path: 
 def test_tools_are_loaded_by_name_in_order(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path, {"title": "A", "text": "b"})
     names = ["search", "calculator"]
-    assert [each.name for each in load_tools(names, corpus)] == names
+    assert [each.name for each in ToolShelf({}, corpus).offer(names).tools] == names
     assert set(names) == set(TOOL_NAMES)
 
 
 def test_an_unknown_tool_or_a_missing_corpus_says_what_to_give() -> None:
     with pytest.raises(ValueError, match="no tool is called 'fly'; there are: calculator, search"):
-        load_tools(["fly"])
+        ToolShelf().offer(["fly"])
     with pytest.raises(ValueError, match="--search-corpus"):
-        load_tools(["search"])
+        ToolShelf().offer(["search"])
 
 
 def test_every_tool_describes_itself_and_its_arguments(tmp_path: Path) -> None:
-    for each in load_tools(TOOL_NAMES, corpus_of(tmp_path)):
+    for each in ToolShelf({}, corpus_of(tmp_path)).offer(TOOL_NAMES).tools:
         function = convert_to_openai_tool(each)["function"]
         assert len(function["description"]) > 20
         assert function["parameters"]["properties"]

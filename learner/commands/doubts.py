@@ -73,7 +73,7 @@ def _found(log: StepLog, options: DoubtsOptions) -> tuple[int, list[Doubt]]:
 
     world: World | None = load_world(options.world) if options.world else None
     everything = CollectionOptions(held_out_share=0.0, max_demonstrations=1_000_000)
-    kept, held_out = dealt_demonstrations(log, everything)
+    kept, held_out = dealt_demonstrations(log, everything, options.agent)
     demonstrations = [*kept, *held_out]
     experts: list[Expert] = [Corrections(log), *([WorldExpert(world)] if world else [])]
     doubts = asyncio.run(doubts_of(demonstrations, experts, world))

@@ -157,6 +157,7 @@ def collaborators(options: OnceOptions) -> Collaborators:
         experts=_experts(options, log, world),
         base=options.model,
         state=options.state,
+        agent=options.agent,
         judge=_judge(options),
     )
 

@@ -32,13 +32,15 @@ class ServerOptions(Options):
     """File that holds the server's API key; default: STEPAGENT_API_KEY."""
     state: Path = Path("state")
     """The server's state folder."""
+    agent: str = ""
+    """The agent that it is about, by its name in agents.toml; default: the server's own, or all in a list."""
 
     def endpoint(self) -> Endpoint:
         from openai import AsyncOpenAI
 
         from learner.client import Endpoint
 
-        return Endpoint(AsyncOpenAI(base_url=self.url, api_key=api_key(self.api_key_file)))
+        return Endpoint(AsyncOpenAI(base_url=self.url, api_key=api_key(self.api_key_file)), agent=self.agent)
 
 
 def ask(options: ServerOptions, request: Callable[[Endpoint], Awaitable[T]]) -> T | None:

@@ -7,7 +7,7 @@ from runtime.store.learning_log import LearningReader
 
 
 class StatusOptions(ServerOptions):
-    """Show the newest learner cycles: how each went, or where it is."""
+    """Show the newest learner cycles, of all agents or of one: how each went, or where it is."""
 
     limit: int = 20
     """How many."""
@@ -16,9 +16,10 @@ class StatusOptions(ServerOptions):
 def run(options: StatusOptions) -> int:
     if not has_state(options):
         return 1
-    cycles = LearningReader(options.state).cycles(options.limit)
+    cycles = LearningReader(options.state).cycles(options.limit, options.agent or None)
     print(f"{len(cycles)} cycles" + (", newest first" if len(cycles) > 1 else ""))
     for status in cycles:
         seconds = status.created_at - status.started_at
-        print(f"{status.cycle}  {status.stage}  {seconds:.0f} s  {status.message}")
+        whose = f"{status.agent}  " if status.agent else ""
+        print(f"{status.cycle}  {whose}{status.stage}  {seconds:.0f} s  {status.message}")
     return 0

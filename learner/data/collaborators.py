@@ -33,6 +33,8 @@ class Collaborators:
     """The server's state folder; the runtime keeps its adapters there."""
     judge: Judge | None = None
     """A model that ranks own episodes which nobody has judged; None: nobody asked for one."""
+    agent: str = ""
+    """The agent that learns, by its name; empty: the server's own. What others did or were shown is not for it."""
 
     def adapter_folder(self, name: str) -> Path:
         return self.state / "adapters" / name

@@ -4,6 +4,9 @@ Own episodes are those with steps that no cycle has read yet, and a replay share
 LoRA forgets (CLaaS, arXiv 2606.05559). What a policy of long ago did is left out: its importance ratios say nothing.
 But what a person took the trouble to correct is always learned, whoever acted there and however long ago.
 
+Everything is of one agent: what another one did, was shown, or was told in its users' outcomes and corrections is not
+read, also where both act by the same network or the same was said to both.
+
 A task is held out as a whole, for the gate: its demonstrations are never trained on, nor what the policy did at it. So
 are anchors, at which the gate sees whether a candidate forgets: those that the user lists, and a share of what users
 were content with.
@@ -110,14 +113,16 @@ def collect(
     options: CollectionOptions,
     seed: int,
     world: World | None = None,
+    agent: str = "",
 ) -> Collected:
-    """Read the log. `parents` names the acting adapter and its ancestors, newest first, `base` last.
+    """Read an agent's part of the log. `parents` names its acting adapter and the ancestors of that, newest first,
+    `base` last.
 
     `world`: whose tasks the gate may try; what is of them is held out, whatever names it.
     """
-    experts = _experts(log)
-    anchors, anchor_tasks = _listed_anchors(log, options.anchors, world)
-    anchors += _contented(log, parents, options)
+    experts = _experts(log, agent)
+    anchors, anchor_tasks = _listed_anchors(log, options.anchors, world, agent)
+    anchors += _contented(log, parents, options, agent)
     apart = HeldOut.among(
         [expert.conversation for expert in experts],
         world,
@@ -127,8 +132,8 @@ def collect(
     )
     demonstrations, held_out, counts = _dealt(experts, apart, options, seed)
     behind = {name: number for number, name in enumerate(parents)}
-    own, last_step_id, own_counts = _own(log, last_step_id, behind, options, seed)
-    own += _corrected(log, own)
+    own, last_step_id, own_counts = _own(log, last_step_id, behind, options, seed, agent)
+    own += _corrected(log, own, agent)
     trained, own_held_out = list[LoggedEpisode](), list[LoggedEpisode]()
     for each in own:
         (own_held_out if apart.covers(each.conversation) else trained).append(each)
@@ -140,37 +145,45 @@ def collect(
     )
 
 
-def dealt_demonstrations(log: StepLog, options: CollectionOptions) -> tuple[list[LoggedEpisode], list[LoggedEpisode]]:
-    """(to train on, held out) of a cycle without a world and anchors."""
-    experts = _experts(log)
+def dealt_demonstrations(
+    log: StepLog, options: CollectionOptions, agent: str = ""
+) -> tuple[list[LoggedEpisode], list[LoggedEpisode]]:
+    """(to train on, held out) of an agent's cycle without a world and anchors."""
+    experts = _experts(log, agent)
     apart = HeldOut.among([expert.conversation for expert in experts], None, options.held_out_share)
     demonstrations, held_out, _ = _dealt(experts, apart, options, seed=0)
     return demonstrations, held_out
 
 
-def _experts(log: StepLog) -> list[LoggedEpisode]:
-    return _readable(log, log.episodes(limit=1_000_000, actor=Actor.EXPERT))
+def _experts(log: StepLog, agent: str) -> list[LoggedEpisode]:
+    return _readable(log, log.episodes(limit=1_000_000, actor=Actor.EXPERT, agent=agent))
 
 
-def _listed_anchors(log: StepLog, listed: Sequence[str], world: World | None) -> tuple[list[LoggedEpisode], list[str]]:
-    """(episodes, the world's tasks). Raises ValueError for what is neither."""
+def _listed_anchors(
+    log: StepLog, listed: Sequence[str], world: World | None, agent: str
+) -> tuple[list[LoggedEpisode], list[str]]:
+    """(episodes, the world's tasks). Raises ValueError for what is neither.
+
+    One list may serve several agents: each takes its own episodes from it.
+    """
     episodes, tasks = list[LoggedEpisode](), list[str]()
     for name in listed:
         if world is not None and split_of(name, world):
             tasks.append(name)
         elif (episode := log.episode(name)) is not None:
-            episodes.append(_logged(log, episode))
+            episodes += [_logged(log, episode)] if episode.agent == agent else []
         else:
             raise ValueError(f"the anchor {name!r} is neither a logged episode nor a task of the world")
     return episodes, tasks
 
 
-def _contented(log: StepLog, parents: Sequence[str], options: CollectionOptions) -> list[LoggedEpisode]:
+def _contented(log: StepLog, parents: Sequence[str], options: CollectionOptions, agent: str) -> list[LoggedEpisode]:
     """The newest own episodes of the anchors' share that users were content with, and nobody corrected."""
-    corrected = set(log.corrected_steps())
+    corrected = set(log.corrected_steps(agent))
     found = list[LoggedEpisode]()
     for adapter in parents[: options.max_versions_old + 1]:
-        for episode in log.episodes(limit=_NEWEST, purpose=Purpose.SERVE, actor=Actor.POLICY, adapter=adapter):
+        wanted = {"purpose": Purpose.SERVE, "actor": Actor.POLICY, "adapter": adapter, "agent": agent}
+        for episode in log.episodes(limit=_NEWEST, **wanted):
             if len(found) >= options.max_anchors:
                 return found
             if not is_held_out(f"anchor {episode.id}", options.anchor_share):
@@ -198,12 +211,12 @@ def _dealt(
 
 
 def _own(
-    log: StepLog, since: str | None, behind: Mapping[str, int], options: CollectionOptions, seed: int
+    log: StepLog, since: str | None, behind: Mapping[str, int], options: CollectionOptions, seed: int, agent: str
 ) -> tuple[list[LoggedEpisode], str | None, dict[str, int]]:
     """The newest with steps that no cycle has read, and a share of the others; the last step there is; counts."""
     # What was rolled back is no ancestor of what acts, however short the line is: it is left out.
     recent = [name for name, number in behind.items() if number <= options.max_versions_old]
-    own = OwnEpisodes(log, recent, since)
+    own = OwnEpisodes(log, recent, since, agent)
     last_step_id = own.last_step_id()
     num_replayed = max(int(options.max_own_episodes * options.replay_share), 0)
     replayed = own.old(num_replayed, random.Random(seed))
@@ -214,11 +227,11 @@ def _own(
     return _readable(log, (*kept, *replayed), behind), last_step_id, counts
 
 
-def _corrected(log: StepLog, own: Sequence[LoggedEpisode]) -> list[LoggedEpisode]:
+def _corrected(log: StepLog, own: Sequence[LoggedEpisode], agent: str) -> list[LoggedEpisode]:
     """The ways to the corrected steps that are not on a path of `own`."""
     collected = {step.id for each in own for step in each.path}
     found = []
-    for step_id in log.corrected_steps():
+    for step_id in log.corrected_steps(agent):
         if step_id in collected:
             continue
         try:

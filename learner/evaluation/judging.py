@@ -55,7 +55,7 @@ async def judge(
     that passes is taken: each further one would cost a training a fold.
     """
     verdicts, best, problem = list[Verdict](), None, None
-    num_earlier = gate.num_earlier(who.learning_log.evidence_against(acting), len(trials.units))
+    num_earlier = gate.num_earlier(who.learning_log.evidence_against(acting, who.agent), len(trials.units))
     level = gate.level_for(len(candidates), num_earlier)
     for candidate in candidates:
         with record.counted(CycleStage.GATE, candidate.objective, len(trials.units)) as count:

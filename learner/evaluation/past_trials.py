@@ -22,10 +22,11 @@ from tools.worlds.world import Task, World
 
 @dataclass(slots=True)
 class PastTrials:
-    """Of all adapters. The log is searched once for each; what is tried later is to be remembered."""
+    """Of all adapters of an agent. The log is searched once for each; what is tried later is to be remembered."""
 
     log: StepLog
     world: World | None
+    agent: str = ""
     num_reused: int = 0
     _by_adapter: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     """Ids of episodes, by the trial's name or the task's id."""
@@ -56,7 +57,8 @@ class PastTrials:
     def _episodes(self, adapter: str) -> dict[str, list[str]]:
         if adapter not in self._by_adapter:
             found: defaultdict[str, list[str]] = defaultdict(list)
-            for episode in self.log.episodes(limit=1_000_000, purpose=Purpose.EVALUATION, adapter=adapter):
+            wanted = {"purpose": Purpose.EVALUATION, "adapter": adapter, "agent": self.agent}
+            for episode in self.log.episodes(limit=1_000_000, **wanted):
                 name = episode.metadata.get("trial") or episode.task
                 if isinstance(name, str):
                     found[name].append(episode.id)

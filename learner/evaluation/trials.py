@@ -77,7 +77,8 @@ class CycleTrials:
             units = [Unit(fitting.task("validation", place)) for place in places]
         shown = [step for each in (*collected.demonstrations, *collected.held_out) for step in each.path]
         max_task_tokens = max(map(most_tokens, shown), default=None)
-        return cls(who, tuple(units), tuple(anchors), PastTrials(who.log, world), max_task_tokens)
+        past = PastTrials(who.log, world, who.agent)
+        return cls(who, tuple(units), tuple(anchors), past, max_task_tokens)
 
     @property
     def kind(self) -> str:

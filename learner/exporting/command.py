@@ -69,6 +69,7 @@ def run(options: ExportOptions) -> int:
         task_prefix=options.task_prefix,
         since=options.since,
         min_outcome=options.min_outcome,
+        agent=options.agent or None,
     )
     rows = export(log, LearningReader(options.state), wanted, options.format)
     try:

@@ -51,14 +51,14 @@ def run(options: ImportOptions) -> int:
         print("--json goes with --dry-run: the server answers for whole batches", file=sys.stderr)
         return 2
     num_refused = ask(options, lambda server: _import(options, server))
-    if num_refused is not None and (outlook := _outlook(options.state)):
+    if num_refused is not None and (outlook := _outlook(options.state, options.agent)):
         print(outlook)
     return 0 if num_refused == 0 else 1
 
 
-def _outlook(state: Path) -> str | None:
-    """What all demonstrations in a state folder can show, where no world's tasks judge, and whether they contradict
-    each other; None for no such folder."""
+def _outlook(state: Path, agent: str) -> str | None:
+    """What an agent's demonstrations in a state folder can show, where no world's tasks judge, and whether they
+    contradict each other; None for no such folder."""
     import asyncio
 
     from learner.data.collect import dealt_demonstrations
@@ -73,7 +73,7 @@ def _outlook(state: Path) -> str | None:
     except StepLogError:  # the server runs elsewhere, or keeps its state elsewhere
         return None
     collection = CollectionOptions()
-    demonstrations, held_out = dealt_demonstrations(log, collection)
+    demonstrations, held_out = dealt_demonstrations(log, collection, agent)
     num_states = sum(len(each.path) for each in (*demonstrations, *held_out))
     outlook = import_outlook(len(held_out), len(demonstrations), num_states, collection.held_out_share)
     doubts = asyncio.run(doubts_of([*demonstrations, *held_out], [Corrections(log)], None))

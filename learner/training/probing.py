@@ -47,7 +47,9 @@ class _Reading:
         """float32 [num_last, vocabulary]: of the token that follows each of the last ones."""
         num_known = min(_common_prefix(self._token_ids, token_ids), len(token_ids) - num_last)
         if num_known:
-            self._cache.crop(num_known)
+            num_dropped = self._cache.get_seq_length() - num_known
+            if num_dropped:
+                self._cache.crop(-num_dropped)
         else:
             self._cache = DynamicCache()
         ids = torch.tensor([token_ids[num_known:]], device=self.network.device)

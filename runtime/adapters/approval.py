@@ -7,7 +7,8 @@ waits all the same. Its wait is rows of the registry. It ends with a yes (`appro
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from runtime.adapters.swap import Swap
@@ -25,27 +26,41 @@ class PromotionMode(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Approval:
-    """Every promotion of a learner goes through here."""
+class PromotionTerms:
+    """What a candidate of one agent may do."""
 
-    swap: Swap
-    registry: AdapterRegistry
     mode: PromotionMode = PromotionMode.AUTO
     canary_share: float = 0.1
     """Of the new episodes, in mode CANARY."""
     expires_after_s: float = 14 * 24 * 3600.0
     """How long a candidate waits."""
 
+
+@dataclass(frozen=True, slots=True)
+class Approval:
+    """Every promotion of a learner goes through here."""
+
+    swap: Swap
+    registry: AdapterRegistry
+    terms: PromotionTerms = PromotionTerms()
+    """Of every agent that has none of its own."""
+    of_agents: Mapping[str, PromotionTerms] = field(default_factory=dict)
+
+    def terms_of(self, name: str) -> PromotionTerms:
+        """What holds for an adapter. Raises UnknownAdapter."""
+        return self.of_agents.get(self.registry.adapter(name).agent, self.terms)
+
     async def propose(self, name: str, reason: str, expected_acting: str | None, key: str) -> None:
         """What a learner asks for. Raises as `Swap.promote` does."""
-        match self.mode:
+        terms = self.terms_of(name)
+        match terms.mode:
             case PromotionMode.AUTO:
                 await self.swap.promote(name, reason, expected_acting, key)
             case PromotionMode.CANARY:
-                await self.swap.start_canary(name, self.canary_share, reason, expected_acting, key)
+                await self.swap.start_canary(name, terms.canary_share, reason, expected_acting, key)
             case PromotionMode.ASK:
                 await self.swap.bring_up(name)  # what waits is known to be fit to act
-                self.swap.require_acting(expected_acting)
+                self.swap.require_acting(expected_acting, self.registry.adapter(name).agent)
                 await self._note(name, ProposalEvent.PROPOSED, reason, expected_acting, key)
             case PromotionMode.DRY_RUN:
                 await self.swap.refuse(name, f"a dry run promotes nothing: {reason}", key)
@@ -71,13 +86,13 @@ class Approval:
 
     def expires_at(self, proposal: Proposal) -> float:
         """Unix seconds."""
-        return proposal.created_at + self.expires_after_s
+        return proposal.created_at + self.terms_of(proposal.adapter).expires_after_s
 
     async def expire(self, now: float) -> list[str]:
         """Refuse what has waited for too long; returns the names. `now` is Unix seconds."""
         late = [proposal for proposal in self.registry.proposals() if self.expires_at(proposal) <= now]
         for proposal in late:
-            reason = f"nobody said yes within {self.expires_after_s / 86400:g} days"
+            reason = f"nobody said yes within {self.terms_of(proposal.adapter).expires_after_s / 86400:g} days"
             if self.registry.state(proposal.adapter) is not AdapterState.REFUSED:
                 await self.swap.refuse(proposal.adapter, reason)
             await self._note(proposal.adapter, ProposalEvent.EXPIRED, reason, None, "")

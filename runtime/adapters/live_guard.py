@@ -1,8 +1,8 @@
 """Watches how adapters do live, and takes back what turns out to be worse: no gate sees everything.
 
-The acting adapter is held against its parent, a canary against the acting adapter: by the outcomes that were reported
-of their episodes, and by how often experts agree with their steps. What is worse by more than the noise is rolled back
-or refused; a canary that has done as well for long enough acts. No learner is needed for any of it.
+An agent's acting adapter is held against its parent, a canary against the acting adapter: by the outcomes that were
+reported of their episodes, and by how often experts agree with their steps. What is worse by more than the noise is
+rolled back or refused; a canary that has done as well for long enough acts. No learner is needed for any of it.
 
 Outcomes are what clients say, and a client may lie. So only episodes count that the server itself gave to an adapter,
 each once, and what a key says that is trusted to give feedback and no more counts a few times; see
@@ -81,8 +81,7 @@ class Watch:
         self._registry = registry
         self._swap = swap
         self._options = options
-        self._turn: tuple[str, float] | None = None
-        self._turn_number = 0
+        self._turns: dict[str, tuple[float, int]] = {}
 
     async def keep_watching(self) -> None:
         """For ever: the server's background task."""
@@ -90,63 +89,68 @@ class Watch:
 
     async def look(self) -> str | None:
         """Look once; says what was done, None where nothing was."""
-        if self._registry.watch().is_paused:
+        done = [said for agent in self._swap.agents if (said := await self._look_at(agent))]
+        return "; ".join(done) or None
+
+    async def _look_at(self, agent: str) -> str | None:
+        if self._registry.watch(agent).is_paused:
             return None
-        if canary := self._swap.canary:
-            return await self._judge_canary(canary)
-        acting = self._registry.acting()
+        if canary := self._swap.canary_of(agent):
+            return await self._judge_canary(agent, canary)
+        acting = self._registry.acting(agent)
         if acting is None:
             return None
-        worse = await asyncio.to_thread(self._why_worse)
+        worse = await asyncio.to_thread(self._why_worse, agent)
         if worse is None:
             return None
-        await self._swap.rollback(worse, expected_acting=acting.name)
+        await self._swap.rollback(worse, expected_acting=acting.name, agent=agent)
         _log.error("%s was rolled back: %s", acting.name, worse)
         return worse
 
-    def evidence(self) -> list[Evidence]:
-        """What is known of the canary, or else of what acts; empty where the base network acts alone.
+    def evidence(self, agent: str = "") -> list[Evidence]:
+        """What is known of an agent's canary, or else of what acts; empty where the base network acts alone.
 
         What was said before an adapter began to act this time does not count: who promotes again what was rolled back
         has seen it.
         """
-        acting = self._registry.acting()
+        acting = self._registry.acting(agent)
         acting_name = acting.name if acting else BASE_ADAPTER
-        if canary := self._swap.canary:
+        if canary := self._swap.canary_of(agent):
             since = self._registry.state_since(canary, AdapterState.CANARY)
-            return self._compare(canary, acting_name, since)
+            return self._compare(agent, canary, acting_name, since)
         if acting is None:
             return []
-        return self._compare(acting.name, acting.parent or BASE_ADAPTER, self._registry.acting_since())
+        return self._compare(agent, acting.name, acting.parent or BASE_ADAPTER, self._registry.acting_since(agent))
 
-    async def _judge_canary(self, canary: str) -> str | None:
-        if worse := await asyncio.to_thread(self._why_worse):
+    async def _judge_canary(self, agent: str, canary: str) -> str | None:
+        if worse := await asyncio.to_thread(self._why_worse, agent):
             await self._swap.refuse(canary, worse)
             return worse
-        acting = self._registry.acting()
-        [live, *_] = await asyncio.to_thread(self.evidence)
+        acting = self._registry.acting(agent)
+        [live, *_] = await asyncio.to_thread(self.evidence, agent)
         if len(live.values) < self._options.canary_values or len(live.others) < self._options.least_values:
             return None
         reason = f"as a canary it was not worse over {len(live.values)} episodes"
         await self._swap.promote(canary, reason, acting.name if acting else BASE_ADAPTER)
         return reason
 
-    def _why_worse(self) -> str | None:
+    def _why_worse(self, agent: str) -> str | None:
         """In words, how it is worse than the other one by more than the noise; None where it is not."""
-        return next((evidence.in_words() for evidence in self.evidence() if evidence.is_worse), None)
+        return next((evidence.in_words() for evidence in self.evidence(agent) if evidence.is_worse), None)
 
     def _number_at(self, adapter: str, since: float) -> int:
         """Of the newest episode when this turn of the adapter was seen first: its episodes count from there on, also
         where a clock that is set back makes them look older."""
-        if self._turn != (adapter, since):
-            self._turn, self._turn_number = (adapter, since), self._log.num_episodes()
-        return self._turn_number
+        if adapter not in self._turns or self._turns[adapter][0] != since:
+            self._turns[adapter] = (since, self._log.num_episodes())
+        return self._turns[adapter][1]
 
-    def _compare(self, adapter: str, against: str, since: float) -> list[Evidence]:
+    def _compare(self, agent: str, adapter: str, against: str, since: float) -> list[Evidence]:
+        """All of one agent: the base network serves others, too."""
         most = self._options.most_values
-        said = self._log.live_outcomes(adapter, most, since, self._number_at(adapter, since))
-        others = [outcome.value for outcome in self._log.live_outcomes(against, most)]
-        agrees, others_agree = (self._cycles.agreement(name)[:most] for name in (adapter, against))
+        said = self._log.live_outcomes(adapter, most, since, self._number_at(adapter, since), agent)
+        others = [outcome.value for outcome in self._log.live_outcomes(against, most, agent=agent)]
+        agrees, others_agree = (self._cycles.agreement(name, agent)[:most] for name in (adapter, against))
         values, by_key = [outcome.value for outcome in said], Counter(outcome.key for outcome in said)
         return [
             self._evidence("live outcome", adapter, against, values, others, by_key),

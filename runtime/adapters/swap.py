@@ -5,6 +5,8 @@ episodes lease the new adapter, an episode keeps the one it began with, and an a
 unloaded. Loading in place under one name was refused: a running episode would change its policy in mid-sentence,
 and engines mix old caches with new weights.
 
+Each agent has an acting adapter, and perhaps a canary, of its own: a change of one agent's changes no other agent's.
+
 One lock orders all changes; a second change waits for the first. A lease waits for none of them, with one exception:
 an episode that comes back after its adapter was unloaded waits until that adapter is loaded again.
 
@@ -17,7 +19,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import ParamSpec, TypeVar
 
@@ -69,26 +71,32 @@ class Swap:
         lease_idle_s: float = 900.0,
         slot_wait_s: float = 20.0,
         clock: Callable[[], float] = time.monotonic,
+        agents: Sequence[str] = ("",),
     ) -> None:
-        """`slot_wait_s`: how long an episode that comes back waits for a slot, where running steps hold them all."""
+        """`slot_wait_s`: how long an episode that comes back waits for a slot, where running steps hold them all.
+
+        `agents`: those that are served; what acts for another one, which was served once, is not loaded.
+        """
         self._engine = engine
         self._registry = registry
         self._base = base
         self._leases = Leases(lease_idle_s, clock)
         self._slot_wait_s = slot_wait_s
+        self.agents = tuple(agents)
         self._changes = asyncio.Lock()
         self._served: dict[str, Adapter] = {}
         """Adapters that are loaded and verified; no other is ever handed out."""
-        self._canary: tuple[str, float] | None = None
-        """The canary's name and its share of the new episodes."""
+        self._canaries: dict[str, tuple[str, float]] = {}
+        """By agent: its canary's name, and the share of its new episodes."""
 
     # --------------------------------------------------------------------------------------------- leases
 
     @asynccontextmanager
     async def lease(
-        self, episode_id: str, *, began_with: str | None = None, pinned: str | None = None
+        self, episode_id: str, *, began_with: str | None = None, pinned: str | None = None, agent: str = ""
     ) -> AsyncIterator[Adapter | None]:
-        """The adapter for one step of an episode, None for the base network; hold it until the step's last token.
+        """The adapter for one step of an agent's episode, None for the base network; hold it until the step's last
+        token.
 
         `began_with` is the adapter of the logged episode, where there is one: after a restart, or an idle time-out,
         only the log knows it. `pinned` asks for an adapter by name, for a new episode alone. Raises SwapError where
@@ -98,7 +106,7 @@ class Swap:
         assert None in (held, began_with) or held == began_with, f"episode {episode_id}: {held}, not {began_with}"
         name = held or began_with
         if name is None:
-            name = self._choose(episode_id) if pinned is None else self._pin(pinned)
+            name = self._choose(episode_id, agent) if pinned is None else self._pin(pinned)
         elif pinned not in (None, name):
             raise SwapError(f"episode {episode_id} began with {name} and keeps it; it cannot be pinned to {pinned}")
         with self._leases.hold(episode_id, name):
@@ -116,10 +124,9 @@ class Swap:
         """Episodes that hold this adapter now."""
         return self._leases.num_on(name)
 
-    @property
-    def canary(self) -> str | None:
-        """The adapter that serves a share of the new episodes, if one does."""
-        return self._canary[0] if self._canary else None
+    def canary_of(self, agent: str = "") -> str | None:
+        """The adapter that serves a share of an agent's new episodes, if one does."""
+        return self._canaries[agent][0] if agent in self._canaries else None
 
     # -------------------------------------------------------------------------------------------- changes
 
@@ -138,31 +145,33 @@ class Swap:
             return await self._bring_up(self._registry.adapter(name))
 
     async def promote(self, name: str, reason: str = "", expected_acting: str | None = None, key: str = "") -> None:
-        """Let an adapter act for new episodes. One that is not up is brought up first, see `bring_up`.
+        """Let an adapter act for its agent's new episodes. One that is not up is brought up first, see `bring_up`.
 
         `expected_acting` is what it was found to be better than. Raises SwapError where that does not act any more
         (None: whatever acts). `key` is the name of the key that asks for it, here and below.
         """
         async with self._changes:
-            self.require_acting(expected_acting)
-            await self._bring_up(self._registry.adapter(name))
+            adapter = self._registry.adapter(name)
+            self.require_acting(expected_acting, adapter.agent)
+            await self._bring_up(adapter)
             self._end_canary(name)
             await self.write(self._registry.promote, name, reason, key)
 
     async def start_canary(
         self, name: str, share: float, reason: str = "", expected_acting: str | None = None, key: str = ""
     ) -> None:
-        """Give an adapter this share of the new episodes, chosen by their ids. Raises SwapError beside another canary,
-        and as `promote` does."""
+        """Give an adapter this share of its agent's new episodes, chosen by their ids. Raises SwapError beside another
+        canary of that agent, and as `promote` does."""
         if not 0.0 < share <= 1.0:
             raise SwapError(f"a canary's share must lie in (0, 1], got {share}")
         async with self._changes:
-            self.require_acting(expected_acting)
-            if self._canary is not None:
-                raise SwapError(f"{self._canary[0]} is a canary already; promote or refuse it first")
-            await self._bring_up(self._registry.adapter(name))
+            adapter = self._registry.adapter(name)
+            self.require_acting(expected_acting, adapter.agent)
+            if canary := self.canary_of(adapter.agent):
+                raise SwapError(f"{canary} is a canary already; promote or refuse it first")
+            await self._bring_up(adapter)
             await self.write(self._registry.record, name, AdapterState.CANARY, reason or f"share {share:g}", key)
-            self._canary = (name, share)
+            self._canaries[adapter.agent] = (name, share)
 
     async def refuse(self, name: str, reason: str, key: str = "") -> None:
         """Turn a candidate or canary down for ever. Episodes that began with it end with it."""
@@ -183,9 +192,14 @@ class Swap:
             await self._unload(adapter, reason)
 
     async def rollback(
-        self, reason: str, expected_acting: str | None = None, key: str = "", past: Collection[str] = ()
+        self,
+        reason: str,
+        expected_acting: str | None = None,
+        key: str = "",
+        past: Collection[str] = (),
+        agent: str = "",
     ) -> Adapter | None:
-        """Let act again what acted before; None is the base network. A flip, where that is still loaded.
+        """Let act again what acted for an agent before; None is the base network. A flip, where that is still loaded.
 
         Adapters named in `past` are passed over.
 
@@ -193,24 +207,19 @@ class Swap:
         another adapter than the one that is to be taken back acts by now (None: whichever acts).
         """
         async with self._changes:
-            self.require_acting(expected_acting)
-            return await self._roll_back(reason, key, past)
+            self.require_acting(expected_acting, agent)
+            return await self._roll_back(agent, reason, key, past)
 
-    async def restore(self) -> Adapter | None:
-        """Serve the acting adapter on an engine that has just started, with nothing loaded; None: the base network.
+    async def restore(self) -> None:
+        """Serve each agent's acting adapter on an engine that has just started, with nothing loaded.
 
-        Where it cannot be served any more, what acted before it does, at worst the base network. Raises EngineError
+        Where one cannot be served any more, what acted before it does, at worst the base network. Raises EngineError
         where the engine dies meanwhile: that says nothing against the adapter.
         """
         async with self._changes:
             await self._forget_the_last_engine()
-            acting = self._registry.acting()
-            if acting is None:
-                return None
-            if await self._comes_up(acting):
-                await self.write(self._registry.record, acting, AdapterState.ACTING, "the engine started")
-                return acting
-            return await self._roll_back(f"{acting.name} cannot be served any more")
+            for agent in self.agents:
+                await self._restore(agent)
 
     async def drain(self) -> None:
         """Unload the adapters that nobody leases any more."""
@@ -223,13 +232,13 @@ class Swap:
 
     # ------------------------------------------------------------------------------------- choosing a lease
 
-    def _choose(self, episode_id: str) -> str:
-        if self._canary is not None:
-            name, share = self._canary
+    def _choose(self, episode_id: str, agent: str) -> str:
+        if agent in self._canaries:
+            name, share = self._canaries[agent]
             digest = hashlib.sha256(f"{name} {episode_id}".encode()).digest()
             if int.from_bytes(digest[:8]) < share * 2**64:
                 return name
-        acting = self._registry.acting()
+        acting = self._registry.acting(agent)
         return BASE_ADAPTER if acting is None else acting.name
 
     def _pin(self, name: str) -> str:
@@ -254,7 +263,7 @@ class Swap:
 
     async def _load_again(self, name: str) -> Adapter:
         adapter = await self._bring_up(self._registry.adapter(name))
-        is_acting = self._registry.acting() == adapter
+        is_acting = self._registry.acting(adapter.agent) == adapter
         state = AdapterState.ACTING if is_acting else AdapterState.DRAINING
         await self.write(self._registry.record, name, state, "an episode that began with it came back")
         return adapter
@@ -338,14 +347,23 @@ class Swap:
             return False
         return True
 
-    async def _roll_back(self, reason: str, key: str = "", past: Collection[str] = ()) -> Adapter | None:
-        acting, *behind = self._registry.rollback_chain()
+    async def _restore(self, agent: str) -> None:
+        acting = self._registry.acting(agent)
+        if acting is None:
+            return
+        if await self._comes_up(acting):
+            await self.write(self._registry.record, acting, AdapterState.ACTING, "the engine started")
+        else:
+            await self._roll_back(agent, f"{acting.name} cannot be served any more")
+
+    async def _roll_back(self, agent: str, reason: str, key: str = "", past: Collection[str] = ()) -> Adapter | None:
+        acting, *behind = self._registry.rollback_chain(agent)
         for num_back, target in enumerate(behind, start=1):
             if target is not None and target.name in past:
                 continue
             if target is None or (target != acting and await self._comes_up(target)):
                 _log.warning("rolled back to %s: %s", "the base network" if target is None else target.name, reason)
-                return await self.write(self._registry.rollback, reason, num_back, key)
+                return await self.write(self._registry.rollback, reason, num_back, key, agent)
         raise SwapError("the base network acts; there is nothing to roll back to")
 
     async def write(self, change: Callable[P, T], *values: P.args, **more: P.kwargs) -> T:
@@ -396,9 +414,9 @@ class Swap:
         """What lies in the engine to act, or to be tried: no reward models."""
         return [adapter for adapter in self._engine.loaded_adapters() if not adapter.is_reward]
 
-    def require_acting(self, name: str | None) -> None:
-        """Raises SwapError where another adapter acts; None: whichever does."""
-        now = self._registry.acting()
+    def require_acting(self, name: str | None, agent: str = "") -> None:
+        """Raises SwapError where another adapter acts for an agent; None: whichever does."""
+        now = self._registry.acting(agent)
         acting = BASE_ADAPTER if now is None else now.name
         if name not in (None, acting):
             raise SwapError(f"{name} does not act any more: {acting} does")
@@ -409,13 +427,12 @@ class Swap:
             raise SwapError(f"{adapter.name} was refused: {last.reason}")
 
     def _end_canary(self, name: str) -> None:
-        if self._canary is not None and self._canary[0] == name:
-            self._canary = None
+        self._canaries = {agent: canary for agent, canary in self._canaries.items() if canary[0] != name}
 
     async def _forget_the_last_engine(self) -> None:
         assert not self._engine.loaded_adapters(), "the engine has not just started"
         self._served.clear()
-        self._canary = None
+        self._canaries.clear()
         in_engine = self._registry.damage.sound(
             self._registry.adapters(), lambda adapter: (adapter, self._registry.state(adapter.name) in IN_ENGINE)
         )

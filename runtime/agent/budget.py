@@ -50,7 +50,13 @@ class RunBudget:
 
     @property
     def tool_timeout_s(self) -> float:
-        return min(self._limits.tool_timeout_s, max(0.0, self.deadline - time.monotonic()))
+        """Of a tool that has no time-out of its own."""
+        return self._limits.tool_timeout_s
+
+    @property
+    def seconds_left(self) -> float:
+        """Of the run."""
+        return max(0.0, self.deadline - time.monotonic())
 
     def spend(self, sampled: SampledStep) -> None:
         """Take a step off."""

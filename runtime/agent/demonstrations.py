@@ -7,6 +7,7 @@ teaches what the expert did not do, and is refused. Mending such conversations w
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,15 @@ class Demonstration:
     expert: str = "expert"
     task: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    agent: str = ""
+    """Name of the agent that is to learn from it; empty: the server's own."""
+    opening: tuple[Message, ...] = ()
+    """What that agent is told before the messages: its system prompt. Indices do not count it."""
+
+    @property
+    def told(self) -> tuple[Message, ...]:
+        """All that was said, the opening included."""
+        return (*self.opening, *self.messages)
 
     @cached_property
     def learn_from(self) -> tuple[int, ...]:
@@ -64,12 +74,15 @@ class Demonstration:
     @cached_property
     def digest(self) -> str:
         """Equal for whatever teaches the same."""
-        return demonstration_digest(self.messages, self.tools, self.learn_from)
+        learn_from = [index + len(self.opening) for index in self.learn_from]
+        return demonstration_digest(self.told, self.tools, learn_from)
 
     @property
     def episode_id(self) -> str:
-        """Equal for equal digests, so that importing twice adds nothing."""
-        return f"demo_{self.digest[:32]}"
+        """Equal for equal digests and the same agent, so that importing twice adds nothing, and what one agent has been
+        shown is not taken for known by another."""
+        name = f"{self.agent} {self.digest}" if self.agent else ""
+        return f"demo_{(hashlib.sha256(name.encode()).hexdigest() if name else self.digest)[:32]}"
 
 
 def demonstrated_episode(demonstration: Demonstration) -> Episode:
@@ -80,6 +93,7 @@ def demonstrated_episode(demonstration: Demonstration) -> Episode:
         adapter=demonstration.expert,
         task=demonstration.task,
         metadata={**demonstration.provenance, "digest": demonstration.digest},
+        agent=demonstration.agent,
     )
 
 
@@ -93,18 +107,18 @@ def demonstrated_steps(
     steps: list[Step] = []
     seen = 0  # messages that the steps so far cover
     for index in demonstration.learn_from:
-        parent = steps[-1] if steps else None
+        parent, place = steps[-1] if steps else None, index + len(demonstration.opening)
         action = message_action(demonstration.messages[index])
-        prompt, completion = _in_tokens(demonstration, protocol, parent, seen, index, action)
+        prompt, completion = _in_tokens(demonstration, protocol, parent, seen, place, action)
         _require_learnable(protocol, completion, action, demonstration.tools, index)
         if len(prompt) + len(completion) > max_context_tokens:
             raise DemonstrationRefused(
                 f"message {index} ends at token {len(prompt) + len(completion)}, "
                 f"but the model's context holds {max_context_tokens}"
             )
-        new_messages = demonstration.messages[seen:index]
+        new_messages = demonstration.told[seen:place]
         steps.append(_step(demonstration, parent, new_messages, prompt, completion, action))
-        seen = index + 1
+        seen = place + 1
     return tuple(steps)
 
 
@@ -112,7 +126,7 @@ def _in_tokens(
     demonstration: Demonstration, protocol: ChatProtocol, parent: Step | None, seen: int, index: int, action: Action
 ) -> tuple[TokenIds, TokenIds]:
     """(prompt, completion) token ids of one step, the prompt continued from its parent's tokens as in serving."""
-    messages, tools = demonstration.messages, demonstration.tools
+    messages, tools = demonstration.told, demonstration.tools
     prompt, completion = protocol.completion_of(messages[:index], action, tools)
     if parent is not None:
         told = parent.prompt_token_ids + parent.completion_token_ids
@@ -142,6 +156,7 @@ def promoted_episode(episode: Episode, path: Sequence[Step], expert: str) -> Dem
         expert=expert,
         task=episode.task,
         provenance={"promoted_from": episode.id},
+        agent=episode.agent,
     )
 
 

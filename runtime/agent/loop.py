@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from langchain_core.tools import BaseTool
 
@@ -28,6 +28,7 @@ from runtime.off_loop import off_loop
 from runtime.privacy.redaction import Redactor
 from runtime.store.episodes import Episode, Fact, Outcome, Step, StepCandidate, StopReason, ToolResult, new_id
 from runtime.store.step_log import StepLog, StepLogError
+from tools.bounds import ToolBounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,8 @@ class ServerTools:
     tools: Mapping[str, BaseTool]
     judge: Callable[[Action], float] | None = None
     """How good the end is that the last action makes; called once, on a thread of its own."""
+    bounds: Mapping[str, ToolBounds] = field(default_factory=dict)
+    """By the tool's name, for those that have bounds of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +112,7 @@ async def _episode(
         transcript.end_step()
         sampled = sampler.sampled
         budget.spend(sampled)
-        results = await _tool_results(sampled.action, server_tools, budget.tool_timeout_s, turn.redactor)
+        results = await _tool_results(sampled.action, server_tools, budget, turn.redactor)
         next_turn = turn.after(sampled.action, prompt + sampled.completion_token_ids, results)
         prompt = await rendered(next_turn, run.policy, is_first=False)
         stop_reason = budget.stop_reason(sampled, run.policy.room_after(prompt))
@@ -199,11 +202,12 @@ def _client_stop(sampled: SampledStep) -> StopReason:
 
 
 async def _tool_results(
-    action: Action, server_tools: ServerTools, timeout_s: float, redactor: Redactor | None
+    action: Action, server_tools: ServerTools, budget: RunBudget, redactor: Redactor | None
 ) -> tuple[ToolResult, ...]:
     if not isinstance(action, ToolCalls):
         return ()
-    results = await run_tool_calls(action.calls, server_tools.tools, timeout_s)
+    tools, bounds = server_tools.tools, server_tools.bounds
+    results = await run_tool_calls(action.calls, tools, budget.tool_timeout_s, bounds, budget.seconds_left)
     return tuple(results if redactor is None else await asyncio.to_thread(_redacted, redactor, results))
 
 

@@ -3,62 +3,74 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
 
 from langchain_core.tools import BaseTool, ToolException
 from pydantic import ValidationError
 
 from policies.types import ToolCall
+from runtime.agent.tool_outputs import cut, shown
+from runtime.agent.tool_threads import ToolThreads
 from runtime.store.episodes import ToolResult
+from tools.bounds import ToolBounds
 
-_LONGEST_CONTENT = 20_000
-"""Characters of a tool's output that the agent is shown."""
+_UNBOUNDED = ToolBounds()
+_threads = ToolThreads()
+"""Of the process: what one episode's tools left behind counts for all."""
 
 
 async def run_tool_calls(
-    calls: Sequence[ToolCall], tools: Mapping[str, BaseTool], timeout_s: float
+    calls: Sequence[ToolCall],
+    tools: Mapping[str, BaseTool],
+    timeout_s: float,
+    bounds: Mapping[str, ToolBounds] | None = None,
+    seconds_left: float = math.inf,
 ) -> list[ToolResult]:
-    """Run the calls of one step side by side; the results come in the order of the calls. Never raises for a tool."""
-    return list(await asyncio.gather(*(_run(call, tools, timeout_s) for call in calls)))
+    """Run the calls of one step side by side; the results come in the order of the calls. Never raises for a tool.
+
+    `timeout_s` is for tools whose `bounds` name none; no call lasts longer than the run's `seconds_left`.
+    """
+    bounds = bounds or {}
+    return list(
+        await asyncio.gather(
+            *(_run(call, tools, timeout_s, bounds.get(call.name, _UNBOUNDED), seconds_left) for call in calls)
+        )
+    )
 
 
-async def _run(call: ToolCall, tools: Mapping[str, BaseTool], timeout_s: float) -> ToolResult:
+async def _run(
+    call: ToolCall, tools: Mapping[str, BaseTool], timeout_s: float, bounds: ToolBounds, seconds_left: float
+) -> ToolResult:
     began = time.perf_counter()
-    content, is_error = await _observe(call, tools, timeout_s)
-    latency_ms = (time.perf_counter() - began) * 1000
-    return ToolResult(call.id, call.name, _shown(content), is_error, latency_ms)
+    seconds = min(timeout_s if bounds.timeout_s is None else bounds.timeout_s, seconds_left)
+    content, is_error = await _observe(call, tools, seconds, bounds.max_output_chars)
+    return ToolResult(call.id, call.name, content, is_error, (time.perf_counter() - began) * 1000)
 
 
-async def _observe(call: ToolCall, tools: Mapping[str, BaseTool], timeout_s: float) -> tuple[str, bool]:
+async def _observe(call: ToolCall, tools: Mapping[str, BaseTool], timeout_s: float, max_chars: int) -> tuple[str, bool]:
     tool = tools.get(call.name)
     if tool is None:
-        return f"error: there is no tool {call.name}; there are: {', '.join(tools) or 'none'}", True
+        return cut(f"error: there is no tool {call.name}; there are: {', '.join(tools) or 'none'}", max_chars), True
     try:
         async with asyncio.timeout(timeout_s):
-            return _as_text(await tool.ainvoke(call.arguments)), False
+            return await _threads.run(tool, call.arguments, partial(shown, max_chars=max_chars)), False
     except TimeoutError:
         return f"error: {call.name} took longer than {timeout_s:g} seconds", True
-    except ValidationError as error:
-        return f"error: {_first_problem(error)}", True
-    except (ToolException, ValueError) as error:
-        return f"error: {error}", True
     except Exception as error:  # a tool is foreign code: whatever it raises, the agent is told and the server lives
-        return f"error: {call.name} failed: {type(error).__name__}: {error}", True
+        return cut(f"error: {_told(call.name, error)}", max_chars), True
 
 
-def _as_text(output: Any) -> str:
-    return output if isinstance(output, str) else json.dumps(output, ensure_ascii=False, default=str)
-
-
-def _shown(content: str) -> str:
-    """What the agent is shown: not too long, and text that UTF-8 can write."""
-    content = content.encode(errors="replace").decode()
-    if len(content) <= _LONGEST_CONTENT:
-        return content
-    return f"{content[:_LONGEST_CONTENT]}\n[cut here: the whole output has {len(content)} characters]"
+def _told(name: str, error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return _first_problem(error)
+    try:
+        said = str(error)
+    except Exception:  # an exception of foreign code may not even say what it is
+        said = ""
+    return said if isinstance(error, ToolException | ValueError) else f"{name} failed: {type(error).__name__}: {said}"
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -6,28 +6,42 @@ restart, a branch or a second choice all find the state that their own steps led
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from langchain_core.tools import BaseTool
-from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from policies.chat.chat_protocol import action_message, text_of
 from policies.types import Action, FinalAnswer, MalformedAction, Message, ToolSchema
 from runtime.agent.loop import ServerTools
 from runtime.store.episodes import Step
+from tools.bounds import ToolBounds
+from tools.schemas import schema_of
 from tools.worlds.world import World, WorldEpisode, is_of_world, task_named
 
 
 class Toolbox:
     """Opens the server's tools for one run."""
 
-    def __init__(self, tools: Sequence[BaseTool] = (), world: World | None = None, is_default: bool = True) -> None:
-        """`is_default`: they are run for every request that brings no tools of its own; else for those that ask."""
+    def __init__(
+        self,
+        tools: Sequence[BaseTool] = (),
+        world: World | None = None,
+        is_default: bool = True,
+        bounds: Mapping[str, ToolBounds] | None = None,
+    ) -> None:
+        """`is_default`: they are run for every request that brings no tools of its own; else for those that ask.
+        `bounds`, by the tool's name, for those that have bounds of their own."""
         self.is_default = is_default
+        self._bounds = bounds or {}
         self._tools = tuple(tools)
         self._world = world
         self._schemas: dict[str, ToolSchema] = {}
+
+    @property
+    def has_tools(self) -> bool:
+        """Tools of its own, beside those of a world's tasks."""
+        return bool(self._tools)
 
     def task_of(self, task_id: str | None, messages: Sequence[Message]) -> str | None:
         """The id of the world's task that a request names or that its conversation is about; None for neither.
@@ -49,19 +63,24 @@ class Toolbox:
 
     def open(self, task_id: str | None, path: Sequence[Step]) -> tuple[tuple[ToolSchema, ...], ServerTools]:
         """Schemas and tools for a run that continues `path`."""
-        tools, judge = list(self._tools), None
+        tools, bounds, judge = list(self._tools), self._bounds, None
         if task_id is not None and self._world is not None and is_of_world(task_id, self._world):
             episode = self._world.open(task_named(self._world, task_id))
             for step in path:
                 if not isinstance(step.action, MalformedAction):
                     episode.play(action_message(step.action))
-            tools, judge = [*episode.tools, *tools], partial(_outcome_after, episode)
-        return tuple(self._schema(tool) for tool in tools), ServerTools({tool.name: tool for tool in tools}, judge)
+            of_world = {tool.name for tool in episode.tools}
+            # The task's own tool is meant where another has its name.
+            tools = [*episode.tools, *(tool for tool in tools if tool.name not in of_world)]
+            bounds = {name: bound for name, bound in bounds.items() if name not in of_world}
+            judge = partial(_outcome_after, episode)
+        schemas = tuple(self._schema(tool) for tool in tools)
+        return schemas, ServerTools({tool.name: tool for tool in tools}, judge, bounds)
 
     def _schema(self, tool: BaseTool) -> ToolSchema:
         # A world's tools are made anew for each episode but look the same; converting their schemas is slow.
         if tool.name not in self._schemas:
-            self._schemas[tool.name] = convert_to_openai_tool(tool)
+            self._schemas[tool.name] = schema_of(tool)
         return self._schemas[tool.name]
 
 

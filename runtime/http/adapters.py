@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request
 
-from policies.types import BASE_ADAPTER, Adapter
+from policies.types import Adapter, adapter_name
 from runtime.adapters.approval import Approval, PromotionMode
+from runtime.http.agents import agent_named
 from runtime.http.errors import ApiError
 from runtime.http.keys import asking_key
 from runtime.http.pages import left_out
@@ -20,6 +21,7 @@ from runtime.http.schemas import (
     AdapterPromotion,
     AdapterRefusal,
     AdapterRegistration,
+    AgentChange,
     CanaryRequest,
     RewardRegistration,
 )
@@ -28,7 +30,7 @@ from runtime.store.adapter_registry import AdapterRegistry
 from runtime.store.damage import Damaged
 from runtime.store.keys import LEARNER
 
-_NO_REASON = AdapterChange()
+_NO_REASON, _OWN_AGENT = AdapterChange(), AgentChange()
 _PROMOTION = AdapterPromotion()
 
 
@@ -41,12 +43,14 @@ def adapter_routes(parts: Parts) -> APIRouter:
         return _record(registry, adapter) | _waiting(parts, approval, adapter.name)
 
     @router.get("")
-    async def list_adapters() -> dict[str, Any]:
-        """Every version that was ever registered, oldest first, with its history."""
+    async def list_adapters(agent: str | None = None) -> dict[str, Any]:
+        """Every version that was ever registered (for an agent), oldest first, with its history."""
+        wanted = None if agent is None else agent_named(parts, agent).name
 
         def listed() -> dict[str, Any]:
             damaged = list[Damaged]()
-            adapters = registry.damage.sound(registry.adapters(damaged), record, damaged)
+            asked = [each for each in registry.adapters(damaged) if wanted in (None, each.agent)]
+            adapters = registry.damage.sound(asked, record, damaged)
             return {"object": "list", "data": list(adapters)} | left_out(damaged)
 
         return await asyncio.to_thread(listed)
@@ -57,21 +61,23 @@ def adapter_routes(parts: Parts) -> APIRouter:
 
         The very same files again are the adapter that they already are. 409 with the reason where it is refused.
         """
-        adapter = await _register(registry, body, asking_key(request).name)
+        agent = agent_named(parts, body.agent)
+        adapter = await _register(registry, body, asking_key(request).name, agent.name)
         await swap.bring_up(adapter.name)
         return record(adapter)
 
     @router.post("/rollback")
-    async def roll_back(request: Request, body: Annotated[AdapterChange, Body()] = _NO_REASON) -> dict[str, Any]:
-        """Let act again what acted before; `base` is the base network. 409 where nothing is behind."""
-        acting = await swap.rollback(body.reason, key=asking_key(request).name)
-        return {"acting": acting.name if acting else BASE_ADAPTER}
+    async def roll_back(request: Request, body: Annotated[AgentChange, Body()] = _OWN_AGENT) -> dict[str, Any]:
+        """Let act again what acted for an agent before; `base` is the base network. 409 where nothing is behind."""
+        agent = agent_named(parts, body.agent)
+        acting = await swap.rollback(body.reason, key=asking_key(request).name, agent=agent.name)
+        return {"acting": adapter_name(acting)}
 
     @router.post("/{name}/promote")
     async def promote_adapter(
         name: str, request: Request, body: Annotated[AdapterPromotion, Body()] = _PROMOTION
     ) -> dict[str, Any]:
-        """Let it act for new episodes; episodes that are running keep the adapter they began with.
+        """Let it act for its agent's new episodes; episodes that are running keep the adapter they began with.
 
         For a candidate that waits: the yes it waits for. 409 where another adapter acts than it was held against.
         """
@@ -85,11 +91,12 @@ def adapter_routes(parts: Parts) -> APIRouter:
 
     @router.post("/{name}/canary")
     async def start_canary(name: str, body: CanaryRequest, request: Request) -> dict[str, Any]:
-        """Let it serve a share of the new episodes; it is promoted or refused by how they go. 409 beside another."""
-        key = asking_key(request).name
+        """Let it serve a share of its agent's new episodes; it is promoted or refused by how they go. 409 beside
+        another."""
+        key, asks_first = asking_key(request).name, (PromotionMode.ASK, PromotionMode.DRY_RUN)
         if body.is_proposal or key == LEARNER:
             await _require_unerased(parts, name)
-        if (body.is_proposal or key == LEARNER) and approval.mode in (PromotionMode.ASK, PromotionMode.DRY_RUN):
+        if (body.is_proposal or key == LEARNER) and approval.terms_of(name).mode in asks_first:
             await approval.propose(name, body.reason, body.expected_acting, key)
         else:
             await swap.start_canary(name, body.share, body.reason, body.expected_acting, key)
@@ -122,9 +129,10 @@ def adapter_routes(parts: Parts) -> APIRouter:
     return router
 
 
-async def _register(registry: AdapterRegistry, body: AdapterRegistration, key: str) -> Adapter:
+async def _register(registry: AdapterRegistry, body: AdapterRegistration, key: str, agent: str) -> Adapter:
+    said = (body.parent, body.reason, body.cycle, key, agent)
     try:
-        return await asyncio.to_thread(registry.register, Path(body.path), body.parent, body.reason, body.cycle, key)
+        return await asyncio.to_thread(registry.register, Path(body.path), *said)
     except OSError as error:
         raise _not_copied(error) from error
 
@@ -158,6 +166,7 @@ def _record(registry: AdapterRegistry, adapter: Adapter) -> dict[str, Any]:
     return {
         "object": "adapter",
         "name": adapter.name,
+        "agent": adapter.agent,
         "version": adapter.version,
         "state": state,
         "parent": adapter.parent,
@@ -172,7 +181,7 @@ def _record(registry: AdapterRegistry, adapter: Adapter) -> dict[str, Any]:
 def _is_acting(registry: AdapterRegistry, adapter: Adapter) -> bool:
     """False where the pointer is damaged: then nothing acts."""
     try:
-        return registry.acting() == adapter
+        return registry.acting(adapter.agent) == adapter
     except Damaged as damaged:
         registry.damage.note(damaged)
         return False

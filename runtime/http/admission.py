@@ -12,11 +12,21 @@ from policies.chat.grammars import (
     no_call_grammar,
     tool_call_grammar,
 )
-from policies.types import BASE_ADAPTER, EngineError, EngineLimits, Message, SamplingParams, TokenIds, ToolSchema
+from policies.types import (
+    BASE_ADAPTER,
+    Adapter,
+    EngineError,
+    EngineLimits,
+    Message,
+    SamplingParams,
+    TokenIds,
+    ToolSchema,
+)
 from runtime.agent.conversation import Place, continued, locate
 from runtime.agent.loop import Run, ServerTools
 from runtime.agent.rendering import SMALL_LETTERS, num_letters
 from runtime.agent.scorers import scorer_of
+from runtime.agent.served_agent import ServedAgent
 from runtime.agent.turn import Policy, Turn
 from runtime.http.best_of import FIRST_DRAW, NOTHING_ASKED, Choosing, ChoosingAsked
 from runtime.http.fields import FieldRefused
@@ -40,7 +50,7 @@ class ErasedEpisode(ValueError):
 
 
 class ForeignEpisode(ValueError):
-    """The request names an episode, or a response, that belongs to another key."""
+    """The request names an episode, or a response, that belongs to another key or agent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +62,9 @@ class Caller:
     """Continue or begin this episode."""
     tools: str | None = None
     """Whose tools the agent gets: `server`, `client`, or None for what the server was started with."""
+    system: str | None = None
+    """Whose system prompt the agent gets: `client` for what the client sends, even if that is none, and nothing of the
+    agent's own; None: as usual."""
     choosing: ChoosingAsked = NOTHING_ASKED
     """How many actions are to be drawn at each step."""
 
@@ -73,36 +86,40 @@ async def admit(
     """
     if not (health := parts.engine.health()).is_alive:
         raise EngineError(health.problem)  # before adapters are looked for, which a dead engine has none of
+    agent, pinned = chosen_agent(parts, request.model)
+    request = _with_defaults(parts, request, agent) if pinned is None else request
     is_large = previous is not None or _num_parts(request) > FEW_MESSAGES
-    messages, letters = await off_loop(is_large, _conversation, request)
+    messages, letters = await off_loop(is_large, _conversation, request, agent, caller)
     is_large = is_large or letters > 10 * SMALL_LETTERS
     asked_id = request.metadata.episode_id or caller.episode_id
     named = None if asked_id is None else parts.log.episode(asked_id)
     if named is not None and not caller.key.sees(named.owner):
         raise ForeignEpisode(f"episode {asked_id!r} belongs to another key: choose another id")
+    if named is not None and named.agent != agent.name:
+        raise ForeignEpisode(f"episode {asked_id!r} belongs to another agent than {agent.model!r}: choose another id")
     if named is None and asked_id is not None and parts.log.erased_among([asked_id]):
         raise ErasedEpisode(f"episode {asked_id!r} was erased, for good: choose another id")
-    whose = Whose(caller.key.name, request.user_name, asked_id)
-    if previous is None:
+    whose = Whose(caller.key.name, request.user_name, asked_id, agent=agent.name)
+    if previous is None or not _is_of(parts, previous, agent):
         place = await off_loop(is_large or asked_id is not None, locate, parts.log, messages, whose, request.stop_texts)
     else:
         place = await off_loop(True, continued, parts.log, messages, previous)
     logged = parts.log.episode(place.path[-1].episode_id) if place.path else named
-    pinned = _pinned_adapter(parts, request.model)
     episode_id = logged.id if logged else asked_id or new_id("ep")
     began_with = logged.adapter if logged else None
-    adapter = await lease.enter_async_context(parts.swap.lease(episode_id, began_with=began_with, pinned=pinned))
+    leased = parts.swap.lease(episode_id, began_with=began_with, pinned=pinned, agent=agent.name)
+    adapter = await lease.enter_async_context(leased)
     protocol = await off_loop(bool(request.template_options), parts.protocol.with_options, request.template_options)
     scorer = None if choosing.num_draws == 1 else await scorer_of(choosing.by, adapter, parts.reward_models)
     policy, is_assigned = Policy(parts.engine, protocol, adapter, scorer), pinned is None
-    new = (parts, request, episode_id, policy, messages, caller.key, is_assigned)
+    new = (agent, request, episode_id, policy, messages, caller.key, is_assigned)
     if logged is not None:
         episode = logged
     elif request.metadata.task is not None:
         episode = await in_world_thread(_new_episode, *new)
     else:
         episode = await off_loop(is_large, _new_episode, *new)
-    admitted = _Admitted(parts, request, caller, policy, episode, logged is None, place, messages, choosing)
+    admitted = _Admitted(parts, agent, request, caller, policy, episode, logged is None, place, messages, choosing)
     opens_world = request.tools is None and episode.task is not None  # which may take its time to replay what was done
     if opens_world:
         return [await in_world_thread(admitted.run, choice) for choice in range(request.n)]
@@ -110,10 +127,30 @@ async def admit(
     return [await off_loop(is_large, admitted.run, choice) for choice in range(request.n)]
 
 
-def _conversation(request: ChatCompletionRequest) -> tuple[tuple[Message, ...], int]:
-    """With how many letters it has, roughly."""
-    messages = request.conversation
+def _conversation(
+    request: ChatCompletionRequest, agent: ServedAgent, caller: Caller
+) -> tuple[tuple[Message, ...], int]:
+    """As the agent sees it, with how many letters it has, roughly."""
+    messages = request.conversation if caller.system == "client" else agent.told(request.conversation)
     return messages, num_letters(messages)
+
+
+def _is_of(parts: Parts, step: Step, agent: ServedAgent) -> bool:
+    """Whether a logged step is the agent's own: another agent's conversation is handed to it as one that is new."""
+    episode = parts.log.episode(step.episode_id)
+    return episode is not None and episode.agent == agent.name
+
+
+def _with_defaults(parts: Parts, request: ChatCompletionRequest, agent: ServedAgent) -> ChatCompletionRequest:
+    """The request, with the agent's way of sampling where it says nothing of its own."""
+    if not agent.sampling:
+        return request
+    unsaid = {name: value for name, value in agent.sampling.items() if name not in request.model_fields_set}
+    if request.asked_max_tokens is None and "max_tokens" in agent.sampling:
+        unsaid["max_tokens"] = min(int(agent.sampling["max_tokens"]), parts.engine.limits.max_context_tokens)
+    else:
+        unsaid.pop("max_tokens", None)
+    return request.model_copy(update=unsaid)
 
 
 def _num_parts(request: ChatCompletionRequest) -> int:
@@ -123,26 +160,44 @@ def _num_parts(request: ChatCompletionRequest) -> int:
 
 def prompt_length(parts: Parts, request: ChatCompletionRequest, caller: Caller, previous: Step | None = None) -> int:
     """Tokens of the prompt that a request would have, rendered afresh. Raises ValueError as `admit` does."""
+    agent, _ = chosen_agent(parts, request.model)
     protocol, tools = parts.protocol.with_options(request.template_options), request.tool_schemas
-    if not tools and previous is None and caller.tools != "client" and parts.toolbox.is_default:
-        task = parts.toolbox.task_of(request.metadata.task, request.conversation)
-        tools, _ = parts.toolbox.open(task, ())
-    return len(protocol.render(request.conversation, tools))
+    messages, _ = _conversation(request, agent, caller)
+    if not tools and previous is None and caller.tools != "client" and agent.toolbox.is_default:
+        task = agent.toolbox.task_of(request.metadata.task, messages)
+        tools, _ = agent.toolbox.open(task, ())
+    return len(protocol.render(messages, tools))
 
 
-def _pinned_adapter(parts: Parts, model: str) -> str | None:
-    """The adapter that a request asks for by its model name; None: whichever is acting."""
-    if model == parts.served_name:
-        return None
-    if model == BASE_ADAPTER or any(
-        model == each.name for each in parts.engine.loaded_adapters() if not each.is_reward
-    ):
-        return model
-    raise UnknownModel(f"the model {model!r} is not served here; GET /v1/models lists what is")
+def chosen_agent(parts: Parts, model: str) -> tuple[ServedAgent, str | None]:
+    """The agent that a request asks for by its model name, and the adapter that it pins; None: whichever is acting.
+
+    `support` is an agent, `support-v0003` an adapter of it, `support:base` the base network as that agent, and `base`
+    the base network as the server's own. Raises UnknownModel.
+    """
+    agents = parts.agents
+    for agent in agents:
+        if model == agent.model:
+            return agent, None
+        if model == (f"{agent.name}:{BASE_ADAPTER}" if agent.name else BASE_ADAPTER):
+            return agent, BASE_ADAPTER
+    whose = next((adapter.agent for adapter in _pinnable(parts) if adapter.name == model), None)
+    for agent in agents:
+        if agent.name == whose:
+            return agent, model
+    there_are = ", ".join(agent.model for agent in agents)
+    raise UnknownModel(
+        f"the model {model!r} is not served here; there are: {there_are}; GET /v1/models lists the adapters, too"
+    )
+
+
+def _pinnable(parts: Parts) -> list[Adapter]:
+    """Loaded adapters that may act: a reward model only scores."""
+    return [adapter for adapter in parts.engine.loaded_adapters() if not adapter.is_reward]
 
 
 def _new_episode(
-    parts: Parts,
+    agent: ServedAgent,
     request: ChatCompletionRequest,
     episode_id: str,
     policy: Policy,
@@ -156,11 +211,12 @@ def _new_episode(
         actor=Actor.POLICY,
         purpose=metadata.purpose,
         adapter=policy.adapter_name,
-        task=parts.toolbox.task_of(metadata.task, messages),
+        task=agent.toolbox.task_of(metadata.task, messages),
         metadata=metadata.model_extra or {},
         owner=key.name,
         is_assigned=is_assigned,
         user=request.user_name,
+        agent=agent.name,
     )
 
 
@@ -169,6 +225,7 @@ class _Admitted:
     """A request whose place in the log, episode and policy are known."""
 
     parts: Parts
+    agent: ServedAgent
     body: ChatCompletionRequest
     caller: Caller
     policy: Policy
@@ -209,7 +266,7 @@ class _Admitted:
         """What is on offer, and the tools behind it where the server runs them: the client's go before its own."""
         if self.body.tools:
             return self.body.tool_schemas, None
-        toolbox, asked = self.parts.toolbox, self.caller.tools
+        toolbox, asked = self.agent.toolbox, self.caller.tools
         if asked == "client" or (asked is None and not toolbox.is_default):
             return (), None
         schemas, server_tools = toolbox.open(self.episode.task, self.place.path)
@@ -228,15 +285,8 @@ def _served_token_ids(step: Step) -> TokenIds:
     return step.prompt_token_ids + step.completion_token_ids
 
 
-_PENALTIES = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
-"""And the value of each that changes nothing."""
-
-
 def _require_possible(sampling: SamplingParams, limits: EngineLimits) -> None:
-    """Raises FieldRefused for a way of sampling that the engine does not have."""
-    if sampling.has_penalties and not limits.supports_penalties:
-        name = next(name for name in _PENALTIES if getattr(sampling, name) != _PENALTIES[name])
-        raise FieldRefused(name, "this engine has no penalties: leave it out, or serve with --engine vllm")
+    """Raises FieldRefused for a bias on what is no token."""
     if wrong := [token_id for token_id, _ in sampling.logit_bias if token_id >= limits.vocab_size]:
         problem = f"token {wrong[0]} is outside the model's vocabulary of {limits.vocab_size}"
         raise FieldRefused("logit_bias", problem)

@@ -28,6 +28,7 @@ from runtime.http.strict_json import StrictJsonRoute
 from runtime.store.episodes import Fact, Step
 
 TOOLS_OF = ("server", "client")
+SYSTEM_OF = ("agent", "client")
 
 CALLERS_HEADERS = [
     {
@@ -43,6 +44,13 @@ CALLERS_HEADERS = [
         "required": False,
         "description": "Whose tools a request without `tools` gets: the server's, run by the server, or none.",
         "schema": {"type": "string", "enum": list(TOOLS_OF)},
+    },
+    {
+        "name": "x-stepagent-system",
+        "in": "header",
+        "required": False,
+        "description": "Whose system prompt a request without one gets: the agent's, or none.",
+        "schema": {"type": "string", "enum": list(SYSTEM_OF)},
     },
     {
         "name": NUM_HEADER,
@@ -102,12 +110,17 @@ def caller_of(request: Request) -> Caller:
     episode_id = request.headers.get("x-episode-id")
     if episode_id is not None and not re.fullmatch(EPISODE_ID, episode_id):
         raise ApiError(400, f"x-episode-id: {episode_id!r} does not match {EPISODE_ID}", None, "x-episode-id")
-    tools = request.headers.get("x-stepagent-tools")
-    if tools is not None and tools not in TOOLS_OF:
-        raise ApiError(
-            400, f"x-stepagent-tools: {tools!r} is not one of {', '.join(TOOLS_OF)}", None, "x-stepagent-tools"
-        )
-    return Caller(asking_key(request), episode_id, tools, asked_in_headers(request.headers))
+    tools = _one_of(request, "x-stepagent-tools", TOOLS_OF)
+    system = _one_of(request, "x-stepagent-system", SYSTEM_OF)
+    return Caller(asking_key(request), episode_id, tools, system, asked_in_headers(request.headers))
+
+
+def _one_of(request: Request, header: str, known: Sequence[str]) -> str | None:
+    """A header's value; None where it is not sent. Raises ApiError for any other than those known."""
+    said = request.headers.get(header)
+    if said is not None and said not in known:
+        raise ApiError(400, f"{header}: {said!r} is not one of {', '.join(known)}", None, header)
+    return said
 
 
 async def open_runs(

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query
 
+from runtime.http.agents import agent_named
 from runtime.http.errors import ApiError
 from runtime.http.pages import left_out
 from runtime.http.parts import Parts
@@ -24,15 +25,17 @@ def learner_routes(parts: Parts) -> APIRouter:
     @router.post("", status_code=202)
     async def start_cycle(body: Annotated[CycleRequest, Body()] = _AS_STARTED) -> dict[str, Any]:
         """Start a cycle beside the serving, and answer at once. 409 while another one runs."""
-        learning = learning_of(parts)
-        cycle = await learning.process.start(body.as_options())
-        return {"object": "learner.cycle", "id": cycle, "stage": "starting", "message": "", "report": {}}
+        learning, agent = learning_of(parts), agent_named(parts, body.agent).name
+        cycle = await learning.process.start(body.as_options(), agent)
+        shown = {"object": "learner.cycle", "id": cycle, "agent": agent, "stage": "starting"}
+        return {**shown, "message": "", "report": {}}
 
     @router.get("")
-    async def list_cycles(limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> dict[str, Any]:
-        """Newest first."""
+    async def list_cycles(limit: Annotated[int, Query(ge=1, le=1000)] = 50, agent: str | None = None) -> dict[str, Any]:
+        """Newest first, of all agents or of one."""
         damaged = list[Damaged]()
-        cycles = await asyncio.to_thread(learning_of(parts).cycles.newest, limit, damaged)
+        newest = learning_of(parts).cycles.newest
+        cycles = await asyncio.to_thread(newest, limit, damaged, parts.agent_filter(agent))
         return {"object": "list", "data": cycles} | left_out(damaged)
 
     @router.get("/{cycle}")

@@ -14,6 +14,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Query, Request, Response
 
 from runtime.agent.demonstrations import Demonstration, demonstrated_episode, demonstrated_steps
+from runtime.agent.served_agent import ServedAgent, has_system
+from runtime.http.agents import agent_named
 from runtime.http.errors import ApiError
 from runtime.http.keys import asking_key
 from runtime.http.pages import episode_page, page
@@ -35,10 +37,12 @@ def demonstration_routes(parts: Parts) -> APIRouter:
     @router.post("")
     async def import_demonstrations(body: DemonstrationsRequest, request: Request) -> dict[str, Any]:
         """Log experts' conversations, to be learned from. A body of the wrong form is refused whole."""
+        agent = agent_named(parts, body.agent)
         num_imported, refused = 0, []
         for index, entry in enumerate(body.demonstrations):
             try:
-                num_imported += await import_demonstration(parts, entry.as_demonstration(), asking_key(request))
+                demonstration = for_agent(agent, entry.as_demonstration())
+                num_imported += await import_demonstration(parts, agent, demonstration, asking_key(request))
             except ValueError as error:
                 refused.append({"index": index, "reason": str(error)})
         num_known = len(body.demonstrations) - num_imported - len(refused)
@@ -51,13 +55,15 @@ def demonstration_routes(parts: Parts) -> APIRouter:
         limit: Annotated[int, Query(ge=1, le=1000)] = 50,
         adapter: str | None = None,
         task_prefix: str | None = None,
+        agent: str | None = None,
     ) -> Response:
         """By id, last one first. `after` is the `last_id` of the page before; `adapter` is an expert's name."""
         owner = asking_key(request).sees_only
 
         def found() -> dict[str, Any]:
-            wanted, damaged = (None, Actor.EXPERT, adapter, task_prefix, owner), list[Damaged]()
-            with closing(parts.log.each_episode(after, limit + 1, *wanted, damaged)) as episodes:
+            wanted = (None, Actor.EXPERT, adapter, task_prefix, owner, parts.agent_filter(agent))
+            damaged = list[Damaged]()
+            with closing(parts.log.each_episode(after, limit + 1, *wanted, damaged=damaged)) as episodes:
                 return episode_page(episodes, limit, damaged)
 
         return await page(found)
@@ -82,14 +88,20 @@ async def withdraw(parts: Parts, fact_id: str, reason: str, key: Key) -> dict[st
     return {"object": "withdrawal", **asdict(parts.log.withdrawals(fact_id)[0])}
 
 
-async def import_demonstration(parts: Parts, demonstration: Demonstration, key: Key) -> bool:
+def for_agent(agent: ServedAgent, demonstration: Demonstration) -> Demonstration:
+    """A client's demonstration as one of an agent: it is told what the agent is told where it brings no prompt."""
+    opening = () if has_system(demonstration.messages) else agent.opening
+    return replace(demonstration, agent=agent.name, opening=opening)
+
+
+async def import_demonstration(parts: Parts, agent: ServedAgent, demonstration: Demonstration, key: Key) -> bool:
     """Log one; False where it is known already. Raises ValueError where it is refused."""
     if parts.log.episode(demonstration.episode_id) is not None:
         return False
     if demonstration.task is None:
-        task = parts.toolbox.task_of(None, demonstration.messages)
+        task = agent.toolbox.task_of(None, demonstration.messages)
     else:
-        task = await in_world_thread(parts.toolbox.task_of, demonstration.task, demonstration.messages)
+        task = await in_world_thread(agent.toolbox.task_of, demonstration.task, demonstration.messages)
     episode = replace(demonstrated_episode(demonstration), task=task, owner=key.name)
     # Templates of a long conversation take a while, and answers must go on meanwhile.
     max_context_tokens = parts.engine.limits.max_context_tokens

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Body, Query, Request, Response
 from policies.chat.chat_protocol import action_message, message_action
 from policies.types import Message
 from runtime.agent.demonstrations import correction_in_tokens, promoted_episode
+from runtime.http.agents import agent_named
 from runtime.http.chat_answer import step_summary
 from runtime.http.demonstrations import NO_REASON, import_demonstration, withdraw
 from runtime.http.errors import ApiError
@@ -45,6 +46,7 @@ def episode_routes(parts: Parts) -> APIRouter:
         actor: Actor | None = None,
         adapter: str | None = None,
         task_prefix: str | None = None,
+        agent: str | None = None,
     ) -> Response:
         """Newest first, the key's own; an admin key lists all. `after` is the `last_id` of the page before.
 
@@ -53,8 +55,9 @@ def episode_routes(parts: Parts) -> APIRouter:
         owner = asking_key(request).sees_only
 
         def found() -> dict[str, Any]:
-            wanted, damaged = (purpose, actor, adapter, task_prefix, owner), list[Damaged]()
-            with closing(log.each_episode(after, limit + 1, *wanted, damaged)) as episodes:
+            wanted = (purpose, actor, adapter, task_prefix, owner, parts.agent_filter(agent))
+            damaged = list[Damaged]()
+            with closing(log.each_episode(after, limit + 1, *wanted, damaged=damaged)) as episodes:
                 return episode_page(episodes, limit, damaged)
 
         return await page(found)
@@ -131,7 +134,7 @@ def episode_routes(parts: Parts) -> APIRouter:
             raise ApiError(409, f"episode {episode.id!r} has no steps yet", "episode_empty")
         path = await asyncio.to_thread(log.path_to, steps[-1].id)
         demonstration = promoted_episode(episode, path, body.expert)
-        is_new = await import_demonstration(parts, demonstration, key)
+        is_new = await import_demonstration(parts, agent_named(parts, episode.agent), demonstration, key)
         return {"object": "demonstration", "id": demonstration.episode_id, "is_new": is_new}
 
     @router.post("/{episode_id}/corrections", status_code=201)

@@ -29,6 +29,7 @@ def export_routes(parts: Parts) -> APIRouter:
         task_prefix: str | None = None,
         since: datetime | None = None,
         min_outcome: Annotated[float | None, Query(allow_inf_nan=False)] = None,
+        agent: str | None = None,
     ) -> StreamingResponse:
         """Newest episode first, the key's own; an admin key gets all.
 
@@ -42,6 +43,7 @@ def export_routes(parts: Parts) -> APIRouter:
             None if since is None else since.timestamp(),
             min_outcome,
             asking_key(request).sees_only,
+            parts.agent_filter(agent),
         )
         learning_log = None if parts.learning is None else parts.learning.log
         # A plain iterator is read in a thread: the log is, while answers go on.

@@ -73,12 +73,10 @@ _IN_BOTH = {
 
 CHAT_FIELDS: dict[str, Rule] = _IN_BOTH | {
     "audio": _refused("only text is answered"),
-    "frequency_penalty": _honoured(
-        "where the engine can (vLLM); else refused: what is logged is the policy's own draw"
-    ),
+    "frequency_penalty": _honoured("of what the answer has so far; logged logprobs stay the policy's own"),
     "function_call": _honoured("as `tool_choice`"),
     "functions": _honoured("as `tools`; the answer has `function_call`"),
-    "logit_bias": _honoured(),
+    "logit_bias": _honoured("by token ids of the served model; logged logprobs stay the policy's own"),
     "logprobs": _honoured("of the tokens of the content"),
     "max_completion_tokens": _honoured("of all steps of the answer together"),
     "max_tokens": _honoured("as `max_completion_tokens`, which goes before it"),
@@ -86,7 +84,7 @@ CHAT_FIELDS: dict[str, Rule] = _IN_BOTH | {
     "modalities": _refused("only text is answered", ["text"]),
     "n": _honoured(),
     "prediction": _without_effect("it would only make the answer quicker"),
-    "presence_penalty": _honoured("where the engine can (vLLM); else refused"),
+    "presence_penalty": _honoured("of what the answer has so far; logged logprobs stay the policy's own"),
     "reasoning_effort": _honoured("where the chat template knows `reasoning_effort` or `enable_thinking`"),
     "response_format": _honoured("by grammar; beside tools the model calls one or answers in the schema"),
     "seed": _honoured(),
@@ -147,10 +145,14 @@ MESSAGE_FIELDS: dict[str, Rule] = {
 BESIDE_OPENAIS = {
     "chat_template_kwargs": _honoured("passed to the chat template, as vLLM does"),
     "min_p": _honoured(),
-    "repetition_penalty": _honoured("where the engine can (vLLM); else refused"),
+    "repetition_penalty": _honoured("of prompt and answer, as transformers and vLLM have it"),
     "top_k": _honoured(),
 }
 """Not in OpenAI's chat form, but usual."""
+
+
+SAMPLING = frozenset({"temperature", "top_p", "top_k", "min_p"})
+"""Of which null says nothing: an agent's own way of sampling counts then."""
 
 
 class FieldRefused(ValueError):
@@ -174,7 +176,8 @@ def check_fields(body: Any, rules: Mapping[str, Rule], tool_types: Sequence[str]
         if rule.treatment is Treatment.WARNED:
             warnings.append(f"{name} has no effect: {rule.note}")
     tools, warning = split_tools(body.get("tools"), tool_types)
-    return {**body, "tools": tools, "warnings": [*warnings, *warning]}
+    said = {name: value for name, value in body.items() if value is not None or name not in SAMPLING}
+    return {**said, "tools": tools, "warnings": [*warnings, *warning]}
 
 
 def split_tools(tools: Any, types: Sequence[str]) -> tuple[Any, list[str]]:

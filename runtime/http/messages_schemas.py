@@ -212,9 +212,9 @@ class MessagesRequest(CountRequest):
             "stream": self.stream,
             "stop": self.stop_sequences or None,
             "max_completion_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
+            "temperature": self.said("temperature"),
+            "top_p": self.said("top_p"),
+            "top_k": self.said("top_k"),
             "user": self.metadata.user_id,
             "metadata": RequestMetadata().model_dump(),
         }

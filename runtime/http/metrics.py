@@ -30,10 +30,15 @@ class Metrics:
         self.requests = Counter(
             "stepagent_requests", "Answers by route and status.", ["route", "status"], registry=self._registry
         )
-        self._steps = Counter("stepagent_steps", "Logged steps.", ["adapter", "action"], registry=self._registry)
-        self._tokens = Counter("stepagent_tokens", "Tokens of logged steps.", ["kind"], registry=self._registry)
+        # The server's own agent has no name: to Prometheus an empty label is none.
+        self._steps = Counter(
+            "stepagent_steps", "Logged steps.", ["agent", "adapter", "action"], registry=self._registry
+        )
+        self._tokens = Counter(
+            "stepagent_tokens", "Tokens of logged steps.", ["agent", "kind"], registry=self._registry
+        )
         self._malformed = Counter(
-            "stepagent_malformed_actions", "Actions that could not be read.", registry=self._registry
+            "stepagent_malformed_actions", "Actions that could not be read.", ["agent"], registry=self._registry
         )
         self._latency = Histogram(
             "stepagent_step_seconds", "Seconds from prompt to last token.", buckets=_SECONDS, registry=self._registry
@@ -52,14 +57,14 @@ class Metrics:
                 lambda field=field: float(getattr(engine.health(), field))
             )
 
-    def count_step(self, step: Step, num_beside: int = 0) -> None:
+    def count_step(self, step: Step, agent: str = "", num_beside: int = 0) -> None:
         """`num_beside`: tokens of draws that were not chosen; they are in no answer's usage."""
-        self._steps.labels(step.adapter, type(step.action).__name__).inc()
-        self._tokens.labels("prompt").inc(len(step.prompt_token_ids))
-        self._tokens.labels("completion").inc(len(step.completion_token_ids))
+        self._steps.labels(agent, step.adapter, type(step.action).__name__).inc()
+        self._tokens.labels(agent, "prompt").inc(len(step.prompt_token_ids))
+        self._tokens.labels(agent, "completion").inc(len(step.completion_token_ids))
         if num_beside:
-            self._tokens.labels("not_chosen").inc(num_beside)
-        self._malformed.inc(isinstance(step.action, MalformedAction))
+            self._tokens.labels(agent, "not_chosen").inc(num_beside)
+        self._malformed.labels(agent).inc(isinstance(step.action, MalformedAction))
         self._latency.observe(step.latency_ms / 1000)
         self._first.observe(step.first_token_ms / 1000)
         for result in step.tool_results:
@@ -112,16 +117,18 @@ class _LearnerCollector(Collector):
             _log.warning("nothing of the learner can be read: %s", error)
 
     def _collect(self) -> Iterator[Metric]:
-        endings = CounterMetricFamily("stepagent_learner_cycles", "Cycles by how they ended.", labels=["ending"])
-        num_endings, diagnostics = self._cycles.num_endings(), self._cycles.diagnostics()
-        for ending, number in num_endings.items():
-            endings.add_metric([ending], number)
-        health = GaugeMetricFamily(
-            "stepagent_learner_health", "What the newest cycle measured.", labels=["of", "measure"]
+        endings = CounterMetricFamily(
+            "stepagent_learner_cycles", "Cycles by how they ended.", labels=["agent", "ending"]
         )
-        for of, measures in diagnostics.items():
-            for measure, value in measures.items():
-                health.add_metric([of, measure], value)
+        for (agent, ending), number in self._cycles.num_endings().items():
+            endings.add_metric([agent, ending], number)
+        health = GaugeMetricFamily(
+            "stepagent_learner_health", "What the newest cycle measured.", labels=["agent", "of", "measure"]
+        )
+        for agent in self._cycles.agents():
+            for of, measures in self._cycles.diagnostics(agent).items():
+                for measure, value in measures.items():
+                    health.add_metric([agent, of, measure], value)
         alive = GaugeMetricFamily("stepagent_learner_running", "1 while a cycle runs.")
         alive.add_metric([], self._cycles.is_learner_alive())
         yield from (endings, health, alive)

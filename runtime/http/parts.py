@@ -10,6 +10,7 @@ from runtime.adapters.approval import Approval
 from runtime.adapters.reward_models import RewardModels
 from runtime.adapters.swap import Swap
 from runtime.agent.budget import RunLimits
+from runtime.agent.served_agent import ServedAgent
 from runtime.agent.tools import Toolbox
 from runtime.http.best_of import ChoosingLimits
 from runtime.http.load import Load
@@ -23,6 +24,7 @@ from runtime.store.adapter_registry import AdapterRegistry
 from runtime.store.keys import KeyRing
 from runtime.store.state_folder import StateFolder
 from runtime.store.step_log import StepLog
+from tools.shelf import ToolShelf
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +32,14 @@ class Parts:
     """Everything a request needs; holds no state of its own."""
 
     served_name: str
-    """The model name that clients see."""
+    """The model name that clients see; it chooses the server's own agent."""
     engine: Engine
     protocol: ChatProtocol
     log: StepLog
     registry: AdapterRegistry
     swap: Swap
     toolbox: Toolbox
+    """Of the server's own agent."""
     limits: RunLimits
     metrics: Metrics
     keys: KeyRing = field(default_factory=KeyRing)
@@ -49,6 +52,8 @@ class Parts:
     """None: no step is chosen by one, as in benchmarks."""
     state: StateFolder | None = None
     """None: nobody else works on it, as in tests."""
+    shelf: ToolShelf | None = None
+    """Where the tools come from, and what ends them; None: they need no ending."""
     approval: Approval | None = None
     """None: what passes the gate acts at once."""
     learning: Learning | None = None
@@ -59,3 +64,18 @@ class Parts:
     """None: nothing can be erased, as in benchmarks."""
     retention: Retention | None = None
     """None: all is kept."""
+    named_agents: tuple[ServedAgent, ...] = ()
+    """Beside the server's own; of each name one."""
+
+    @property
+    def agents(self) -> tuple[ServedAgent, ...]:
+        """All that are served, the server's own first."""
+        return (ServedAgent("", self.served_name, self.toolbox), *self.named_agents)
+
+    def agent(self, name: str) -> ServedAgent | None:
+        """The agent of this name; empty: the server's own. None: it is not served."""
+        return next((agent for agent in self.agents if agent.name == name), None)
+
+    def agent_filter(self, asked: str | None) -> str | None:
+        """An agent's name as the stores know it: the server's own agent, called by its model name, has none there."""
+        return "" if asked == self.served_name else asked

@@ -148,8 +148,15 @@ def _as_chat(parts: Parts, body: ResponsesRequest, key: Key) -> tuple[ChatComple
             "send the conversation as input"
         )
         raise ApiError(400, message, "previous_response_not_found", "previous_response_id") from None
-    history = history_of(parts.log.path_to(steps[-1].id))
+    history = _without_prompt(parts, steps[-1], history_of(parts.log.path_to(steps[-1].id)))
     return body.as_chat(history, item_of, record.request.get("instructions")), steps[-1]
+
+
+def _without_prompt(parts: Parts, step: Step, history: tuple[Message, ...]) -> tuple[Message, ...]:
+    """A logged conversation as its client has it: the agent that goes on is told its own prompt."""
+    episode = parts.log.episode(step.episode_id)
+    agent = parts.agent(episode.agent) if episode else None
+    return agent.untold(history) if agent else history
 
 
 def _record(run: Run, body: ResponsesRequest) -> tuple[ResponseRecord, ...]:

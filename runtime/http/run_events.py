@@ -21,6 +21,7 @@ class RunEvents:
         self._metrics = parts.metrics
         self._load = parts.load
         self._key = key
+        self._agent = runs[0].turn.episode.agent
         self._cutting = parts.cutting
         self._lease = lease
         streams = [run.events(parts.log, parts.limits) for run in runs]
@@ -33,7 +34,7 @@ class RunEvents:
         event = await self._cutting.next_of(self._stream)
         if isinstance(event, StepTaken):
             num_beside = sum(len(each.completion_token_ids) for each in event.candidates if not each.is_chosen)
-            self._metrics.count_step(event.step, num_beside)
+            self._metrics.count_step(event.step, self._agent, num_beside)
             self._load.count(self._key, event.step, num_beside)
         return event
 

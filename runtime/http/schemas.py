@@ -31,6 +31,10 @@ class WireModel(BaseModel):
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
+    def said(self, name: str) -> Any:
+        """The value of a field, None where the client said nothing."""
+        return getattr(self, name) if name in self.model_fields_set else None
+
 
 # ------------------------------------------------------------------------------------------------ messages
 
@@ -238,7 +242,7 @@ class ChatCompletionRequest(WireModel):
     """
 
     model: str
-    """The served name, or an adapter's name to pin it."""
+    """The served name, a named agent, or an adapter's name to pin it."""
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -492,6 +496,8 @@ class DemonstrationsRequest(WireModel):
     """Body of POST /v1/demonstrations."""
 
     demonstrations: list[DemonstrationEntry]
+    agent: str | None = None
+    """The agent that is to learn from them; without it, the server's own."""
 
 
 class PromotionRequest(WireModel):
@@ -540,10 +546,12 @@ class CycleRequest(WireModel):
     canary_share: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     """Of the new episodes, for a candidate that passed the gate; 0: it acts at once."""
     seed: int | None = Field(None, ge=0, le=2**31)
+    agent: str | None = None
+    """The agent that is to learn; without it, the server's own."""
 
     def as_options(self) -> list[str]:
-        """As options of `python -m learner`."""
-        said = self.model_dump(exclude_none=True)
+        """As options of `python -m learner`; the agent has more of them."""
+        said = self.model_dump(exclude_none=True, exclude={"agent"})
         if "objectives" in said:
             said["objectives"] = ",".join(said["objectives"])
         return [part for name, value in said.items() for part in (f"--{name.replace('_', '-')}", str(value))]
@@ -581,6 +589,8 @@ class AdapterRegistration(WireModel):
     reason: _Reason = ""
     cycle: str | None = Field(None, max_length=128)
     """The learner's cycle that made it; without it, somebody else did."""
+    agent: str | None = None
+    """The agent that it is for; without it, the server's own."""
 
 
 class RewardRegistration(WireModel):
@@ -593,9 +603,16 @@ class RewardRegistration(WireModel):
 
 
 class AdapterChange(WireModel):
-    """Body of POST /v1/adapters/rollback and /v1/adapters/{name}/unload; may be left out."""
+    """Body of POST /v1/adapters/{name}/unload; may be left out."""
 
     reason: _Reason = ""
+
+
+class AgentChange(AdapterChange):
+    """Body of POST /v1/adapters/rollback and /v1/learner/watch/...; may be left out."""
+
+    agent: str | None = None
+    """Whose adapters; without it, the server's own agent's."""
 
 
 class AdapterPromotion(AdapterChange):

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, PlainTextResponse
 
-from policies.types import BASE_ADAPTER
-from runtime.http.errors import ApiError
+from policies.types import adapter_name
+from runtime.http.admission import chosen_agent
+from runtime.http.agents import model_names
 from runtime.http.parts import Parts
 from runtime.store.damage import StepLogError
 
@@ -26,15 +27,13 @@ def server_routes(parts: Parts) -> APIRouter:
     parts.metrics.show_storage(parts.log.storage, lambda: num_damaged_rows(parts))
 
     def models() -> list[dict[str, Any]]:
-        pinnable = (each.name for each in parts.engine.loaded_adapters() if not each.is_reward)
-        names = [parts.served_name, BASE_ADAPTER, *pinnable]
         owner = {"object": "model", "created": started, "owned_by": "stepagent"}
         limit = parts.engine.limits.max_context_tokens  # EngineError while the first engine is starting
-        return [{"id": name, **owner, "max_model_len": limit} for name in dict.fromkeys(names)]
+        return [{"id": name, **owner, "max_model_len": limit} for name in model_names(parts)]
 
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        """The served name (whichever adapter is acting), and each loaded adapter by its own name."""
+        """The agents (whichever adapter is acting for each), and each loaded adapter by its own name."""
         return {"object": "list", "data": models()}
 
     @router.get("/v1/models/{model}")
@@ -42,7 +41,8 @@ def server_routes(parts: Parts) -> APIRouter:
         for entry in models():
             if entry["id"] == model:
                 return entry
-        raise ApiError(404, f"the model {model!r} is not served here", "model_not_found", "model")
+        chosen_agent(parts, model)  # says what there is
+        raise AssertionError(f"{model} is chosen, but not listed")
 
     @router.get("/health", responses={503: {"description": "Nothing can be answered; the body is as with 200."}})
     async def health() -> JSONResponse:
@@ -66,12 +66,15 @@ def server_routes(parts: Parts) -> APIRouter:
 
 def _stored(parts: Parts) -> dict[str, Any]:
     """What the disk knows of the server, and whether it can be written to."""
-    acting, no_acting = _read(lambda: parts.registry.acting())
+    acting, no_acting = _read(lambda: {agent.model: parts.registry.acting(agent.name) for agent in parts.agents})
+    names = {model: adapter_name(adapter) for model, adapter in (acting or {}).items()}
+    agents = {"agents": names} if len(names) > 1 else {}
     counts, no_counts = _read(parts.log.counts)
     storage = parts.log.storage()
     problem = "; ".join(filter(None, (storage.problem, no_acting, no_counts)))
     return {
-        "acting": acting.name if acting else None if no_acting else BASE_ADAPTER,
+        "acting": names.get(parts.served_name),
+        **agents,
         "log": counts or {},
         "storage": {
             **asdict(storage),

@@ -17,13 +17,16 @@ class Cycles:
         self._log = log
         self._process = process
 
-    def newest(self, limit: int, damaged: list[Damaged] | None = None) -> list[dict[str, Any]]:
-        """Newest first; one that was started and has logged nothing yet stands before them all. Those whose rows are
-        damaged are added to `damaged` instead."""
+    def newest(
+        self, limit: int, damaged: list[Damaged] | None = None, agent: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Newest first, of all agents or of one; what was started and has logged nothing yet stands before all. Those
+        whose rows are damaged are added to `damaged` instead."""
         unlogged = self._process.unlogged()  # before the log is read: one that begins meanwhile is found in either
-        logged = [self._shown(status) for status in self._log.cycles(limit, damaged)]
+        logged = [self._shown(status) for status in self._log.cycles(limit, damaged, agent)]
         known = {cycle["id"] for cycle in logged}
-        return [*(cycle for cycle in unlogged if cycle["id"] not in known), *logged][:limit]
+        waiting = [cycle for cycle in unlogged if cycle["id"] not in known and agent in (None, cycle["agent"])]
+        return [*waiting, *logged][:limit]
 
     def cycle(self, name: str) -> dict[str, Any] | None:
         """One cycle, with the gate's decisions and a summary of its step rewards; None for one nobody started."""

@@ -13,7 +13,7 @@ from runtime.learning.cycles import Cycles
 from runtime.learning.process import LearnerProcess
 from runtime.learning.trigger import CycleTrigger
 from runtime.store.adapter_registry import AdapterRegistry
-from runtime.store.learning_log import LearningReader
+from runtime.store.learning_log import LearningLog, LearningReader
 from runtime.store.step_log import StepLog
 
 
@@ -38,11 +38,17 @@ class Learning:
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         every_episodes: int = 0,
+        arguments_of: Mapping[str, Sequence[str]] | None = None,
+        every_episodes_of: Mapping[str, int] | None = None,
     ) -> Learning:
-        """`arguments` and `environment` are the learner's; `every_episodes` 0 starts no cycle without being asked."""
+        """`arguments` and `environment` are the learner's; `every_episodes` 0 starts no cycle without being asked.
+
+        `arguments_of` and `every_episodes_of` are those of named agents.
+        """
+        LearningLog(state).close()  # so that what an older release has written can be read
         learning_log = LearningReader(state)
-        process = LearnerProcess(state, arguments, environment)
-        trigger = CycleTrigger(process, log, learning_log, every_episodes)
+        process = LearnerProcess(state, arguments, environment, of_agents=arguments_of)
+        trigger = CycleTrigger(process, log, learning_log, every_episodes, every_episodes_of)
         watch = Watch(log, learning_log, registry, swap)
         return cls(learning_log, Cycles(learning_log, process), process, trigger, watch)
 

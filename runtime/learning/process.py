@@ -32,19 +32,26 @@ class LearnerProcess:
     """Starts cycles. `url` is where the server answers; it is known only once the server listens."""
 
     def __init__(
-        self, state: Path, arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None, url: str = ""
+        self,
+        state: Path,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        url: str = "",
+        of_agents: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.url = url
         self._state = state
         self._arguments = tuple(arguments)
         """Options of `python -m learner`, beyond where the server is."""
+        self._of_agents = dict(of_agents or {})
+        """By agent, more of them: they go before the others."""
         self._environment = dict(environment or {})
         self._cycles = LearningReader(state)
         self._process: asyncio.subprocess.Process | None = None
         self._running: str | None = None
         self._starting = asyncio.Lock()
-        self._started: deque[str] = deque(maxlen=50)
-        """The cycles that we started last, oldest first."""
+        self._started: deque[tuple[str, str]] = deque(maxlen=50)
+        """The cycles that we started last, oldest first, each with its agent."""
 
     @property
     def running(self) -> str | None:
@@ -56,21 +63,23 @@ class LearnerProcess:
         """Of the process that runs a cycle now."""
         return self._process.pid if self._process is not None and self.running else None
 
-    async def start(self, options: Sequence[str] = ()) -> str:
-        """Start a cycle; returns its name. Raises LearnerBusy beside another one, ours or not."""
+    async def start(self, options: Sequence[str] = (), agent: str = "") -> str:
+        """Start a cycle for an agent; returns its name. Raises LearnerBusy beside another one, ours or not."""
         async with self._starting:  # two who ask at once: the second finds the first one's process
-            return await self._start(options)
+            return await self._start(options, agent)
 
-    async def _start(self, options: Sequence[str]) -> str:
+    async def _start(self, options: Sequence[str], agent: str) -> str:
         await self._see_off()
         if self.running is not None:
             raise LearnerBusy(f"cycle {self.running} runs already; wait for its end")
         if self._cycles.is_learner_alive():
             raise LearnerBusy("a learner that was started by hand runs a cycle already; wait for its end")
         cycle = self._running = new_id("cycle")
-        self._started.append(cycle)
+        self._started.append((cycle, agent))
         where = ("--url", f"{self.url}/v1", "--state", str(self._state), "--server-pid", str(os.getpid()))
-        command = (sys.executable, "-m", "learner", "once", "--cycle", cycle, *where, *self._arguments, *options)
+        whose = ("--agent", agent) if agent else ()
+        said = (*self._arguments, *self._of_agents.get(agent, ()), *options)
+        command = (sys.executable, "-m", "learner", "once", "--cycle", cycle, *where, *whose, *said)
         with (self._state / LOG_FILE).open("ab") as output:
             self._process = await asyncio.create_subprocess_exec(
                 *command,
@@ -99,18 +108,18 @@ class LearnerProcess:
 
     def unlogged(self) -> list[dict[str, Any]]:
         """Our cycles that have logged nothing yet, newest first."""
-        waiting = [
-            (cycle, self.problem(cycle)) for cycle in reversed(self._started) if self._cycles.status(cycle) is None
-        ]
+        started = [each for each in reversed(self._started) if self._cycles.status(each[0]) is None]
+        waiting = [(cycle, agent, self.problem(cycle)) for cycle, agent in started]
         return [
             {
                 "object": "learner.cycle",
                 "id": cycle,
+                "agent": agent,
                 "stage": "failed" if problem else "starting",
                 "message": problem,
                 "report": {},
             }
-            for cycle, problem in waiting
+            for cycle, agent, problem in waiting
         ]
 
     async def close(self) -> None:

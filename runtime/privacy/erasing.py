@@ -16,6 +16,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter
 
+from policies.types import adapter_name
 from runtime.adapters.swap import Swap
 from runtime.background import keep_doing
 from runtime.learning.learning import Learning
@@ -68,12 +69,17 @@ class Erasing:
         assert self._learning is not None
         report: dict[str, object] = {"cycle": None}
         taught = {adapter.name for adapter in (await self.consequences(erasure)).adapters}
-        acting = self._registry.acting()
-        if acting is not None and acting.name in taught:
-            now = await self._swap.rollback(f"it has learned from what was erased ({erasure.id})", key=key, past=taught)
-            report |= {"rolled_back": acting.name, "acting": now.name if now else "base"}
-        try:
-            report["cycle"] = await self._learning.process.start()
+        agents = sorted({self._registry.adapter(name).agent for name in taught} & {*self._swap.agents}) or [""]
+        why, rolled_back = f"it has learned from what was erased ({erasure.id})", dict[str, str]()
+        for agent in agents:
+            acting = self._registry.acting(agent)
+            if acting is not None and acting.name in taught:
+                now = await self._swap.rollback(why, key=key, past=taught, agent=agent)
+                rolled_back[acting.name] = adapter_name(now)
+        if rolled_back:
+            report |= {"rolled_back": ", ".join(rolled_back), "acting": ", ".join(rolled_back.values())}
+        try:  # an episode is one agent's, and so are the adapters that have learned from it
+            report["cycle"] = await self._learning.process.start(agent=agents[0])
         except LearnerBusy as busy:
             report["problem"] = str(busy)
         await asyncio.to_thread(self.eraser.note, erasure.id, Event.RETRAINING, {"retraining": report})

@@ -5,6 +5,9 @@ keeps its own copy of each adapter's folder, so that what is served cannot be ch
 the maker's folder was refused for that reason. The acting pointer's history is a chain: each change names the change
 it would roll back to, so rolling back twice goes two adapters down and never to and fro.
 
+An adapter belongs to one agent, for ever, and each agent has an acting pointer of its own; the agent without a name is
+the server's own. Versions are counted through all agents: they are the engine's ids.
+
 Not covered: two processes that write one registry at the same time.
 """
 
@@ -79,6 +82,10 @@ class UnknownAdapter(RegistryError):
     """No adapter has this name."""
 
 
+class ForeignAdapter(RegistryError):
+    """The adapter belongs to another agent."""
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterEvent:
     """One change of an adapter's state."""
@@ -131,6 +138,8 @@ class WatchEvent:
 
 MODEL_CARD = "README.md"
 
+UNNAMED = "agent"
+"""What adapters of the server's own agent are called by: `agent-v0001`."""
 REWARD_VERSIONS = 1_000_000_000
 """Above the versions of adapters: an engine's ids must not meet."""
 
@@ -220,6 +229,14 @@ def keep_reward_models(db: Database) -> None:
         )
 
 
+@migrations()
+def say_whose(db: Database) -> None:
+    """The agent of each adapter and of each acting pointer; without a name, the server's own."""
+    for table in ("adapters", "acting", "watch_events"):
+        db.execute(f"ALTER TABLE {table} ADD COLUMN agent TEXT NOT NULL DEFAULT ''")
+    db.execute("CREATE INDEX acting_by_agent ON acting(agent, id)")
+
+
 _WAITING = """
 SELECT * FROM proposal_events AS said
 WHERE event = 'proposed' AND id = (SELECT max(id) FROM proposal_events WHERE adapter = said.adapter)
@@ -228,17 +245,32 @@ WHERE event = 'proposed' AND id = (SELECT max(id) FROM proposal_events WHERE ada
 ORDER BY id"""
 
 
+def in_words(agent: str) -> str:
+    """An agent, in a sentence."""
+    return f"the agent {agent!r}" if agent else "the server's own agent"
+
+
 # ---------------------------------------------------------------------------------------------------- rows
 
 
 @record_of(
     "adapters",
-    {"version": int, "name": str, "rank": int, "parent": str, "digest": str, "created_at": float, "cycle": str},
+    {
+        "version": int,
+        "name": str,
+        "rank": int,
+        "parent": str,
+        "digest": str,
+        "created_at": float,
+        "cycle": str,
+        "agent": str,
+    },
     may_be_null={"parent", "cycle"},
     key="name",
 )
 def _adapter_from_row(row: Row, folder: Path) -> Adapter:
-    return Adapter(row["name"], row["version"], folder / row["name"], row["rank"], row["parent"], row["digest"])
+    path = folder / row["name"]
+    return Adapter(row["name"], row["version"], path, row["rank"], row["parent"], row["digest"], agent=row["agent"])
 
 
 @record_of("adapter_events", {"adapter": str, "state": str, "reason": str, "created_at": float, "key": str})
@@ -307,7 +339,7 @@ def weights_to_check(query: Query) -> Iterator[Adapter]:
 
 
 class AdapterRegistry:
-    """The store. Its folders lie beside the database file: `adapters/agent-v0007`. May be used from any thread.
+    """The store. Its folders lie beside the database file: `adapters/support-v0007`. May be used from any thread.
 
     A write takes as long as the disk does, and waits for other processes that write to the file; a read waits for
     neither.
@@ -338,17 +370,24 @@ class AdapterRegistry:
     # ---------------------------------------------------------------------------------------------- write
 
     def register(
-        self, path: Path, parent: str | None = None, reason: str = "", cycle: str | None = None, key: str = ""
+        self,
+        path: Path,
+        parent: str | None = None,
+        reason: str = "",
+        cycle: str | None = None,
+        key: str = "",
+        agent: str = "",
     ) -> Adapter:
         """Copy a PEFT folder in under the next version's name. The folder itself may go afterwards.
 
-        Registering the very same files again gives the adapter they already are, so that a maker who did not hear
-        the answer can ask again; files that were refused get a new version and a new judgement. Raises
-        AdapterRefused, and records nothing, for a folder without readable weights and rank; all else is judged
-        by validation and stays on record. Raises UnknownAdapter for an unknown parent.
+        Registering the very same files again for the same agent gives the adapter they already are, so that a maker
+        who did not hear the answer can ask again; files that were refused get a new version and a new judgement.
+        Raises AdapterRefused, and records nothing, for a folder without readable weights and rank; all else is judged
+        by validation and stays on record. Raises UnknownAdapter for an unknown parent, and ForeignAdapter for one of
+        another agent, whose data it would bring along.
         """
-        if parent is not None:
-            self.adapter(parent)
+        if parent is not None and (whose := self.adapter(parent).agent) != agent:
+            raise ForeignAdapter(f"{parent} is an adapter of {in_words(whose)}: it is no parent for {in_words(agent)}")
         incoming = self._folder / f"{INCOMING}{secrets.token_hex(4)}"
         try:
             self._copy(path, incoming)
@@ -356,8 +395,8 @@ class AdapterRegistry:
             if not 1 <= rank < 2**31:
                 raise AdapterRefused(f"its rank is {rank}, which no network has")
             with self._lock:
-                known = self._known(incoming, digest)
-                return known or self._adopt(incoming, rank, digest, parent, reason, cycle, key)
+                known = self._known(incoming, digest, agent)
+                return known or self._adopt(incoming, rank, digest, parent, reason, cycle, key, agent)
         finally:
             shutil.rmtree(incoming, ignore_errors=True)
 
@@ -369,30 +408,31 @@ class AdapterRegistry:
         """
         name = adapter if isinstance(adapter, str) else adapter.name
         with self._lock:
-            if state is AdapterState.ACTING and self.acting() != self.adapter(name):
+            if state is AdapterState.ACTING and self.acting(self.adapter(name).agent) != self.adapter(name):
                 raise RegistryError(f"{name} cannot become acting without being promoted")
             self._require_transition(name, state)
             with write_transaction(self.db):
                 self._insert_event(name, state, reason, key)
 
     def promote(self, name: str, reason: str = "", key: str = "") -> None:
-        """Let an adapter that is verified, or a canary, act from now on; the one before it drains."""
+        """Let an adapter that is verified, or a canary, act for its agent; the one before it drains."""
         with self._lock:
-            current = self._acting_row()
-            self._flip(name, current["id"] if current else None, reason, key)
+            agent = self.adapter(name).agent
+            current = self._acting_row(agent)
+            self._flip(agent, name, current["id"] if current else None, reason, key)
 
-    def rollback(self, reason: str, num_back: int = 1, key: str = "") -> Adapter | None:
-        """Let act again what acted `num_back` promotions before; None is the base network.
+    def rollback(self, reason: str, num_back: int = 1, key: str = "", agent: str = "") -> Adapter | None:
+        """Let act again what acted for an agent `num_back` promotions before; None is the base network.
 
         Raises RegistryError where nothing is behind, or where what is behind does not lie verified in the engine.
         """
         with self._lock:
-            chain = self._chain()
+            chain = self._chain(agent)
             if not 1 <= num_back < len(chain):
-                raise RegistryError(f"nothing to roll back to: {self._chain_in_words()}")
+                raise RegistryError(f"nothing to roll back to: {self._chain_in_words(agent)}")
             target = chain[num_back]
-            self._flip(target["adapter"], target["behind"], reason, key)
-            return self.acting()
+            self._flip(agent, target["adapter"], target["behind"], reason, key)
+            return self.acting(agent)
 
     def add_reward(self, name: str, path: Path, cycle: str | None = None, key: str = "") -> Adapter:
         """Copy a reward model in beside an adapter: its newest from now on. The very same weights as the newest are the
@@ -433,12 +473,12 @@ class AdapterRegistry:
                 [name, event.value, reason, expected_acting, key, time.time()],
             )
 
-    def record_watch(self, is_paused: bool, reason: str, key: str = "") -> None:
-        """Append that the watch pauses, or goes on."""
+    def record_watch(self, is_paused: bool, reason: str, key: str = "", agent: str = "") -> None:
+        """Append that the watch over an agent's adapters pauses, or goes on."""
         with self._lock, write_transaction(self.db):
             self.db.execute(
-                "INSERT INTO watch_events (is_paused, reason, key, created_at) VALUES (?, ?, ?, ?)",
-                [int(is_paused), reason, key, time.time()],
+                "INSERT INTO watch_events (is_paused, reason, key, created_at, agent) VALUES (?, ?, ?, ?, ?)",
+                [int(is_paused), reason, key, time.time(), agent],
             )
 
     # ----------------------------------------------------------------------------------------------- read
@@ -450,9 +490,10 @@ class AdapterRegistry:
     def proposal(self, name: str) -> Proposal | None:
         return next((proposal for proposal in self.proposals() if proposal.adapter == name), None)
 
-    def watch(self) -> WatchEvent:
-        """Whether the watch is paused, and who said so. Where that can no longer be read, it is: the safe side."""
-        for row in self._rows("SELECT * FROM watch_events ORDER BY id DESC LIMIT 1"):
+    def watch(self, agent: str = "") -> WatchEvent:
+        """Whether the watch over an agent's adapters is paused, and who said so. Where that can no longer be read, it
+        is: the safe side."""
+        for row in self._rows("SELECT * FROM watch_events WHERE agent = ? ORDER BY id DESC LIMIT 1", agent):
             try:
                 return _watch_from_row(row)
             except Damaged as damaged:
@@ -469,9 +510,9 @@ class AdapterRegistry:
         )
         return rows[0]["created_at"] if rows else 0.0
 
-    def acting_since(self) -> float:
-        """When what acts was last promoted, or rolled back to; 0 where nothing ever was. Unix seconds."""
-        row = self._acting_row()
+    def acting_since(self, agent: str = "") -> float:
+        """When what acts for an agent was last promoted, or rolled back to; 0: nothing ever was. Unix seconds."""
+        row = self._acting_row(agent)
         return row["created_at"] if row else 0.0
 
     def adapter(self, name: str) -> Adapter:
@@ -507,9 +548,10 @@ class AdapterRegistry:
         """An adapter's changes of state, oldest first. Raises UnknownAdapter."""
         return tuple(self.damage.sound(self._event_rows(name, "ORDER BY id"), _event_from_row))
 
-    def acting(self) -> Adapter | None:
-        """The adapter that serves new episodes; None is the base network. Raises Damaged: another would be served."""
-        row = self._acting_row()
+    def acting(self, agent: str = "") -> Adapter | None:
+        """The adapter that serves an agent's new episodes; None is the base network. Raises Damaged: another would be
+        served."""
+        row = self._acting_row(agent)
         if row is None or row["adapter"] is None:
             return None
         try:
@@ -517,9 +559,9 @@ class AdapterRegistry:
         except UnknownAdapter:
             raise Damaged("acting", row["id"], f"no adapter is called {row['adapter']!r}") from None
 
-    def rollback_chain(self) -> tuple[Adapter | None, ...]:
+    def rollback_chain(self, agent: str = "") -> tuple[Adapter | None, ...]:
         """The acting one, then what rollbacks would reach, one by one; the last is always the base network, None."""
-        names = [row["adapter"] for row in self._chain()]
+        names = [row["adapter"] for row in self._chain(agent)]
         return tuple(None if name is None else self.adapter(name) for name in names)
 
     # ----------------------------------------------------------------------------------------- inner rooms
@@ -541,8 +583,9 @@ class AdapterRegistry:
             if (path / name).is_file():
                 shutil.copyfile(path / name, incoming / name)
 
-    def _known(self, incoming: Path, digest: str) -> Adapter | None:
-        for row in self._rows("SELECT * FROM adapters WHERE digest = ? ORDER BY version DESC", digest):
+    def _known(self, incoming: Path, digest: str, agent: str) -> Adapter | None:
+        query = "SELECT * FROM adapters WHERE digest = ? AND agent = ? ORDER BY version DESC"
+        for row in self._rows(query, digest, agent):
             adapter = self._adapter_from(row)
             _, different, missing = filecmp.cmpfiles(incoming, adapter.path, (CONFIG_FILE, PROBE_FILE), shallow=False)
             if not different and not missing and self.state(adapter.name) is not AdapterState.REFUSED:
@@ -550,18 +593,26 @@ class AdapterRegistry:
         return None
 
     def _adopt(
-        self, incoming: Path, rank: int, digest: str, parent: str | None, reason: str, cycle: str | None, key: str
+        self,
+        incoming: Path,
+        rank: int,
+        digest: str,
+        parent: str | None,
+        reason: str,
+        cycle: str | None,
+        key: str,
+        agent: str,
     ) -> Adapter:
         version = self._rows("SELECT 1 + coalesce(max(version), 0) AS next FROM adapters")[0]["next"]
-        name = f"agent-v{version:04d}"
-        adapter = Adapter(name, version, self._folder / name, rank, parent, digest)
+        name = f"{agent or UNNAMED}-v{version:04d}"
+        adapter = Adapter(name, version, self._folder / name, rank, parent, digest, agent=agent)
         reward = _reward_in(incoming)
         shutil.rmtree(adapter.path, ignore_errors=True)  # left by a registration that died before its row
         with write_transaction(self.db):
             self.db.execute(
-                "INSERT INTO adapters (version, name, rank, parent, digest, created_at, cycle) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                [version, name, rank, parent, digest, time.time(), cycle],
+                "INSERT INTO adapters (version, name, rank, parent, digest, created_at, cycle, agent) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                [version, name, rank, parent, digest, time.time(), cycle, agent],
             )
             self._insert_event(name, AdapterState.REGISTERED, reason, key)
             if reward is not None:
@@ -569,15 +620,15 @@ class AdapterRegistry:
             incoming.rename(adapter.path)
         return adapter
 
-    def _flip(self, name: str | None, behind: int | None, reason: str, key: str) -> None:
-        """Move the acting pointer, with both changes of state, in one transaction."""
-        before = self.acting()
+    def _flip(self, agent: str, name: str | None, behind: int | None, reason: str, key: str) -> None:
+        """Move an agent's acting pointer, with both changes of state, in one transaction."""
+        before = self.acting(agent)
         if name is not None:
             self._require_transition(name, AdapterState.ACTING)
         with write_transaction(self.db):
             self.db.execute(
-                "INSERT INTO acting (adapter, behind, reason, created_at, key) VALUES (?, ?, ?, ?, ?)",
-                [name, behind, reason, time.time(), key],
+                "INSERT INTO acting (adapter, behind, reason, created_at, key, agent) VALUES (?, ?, ?, ?, ?, ?)",
+                [name, behind, reason, time.time(), key, agent],
             )
             if before is not None and self.state(before.name) is AdapterState.ACTING:
                 self._insert_event(before.name, AdapterState.DRAINING, reason, key)
@@ -608,22 +659,23 @@ class AdapterRegistry:
             raise UnknownAdapter(f"there is no adapter {name!r}")
         return rows
 
-    def _acting_row(self) -> dict[str, Any] | None:
-        rows = self._rows("SELECT * FROM acting ORDER BY id DESC LIMIT 1")
+    def _acting_row(self, agent: str) -> dict[str, Any] | None:
+        rows = self._rows("SELECT * FROM acting WHERE agent = ? ORDER BY id DESC LIMIT 1", agent)
         return _acting_from_row(rows[0]) if rows else None
 
-    def _chain(self) -> list[dict[str, Any]]:
+    def _chain(self, agent: str) -> list[dict[str, Any]]:
         """The acting pointer's row and those behind it; ends with a row of the base network."""
         base = {"adapter": None, "behind": None}
         rows = {row["id"]: row for row in self.damage.sound(self._rows("SELECT * FROM acting"), _acting_from_row)}
-        chain, row = [], self._acting_row()
+        chain, row = [], self._acting_row(agent)
         while row is not None and row["adapter"] is not None:
             chain.append(row)
             row = rows.get(row["behind"])
         return [*chain, base]
 
-    def _chain_in_words(self) -> str:
-        return ", before it ".join("the base network" if one is None else one.name for one in self.rollback_chain())
+    def _chain_in_words(self, agent: str) -> str:
+        chain = self.rollback_chain(agent)
+        return ", before it ".join("the base network" if one is None else one.name for one in chain)
 
     def _adapter_from(self, row: Row) -> Adapter:
         return _adapter_from_row(row, self._folder)

@@ -116,7 +116,7 @@ class Episode:
     user: str = ""
     """Whom the key's holder asked for; empty where the request did not say."""
     agent: str = ""
-    """Name of the agent that acts in it; empty: the server's only one."""
+    """Name of the agent that acts in it, or that is to learn from it; empty: the server's own."""
 
 
 @dataclass(frozen=True, slots=True)

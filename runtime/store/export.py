@@ -40,6 +40,8 @@ class ExportFilter:
     """The newest outcome is at least this; an episode without one is left out."""
     owner: str | None = None
     """Name of the key that they belong to."""
+    agent: str | None = None
+    """The agent that acts in them, or that they demonstrate something to; empty: the server's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ def export(log: StepLog, learning_log: LearningReader | None, wanted: ExportFilt
 def _episodes(log: StepLog, wanted: ExportFilter) -> Iterator[Episode]:
     after: str | None = None
     while page := log.episodes(
-        after, _PAGE, wanted.purpose, wanted.actor, wanted.adapter, wanted.task_prefix, wanted.owner
+        after, _PAGE, wanted.purpose, wanted.actor, wanted.adapter, wanted.task_prefix, wanted.owner, wanted.agent
     ):
         for episode in page:
             outcomes = log.outcomes(episode.id) if wanted.min_outcome is not None else []

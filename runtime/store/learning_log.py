@@ -93,6 +93,8 @@ class CycleStatus:
     """Unix seconds."""
     created_at: float
     """Unix seconds."""
+    agent: str = ""
+    """The agent that it is for; empty: the server's own."""
 
     @property
     def has_ended(self) -> bool:
@@ -168,6 +170,15 @@ def note_who_taught_what(db: Database) -> None:
                 f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
                 f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
             )
+
+
+@migrations()
+def say_whose(db: Database) -> None:
+    """The agent that each cycle is for."""
+    db.execute("ALTER TABLE cycles ADD COLUMN agent TEXT NOT NULL DEFAULT ''")
+    db.execute("CREATE INDEX cycles_by_agent ON cycles(agent, id)")
+    db.execute("DROP VIEW cycle_status")
+    _create_status_view(db, "last_step_id, agent, ")
 
 
 def _create_status_view(db: Database, more_columns: str) -> None:
@@ -248,16 +259,20 @@ class LearningReader:
     def status(self, cycle: str) -> CycleStatus | None:
         return next(iter(self._statuses("WHERE cycle = ? LIMIT 1", [cycle])), None)
 
-    def cycles(self, limit: int = 50, damaged: list[Damaged] | None = None) -> list[CycleStatus]:
-        """Newest first; those whose rows are damaged are added to `damaged` instead."""
-        return self._statuses("LIMIT ?", [limit], damaged)
+    def cycles(
+        self, limit: int = 50, damaged: list[Damaged] | None = None, agent: str | None = None
+    ) -> list[CycleStatus]:
+        """Newest first; None: of all agents. Those whose rows are damaged are added to `damaged` instead."""
+        if agent is None:
+            return self._statuses("LIMIT ?", [limit], damaged)
+        return self._statuses("WHERE agent = ? LIMIT ?", [agent, limit], damaged)
 
-    def last_step_seen(self) -> str | None:
-        """The step that the last cycle which learned from the log read up to."""
+    def last_step_seen(self, agent: str = "") -> str | None:
+        """The step that the agent's last cycle which learned from the log read up to."""
         rows = self._rows(
-            "SELECT last_step_id FROM cycles WHERE stage IN (?, ?, ?) AND last_step_id IS NOT NULL "
+            "SELECT last_step_id FROM cycles WHERE stage IN (?, ?, ?) AND last_step_id IS NOT NULL AND agent = ? "
             "ORDER BY id DESC LIMIT 1",
-            [CycleStage.PROMOTED, CycleStage.PROPOSED, CycleStage.REFUSED],
+            [CycleStage.PROMOTED, CycleStage.PROPOSED, CycleStage.REFUSED, agent],
         )
         return rows[0]["last_step_id"] if rows else None
 
@@ -266,9 +281,13 @@ class LearningReader:
         rows = self._rows("SELECT * FROM gate_decisions WHERE cycle = ? ORDER BY id", [cycle])
         return [_without(row, "cycle") for row in self.damage.sound(rows, _decision_from_row)]
 
-    def evidence_against(self, acting: str) -> list[dict[str, Any]]:
-        """On what evidence candidates were held against an adapter, newest first."""
-        rows = self._rows("SELECT * FROM gate_decisions WHERE against = ? ORDER BY id DESC", [acting])
+    def evidence_against(self, acting: str, agent: str = "") -> list[dict[str, Any]]:
+        """On what evidence an agent's candidates were held against an adapter, newest first."""
+        rows = self._rows(
+            "SELECT * FROM gate_decisions WHERE against = ? AND "
+            "EXISTS (SELECT 1 FROM cycles WHERE cycles.cycle = gate_decisions.cycle AND agent = ?) ORDER BY id DESC",
+            [acting, agent],
+        )
         return [row["evidence"] for row in self.damage.sound(rows, _decision_from_row)]
 
     def decisions_on(self, candidate: str) -> list[dict[str, Any]]:
@@ -306,27 +325,32 @@ class LearningReader:
             newest.setdefault(reward.step_id, {})[reward.source] = reward
         return newest
 
-    def num_endings(self) -> dict[CycleStage, int]:
-        """How many cycles ended how."""
-        rows = self._rows("SELECT stage, count(*) AS num FROM cycle_status GROUP BY stage", [])
-        return {CycleStage(row["stage"]): row["num"] for row in rows if row["stage"] in ENDINGS}
+    def num_endings(self) -> dict[tuple[str, CycleStage], int]:
+        """How many cycles of each agent ended how."""
+        rows = self._rows("SELECT agent, stage, count(*) AS num FROM cycle_status GROUP BY agent, stage", [])
+        return {(row["agent"], CycleStage(row["stage"])): row["num"] for row in rows if row["stage"] in ENDINGS}
 
-    def diagnostics(self) -> dict[str, dict[str, float]]:
-        """What the newest cycle that measured anything did, by what it was of: an objective, the discriminator, the
-        training data."""
-        reports = (status.report.get("diagnostics") for status in self.cycles(limit=50))
+    def agents(self) -> list[str]:
+        """Those that ever had a cycle."""
+        return [row["agent"] for row in self._rows("SELECT DISTINCT agent FROM cycles ORDER BY agent", [])]
+
+    def diagnostics(self, agent: str = "") -> dict[str, dict[str, float]]:
+        """What the agent's newest cycle that measured anything did, by what it was of: an objective, the discriminator,
+        the training data."""
+        reports = (status.report.get("diagnostics") for status in self.cycles(limit=50, agent=agent))
         return next((measured for measured in map(_numbers_in, reports) if measured), {})
 
-    def agreement(self, adapter: str) -> list[float]:
-        """Expert agreement of an adapter's own steps in the newest cycle that judged any: 1 or 0, newest step first."""
+    def agreement(self, adapter: str, agent: str = "") -> list[float]:
+        """Expert agreement of an adapter's own steps with an agent, in that agent's newest cycle that judged any: 1 or
+        0, newest step first."""
         rows = self._rows(
             "SELECT value FROM step_rewards JOIN steps ON steps.id = step_id JOIN episodes ON episodes.id = episode_id "
             "WHERE source = 'expert_agreement' AND episodes.purpose <> 'evaluation' AND episodes.is_assigned "
-            "AND steps.adapter = ? "
-            "AND cycle = (SELECT cycle FROM cycles WHERE EXISTS (SELECT 1 FROM step_rewards WHERE "
+            "AND steps.adapter = ? AND episodes.agent = ? "
+            "AND cycle = (SELECT cycle FROM cycles WHERE agent = ? AND EXISTS (SELECT 1 FROM step_rewards WHERE "
             "step_rewards.cycle = cycles.cycle AND source = 'expert_agreement') ORDER BY id DESC LIMIT 1) "
             "ORDER BY steps.created_at DESC",
-            [adapter],
+            [adapter, agent, agent],
         )
         return [row["value"] for row in rows]
 
@@ -423,6 +447,7 @@ class LearningLog(LearningReader):
         total: int = 0,
         report: dict[str, Any] | None = None,
         last_step_id: str | None = None,
+        agent: str = "",
     ) -> None:
         """Append where a cycle is now. Raises ValueError for a cycle that has ended."""
         status = self.status(cycle)
@@ -430,7 +455,7 @@ class LearningLog(LearningReader):
             raise ValueError(f"cycle {cycle} ended as {status.stage}; it cannot go on to {stage}")
         self._insert("cycles", {
             "cycle": cycle, "stage": stage, "done": done, "total": total, "message": message,
-            "report": json.dumps(report or {}), "last_step_id": last_step_id,
+            "report": json.dumps(report or {}), "last_step_id": last_step_id, "agent": agent,
         })  # fmt: skip
 
     def add_rewards(self, rewards: Iterable[StepReward]) -> None:
@@ -453,7 +478,7 @@ class LearningLog(LearningReader):
         """Mark the cycles of a learner that was killed as failed; returns them. For a learner that starts."""
         unfinished = [status for status in self.cycles(limit=1000) if not status.has_ended]
         for status in unfinished:
-            self.note(status.cycle, CycleStage.FAILED, cut_off_message(status))
+            self.note(status.cycle, CycleStage.FAILED, cut_off_message(status), agent=status.agent)
         return [status.cycle for status in unfinished]
 
     def _insert(self, table: str, record: dict[str, Any]) -> None:

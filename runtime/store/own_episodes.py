@@ -1,4 +1,4 @@
-"""Which of the policy's own episodes a cycle learns from, read off indexes: its cost does not grow with the log.
+"""Which of an agent's own episodes a cycle learns from, read off indexes: its cost does not grow with the log.
 
 *Fresh* are episodes with a step that was logged after a given one; the others are *old*. Where a number would have to
 be counted through the whole log, it is counted up to MOST_COUNTED.
@@ -20,8 +20,8 @@ _TRIES = 20
 
 _ADAPTERS = """
 WITH RECURSIVE named (adapter) AS (
-    SELECT min(adapter) FROM episodes
-    UNION ALL SELECT (SELECT min(adapter) FROM episodes WHERE adapter > named.adapter) FROM named
+    SELECT min(adapter) FROM episodes WHERE agent = ?1
+    UNION ALL SELECT (SELECT min(adapter) FROM episodes WHERE agent = ?1 AND adapter > named.adapter) FROM named
     WHERE named.adapter IS NOT NULL)
 SELECT adapter FROM named WHERE adapter IS NOT NULL"""
 """Jumps from name to name in an index: DISTINCT would read all of it."""
@@ -34,10 +34,12 @@ _IS_OLD = "NOT EXISTS (SELECT 1 FROM steps WHERE steps.episode_id = episodes.id 
 
 
 class OwnEpisodes:
-    """Those of these adapters, as they stand in the log; `after_step` is the last step that was read before."""
+    """Those of an agent with these adapters, as they stand in the log; `after_step` is the last step that was read
+    before. The base network serves other agents, too: its episodes with them are not among them."""
 
-    def __init__(self, log: StepLog, adapters: Sequence[str], after_step: str | None) -> None:
+    def __init__(self, log: StepLog, adapters: Sequence[str], after_step: str | None, agent: str = "") -> None:
         self._log = log
+        self._agent = agent
         self._adapters = list(adapters)
         self._places = ", ".join("?" * len(adapters))
         self._cursor = log.number_of_step(after_step)
@@ -65,10 +67,11 @@ class OwnEpisodes:
 
     def num_too_old(self) -> int:
         """Learnable episodes of other adapters; MOST_COUNTED where there are more."""
-        names = [row[0] for row in self._log.sound_rows(_ADAPTERS)]
-        query = f"SELECT count(*) FROM (SELECT 1 FROM episodes WHERE {LEARNABLE} AND adapter = ? LIMIT ?)"
+        names = [row[0] for row in self._log.sound_rows(_ADAPTERS, self._agent)]
+        wanted = f"{LEARNABLE} AND agent = ? AND adapter = ?"
+        query = f"SELECT count(*) FROM (SELECT 1 FROM episodes WHERE {wanted} LIMIT ?)"
         others = [name for name in names if name not in self._adapters]
-        counts = [row[0] for name in others for row in self._log.sound_rows(query, name, MOST_COUNTED)]
+        counts = [row[0] for name in others for row in self._log.sound_rows(query, self._agent, name, MOST_COUNTED)]
         return min(sum(counts), MOST_COUNTED)
 
     def old(self, limit: int, draw: random.Random) -> list[Episode]:
@@ -83,28 +86,30 @@ class OwnEpisodes:
         return list(drawn.values())
 
     def _oldest(self, limit: int) -> list[Episode]:
-        wanted = f"{LEARNABLE} AND adapter = ? AND rowid <= ? AND {_IS_OLD}"
+        wanted = f"{LEARNABLE} AND agent = ? AND adapter = ? AND rowid <= ? AND {_IS_OLD}"
         query = f"SELECT * FROM episodes WHERE {wanted} ORDER BY id LIMIT ?"
         return [
             episode
             for adapter in (self._adapters if self._last_old else ())
             for episode in self._log.sound_episodes(
-                self._log.sound_rows(query, adapter, self._last_old, self._cursor, limit)
+                self._log.sound_rows(query, self._agent, adapter, self._last_old, self._cursor, limit)
             )
         ]
 
     def _drawn(self, limit: int, draw: random.Random) -> list[Episode]:
-        query = f"SELECT * FROM episodes WHERE rowid = ? AND {LEARNABLE} AND adapter IN ({self._places}) AND {_IS_OLD}"
+        wanted = f"{LEARNABLE} AND +agent = ? AND adapter IN ({self._places}) AND {_IS_OLD}"
+        query = f"SELECT * FROM episodes WHERE rowid = ? AND {wanted}"
         found: dict[str, Episode] = {}
         for _ in range(_TRIES * limit):
             if len(found) == limit:
                 break
-            rows = self._log.sound_rows(query, draw.randint(1, self._last_old), *self._adapters, self._cursor)
+            drawn = draw.randint(1, self._last_old)
+            rows = self._log.sound_rows(query, drawn, self._agent, *self._adapters, self._cursor)
             found |= {episode.id: episode for episode in self._log.sound_episodes(rows)}
         return list(found.values())
 
     def _own(self, ids: Sequence[str]) -> list[Episode]:
-        """Those of these episodes that are learnable and of these adapters, in the order of the ids."""
+        """Those of these episodes that are learnable, and of this agent and these adapters, in the order of the ids."""
         rows = self._those(ids)
         if not rows and len(ids) > 1:  # perhaps for a damaged page alone, which must not hide the others
             rows = [row for each in ids for row in self._those([each])]
@@ -114,4 +119,5 @@ class OwnEpisodes:
     def _those(self, ids: Sequence[str]) -> list[sqlite3.Row]:
         chosen = f"id IN ({', '.join('?' * len(ids))})"
         query = f"SELECT * FROM episodes WHERE {chosen} AND +actor = 'policy' AND purpose <> 'evaluation'"
-        return self._log.sound_rows(f"{query} AND +adapter IN ({self._places})", *ids, *self._adapters)
+        query += f" AND +agent = ? AND +adapter IN ({self._places})"
+        return self._log.sound_rows(query, *ids, self._agent, *self._adapters)

@@ -90,7 +90,8 @@ _NOT_TAKEN_BACK = "NOT EXISTS (SELECT 1 FROM withdrawals WHERE fact_id = {id})"
 _LIVE_OUTCOMES = f"""
 WITH live AS (
     SELECT id FROM episodes
-    WHERE {LEARNABLE} AND adapter = ? AND is_assigned = 1 AND (created_at >= ? OR rowid > ?) ORDER BY id DESC LIMIT ?),
+    WHERE {LEARNABLE} AND agent = ? AND adapter = ? AND is_assigned = 1 AND (created_at >= ? OR rowid > ?)
+    ORDER BY id DESC LIMIT ?),
 said AS (
     SELECT outcomes.*, outcomes.rowid AS number, {_TRUST} AS trust, row_number() OVER (
         PARTITION BY episode_id ORDER BY {_TRUST} DESC, created_at DESC, outcomes.id DESC) AS place
@@ -149,6 +150,8 @@ class Whose:
     """Goes before the other two."""
     is_anybodys: bool = False
     """Everywhere; who asks must then be allowed to see what is found."""
+    agent: str = ""
+    """Of a key's user: the agent that they speak to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,14 +256,16 @@ class StepLog:
         return self._steps(f"{_ANCESTRY} {_STEPS} JOIN ancestry ON ancestry.id = steps.id ORDER BY step_index", step_id)
 
     def marked_steps(self, mark: Mark, values: Iterable[str], whose: Whose) -> list[MarkedStep]:
-        """The steps that bear one of these marks, newest first, in an episode or among a user's."""
+        """The steps that bear one of these marks, newest first, in an episode or among a user's with an agent."""
         table, column = mark.value
+        of: tuple[str, ...]
         if whose.episode_id is not None:
             scope, of = "episode_id = ?", (whose.episode_id,)
         elif whose.is_anybodys:
             scope, of = "TRUE", ()
         else:
-            scope, of = "episodes.owner = ? AND episodes.user = ? AND actor = 'policy'", (whose.owner, whose.user)
+            scope = "episodes.owner = ? AND episodes.user = ? AND episodes.agent = ? AND actor = 'policy'"
+            of = (whose.owner, whose.user, whose.agent)
         calls = "" if table == "steps" else "JOIN step_calls ON step_calls.step_id = steps.id "
         query = (
             f"SELECT {table}.{column} AS mark, steps.id, episode_id, "
@@ -281,12 +286,13 @@ class StepLog:
         adapter: str | None = None,
         task_prefix: str | None = None,
         owner: str | None = None,
+        agent: str | None = None,
     ) -> list[Episode]:
         """One page, newest first. `after` is the last id of the page before, so that new arrivals shift nothing.
 
         Demonstrations that were taken back are not in it.
         """
-        return list(self.each_episode(after, limit, purpose, actor, adapter, task_prefix, owner))
+        return list(self.each_episode(after, limit, purpose, actor, adapter, task_prefix, owner, agent))
 
     def each_episode(
         self,
@@ -297,6 +303,7 @@ class StepLog:
         adapter: str | None = None,
         task_prefix: str | None = None,
         owner: str | None = None,
+        agent: str | None = None,
         damaged: list[Damaged] | None = None,
     ) -> Generator[Episode, None, None]:
         """The same, read one by one: close the iterator where the rest is not needed.
@@ -304,7 +311,7 @@ class StepLog:
         Damaged ones are left out, and added to `damaged`.
         """
         conditions = {"id < ?": after, "purpose = ?": purpose, "actor = ?": actor, "adapter = ?": adapter}
-        conditions["owner = ?"] = owner
+        conditions |= {"owner = ?": owner, "agent = ?": agent}
         if task_prefix is not None:  # a range, which an index serves; LIKE would trip over the prefix's own % and _
             conditions |= {"task >= ?": task_prefix, "task < ?": task_prefix + "\U0010ffff"}
         wanted = {condition: value for condition, value in conditions.items() if value is not None}
@@ -392,32 +399,35 @@ class StepLog:
         rows = self._rows("SELECT * FROM withdrawals WHERE fact_id = ? ORDER BY created_at, id", fact_id)
         return list(self.damage.sound(rows, withdrawal_from_row))
 
-    def num_learnable_since(self, created_at: float, most: int) -> int:
-        """How many of the policy's own episodes, evaluations not counted, began after that moment; at most `most`."""
+    def num_learnable_since(self, created_at: float, most: int, agent: str = "") -> int:
+        """How many of an agent's own episodes, evaluations not counted, began after that moment; at most `most`."""
         # Told which index: the planner would rather read all episodes of this actor.
-        by_time = "episodes INDEXED BY learnable_episodes_by_time"
-        query = f"SELECT count(*) FROM (SELECT 1 FROM {by_time} WHERE {LEARNABLE} AND created_at > ? LIMIT ?)"
-        return self._rows(query, created_at, most)[0][0]
+        by_time, wanted = "episodes INDEXED BY learnable_episodes_by_time", f"{LEARNABLE} AND agent = ?"
+        query = f"SELECT count(*) FROM (SELECT 1 FROM {by_time} WHERE {wanted} AND created_at > ? LIMIT ?)"
+        return self._rows(query, agent, created_at, most)[0][0]
 
-    def num_learnable_after(self, number: int, most: int) -> int:
+    def num_learnable_after(self, number: int, most: int, agent: str = "") -> int:
         """The same, of those that were logged after the episode with this number: clocks may be set back."""
-        query = f"SELECT count(*) FROM (SELECT 1 FROM episodes NOT INDEXED WHERE {LEARNABLE} AND rowid > ? LIMIT ?)"
-        return self._rows(query, number, most)[0][0]
+        wanted = f"{LEARNABLE} AND agent = ? AND rowid > ?"
+        query = f"SELECT count(*) FROM (SELECT 1 FROM episodes NOT INDEXED WHERE {wanted} LIMIT ?)"
+        return self._rows(query, agent, number, most)[0][0]
 
     def num_episodes(self) -> int:
         """The number of the newest episode."""
         return self._rows("SELECT coalesce(max(rowid), 0) FROM episodes")[0][0]
 
-    def live_outcomes(self, adapter: str, limit: int, since: float = 0.0, after_number: int = 2**62) -> list[Outcome]:
-        """How the newest of the episodes went that the server gave this adapter and that began since, or were logged
-        after the episode with this number (clocks may be set back): one outcome each, the newest first.
+    def live_outcomes(
+        self, adapter: str, limit: int, since: float = 0.0, after_number: int = 2**62, agent: str = ""
+    ) -> list[Outcome]:
+        """How the newest of an agent's episodes went that the server gave this adapter and that began since, or were
+        logged after the episode with this number (clocks may be set back): one outcome each, the newest first.
 
         Neither evaluations count nor what a client pinned, and of a key that is only trusted to give feedback no more
         than MOST_OF_A_KEY: it takes several of them to be evidence. Looks at the newest LIVE_EPISODES: its cost does
         not grow with the log.
         """
         query = _LIVE_OUTCOMES.format(least_trust=Role.TEACH.trust)
-        rows = self._rows(query, adapter, since, after_number, LIVE_EPISODES, MOST_OF_A_KEY, limit)
+        rows = self._rows(query, agent, adapter, since, after_number, LIVE_EPISODES, MOST_OF_A_KEY, limit)
         return list(self.damage.sound(rows, outcome_from_row))
 
     def corrections(self, step_id: str) -> list[Correction]:
@@ -426,11 +436,14 @@ class StepLog:
         rows = self._rows(f"{query} ORDER BY created_at, id", step_id)
         return list(self.damage.sound(rows, correction_from_row))
 
-    def corrected_steps(self) -> list[str]:
-        """Ids of the steps that have a correction, newest correction first."""
+    def corrected_steps(self, agent: str = "") -> list[str]:
+        """Ids of an agent's steps that have a correction, newest correction first."""
         rows = self.sound_rows(
-            "SELECT step_id, max(created_at) AS newest FROM corrections WHERE "
-            f"{_NOT_TAKEN_BACK.format(id='corrections.id')} GROUP BY step_id ORDER BY newest DESC"
+            "SELECT step_id, max(corrections.created_at) AS newest FROM corrections "
+            "JOIN steps ON steps.id = step_id JOIN episodes ON episodes.id = episode_id "
+            f"WHERE episodes.agent = ? AND {_NOT_TAKEN_BACK.format(id='corrections.id')} "
+            "GROUP BY step_id ORDER BY newest DESC",
+            agent,
         )
         return [row["step_id"] for row in rows]
 

@@ -117,6 +117,19 @@ def erase(database: Database) -> None:
     create_erasures(database)
 
 
+@STEP_LOG_MIGRATIONS()
+def find_by_agent(database: Database) -> None:
+    """Several agents in one log: what is read of one of them is read off an index."""
+    for columns in AGENT_INDEXES:
+        database.table("episodes").create_index(columns)
+    for name, columns in (("by_adapter", "agent, adapter, is_assigned, id"), ("by_time", "agent, created_at")):
+        database.execute(f"DROP INDEX learnable_episodes_{name}")
+        database.execute(
+            f"CREATE INDEX learnable_episodes_{name} ON episodes({columns}) "
+            "WHERE actor = 'policy' AND purpose <> 'evaluation'"
+        )
+
+
 EPISODE_COLUMNS = {
     "id": str,
     "actor": str,
@@ -235,6 +248,9 @@ LIST_INDEXES = (
     ["actor", "adapter", "id"],
 )
 """A list with two filters is read off an index as one with a single filter is."""
+
+AGENT_INDEXES = (["agent", "id"], ["agent", "purpose", "id"], ["agent", "actor", "id"], ["agent", "adapter", "id"])
+"""Of an agent, with one more filter: what the learner reads."""
 
 
 def _create(

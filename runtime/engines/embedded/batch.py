@@ -92,6 +92,7 @@ class Batch(Generic[RowT]):
             self.num_reused_tokens += length
         row.cached = cached
         self.rows.append(row)
+        self._sampler = None  # it may be a row that left: what is drawn until it decodes again is not counted there
         return True
 
     def leave(self, row: RowT, *, is_sound: bool) -> None:
@@ -141,8 +142,8 @@ class Batch(Generic[RowT]):
             num_logits = max(1, *(num_wanted(row, row.num_computed, row.num_computed + chunks[row]) for row in rows))
             logits = self._forward(rows, [chunks[row] for row in rows], num_logits=num_logits)
             done = [place for place, row in enumerate(rows) if row.num_left == 0 and not row.num_scored]
-            sampler = Sampler([rows[place].sampling for place in done], self._device)
-            events = self._sample([rows[place] for place in done], logits[done, -1], sampler)
+            ready = [rows[place] for place in done]
+            events = self._sample(ready, logits[done, -1], self._sampler_of(ready))
             events += self._score(rows, chunks, logits)
         except Exception as error:
             return failed(rows, f"computing the prompt failed: {error!r}")
@@ -161,12 +162,20 @@ class Batch(Generic[RowT]):
             self._groups = groups_by_prefix(decoding, self._bytes_per_token) if self._may_share else []
         rows, shared = arranged(decoding, self._groups)
         if rows != self._sampled or self._sampler is None:
-            self._sampled, self._sampler = rows, Sampler([row.sampling for row in rows], self._device)
+            self._sampled, self._sampler = rows, self._sampler_of(rows)
         self.num_prefilled_tokens += sum(row.num_sampled == 0 for row in rows)
         try:
             return self._sample(rows, self._forward(rows, [1] * len(rows), shared)[:, -1], self._sampler)
         except Exception as error:
             return failed(rows, f"a decoding step failed: {error!r}")
+
+    def _sampler_of(self, rows: Sequence[BatchRow]) -> Sampler:
+        samplings = [row.sampling for row in rows]
+        if not any(sampling.has_penalties for sampling in samplings):
+            return Sampler(samplings, self._device)
+        prompts = [row.prompt_token_ids for row in rows]
+        said = [row.token_ids[len(row.prompt_token_ids) :] for row in rows]
+        return Sampler(samplings, self._device, prompts, said)
 
     def _forward(
         self,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from policies.types import SamplingParams
+from runtime.engines.embedded.penalties import Penalties
 
 TopLogprobs = tuple[tuple[int, float], ...]
 
@@ -23,14 +24,25 @@ class Draws:
 
     token_ids: list[int]
     logprobs: list[float]
-    """At temperature 1, before top-p and top-k. NaN where the row's logits were not finite."""
+    """At temperature 1, before biases, penalties, top-p and top-k. NaN where the row's logits were not finite."""
     top_logprobs: list[TopLogprobs]
 
 
 class Sampler:
     """Draws tokens for a fixed set of rows. Make a new one when a row joins or leaves."""
 
-    def __init__(self, sampling: Sequence[SamplingParams], device: torch.device) -> None:
+    def __init__(
+        self,
+        sampling: Sequence[SamplingParams],
+        device: torch.device,
+        prompts: Sequence[Sequence[int]] = (),
+        said: Sequence[Sequence[int]] = (),
+    ) -> None:
+        """`prompts` and `said`, parallel to the rows, are read where a row has penalties: its prompt's token ids, and
+        what was drawn for it so far."""
+        self._sampling, self._prompts, self._said = sampling, prompts, said
+        self._has_penalties = any(params.has_penalties for params in sampling)
+        self._penalties: Penalties | None = None
         self._is_greedy = torch.tensor([params.temperature == 0 for params in sampling], device=device)
         temperatures = [params.temperature or 1.0 for params in sampling]
         self._temperatures = torch.tensor(temperatures, device=device)[:, None]
@@ -50,14 +62,24 @@ class Sampler:
     def draw(self, logits: torch.Tensor, uniforms: Sequence[float]) -> Draws:
         """Draw from float logits (rows, vocabulary); `uniforms` in [0, 1) are read where a row is not greedy."""
         all_logprobs = torch.log_softmax(logits, dim=-1)
-        chosen = self._choose(self._with_biases(all_logprobs), uniforms)
+        chosen = self._choose(self._drawn_from(logits, all_logprobs), uniforms)
+        if self._penalties is not None:
+            self._penalties.note(chosen)
         logprobs = all_logprobs.gather(1, chosen[:, None])[:, 0]
         return Draws(chosen.tolist(), logprobs.tolist(), self._top_logprobs(all_logprobs))
 
-    def _with_biases(self, logprobs: torch.Tensor) -> torch.Tensor:
-        if self._biased is None:
+    def _drawn_from(self, logits: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
+        """The log distribution with biases and penalties, before temperature."""
+        if self._biased is None and not self._has_penalties:
             return logprobs
-        return logprobs.index_put(tuple(self._biased), self._biases, accumulate=True)
+        if self._biased is not None:
+            logits = logits.index_put(tuple(self._biased), self._biases, accumulate=True)
+        if self._has_penalties:
+            if self._penalties is None:
+                vocab_size, device = logits.shape[-1], logits.device
+                self._penalties = Penalties(self._sampling, self._prompts, self._said, vocab_size, device)
+            logits = self._penalties.applied(logits)
+        return torch.log_softmax(logits, dim=-1)  # else the exponential of a large bias is infinite
 
     def _choose(self, logprobs: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
         if not self.draws_randomly:

@@ -121,7 +121,6 @@ class VllmEngine:
             vocab_size=config.model_config.get_vocab_size(),
             supports_grammar=llm.tokenizer is not None,
             logprob_tolerance=tolerance_in(config.model_config.dtype),
-            supports_penalties=True,
         )
         engine = cls(llm, limits, config.lora_config.target_modules or TARGET_MODULES)
         tell_stage("it answers once, so that no user waits for a first compile")

@@ -1,0 +1,15 @@
+"""How long one tool may take, and how much of what it says is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ToolBounds:
+    """The limits of each call of a tool."""
+
+    timeout_s: float | None = None
+    """Most seconds; None: as long as the server gives every tool."""
+    max_output_chars: int = 20_000
+    """Characters of its output, or of its error, that the agent is shown."""
