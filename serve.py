@@ -146,6 +146,7 @@ def build_parts(settings: Settings) -> Parts:
     from runtime.agent.scorers import ChosenBy
     from runtime.agent.served_agent import ServedAgent
     from runtime.agent.tool_sources import tool_sources
+    from runtime.agents import AgentsFileProblem
     from runtime.http.best_of import Choosing, ChoosingLimits
     from runtime.http.load import Load, today
     from runtime.http.metrics import Metrics
@@ -164,7 +165,10 @@ def build_parts(settings: Settings) -> Parts:
     from tools.worlds.world import max_steps_of
 
     served_name = settings.served_name or os.path.basename(os.path.normpath(settings.model))
-    agents_file = settings.agents_file
+    try:
+        agents_file = settings.agents_file
+    except AgentsFileProblem as problem:
+        raise SystemExit(str(problem)) from None
     folder_of_agents = settings.agents.parent if settings.agents else None
     shelf = ToolShelf(tool_sources(agents_file.tools, folder_of_agents), settings.search_corpus)
     try:

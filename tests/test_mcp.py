@@ -72,10 +72,12 @@ async def said(offered: OfferedTools, name: str, **arguments: Any) -> str:
     return result.content
 
 
-def num_tokens(url: str, agent: str) -> int:
-    """Of a prompt to this agent."""
-    body = {"model": agent, "messages": [{"role": "user", "content": "Hello."}]}
-    return httpx.post(f"{url}/v1/messages/count_tokens", json=body).raise_for_status().json()["input_tokens"]
+def tools_on_offer(url: str, agent: str) -> list[str]:
+    """Their names, in the log of a request to this agent."""
+    body = {"model": agent, "max_tokens": 1, "messages": [{"role": "user", "content": "Hello."}]}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body).raise_for_status()
+    episode = httpx.get(f"{url}/v1/episodes/{answer.headers['x-episode-id']}").raise_for_status().json()
+    return [tool["function"]["name"] for tool in episode["steps"][0]["tools"]]
 
 
 def is_alive(pid: int) -> bool:
@@ -215,7 +217,7 @@ import time; time.sleep(60)
 
 
 def test_the_server_offers_them_to_its_agents_and_ends_them(tmp_path: Path) -> None:
-    """serve.py from its file of agents to its end; where the episode would go is asked of count_tokens."""
+    """serve.py from its file of agents to its end."""
     (tmp_path / "agents.toml").write_text(f"""
 [agents.keeper]
 system = "You keep a shop."
@@ -231,7 +233,8 @@ allow = ["who"]
         url = running.wait_for(r"listening +(http\S+)/v1")
         pid = int((tmp_path / "starts").read_text())
         assert is_alive(pid)
-        assert num_tokens(url, "keeper") > num_tokens(url, "plain")
+        assert tools_on_offer(url, "keeper") == ["who", "calculator"]
+        assert tools_on_offer(url, "plain") == []
         assert running.end(signal.SIGTERM)[0] == 0
     assert not is_alive(pid)
 

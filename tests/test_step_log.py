@@ -186,7 +186,8 @@ def test_outcomes_and_corrections_read_back_oldest_first(log: StepLog) -> None:
     assert log.outcomes(episode.id) == outcomes
     assert log.corrections(step.id) == corrections
     assert log.counts() == {
-        "episodes": 1, "steps": 1, "outcomes": 3, "corrections": 2, "tool_sets": 1, "withdrawals": 0
+        "episodes": 1, "steps": 1, "outcomes": 3, "corrections": 2, "tool_sets": 1, "withdrawals": 0,
+        "step_candidates": 0,
     }  # fmt: skip
 
 

@@ -249,13 +249,13 @@ def test_a_clock_that_is_set_back_does_not_blind_the_watch(
     parts = parts_of(SayingEngine(protocol), protocol, tmp_path)
     watch = Watch(parts.log, LearningReader(tmp_path), parts.registry, parts.swap, WatchOptions(least_values=5))
     promoted_at = time.time() + 3600
-    watch._compare("agent-v0001", "base", promoted_at)
+    watch._compare("", "agent-v0001", "base", promoted_at)
     for adapter, value in (("base", 1.0), ("agent-v0001", 0.0)):
         for _ in range(20):
             episode = make_episode(adapter=adapter)
             outcome = Outcome(new_id("out"), episode.id, value, "user", role=Role.TEACH)
             parts.log.append(episode, replace(outcome)).result()
-    evidence = watch._compare("agent-v0001", "base", promoted_at)[0]
+    evidence = watch._compare("", "agent-v0001", "base", promoted_at)[0]
     assert len(evidence.values) == 20
     assert evidence.is_worse
     parts.log.close()

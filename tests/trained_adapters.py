@@ -9,8 +9,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from benchmarks.desk_rollouts import WORLD, Desk
-from benchmarks.methods import METHODS, Run, Scene
+from learner.data.training_data import TrainingData
+from learner.objectives.build import objective_of
+from learner.options import ObjectiveOptions, TrainingOptions
 from learner.training.probing import make_probe
+from learner.training.trainer import Trainer
 from policies.adapters.base_network import read_base_network
 from policies.adapters.probe import write_probe
 from policies.chat.chat_protocol import ChatProtocol
@@ -21,7 +24,11 @@ def trained_in_32_bits(folder: Path) -> Path:
     """An adapter of the novice, with its probe, in a folder within this one."""
     torch.set_num_threads(1)
     desk = Desk(ChatProtocol.load(NOVICE_PATH))
-    Run(desk, METHODS["sft"], Scene(1, 8, "validation", 1, 2), folder).cycle(0)
+    demonstrations = desk.demonstrations([WORLD.task("train", index) for index in range(8)])
+    options = TrainingOptions(lr=4e-3, epochs=0, min_gradient_steps=24, trajectories_per_step=2, seed=1)
+    trainer = Trainer(NOVICE_PATH, None, options, device="cpu")
+    trainer.train(objective_of("sft", TrainingData(tuple(demonstrations), ()), ObjectiveOptions(), None))
+    trainer.network.save_pretrained(folder / "cycle-0")
     network = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(NOVICE_PATH), str(folder / "cycle-0"))
     (demonstration,) = desk.demonstrations([WORLD.task("train", 0)])
     prompts = [state.prompt for state in demonstration.states]

@@ -16,7 +16,7 @@ class StatusOptions(ServerOptions):
 def run(options: StatusOptions) -> int:
     if not has_state(options):
         return 1
-    cycles = LearningReader(options.state).cycles(options.limit, options.agent or None)
+    cycles = LearningReader(options.state).cycles(options.limit, agent=options.agent or None)
     print(f"{len(cycles)} cycles" + (", newest first" if len(cycles) > 1 else ""))
     for status in cycles:
         seconds = status.created_at - status.started_at

@@ -204,7 +204,16 @@ _WORDS = ("doubts", "judge", "no_reward_model", "expert_problems", "not_trained"
 
 # ---------------------------------------------------------------------------------------------------- rows
 
-_CYCLE = {"cycle": str, "stage": str, "done": int, "total": int, "message": str, "report": str, "created_at": float}
+_CYCLE = {
+    "cycle": str,
+    "agent": str,
+    "stage": str,
+    "done": int,
+    "total": int,
+    "message": str,
+    "report": str,
+    "created_at": float,
+}
 _DECISION = {"cycle": str, "candidate": str, "against": str, "promote": int, "reason": str, "evidence": str}
 _REWARD = {"step_id": str, "cycle": str, "source": str, "value": float}
 
