@@ -76,8 +76,9 @@ def tools_on_offer(url: str, agent: str) -> list[str]:
     """Their names, in the log of a request to this agent."""
     body = {"model": agent, "max_tokens": 1, "messages": [{"role": "user", "content": "Hello."}]}
     answer = httpx.post(f"{url}/v1/chat/completions", json=body).raise_for_status()
-    episode = httpx.get(f"{url}/v1/episodes/{answer.headers['x-episode-id']}").raise_for_status().json()
-    return [tool["function"]["name"] for tool in episode["steps"][0]["tools"]]
+    path = f"/v1/episodes/{answer.headers['x-episode-id']}?with_tokens=true"
+    (step, *_) = httpx.get(f"{url}{path}").raise_for_status().json()["steps"]
+    return [tool["function"]["name"] for tool in step["tools"]]
 
 
 def is_alive(pid: int) -> bool:

@@ -337,11 +337,17 @@ class LearningReader:
     def num_endings(self) -> dict[tuple[str, CycleStage], int]:
         """How many cycles of each agent ended how."""
         rows = self._rows("SELECT agent, stage, count(*) AS num FROM cycle_status GROUP BY agent, stage", [])
-        return {(row["agent"], CycleStage(row["stage"])): row["num"] for row in rows if row["stage"] in ENDINGS}
+        return {
+            (row["agent"], CycleStage(row["stage"])): row["num"]
+            for row in rows
+            if row["stage"] in ENDINGS
+            and isinstance(row["agent"], str)  # not of a damaged row, which is named elsewhere
+        }
 
     def agents(self) -> list[str]:
         """Those that ever had a cycle."""
-        return [row["agent"] for row in self._rows("SELECT DISTINCT agent FROM cycles ORDER BY agent", [])]
+        rows = self._rows("SELECT DISTINCT agent FROM cycles ORDER BY agent", [])
+        return [row["agent"] for row in rows if isinstance(row["agent"], str)]
 
     def diagnostics(self, agent: str = "") -> dict[str, dict[str, float]]:
         """What the agent's newest cycle that measured anything did, by what it was of: an objective, the discriminator,
