@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from torch import Tensor
@@ -140,18 +141,20 @@ def loss_and_gradients(
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @given(seed=st.integers(0, 10_000))
+@example(seed=3391)
 @settings(deadline=None, max_examples=2)
 def test_packed_loss_and_lora_gradients_equal_row_by_row(architecture: str, loss: str, seed: int) -> None:
-    network, rows = NETWORKS[architecture], random_rows(seed)
+    """In 64 bits: in 32 the rounding of a gradient may be as large as what a mistake makes (seed 3391)."""
+    network, rows = deepcopy(NETWORKS[architecture]).double(), random_rows(seed)
     budget = 10_000 if loss == "trajectory" else 60
     packed = loss_and_gradients(network, LOSSES[loss], rows, lambda: packed_logprobs(network, rows, budget))
     plain = loss_and_gradients(network, LOSSES[loss], rows, lambda: [plain_logprobs(network, row) for row in rows])
-    assert packed[0] == pytest.approx(plain[0], rel=1e-5, abs=1e-5)
+    assert packed[0] == pytest.approx(plain[0], rel=1e-6, abs=1e-6)
     assert packed[1].keys() == plain[1].keys()
     assert all(".policy." in name and "lora_" in name for name in packed[1])
     scale = max(gradient.abs().max().item() for gradient in plain[1].values())
     for name, gradient in plain[1].items():
-        torch.testing.assert_close(packed[1][name], gradient, rtol=1e-5, atol=1e-5 * scale)
+        torch.testing.assert_close(packed[1][name], gradient, rtol=1e-6, atol=1e-6 * scale)
 
 
 # -------------------------------------------------------------------------------------------- scoring

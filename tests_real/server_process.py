@@ -13,15 +13,9 @@ from typing import Any
 
 from openai import OpenAI
 
+from benchmarks.cycle_stages import WEATHER
+
 ROOT = Path(__file__).parent.parent
-WEATHER: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "The weather of a city.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
 
 
 @contextmanager

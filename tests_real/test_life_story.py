@@ -18,15 +18,16 @@ import httpx
 import pytest
 from openai import OpenAI
 
+from benchmarks.cycle_stages import CITIES, WEATHER, transcript
 from learner.objectives.objectives import Likelihood, action_sequence
 from learner.options import TrainingOptions
 from learner.training.trainer import Trainer
 from policies.chat.chat_protocol import ChatProtocol
 from policies.types import ToolCall, ToolCalls
-from tests_real.server_process import ROOT, WEATHER, answer_to, client_of, required_call, serving
+from tests_real.server_process import ROOT, answer_to, client_of, required_call, serving
 
 ENDINGS = ("promoted", "refused", "no_lesson", "failed")
-CITIES = ("Oslo", "Cairo", "Lima", "Paris", "Quito", "Delhi", "Accra", "Seoul", "Perth", "Turin")
+NUM_TRANSCRIPTS = 10
 LEARNING = ("objectives=sft", "discriminator=false", "min-gradient-steps=2", "epochs=1", "num-samples=1")
 
 
@@ -40,19 +41,6 @@ def url(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
 @pytest.fixture
 def client(url: str) -> OpenAI:
     return client_of(url)
-
-
-def transcript(city: str) -> dict[str, Any]:
-    call = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": json.dumps({"city": city})}}
-    return {
-        "tools": [WEATHER],
-        "messages": [
-            {"role": "user", "content": f"Do I need an umbrella in {city}?"},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "tool_call_id": "c", "content": "Rain."},
-            {"role": "assistant", "content": f"Yes: it rains in {city}."},
-        ],
-    }
 
 
 def test_fetching_again_is_quick_and_prints_the_same(folder: Path) -> None:
@@ -75,7 +63,7 @@ def test_a_required_tool_is_called_with_the_arguments_that_were_asked_for(client
 
 def test_ten_transcripts_are_imported_and_a_short_cycle_comes_to_its_end(url: str, tmp_path: Path) -> None:
     path = tmp_path / "transcripts.jsonl"
-    path.write_text("".join(json.dumps(transcript(city)) + "\n" for city in CITIES))
+    path.write_text("".join(json.dumps(transcript(city)) + "\n" for city in CITIES[:NUM_TRANSCRIPTS]))
     command = [sys.executable, "-m", "learner", "import", str(path), "--url", url]
     imported = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "10 imported, 0 known already, 0 refused" in imported.stdout

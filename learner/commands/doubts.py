@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from learner.commands.server import ServerOptions, has_state
-from runtime.store.step_log import StepLog, StepLogError
+from learner.commands.server import ServerOptions, step_log_of
+from runtime.store.step_log import StepLog
 
 if TYPE_CHECKING:
     from learner.data.collect import LoggedEpisode
@@ -40,12 +40,8 @@ class DoubtsOptions(ServerOptions):
 
 def run(options: DoubtsOptions) -> int:
     """Exit code 0 whether or not there are any; 1 where nothing can be read."""
-    if not has_state(options):
-        return 1
-    try:
-        log = StepLog(options.state / "agent.db", read_only=True)
-    except StepLogError as error:
-        print(error, file=sys.stderr)
+    log = step_log_of(options)
+    if log is None:
         return 1
     with closing(log):
         try:

@@ -17,6 +17,7 @@ from policies.command_line import Options
 
 if TYPE_CHECKING:
     from learner.client import Endpoint
+    from runtime.store.step_log import StepLog
 
 T = TypeVar("T")
 
@@ -63,3 +64,16 @@ def has_state(options: ServerOptions) -> bool:
     if not database.exists():
         print(f"there is no {database}: start the server first, or name its --state", file=sys.stderr)
     return database.exists()
+
+
+def step_log_of(options: ServerOptions) -> StepLog | None:
+    """The step log of the state folder, to read; None, and a sentence, where there is none or it cannot be opened."""
+    from runtime.store.step_log import StepLog, StepLogError
+
+    if not has_state(options):
+        return None
+    try:
+        return StepLog(options.state / "agent.db", read_only=True)
+    except StepLogError as error:
+        print(error, file=sys.stderr)
+        return None

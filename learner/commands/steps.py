@@ -10,12 +10,12 @@ from contextlib import closing
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from learner.commands.server import ServerOptions, has_state
+from learner.commands.server import ServerOptions, step_log_of
 from learner.data.collect import main_line
 from learner.data.explanation import Explanation, JudgedStep, lost_at, short
 from runtime.store.episodes import Episode
 from runtime.store.learning_log import LearningReader, RewardSource
-from runtime.store.step_log import StepLog, StepLogError
+from runtime.store.step_log import StepLog
 
 _COLUMNS = {
     RewardSource.EXPERT_AGREEMENT: "agreement",
@@ -36,12 +36,8 @@ class StepsOptions(ServerOptions):
 
 def run(options: StepsOptions) -> int:
     """Exit code 1 where there is no such episode."""
-    if not has_state(options):
-        return 1
-    try:
-        log = StepLog(options.state / "agent.db", read_only=True)
-    except StepLogError as error:
-        print(error, file=sys.stderr)
+    log = step_log_of(options)
+    if log is None:
         return 1
     with closing(log):
         episode = log.episode(options.episode)

@@ -67,7 +67,7 @@ class Erasing:
     async def retrain(self, erasure: Erasure, key: str = "") -> Erasure:
         """Start a cycle without what was erased; what acts and has learned from it is rolled back first."""
         assert self._learning is not None
-        report: dict[str, object] = {"cycle": None}
+        report: dict[str, object] = {"cycle": None}  # of the first agent: one learner works at a time
         taught = {adapter.name for adapter in (await self.consequences(erasure)).adapters}
         agents = sorted({self._registry.adapter(name).agent for name in taught} & {*self._swap.agents}) or [""]
         why, rolled_back = f"it has learned from what was erased ({erasure.id})", dict[str, str]()
@@ -78,7 +78,9 @@ class Erasing:
                 rolled_back[acting.name] = adapter_name(now)
         if rolled_back:
             report |= {"rolled_back": ", ".join(rolled_back), "acting": ", ".join(rolled_back.values())}
-        try:  # an episode is one agent's, and so are the adapters that have learned from it
+        if agents[1:]:
+            report["agents_to_retrain"] = agents[1:]
+        try:
             report["cycle"] = await self._learning.process.start(agent=agents[0])
         except LearnerBusy as busy:
             report["problem"] = str(busy)

@@ -43,7 +43,7 @@ from runtime.store.damage import (
     record_of,
     text_or_bytes,
 )
-from runtime.store.transaction import write_transaction
+from runtime.store.transaction import make_append_only, write_transaction
 
 
 class AdapterState(StrEnum):
@@ -164,12 +164,7 @@ def create_tables(db: Database) -> None:
         "CREATE TABLE acting (id INTEGER PRIMARY KEY, adapter TEXT REFERENCES adapters(name), "
         "behind INTEGER REFERENCES acting(id), reason TEXT NOT NULL, created_at REAL NOT NULL)"
     )
-    for table in ("adapters", "adapter_events", "acting"):
-        for verb in ("UPDATE", "DELETE"):
-            db.execute(
-                f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
-                f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
-            )
+    make_append_only(db, "adapters", "adapter_events", "acting")
 
 
 @migrations()
@@ -191,11 +186,7 @@ def pause_the_watch(db: Database) -> None:
         "CREATE TABLE watch_events (id INTEGER PRIMARY KEY, is_paused INTEGER NOT NULL, reason TEXT NOT NULL, "
         "key TEXT NOT NULL, created_at REAL NOT NULL) STRICT"
     )
-    for verb in ("UPDATE", "DELETE"):
-        db.execute(
-            f"CREATE TRIGGER watch_events_no_{verb.lower()} BEFORE {verb} ON watch_events "
-            "BEGIN SELECT RAISE(ABORT, 'watch_events is append-only'); END"
-        )
+    make_append_only(db, "watch_events")
 
 
 @migrations()
@@ -207,11 +198,7 @@ def ask_before_promoting(db: Database) -> None:
         "created_at REAL NOT NULL) STRICT"
     )
     db.execute("CREATE INDEX proposal_events_by_adapter ON proposal_events(adapter, id)")
-    for verb in ("UPDATE", "DELETE"):
-        db.execute(
-            f"CREATE TRIGGER proposal_events_no_{verb.lower()} BEFORE {verb} ON proposal_events "
-            "BEGIN SELECT RAISE(ABORT, 'proposal_events is append-only'); END"
-        )
+    make_append_only(db, "proposal_events")
 
 
 @migrations()
@@ -222,11 +209,7 @@ def keep_reward_models(db: Database) -> None:
         "number INTEGER NOT NULL, rank INTEGER NOT NULL, digest TEXT NOT NULL, cycle TEXT, key TEXT NOT NULL, "
         "created_at REAL NOT NULL, UNIQUE (adapter, number)) STRICT"
     )
-    for verb in ("UPDATE", "DELETE"):
-        db.execute(
-            f"CREATE TRIGGER reward_models_no_{verb.lower()} BEFORE {verb} ON reward_models "
-            "BEGIN SELECT RAISE(ABORT, 'reward_models is append-only'); END"
-        )
+    make_append_only(db, "reward_models")
 
 
 @migrations()

@@ -24,7 +24,7 @@ from sqlite_utils import Database, Migrations
 
 from runtime.store.damage import Damaged, DamageNotes, Query, Row, problems_in, record_of, text_or_bytes
 from runtime.store.episodes import Role
-from runtime.store.transaction import write_transaction
+from runtime.store.transaction import make_append_only, write_transaction
 
 LOCK_TIMEOUT_S = 5.0
 KEY_NAME = r"[A-Za-z0-9_.-]{1,64}"
@@ -88,11 +88,7 @@ def create_tables(db: Database) -> None:
         "created_at REAL NOT NULL) STRICT"
     )
     db.execute("CREATE INDEX key_events_by_name ON key_events(name, id)")
-    for verb in ("UPDATE", "DELETE"):
-        db.execute(
-            f"CREATE TRIGGER key_events_no_{verb.lower()} BEFORE {verb} ON key_events "
-            "BEGIN SELECT RAISE(ABORT, 'key_events is append-only'); END"
-        )
+    make_append_only(db, "key_events")
 
 
 def digest_of(secret: str) -> str:

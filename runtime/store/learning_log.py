@@ -31,7 +31,7 @@ from runtime.store.damage import (
     text_or_bytes,
 )
 from runtime.store.learner_lock import is_learner_alive
-from runtime.store.transaction import write_transaction
+from runtime.store.transaction import make_append_only, write_transaction
 
 
 class CycleStage(StrEnum):
@@ -120,12 +120,7 @@ def create_tables(db: Database) -> None:
         "against TEXT NOT NULL, promote INTEGER NOT NULL, reason TEXT NOT NULL, evidence TEXT NOT NULL, "
         "created_at REAL NOT NULL)"
     )
-    for table in ("cycles", "step_rewards", "gate_decisions"):
-        for verb in ("UPDATE", "DELETE"):
-            db.execute(
-                f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
-                f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
-            )
+    make_append_only(db, "cycles", "step_rewards", "gate_decisions")
     _create_status_view(db, "")
 
 
@@ -164,12 +159,7 @@ def note_who_taught_what(db: Database) -> None:
         "(SELECT 1 FROM erased_cycles WHERE cycle = OLD.cycle) "
         "BEGIN SELECT RAISE(ABORT, 'cycles is append-only, but for words that were erased'); END"
     )
-    for table in ("cycle_episodes", "trained_weights", "erased_cycles"):
-        for verb in ("UPDATE", "DELETE"):
-            db.execute(
-                f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
-                f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
-            )
+    make_append_only(db, "cycle_episodes", "trained_weights", "erased_cycles")
 
 
 @migrations()
