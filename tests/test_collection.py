@@ -17,7 +17,9 @@ from runtime.store.step_log import StepLog
 from tests.logged_episodes import step
 
 LINEAGE = ("agent-v0004", "agent-v0003", "agent-v0001", "base")
-OPTIONS = CollectionOptions(held_out_share=0.5, max_own_episodes=8, replay_share=0.25, max_versions_old=2)
+OPTIONS = CollectionOptions(
+    held_out_share=0.5, max_own_episodes=8, replay_share=0.25, max_versions_old=2, anchor_share=0.0
+)
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def test_demonstrations_that_are_all_held_out_are_told(
 ) -> None:
     with served(parts_of(novice_engine, protocol, tmp_path)) as server:
         post(server, expert_demonstration(1)).raise_for_status()
-        options = replace(QUICK, collection=CollectionOptions(held_out_share=1.0))
+        options = replace(QUICK, collection=CollectionOptions(held_out_share=1.0, anchor_share=0.0))
         status = run(server, tmp_path, options=options)
     assert status.stage is CycleStage.NOTHING_TO_LEARN
     assert "no demonstrations to train on, 1 held out" in status.message
@@ -136,7 +136,7 @@ def test_without_a_world_all_demonstrations_are_the_gate(
 ) -> None:
     with served(parts_of(engine, protocol, tmp_path)) as server:
         post(server, *(expert_demonstration(number) for number in range(24))).raise_for_status()
-        options = replace(QUICK, collection=CollectionOptions(held_out_share=0.5))
+        options = replace(QUICK, collection=CollectionOptions(held_out_share=0.5, anchor_share=0.0))
         status = run(server, tmp_path, options=options, world=None, experts=())
     assert status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED), status.message
     (decision,) = status.report["gate"].values()
@@ -290,7 +290,7 @@ def test_a_correction_of_an_episode_that_was_read_long_ago_is_learned(
 ) -> None:
     with served(parts_of(engine, protocol, tmp_path)) as server:
         practised(server, first=400, number=6)
-        options = replace(QUICK, collection=CollectionOptions(replay_share=0.0))
+        options = replace(QUICK, collection=CollectionOptions(replay_share=0.0, anchor_share=0.0))
         assert run(server, tmp_path, options=options).report["collected"]["own_new"] == 6
         episode = server.parts.log.episodes(limit=1, purpose=Purpose.PRACTICE)[0]
         corrected = server.parts.log.steps(episode.id)[0]
@@ -317,7 +317,7 @@ def test_demonstrations_of_another_tool_set_are_their_own_gate(
                 {"role": "assistant", "content": f"It weighs {number} grams."},
             ]
             post(server, {"messages": messages, "tools": [weigh]}).raise_for_status()
-        options = replace(QUICK, collection=CollectionOptions(held_out_share=0.5))
+        options = replace(QUICK, collection=CollectionOptions(held_out_share=0.5, anchor_share=0.0))
         status = run(server, tmp_path, options=options)
     assert status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED), status.message
     (decision,) = status.report["gate"].values()

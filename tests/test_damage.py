@@ -209,7 +209,9 @@ def wrong_with(client: httpx.Client, database: Path, table: str) -> Iterator[str
                 yield f"{path} shows {shown}"
     if table in _LOG - {"tool_sets"}:
         with closing(StepLog(database, read_only=True)) as log:
-            own = collect(log, None, ["base"], CollectionOptions(held_out_share=0.0), seed=0).policy_episodes
+            own = collect(
+                log, None, ["base"], CollectionOptions(held_out_share=0.0, anchor_share=0.0), seed=0
+            ).policy_episodes
         if f"ep_{INTACT}" not in {each.episode.id for each in own}:
             yield "the learner collects nothing"
 

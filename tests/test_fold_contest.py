@@ -162,7 +162,7 @@ def test_what_the_acting_adapters_twin_has_seen_does_not_judge(protocol: ChatPro
     with served(parts_of(SayingEngine(protocol), protocol, tmp_path)) as server:
         post(server, *(expert_demonstration(number) for number in range(8))).raise_for_status()
         who = collaborators(server, tmp_path, world=None)
-        found = collect(server.parts.log, None, ("base",), CollectionOptions(held_out_share=0.0), 0)
+        found = collect(server.parts.log, None, ("base",), CollectionOptions(held_out_share=0.0, anchor_share=0.0), 0)
 
         def judging(acting: str) -> set[str]:
             return {unit.name for unit in CycleTrials.of_cycle(acting, found, who, 4).units}
@@ -247,7 +247,9 @@ def test_twelve_demonstrations_and_no_world_promote_and_their_twins_judge_the_ne
 
         trained.clear()
         post(server, *(expert_demonstration(number) for number in range(12, 16))).raise_for_status()
-        options = replace(options, collection=CollectionOptions(held_out_share=0.0))  # so that a fold comes first
+        options = replace(
+            options, collection=CollectionOptions(held_out_share=0.0, anchor_share=0.0)
+        )  # so that a fold comes first
         second = run(server, tmp_path, "cycle_2", options=options, world=None)
         assert second.stage in (CycleStage.PROMOTED, CycleStage.REFUSED), second.message
         (decision,) = who.learning_log.decisions("cycle_2")
