@@ -111,7 +111,8 @@ def files_of_a_streamed_request() -> set[str]:
             ask()
             seen.clear()  # what the start needed
             ask()
-    return {name for name in seen if "/engines/" not in name}
+            crossed = set(seen)  # what the end of the server needs is not the request's
+    return {name for name in crossed if "/engines/" not in name}
 
 
 def files_of_a_cycle() -> set[str]:
