@@ -64,7 +64,7 @@ def test_a_required_tool_is_called_with_the_arguments_that_were_asked_for(client
 
 def test_ten_transcripts_are_imported_and_a_short_cycle_comes_to_its_end(url: str, tmp_path: Path) -> None:
     path = tmp_path / "transcripts.jsonl"
-    path.write_text("".join(json.dumps(up_to_the_call(city)) + "\n" for city in CITIES[:NUM_TRANSCRIPTS]))
+    path.write_text("".join(json.dumps(transcript(city, num_steps=1)) + "\n" for city in CITIES[:NUM_TRANSCRIPTS]))
     command = [sys.executable, "-m", "learner", "import", str(path), "--url", url]
     imported = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "10 imported, 0 known already, 0 refused" in imported.stdout
@@ -76,11 +76,6 @@ def test_ten_transcripts_are_imported_and_a_short_cycle_comes_to_its_end(url: st
         cycle = httpx.get(f"{url}/learner/cycles/{cycle['id']}", timeout=60).raise_for_status().json()
     assert cycle["stage"] in ("promoted", "refused"), cycle["message"]
     assert cycle["decisions"], "the gate has judged a candidate"
-
-
-def up_to_the_call(city: str) -> dict[str, Any]:
-    whole = transcript(city)
-    return {**whole, "messages": whole["messages"][:2]}
 
 
 def test_a_trained_adapter_is_verified_acts_and_is_taken_back(
