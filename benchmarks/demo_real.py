@@ -42,7 +42,7 @@ from policies.types import BASE_ADAPTER, Action, FinalAnswer, ToolCall, ToolCall
 from tools.worlds import load_world
 from tools.worlds.world import Message, World
 
-LEARNING = ("objectives=sft", "discriminator=false")
+LEARNING = ("objectives=sft", "discriminator=false", "implicit-rewards=false")
 """One objective, no rewards for others: a real model's minutes go into what is shown here."""
 AT_DESK = ("epochs=1", "num-samples=0", "gate-tasks=24")
 """Each demonstration once; judged by tasks of the desk, of which 24 are the fewest that can pass."""

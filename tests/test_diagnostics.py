@@ -28,8 +28,14 @@ def test_of_many_experts_actions_some_are_watched_from_all_over(number: int, len
 
 
 def test_watched_actions_of_one_trajectory_lie_side_by_side() -> None:
-    """They share a context, which is computed once. Taken singly, they took a fourth of a training's time."""
-    watched = WatchedActions.of(demonstrations(76, 7))
+    """They share a context, which is computed once: of 76 orders 2,791 tokens are read, and 18,404 if taken singly."""
+    watched = WatchedActions.of(demonstrations(76, 7), are_rewarded=False)
     orders = [action[0] for _, action in watched.experts]
     assert len(set(orders)) == 5
     assert max(orders) - min(orders) > 60
+
+
+def test_logged_steps_are_scored_only_where_rewards_of_them_are_asked_for() -> None:
+    data = demonstrations(3, 4)
+    assert len(WatchedActions.of(data).logged) == 3 * 4
+    assert WatchedActions.of(data, are_rewarded=False).logged == []

@@ -48,7 +48,7 @@ def test_it_stops_early_where_the_gain_is_plain_and_where_there_is_none() -> Non
 
 
 def test_it_is_given_up_without_a_gain_once_too_few_pairs_are_left_to_show_one() -> None:
-    """Of ten pairs six have to gain: after six without, four are left. Each fold that is not tried spares a training."""
+    """Of ten pairs six have to gain: after six without, four are left. A fold not tried spares a training."""
     alike, still_possible = looked_at([0.0] * 10, 0.03), looked_at([0.0] * 4 + [1.0] * 6, 0.03)
     assert (alike.answer, alike.looks[-1]) == (Answer.GIVEN_UP, 6)
     assert still_possible.answer is Answer.SHOWN

@@ -29,7 +29,10 @@ from tests_real.server_process import ROOT, answer_to, client_of, required_call,
 
 ENDINGS = ("promoted", "refused", "no_lesson", "failed")
 NUM_TRANSCRIPTS = 10
-LEARNING = ("objectives=sft", "discriminator=false", "min-gradient-steps=2", "epochs=1", "num-samples=1")
+LEARNING = (
+    "objectives=sft", "discriminator=false", "implicit-rewards=false", "min-gradient-steps=2", "epochs=1",
+    "num-samples=1",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

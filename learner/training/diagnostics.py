@@ -38,10 +38,11 @@ class WatchedActions:
     logged: list[LoggedAction]
 
     @classmethod
-    def of(cls, training_data: TrainingData) -> WatchedActions:
+    def of(cls, training_data: TrainingData, are_rewarded: bool = True) -> WatchedActions:
         experts = [_demonstrated(trajectory) for trajectory in training_data.trajectories]
         watched = _evenly_spread([each for each in experts if each], MAX_EXPERTS)
-        return cls(watched, policy_actions_of(training_data), logged_actions_of(training_data))
+        logged = logged_actions_of(training_data) if are_rewarded else []
+        return cls(watched, policy_actions_of(training_data), logged)
 
     def sequences(self) -> list[ScoredSequence]:
         """One a watched action: experts', own, logged."""
