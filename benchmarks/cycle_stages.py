@@ -1,9 +1,10 @@
 """What each stage of a learner cycle takes with a real model: seconds, and CPU seconds of server and learner.
 
-Serves the model, imports short transcripts of one tool (`--transcripts`, two steps each), and sees one cycle through.
+Serves the model, imports short transcripts of one tool (`--transcripts`, of `--steps` steps each), and sees one cycle
+through.
 CPU seconds are given because wall time says little on a machine that others use too.
 
-Run: python -m benchmarks.cycle_stages --model FOLDER [--transcripts 10] [--learner-arg epochs=1] [--json FILE]
+Run: python -m benchmarks.cycle_stages --model FOLDER [--transcripts 10] [--steps 2] [--learner-arg epochs=1]
 """
 
 from __future__ import annotations
@@ -36,17 +37,16 @@ WEATHER: dict[str, Any] = {
 CITIES = ("Oslo", "Cairo", "Lima", "Paris", "Quito", "Delhi", "Accra", "Seoul", "Perth", "Turin", "Davos", "Izmir")
 
 
-def transcript(city: str) -> dict[str, Any]:
+def transcript(city: str, num_steps: int = 2) -> dict[str, Any]:
+    """One step is a call, the second an answer."""
     call = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": json.dumps({"city": city})}}
-    return {
-        "tools": [WEATHER],
-        "messages": [
-            {"role": "user", "content": f"Do I need an umbrella in {city}?"},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "tool_call_id": "c", "content": "Rain."},
-            {"role": "assistant", "content": f"Yes: it rains in {city}."},
-        ],
-    }
+    messages = [
+        {"role": "user", "content": f"Do I need an umbrella in {city}?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "Rain."},
+        {"role": "assistant", "content": f"Yes: it rains in {city}."},
+    ]
+    return {"tools": [WEATHER], "messages": messages[: 2 * num_steps]}
 
 
 def cpu_seconds(pid: int | None) -> float:
@@ -100,6 +100,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--transcripts", type=int, default=10)
+    parser.add_argument("--steps", type=int, choices=(1, 2), default=2, help="of each transcript")
     parser.add_argument("--learner-arg", action="append", default=[], help="passed on: min-gradient-steps=2")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
@@ -109,7 +110,7 @@ def main(arguments: Sequence[str]) -> None:
         cities = [
             f"{CITIES[number % len(CITIES)]}{number // len(CITIES) or ''}" for number in range(options.transcripts)
         ]
-        path.write_text("".join(json.dumps(transcript(city)) + "\n" for city in cities))
+        path.write_text("".join(json.dumps(transcript(city, options.steps)) + "\n" for city in cities))
         served = ["--model", str(options.model), "--max-context", "2048", *passed_on]
         with server(state, served, Path(folder) / "server.log") as url:
             subprocess.run([sys.executable, "-m", "learner", "import", str(path), "--url", f"{url}/v1"], check=True)

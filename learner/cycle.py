@@ -253,7 +253,9 @@ def _fold_training(
 
 
 def _settings(options: CycleOptions) -> CandidateOptions:
-    return CandidateOptions(options.objectives, options.objective, options.training, options.device)
+    return CandidateOptions(
+        options.objectives, options.objective, options.training, options.device, options.implicit_rewards
+    )
 
 
 async def _promote(

@@ -104,6 +104,9 @@ class CycleOptions:
     discriminator: bool = True
     """Train one also where no objective learns from it (`inverse` does): its rewards are logged, and it takes about as
     long as a candidate."""
+    implicit_rewards: bool = True
+    """Log how much likelier the candidate makes each logged step than the acting adapter: every step that a cycle reads
+    goes through the network before and after training, which takes a real network about as long as to train."""
     device: str = "auto"
     """Where it trains: auto, cpu, cuda, cuda:1 ..."""
     collection: CollectionOptions = field(default_factory=CollectionOptions)

@@ -47,6 +47,13 @@ def test_it_stops_early_where_the_gain_is_plain_and_where_there_is_none() -> Non
     assert worse.looks[-1] < 50
 
 
+def test_it_is_given_up_without_a_gain_once_too_few_pairs_are_left_to_show_one() -> None:
+    """Of ten pairs six have to gain: after six without, four are left. A fold not tried spares a training."""
+    alike, still_possible = looked_at([0.0] * 10, 0.03), looked_at([0.0] * 4 + [1.0] * 6, 0.03)
+    assert (alike.answer, alike.looks[-1]) == (Answer.GIVEN_UP, 6)
+    assert still_possible.answer is Answer.SHOWN
+
+
 def test_nothing_passes_before_enough_was_seen_for_a_rare_harm_to_show() -> None:
     """Nine of ten a little better, one far worse: the first looks were once all the gate saw of a hundred tasks."""
     draw, num_passed = np.random.default_rng(0), 0
@@ -93,4 +100,4 @@ def test_with_fewer_pairs_than_the_fewest_nothing_passes(level: float) -> None:
 
 def test_nothing_tried_shows_nothing() -> None:
     assert SequentialTest(8, 0.05).look([], is_end=True) is Answer.NOT_SHOWN
-    assert looked_at([0.0] * 30).answer is Answer.NOT_SHOWN
+    assert looked_at([0.0] * 30).answer is Answer.GIVEN_UP

@@ -66,6 +66,33 @@ def test_blocks_attend_as_one_dense_mask_does(
         torch.testing.assert_close(gradient, plain)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_in_16_bits_blocks_attend_as_one_dense_mask_does_in_64(window: int | None) -> None:
+    """Written out as products there: outputs and gradients are off by what 8 bits of a mantissa round away."""
+    pack, tree = forest()
+    half = torch.randn(3, 1, 4, pack.num_tokens, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    query, key, value = half.requires_grad_().unbind()
+    module = torch.nn.Module()
+    output, _ = tree_attention(module, query, key[:, :2], value[:, :2], None, tree=tree, sliding_window=window)
+    exact_query, exact_key, exact_value = half.detach().double().requires_grad_().unbind()
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        exact_query,
+        exact_key[:, :2].repeat_interleave(2, dim=1),
+        exact_value[:, :2].repeat_interleave(2, dim=1),
+        attn_mask=expected_visibility(pack, window),
+    ).transpose(1, 2)
+    assert far_apart(output, exact) < 0.01
+    gradients = torch.autograd.grad(output.float().square().sum(), (query, key, value))
+    expected = torch.autograd.grad(exact.square().sum(), (exact_query, exact_key, exact_value))
+    for gradient, plain in zip(gradients, expected, strict=True):
+        assert far_apart(gradient, plain) < 0.02
+
+
+def far_apart(rough: torch.Tensor, exact: torch.Tensor) -> float:
+    """Norm of the difference, relative to the exact one's."""
+    return ((rough.double() - exact).norm() / exact.norm()).item()
+
+
 def test_keys_of_other_trees_and_ended_branches_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learner.packing.tree_attention, "BLOCK_TOKENS", 10)
     rows = [ScoredSequence((tree, *range(100, 109)), (Span(1, 2),), owner=tree) for tree in range(50)]

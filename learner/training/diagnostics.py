@@ -8,42 +8,60 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from learner.data.rewards import LoggedAction, logged_actions_of, policy_actions_of
-from learner.data.training_data import NO_ANCESTOR, PolicyAction, State, TrainingData
+from learner.data.training_data import NO_ANCESTOR, PolicyAction, State, TrainingData, Trajectory
 from learner.objectives.losses import effective_sample_size, k3
 from learner.objectives.objectives import action_sequence
 from learner.packing.prefix_tree import ScoredSequence
 
-MAX_EXPERTS = 64
+T = TypeVar("T")
+
+MAX_EXPERTS = 32
 """Experts' actions that are watched: their mean is all that is told, and each takes a pass before and one after."""
 
 
 @dataclass(frozen=True, slots=True)
 class WatchedActions:
-    """The actions of a training data that are scored before and after training: the experts' (of many some, evenly
-    spread) and the policy's own, which are measured, then the logged ones, which are rewarded; the same action in two
-    of them is scored once."""
+    """The actions of a training data that are scored before and after training: the experts' (of many those of some
+    trajectories: actions of one share their contexts) and the policy's own, which are measured, then the logged ones,
+    which are rewarded; the same action in two of them is
+    scored once."""
 
     experts: list[tuple[State, tuple[int, ...]]]
     policy_actions: list[tuple[State, PolicyAction]]
     logged: list[LoggedAction]
 
     @classmethod
-    def of(cls, training_data: TrainingData) -> WatchedActions:
-        states = [state for trajectory in training_data.trajectories for state in trajectory.states]
-        experts = [(state, state.expert) for state in states if state.expert is not None]
-        watched = experts[:: -(-len(experts) // MAX_EXPERTS) or 1]
-        return cls(watched, policy_actions_of(training_data), logged_actions_of(training_data))
+    def of(cls, training_data: TrainingData, are_rewarded: bool = True) -> WatchedActions:
+        experts = [_demonstrated(trajectory) for trajectory in training_data.trajectories]
+        watched = _evenly_spread([each for each in experts if each], MAX_EXPERTS)
+        logged = logged_actions_of(training_data) if are_rewarded else []
+        return cls(watched, policy_actions_of(training_data), logged)
 
     def sequences(self) -> list[ScoredSequence]:
         """One a watched action: experts', own, logged."""
         watched = [*self.experts, *((s, a.token_ids) for s, a in self.policy_actions)]
         watched += [(action.state, action.token_ids) for action in self.logged]
         return [action_sequence(state.prompt, action, (state.id,)) for state, action in watched]
+
+
+def _demonstrated(trajectory: Trajectory) -> list[tuple[State, tuple[int, ...]]]:
+    return [(state, state.expert) for state in trajectory.states if state.expert is not None]
+
+
+def _evenly_spread(groups: Sequence[list[T]], most: int) -> list[T]:
+    """The items of all groups; where they are more than `most`, of groups at even distances, that many at most."""
+    share = min(1.0, most / max(sum(map(len, groups)), 1))
+    ends = [ceil((number + 1) * share) for number in range(len(groups))]
+    begins = [0, *ends][: len(ends)]
+    picked = [item for begin, end, group in zip(begins, ends, groups, strict=True) if end > begin for item in group]
+    return picked[:most]
 
 
 def diagnostics(watched: WatchedActions, before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, float]:
