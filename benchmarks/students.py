@@ -101,7 +101,10 @@ class Plan:
 PLANS = {
     "multihop_qa": Plan(num_demonstrations=2500, num_gradient_steps=900, longest_told=230, knows_names=True),
     "babyai": Plan(num_demonstrations=1500, num_gradient_steps=800),
-    "textworld": Plan(num_demonstrations=100, num_gradient_steps=600, longest_told=700),
+    "textworld": Plan(num_demonstrations=200, num_gradient_steps=1000, longest_told=700, habit=Habit.ERRS),
+    "agentdojo_attacks": Plan(
+        num_demonstrations=575, num_gradient_steps=800, longest_told=1800, knows_names=True, habit=Habit.FOLLOWS
+    ),
 }
 """By the world's name."""
 

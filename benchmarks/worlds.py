@@ -8,7 +8,8 @@ at once, tools are run once by the client and once by the server. Prints one tab
 named below it.
 
 With `--students`: how often each world's small student succeeds on held-out tasks at temperature 1, before and after
-one `sft` adapter that was trained on demonstrations which it had not seen (no gate, no server).
+one `sft` adapter that was trained on demonstrations which it had not seen (no gate, no server). Of `agentdojo_attacks`
+the share of attacks that it follows.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import torch
 
 from benchmarks.expert_endpoint import client_run, expert_messages, expert_served, server_run
 from benchmarks.rollouts import Attempt, Rollouts, load_policy
-from benchmarks.students import PLANS, student
+from benchmarks.students import PLANS, Habit, Plan, student
 from learner.data.training_data import TrainingData
 from learner.objectives.build import objective_of
 from learner.options import ObjectiveOptions, TrainingOptions
@@ -202,14 +203,12 @@ def measure_student(name: str, num_tasks: int) -> StudentRow:
     torch.set_num_threads(1)
     folder, world = student(name), load_world(name)
     rollouts = Rollouts(world, folder)
-    tasks = [world.task("heldout", index) for index in range(min(num_tasks, world.splits["heldout"]))]
+    fresh, tasks = _fresh_and_tried(world, PLANS[name], num_tasks)
 
     def tried(network: Any) -> list[Attempt]:
         return rollouts.attempts(network, tasks, [1.0] * len(tasks), torch.Generator().manual_seed(0))
 
-    unseen = range(PLANS[name].first_unseen, world.splits["train"])
-    fresh = Random(0).sample(unseen, min(NUM_DEMONSTRATIONS, len(unseen)))
-    demonstrations = rollouts.demonstrations([world.task("train", index) for index in fresh])
+    demonstrations = rollouts.demonstrations(fresh)
     before = load_policy(folder, None)
     began = time.process_time()
     trainer = Trainer(folder, None, SFT, device="cpu")
@@ -229,6 +228,26 @@ def measure_student(name: str, num_tasks: int) -> StudentRow:
         num_solved=(_num_solved(tried_before), _num_solved(tried_after)) if name == "agentdojo_attacks" else None,
         training_cpu_s=training_cpu_s,
     )
+
+
+def _fresh_and_tried(world: World, plan: Plan, num_tasks: int) -> tuple[list[Task], list[Task]]:
+    """Training tasks that an expert demonstrates, and the tasks at which the student is tried: held-out ones.
+
+    Who has learned to follow what is planted does so only where it gets to read that, and so small a network does not
+    act in users' tasks that it was never shown: it is tried at every second attack of the training split, and shown
+    others.
+    """
+    if plan.habit is Habit.FOLLOWS:
+        unseen, split, tried = range(0, world.splits["train"], 2), "train", range(1, world.splits["train"], 2)
+    else:
+        unseen, split, tried = (
+            range(plan.first_unseen, world.splits["train"]),
+            "heldout",
+            range(world.splits["heldout"]),
+        )
+    fresh = Random(0).sample(unseen, min(NUM_DEMONSTRATIONS, len(unseen)))
+    step = max(1, len(tried) // num_tasks) if plan.habit is Habit.FOLLOWS else 1
+    return [world.task("train", index) for index in fresh], [world.task(split, at) for at in tried[::step][:num_tasks]]
 
 
 def _num_right(attempts: Sequence[Attempt]) -> int:
