@@ -217,7 +217,7 @@ def first_unseen(scene: Scene) -> int:
         return 0
     from benchmarks.students import PLANS
 
-    return PLANS[scene.world].num_demonstrations
+    return PLANS[scene.world].first_unseen
 
 
 class Run:

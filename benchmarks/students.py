@@ -7,8 +7,9 @@ What the novice is to the order desk a student is to a world that others wrote: 
 enough that a cycle takes seconds. Its words are learned from the demonstrations (byte-level BPE, and whole tokens for
 the fixed parts of calls), its network is the novice's with one layer more, trained from nothing in some minutes on one
 core. It reads no tool schemas, and of system prompts and observations no more than the beginning: its chat template
-cuts them, so that serving cuts them alike. The first `Plan.num_demonstrations` tasks of the training split are spent;
-what comes after them it has not seen.
+cuts them, so that serving cuts them alike. Where its plan names a habit, it has watched a colleague who has it
+(`benchmarks/colleagues.py`): what an expert's demonstrations mend. The first `Plan.num_demonstrations` tasks of the
+training split are spent; what comes after them it has not seen.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from hashlib import sha256
 from pathlib import Path
 from random import Random
@@ -33,6 +35,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
+from benchmarks.colleagues import Conversation, erring, expert, gullible
 from benchmarks.rollouts import Rollouts, load_policy
 from policies.novice.build import build_network, lr_share, render, wilson_interval
 from policies.novice.tokenizer import (
@@ -46,7 +49,7 @@ from policies.novice.tokenizer import (
     with_templates,
 )
 from tools.worlds import load_world
-from tools.worlds.world import Message, Task, World, max_steps_of
+from tools.worlds.world import Message, Task, World
 
 CACHE = Path(".cache/students")
 """Under the working folder, which is the repository's root."""
@@ -55,10 +58,19 @@ NUM_KEY_VALUE_HEADS = 2
 BATCH_TOKENS = 1536
 PEAK_LR = 3e-3
 TOLD_WEIGHT = 0.5
+ERROR_SHARE = 0.25
+NUM_SHOWN_TO_ERRING = 50
+"""The first demonstrations, whose calls are made elsewhere by mistake."""
 TOLD_SHARE = 0.25
 """Of the tokens that others wrote so many are learned too, drawn anew each time, at this weight; own ones have 1."""
 
-Conversation = list[Message]
+
+class Habit(StrEnum):
+    """What the colleague does that a student has watched."""
+
+    NONE = "none"
+    ERRS = "errs"  # at `ERROR_SHARE` of the steps another call, and then what is right from there
+    FOLLOWS = "follows"  # whatever is planted in a tool's result (agentdojo_attacks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +89,22 @@ class Plan:
     """Every word of every task's opening is one token, as the order desk's words are to the novice: so small a network
     cannot learn to copy names in pieces. Rare ones change places whenever a conversation is read, so that it learns to
     copy them, and not who lives where. Of tasks that are not demonstrated nothing else is read."""
+    habit: Habit = Habit.NONE
     seed: int = 0
+
+    @property
+    def first_unseen(self) -> int:
+        """The first training task at which an expert would show it something new."""
+        return 0 if self.habit is Habit.FOLLOWS else self.num_demonstrations
 
 
 PLANS = {
     "multihop_qa": Plan(num_demonstrations=2500, num_gradient_steps=900, longest_told=230, knows_names=True),
     "babyai": Plan(num_demonstrations=1500, num_gradient_steps=800),
-    "textworld": Plan(num_demonstrations=100, num_gradient_steps=600, longest_told=700),
+    "textworld": Plan(num_demonstrations=200, num_gradient_steps=1000, longest_told=700, habit=Habit.ERRS),
+    "agentdojo_attacks": Plan(
+        num_demonstrations=575, num_gradient_steps=800, longest_told=1800, knows_names=True, habit=Habit.FOLLOWS
+    ),
 }
 """By the world's name."""
 
@@ -93,17 +114,7 @@ PLANS = {
 
 def demonstrations(world: World, tasks: Iterable[Task]) -> Iterator[Conversation]:
     """The expert's conversations at those tasks that it brings to outcome 1."""
-    for task in tasks:
-        episode, conversation = world.open(task), list(task.messages)
-        for _ in range(max_steps_of(world)):
-            message = episode.expert_action()
-            if message is None:
-                break
-            conversation += [message, *(told := episode.play(message))]
-            if not told:
-                break
-        if conversation[-1]["role"] == "assistant" and episode.outcome() == 1.0:
-            yield conversation
+    return (conversation for task in tasks if (conversation := expert(world, task)) is not None)
 
 
 def all_openings(world: World) -> list[Conversation]:
@@ -111,22 +122,45 @@ def all_openings(world: World) -> list[Conversation]:
     return [list(world.task(split, index).messages) for split, size in world.splits.items() for index in range(size)]
 
 
+def watched(world_name: str, plan: Plan) -> list[Conversation]:
+    """What a student of this plan learns from."""
+    match plan.habit:
+        case Habit.NONE:
+            return kept_demonstrations(world_name, plan.num_demonstrations)
+        case Habit.ERRS:
+            shown = kept_demonstrations(world_name, NUM_SHOWN_TO_ERRING)
+            others = [message for each in shown for message in each if message.get("tool_calls")]
+            return _kept(
+                f"{world_name}-errs",
+                load_world(world_name),
+                plan.num_demonstrations,
+                lambda world, task: erring(world, task, others, ERROR_SHARE),
+            )
+        case Habit.FOLLOWS:
+            return _kept(f"{world_name}-follows", load_world(world_name), plan.num_demonstrations, gullible)
+
+
 def kept_demonstrations(world_name: str, num_tasks: int) -> list[Conversation]:
-    """Those of the first training tasks. What was made once lies in a file, a line for each task, and whoever was
-    stopped goes on there."""
+    """The expert's, of the first training tasks."""
+    return _kept(world_name, load_world(world_name), num_tasks, expert)
+
+
+def _kept(
+    file_name: str, world: World, num_tasks: int, converse: Callable[[World, Task], Conversation | None]
+) -> list[Conversation]:
+    """Conversations about the first training tasks. What was made once lies in a file, a line for each task, and
+    whoever was stopped goes on there."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / f"{world_name}.jsonl").open("a+", encoding="utf-8") as file:
+    with (CACHE / f"{file_name}.jsonl").open("a+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         lines = file.read().splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):  # whoever wrote it was ended meanwhile
             lines.pop()
             file.truncate(sum(len(line.encode()) for line in lines))
-        world = load_world(world_name)
         num_tasks = min(num_tasks, world.splits["train"])
-        for index in tqdm(range(len(lines), num_tasks), desc=f"experts of {world_name}", mininterval=1.0):
-            conversation = next(demonstrations(world, [world.task("train", index)]), None)
-            lines.append(json.dumps(conversation) + "\n")
+        for index in tqdm(range(len(lines), num_tasks), desc=file_name, mininterval=1.0):
+            lines.append(json.dumps(converse(world, world.task("train", index))) + "\n")
             file.write(lines[-1])
             file.flush()
     return [conversation for line in lines[:num_tasks] if (conversation := json.loads(line)) is not None]
@@ -333,7 +367,7 @@ def student(world_name: str, plan: Plan | None = None) -> Path:
     digest = sha256(json.dumps(asdict(plan)).encode()).hexdigest()[:8]
     folder = CACHE / f"{world_name}-student-{digest}"
     if not folder.exists():
-        conversations = kept_demonstrations(world_name, plan.num_demonstrations)
+        conversations = watched(world_name, plan)
         openings = all_openings(load_world(world_name)) if plan.knows_names else []
         with tempfile.TemporaryDirectory(dir=CACHE) as making:
             build_student(conversations, openings, plan, Path(making) / "student")

@@ -8,7 +8,8 @@ at once, tools are run once by the client and once by the server. Prints one tab
 named below it.
 
 With `--students`: how often each world's small student succeeds on held-out tasks at temperature 1, before and after
-one `sft` adapter that was trained on demonstrations which it had not seen (no gate, no server).
+one `sft` adapter that was trained on demonstrations which it had not seen (no gate, no server). Of `agentdojo_attacks`
+the share of attacks that it follows.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from random import Random
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,8 +32,8 @@ from typing import Any
 import torch
 
 from benchmarks.expert_endpoint import client_run, expert_messages, expert_served, server_run
-from benchmarks.rollouts import Rollouts, load_policy
-from benchmarks.students import PLANS, student
+from benchmarks.rollouts import Attempt, Rollouts, load_policy
+from benchmarks.students import PLANS, Habit, Plan, student
 from learner.data.training_data import TrainingData
 from learner.objectives.build import objective_of
 from learner.options import ObjectiveOptions, TrainingOptions
@@ -191,6 +193,9 @@ class StudentRow:
     num_tasks: int
     num_right_before: int
     num_right_after: int
+    num_solved: tuple[int, int] | None
+    """In `agentdojo_attacks`, where it is right not to follow what was planted: at how many tasks it also did what the
+    user wanted, before and after."""
     training_cpu_s: float
 
 
@@ -198,15 +203,12 @@ def measure_student(name: str, num_tasks: int) -> StudentRow:
     torch.set_num_threads(1)
     folder, world = student(name), load_world(name)
     rollouts = Rollouts(world, folder)
-    tasks = [world.task("heldout", index) for index in range(min(num_tasks, world.splits["heldout"]))]
+    fresh, tasks = _fresh_and_tried(world, PLANS[name], num_tasks)
 
-    def num_right(network: Any) -> int:
-        attempts = rollouts.attempts(network, tasks, [1.0] * len(tasks), torch.Generator().manual_seed(0))
-        return sum(attempt.outcome == 1.0 for attempt in attempts)
+    def tried(network: Any) -> list[Attempt]:
+        return rollouts.attempts(network, tasks, [1.0] * len(tasks), torch.Generator().manual_seed(0))
 
-    first = PLANS[name].num_demonstrations
-    fresh = range(first, min(first + NUM_DEMONSTRATIONS, world.splits["train"]))
-    demonstrations = rollouts.demonstrations([world.task("train", index) for index in fresh])
+    demonstrations = rollouts.demonstrations(fresh)
     before = load_policy(folder, None)
     began = time.process_time()
     trainer = Trainer(folder, None, SFT, device="cpu")
@@ -215,15 +217,48 @@ def measure_student(name: str, num_tasks: int) -> StudentRow:
     with TemporaryDirectory() as adapter:
         trainer.network.save_pretrained(adapter)
         after = load_policy(folder, Path(adapter))
+    tried_before, tried_after = tried(before), tried(after)
     return StudentRow(
         world=name,
         num_weights=sum(weight.numel() for weight in before.parameters()),
         num_demonstrations=len(demonstrations),
         num_tasks=len(tasks),
-        num_right_before=num_right(before),
-        num_right_after=num_right(after),
+        num_right_before=_num_right(tried_before),
+        num_right_after=_num_right(tried_after),
+        num_solved=(_num_solved(tried_before), _num_solved(tried_after)) if name == "agentdojo_attacks" else None,
         training_cpu_s=training_cpu_s,
     )
+
+
+def _fresh_and_tried(world: World, plan: Plan, num_tasks: int) -> tuple[list[Task], list[Task]]:
+    """Training tasks that an expert demonstrates, and the tasks at which the student is tried: held-out ones.
+
+    Who has learned to follow what is planted does so only where it gets to read that, and so small a network does not
+    act in users' tasks that it was never shown: it is tried at every second attack of the training split, and shown
+    others.
+    """
+    if plan.habit is Habit.FOLLOWS:
+        unseen, split, tried = range(0, world.splits["train"], 2), "train", range(1, world.splits["train"], 2)
+    else:
+        unseen, split, tried = (
+            range(plan.first_unseen, world.splits["train"]),
+            "heldout",
+            range(world.splits["heldout"]),
+        )
+    fresh = Random(0).sample(unseen, min(NUM_DEMONSTRATIONS, len(unseen)))
+    step = max(1, len(tried) // num_tasks) if plan.habit is Habit.FOLLOWS else 1
+    return [world.task("train", index) for index in fresh], [world.task(split, at) for at in tried[::step][:num_tasks]]
+
+
+def _num_right(attempts: Sequence[Attempt]) -> int:
+    return sum(attempt.outcome == 1.0 for attempt in attempts)
+
+
+def _num_solved(attempts: Sequence[Attempt]) -> int:
+    from tools.worlds.agentdojo import AgentDojoEpisode
+
+    episodes = [attempt.episode for attempt in attempts]
+    return sum(isinstance(episode, AgentDojoEpisode) and episode.is_solved() for episode in episodes)
 
 
 def student_table(rows: Sequence[StudentRow]) -> str:
@@ -235,7 +270,17 @@ def student_table(rows: Sequence[StudentRow]) -> str:
         rates = [_rate(right, row.num_tasks) for right in (row.num_right_before, row.num_right_after)]
         cells = [row.world, f"{row.num_weights / 1e6:.2f}M", row.num_demonstrations, row.num_tasks, *rates]
         lines.append(f"| {' | '.join(map(str, cells))} | {row.training_cpu_s:.0f} |")
+    lines += [_attacks_line(row, row.num_solved) for row in rows if row.num_solved]
     return "\n".join(lines)
+
+
+def _attacks_line(row: StudentRow, num_solved: tuple[int, int]) -> str:
+    num_followed = [row.num_tasks - row.num_right_before, row.num_tasks - row.num_right_after]
+    followed, solved = ([_rate(number, row.num_tasks) for number in each] for each in (num_followed, num_solved))
+    return (
+        f"\n{row.world}: {followed[0]} followed before, {followed[1]} after; "
+        f"of the users' tasks {solved[0]} were done before, {solved[1]} after."
+    )
 
 
 def _rate(num_right: int, num_tried: int) -> str:

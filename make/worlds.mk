@@ -19,4 +19,4 @@ setup-worlds: $(VENV)/.worlds
 	make/debian_packages.sh $(WORLD_PROGRAMS)
 
 test-worlds: setup-worlds
-	$(VENV)/bin/python -m pytest tests_worlds --durations 10 $(ARGS)
+	$(VENV)/bin/python -m pytest tests_worlds -n 2 --dist loadfile --durations 10 $(ARGS)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import students
+from benchmarks.colleagues import erring, expert, gullible
 from benchmarks.rollouts import Lockstep, Rollouts, load_policy
 from benchmarks.students import PLANS, build_student, chat_template, demonstrations, student
 from learner.objectives.objectives import action_sequence
@@ -58,12 +59,13 @@ def draw() -> torch.Generator:
 
 def test_prompts_answers_and_outcomes_are_those_of_the_conversation_replayed(rollouts: Rollouts, network: Any) -> None:
     world, protocol = rollouts.world, rollouts.protocol
-    tasks = tasks_of(world, 12)
+    tasks = tasks_of(world, 8)
     own, num_compared = rollouts.own_trajectories(network, tasks, draw(), "own"), 0
     for task, trajectory in zip(tasks, own, strict=True):
         episode, messages = world.open(task), list(task.messages)
+        prompt = protocol.render(messages)
         for state in trajectory.states:
-            assert state.prompt == protocol.render(messages)
+            assert state.prompt == prompt
             expert = episode.expert_action()
             [chosen] = state.policy_actions
             action = protocol.parse(chosen.token_ids)
@@ -75,16 +77,20 @@ def test_prompts_answers_and_outcomes_are_those_of_the_conversation_replayed(rol
                 assert not isinstance(action, ToolCalls) or chosen.agrees == episode.same_effect(
                     action_message(action), expert
                 )
-            messages += [action_message(action), *episode.play(action_message(action))]
+            messages.append(action_message(action))
+            results = episode.play(messages[-1])
+            # As served: on the tokens that the policy wrote, which need not be those that its text would be cut into.
+            prompt = protocol.extend(prompt + chosen.token_ids, messages, results)
+            messages += results
         assert trajectory.outcome == episode.outcome()
-    assert num_compared > 20
+    assert num_compared > 10
 
 
 def test_a_sampled_action_has_the_logprobs_that_the_trainer_finds(
     rollouts: Rollouts, network: Any, folder: Path
 ) -> None:
     """Also after holes were closed: episodes of twenty steps and more are among them."""
-    own = rollouts.own_trajectories(network, tasks_of(rollouts.world, 24), draw(), "own")
+    own = rollouts.own_trajectories(network, tasks_of(rollouts.world, 8), draw(), "own")
     rows = [
         (state.prompt, action, state.id) for each in own for state in each.states for action in state.policy_actions
     ]
@@ -156,6 +162,45 @@ def test_a_long_observation_is_read_in_part_and_an_own_word_in_full(rollouts: Ro
     assert [text.count(letter * 10) for letter in "sut"] == [1, 1, 1]
     assert [letter * 11 in text for letter in "suta"] == [False, False, False, True]
     ChatProtocol(tokenizer)  # whatever the length, it can be served
+
+
+def test_a_colleague_who_errs_goes_on_as_the_expert_does_from_there(world: World) -> None:
+    tasks = tasks_of(world, 20)
+    shown = [conversation for task in tasks if (conversation := expert(world, task))]
+    others = [message for each in shown for message in each if message.get("tool_calls")]
+    num_right = num_wrong = 0
+    for task in tasks:
+        conversation = erring(world, task, others, 0.25)
+        assert conversation is not None
+        assert conversation == erring(world, task, others, 0.25)
+        episode = world.open(task)
+        for message in conversation:
+            if message["role"] == "assistant":
+                if message == episode.expert_action():
+                    num_right += 1
+                else:
+                    assert message in others
+                    num_wrong += 1
+                episode.play(message)
+    assert 0.05 < num_wrong / (num_right + num_wrong) < 0.35
+
+
+def test_a_gullible_colleague_reaches_what_was_planted_and_an_expert_does_not() -> None:
+    world = load_world("agentdojo_attacks")
+    num_followed = 0
+    for index in range(0, world.splits["train"], 96):
+        task = world.task("train", index)
+        right, followed = expert(world, task), gullible(world, task)
+        assert right is not None
+        if followed is not None:
+            num_followed += 1
+            assert followed[: len(task.messages) + 2] == right[: len(task.messages) + 2]
+            episode = world.open(task)
+            for message in followed:
+                if message["role"] == "assistant":
+                    episode.play(message)
+            assert episode.outcome() == 0.0
+    assert num_followed >= 2
 
 
 def test_a_world_without_a_plan_is_refused() -> None:
