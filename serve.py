@@ -326,9 +326,17 @@ def retention_of(settings: Settings, log: StepLog, erasing: Erasing, swap: Swap)
     from policies.command_line import split_commas
     from runtime.privacy.retention import Limits, Retention
 
-    limits = Limits(settings.keep_days, None if settings.keep_gb is None else int(settings.keep_gb * 1e9))
+    def limits_of(days: float | None, gigabytes: float | None) -> Limits:
+        return Limits(days, None if gigabytes is None else int(gigabytes * 1e9))
+
+    limits = limits_of(settings.keep_days, settings.keep_gb)
+    of_agents = {
+        name: limits_of(agent.keep_days or settings.keep_days, agent.keep_gb)
+        for name, agent in settings.agents_file.agents.items()
+        if agent.keep_days or agent.keep_gb
+    }
     anchors = split_commas(str(settings.learner_arg.get("anchors", "")))
-    return Retention(settings.state, log, erasing, limits, swap.is_in_progress, anchors)
+    return Retention(settings.state, log, erasing, limits, swap.is_in_progress, anchors, of_agents)
 
 
 def redactor_of(settings: Settings) -> Redactor | None:

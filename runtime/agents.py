@@ -152,6 +152,11 @@ class AgentTable(_Table):
     """Days that a candidate of it waits for somebody's yes; default: --approval-days."""
     learn_every: int | None = Field(None, ge=0)
     """Start a learning cycle after so many new episodes of it; default: --learn-every."""
+    keep_days: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Days after their last step that episodes of it are kept; default: --keep-days."""
+    keep_gb: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Most gigabytes that texts and tokens of its own episodes may take; the oldest go first. Default: no bound but
+    --keep-gb, which holds for all agents together in any case."""
     sampling: SamplingDefaults = Field(default_factory=lambda: SamplingDefaults.model_validate({}))
     """How it samples where a request does not say."""
 

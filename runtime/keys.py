@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from runtime.store.adapter_registry import UNNAMED
 from runtime.store.episodes import Role
 from runtime.store.keys import Key, KeyProblem, KeyStore, Quota
 
@@ -26,6 +27,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     make.add_argument("--role", type=Role, choices=list(Role), default=Role.USE, help="each includes those before it")
     for what in ("requests", "steps", "tokens"):
         make.add_argument(f"--{what}-per-day", type=int, default=None, help=f"most {what} in a day (UTC)")
+    make.add_argument("--agent", action="append", default=[], metavar="NAME",
+                      help=f"an agent that it may speak to and teach; repeat for more; {UNNAMED}: the server's own; "
+                           "default: all")  # fmt: skip
     commands.add_parser("list", help="all keys, without their secrets")
     for name, text in (("rotate", "give a key another secret"), ("revoke", "refuse a key for ever")):
         commands.add_parser(name, help=text).add_argument("name")
@@ -58,7 +62,7 @@ def _do(options: argparse.Namespace, store: KeyStore) -> int:
                 print("from now on this server answers nobody without a key: make one with --role admin too, or start "
                       "it with one (STEPAGENT_API_KEY)", file=sys.stderr)  # fmt: skip
             quota = Quota(options.requests_per_day, options.steps_per_day, options.tokens_per_day)
-            print(store.make(options.name, options.role, quota, BY_COMMAND))
+            print(store.make(options.name, options.role, quota, BY_COMMAND, options.agent))
         case "rotate":
             print(store.rotate(options.name, BY_COMMAND))
         case "revoke":
@@ -75,7 +79,8 @@ def _line(key: Key) -> str:
     bounds = {"requests": key.quota.requests, "steps": key.quota.steps, "tokens": key.quota.tokens}
     quota = [f"{bound} {what} a day" for what, bound in bounds.items() if bound is not None]
     state = "revoked" if key.is_revoked else key.role.value
-    return "  ".join((f"{key.name:<20}", f"{state:<8}", f"made {made} UTC", *quota))
+    agents = [f"for {', '.join(key.agents)}"] if key.agents else []
+    return "  ".join((f"{key.name:<20}", f"{state:<8}", f"made {made} UTC", *agents, *quota))
 
 
 if __name__ == "__main__":

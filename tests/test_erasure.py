@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ import pytest
 from policies.adapters.probe import LikelyToken, Probe, ProbePrompt, read_probe, write_probe
 from policies.chat.chat_protocol import action_message
 from runtime.store.episodes import Actor, Episode, Outcome, Purpose, Step
-from runtime.store.erasure import Eraser, Scope
+from runtime.store.erasure import STEPS_AT_ONCE, Eraser, Scope
 from runtime.store.learning_log import CycleStage, LearningLog, LessonRole
 from runtime.store.own_episodes import OwnEpisodes
+from runtime.store.soundness import problems_of
 from runtime.store.step_log import StepLog, StepLogError
 from runtime.store.step_rows import tokens_to_blob
 from tests.conftest import ServeScripted
@@ -217,6 +219,23 @@ def test_facts_can_be_deleted_only_where_a_tombstone_stands(log: StepLog, tmp_pa
         log.append(Outcome("out_2", episode.id, 1.0, "user")).result()
     with pytest.raises(StepLogError, match="was erased"):
         log.append(make_step(episode)).result()
+
+
+def test_what_is_half_erased_is_no_damage(log: StepLog, tmp_path: Path) -> None:
+    """A backup of such a moment was called damaged, and a nightly job would have thrown it away: found by kills."""
+    one, steps = many_steps(log, STEPS_AT_ONCE + 50)
+    other = make_episode()
+    log.append(other, make_step(other, parent_id=steps[-1].id, index=len(steps))).result()
+    log.append(Outcome("out_1", one.id, 1.0, "user")).result()
+    eraser = Eraser(tmp_path, log)
+    erasure = eraser.begin([one.id], Scope.EPISODE, "")
+    asked = chain([False], repeat(True))
+    assert eraser.work(erasure.id, lambda: next(asked)).state == "running"
+    assert log.episode(one.id) is None
+    assert len(list(log.steps(one.id))) == 50
+    assert list(problems_of(tmp_path)) == []
+    eraser.work(erasure.id)
+    assert list(problems_of(tmp_path)) == []
 
 
 def test_a_reader_goes_on_where_it_was_though_that_step_and_the_newest_ones_were_erased(

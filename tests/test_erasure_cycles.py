@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,14 @@ from policies.adapters.files import weights_digest
 from policies.chat.chat_protocol import ChatProtocol
 from policies.types import FinalAnswer
 from runtime.adapters.swap import Swap
+from runtime.agent.served_agent import ServedAgent
+from runtime.agent.tools import Toolbox
 from runtime.engines.embedded.engine import EmbeddedEngine
+from runtime.learning.learning import Learning
 from runtime.privacy.erasing import Erasing
+from runtime.privacy.retraining import Retraining
 from runtime.store.adapter_registry import AdapterRegistry
+from runtime.store.learner_lock import only_learner
 from runtime.store.learning_log import CycleStage, LearningLog, LessonRole
 from runtime.store.lineage import Lineage
 from runtime.store.step_log import StepLog
@@ -118,16 +125,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyNetwork:
     return TinyNetwork(tmp_path_factory.mktemp("tiny"))
 
 
+AGENTS = tuple(ServedAgent(name, name, Toolbox()) for name in ("day", "night"))
+
+
 @pytest.fixture
 def server(tiny: TinyNetwork, protocol: ChatProtocol, tmp_path: Path) -> Iterator[Served]:
     """Serves the tiny network's adapters, on an engine that says what each one's probe says."""
     registry = AdapterRegistry(tmp_path / "agent.db")
     engine = ScriptedEngine(faithful_script(registry))
-    swap = Swap(engine, registry, tiny.network)
-    parts = parts_of(engine, protocol, tmp_path, registry=registry, swap=swap)
+    swap = Swap(engine, registry, tiny.network, agents=("", *(agent.name for agent in AGENTS)))
+    parts = parts_of(engine, protocol, tmp_path, registry=registry, swap=swap, named_agents=AGENTS)
     erasing = Erasing(tmp_path, StepLog(tmp_path / "agent.db", read_only=True), registry, swap, parts.learning)
-    parts = parts_of(engine, protocol, tmp_path, registry=registry, swap=swap, erasing=erasing)
-    with served(parts) as running:
+    with served(replace(parts, erasing=erasing)) as running:
         yield running
 
 
@@ -154,8 +163,8 @@ def test_adapters_that_learned_from_it_are_named_and_a_retraining_goes_on_from_w
     named = {each["name"]: (each["learned"], each["inherited_from"]) for each in erased["adapters"]}
     assert named == {taught: ([episode], None), child: ([], taught)}
     retraining = erased["report"]["retraining"]
-    assert (retraining["rolled_back"], retraining["acting"]) == (child, clean)
-    assert retraining["cycle"] is not None
+    assert retraining["rolled_back"] == {child: clean}
+    assert list(retraining["cycles"]) == [""]
     assert {each["name"]: each["is_acting"] for each in ask(server, "GET", "/adapters").json()["data"]}[clean]
     late = register(server, tiny.adapter(4), parent=clean)
     refused = ask(server, "POST", f"/adapters/{late}/promote", json={"is_proposal": True})
@@ -177,3 +186,57 @@ def test_without_being_asked_for_a_retraining_nothing_is_rolled_back(
     assert "retraining" not in erased["report"]
     body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "tools": []}
     assert httpx.post(f"{server.url}/v1/chat/completions", json=body).headers["x-adapter"] == taught
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_every_agent_that_has_learned_from_it_is_retrained_one_after_the_other(
+    server: Served, tiny: TinyNetwork, tmp_path: Path
+) -> None:
+    """With learners of its own: the second starts by itself when the first has ended. It was left to the operator."""
+    names = [agent.name for agent in AGENTS]
+    episodes = {name: episode_of(server, f"{SECRET}, {name}", model=name, user="bob") for name in names}
+    taught: dict[str, str] = {}
+    log = LearningLog(tmp_path)
+    for seed, (agent, episode) in enumerate(episodes.items(), 1):
+        log.note_episodes(f"cycle_{agent}", "sft", [(LessonRole.OWN, episode)])
+        log.note_weights(f"cycle_{agent}", "sft", weights_digest(tiny.adapter(seed)))
+        taught[agent] = register(server, tiny.adapter(seed), agent=agent)
+        ask(server, "POST", f"/adapters/{taught[agent]}/promote").raise_for_status()
+    log.close()
+    with only_learner(tmp_path):  # as one that was started by hand, which nobody waits for
+        erased = ask(server, "DELETE", "/episodes", params={"user": "bob", "retrain": "true"}).raise_for_status().json()
+    retraining = erased["report"]["retraining"]
+    assert retraining["rolled_back"] == {taught["day"]: "base", taught["night"]: "base"}
+    assert (retraining["cycles"], retraining["agents_to_retrain"]) == ({}, ["day", "night"])
+
+    def cycles() -> dict[str, str]:
+        found = ask(server, "GET", f"/erasures/{erased['id']}").json()["report"]["retraining"]
+        assert [*found["cycles"], *found["agents_to_retrain"]] == ["day", "night"]
+        return found["cycles"]
+
+    wait_until(lambda: len(cycles()) == 1, 30)
+    wait_until(lambda: len(cycles()) == 2, 200)
+    assert server.parts.learning is not None
+    ended = {cycle.cycle: cycle.has_ended for cycle in server.parts.learning.log.cycles(limit=10)}
+    assert ended[cycles()["day"]], "the second begins when the first has ended"
+    wait_until(lambda: ask(server, "GET", f"/learner/cycles/{cycles()['night']}").json()["stage"] == "no_lesson", 200)
+    agents = {ask(server, "GET", f"/learner/cycles/{cycle}").json()["agent"] for cycle in cycles().values()}
+    assert agents == set(names)
+
+
+def test_who_waits_for_a_retraining_still_waits_after_a_restart(server: Served, tmp_path: Path) -> None:
+    parts = server.parts
+    assert parts.erasing is not None
+    assert parts.learning is not None
+    episode = episode_of(server, "Hi")
+    with only_learner(tmp_path):
+        erased = ask(server, "DELETE", f"/episodes/{episode}", params={"retrain": "true"}).raise_for_status().json()
+        learning = Learning.beside(tmp_path, parts.log, parts.registry, parts.swap, arguments=["--model", "none"])
+        restarted = Retraining(parts.erasing.eraser, parts.registry, parts.swap, learning)
+        assert asyncio.run(restarted.start_next()) is False, "beside a learner none starts"
+        parts.learning.trigger.before_others.clear()  # the server before the restart is gone
+    assert asyncio.run(restarted.start_next()) is True
+    report = ask(server, "GET", f"/erasures/{erased['id']}").json()["report"]["retraining"]
+    assert (list(report["cycles"]), report["agents_to_retrain"]) == ([""], [])
+    assert asyncio.run(restarted.start_next()) is False

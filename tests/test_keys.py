@@ -11,6 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
+from runtime.agent.served_agent import ServedAgent
+from runtime.agent.tools import Toolbox
 from runtime.http.app import create_app
 from runtime.http.keys import NEEDS, NO_KEY
 from runtime.keys import main as keys_command
@@ -28,12 +30,12 @@ OPERATOR_SECRET = "operators-own"
 class House:
     """A server that asks for keys, with one of each role."""
 
-    def __init__(self, serve: ServeScripted, folder: Path, *says: str) -> None:
+    def __init__(self, serve: ServeScripted, folder: Path, *says: str, **changes: Any) -> None:
         folder.mkdir(exist_ok=True)
         self.store = KeyStore(folder / "agent.db")
         self.secrets = {role.value: self.store.make(role.value, role) for role in Role}
         self.secrets["operator"] = OPERATOR_SECRET
-        self.url = serve(*says, keys=KeyRing(self.store, OPERATOR_SECRET)).url
+        self.url = serve(*says, keys=KeyRing(self.store, OPERATOR_SECRET), **changes).url
 
     def ask(self, key: str, method: str, path: str, **more: Any) -> httpx.Response:
         headers = {"authorization": f"Bearer {self.secrets[key]}"}
@@ -313,3 +315,123 @@ def test_a_background_response_is_read_and_cancelled_by_its_own_key_only(
     assert ask(other, "POST", f"/{begun}/cancel").status_code == 404
     assert ask(owner, "GET", f"/{begun}").json()["status"] in ("queued", "in_progress")
     assert ask(owner, "POST", f"/{begun}/cancel").json()["status"] == "cancelled"
+
+
+# --------------------------------------------------------------------------------------- keys for some agents
+
+
+AGENTS = tuple(ServedAgent(name, name, Toolbox()) for name in ("night", "day"))
+
+
+@pytest.fixture
+def limited(serve_scripted: ServeScripted, tmp_path: Path) -> House:
+    """`ann` may teach `night`, `own` may teach the server's own agent, and nobody else."""
+    house = House(serve_scripted, tmp_path, named_agents=AGENTS)
+    body = {"name": "ann", "role": "teach", "agents": ["night"]}
+    answer = house.ask("operator", "POST", "/v1/keys", json=body).raise_for_status().json()
+    assert answer["agents"] == ["night"]
+    house.secrets["ann"] = answer["secret"]
+    house.secrets["own"] = house.store.make("own", Role.TEACH, agents=["agent"])
+    return house
+
+
+TALK: Any = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
+DEMONSTRATION: Any = {"messages": [*TALK["messages"], {"role": "assistant", "content": "Good day."}]}
+FOR_AN_AGENT = [
+    ("POST", "/v1/chat/completions", "model", TALK),
+    ("POST", "/v1/messages", "model", TALK),
+    ("POST", "/v1/messages/count_tokens", "model", TALK),
+    ("POST", "/v1/responses", "model", {"input": "Hi"}),
+    ("POST", "/v1/responses/input_tokens", "model", {"input": "Hi"}),
+    ("POST", "/v1/demonstrations", "agent", {"demonstrations": [DEMONSTRATION]}),
+    ("GET", "/v1/episodes", "agent", None),
+    ("GET", "/v1/demonstrations", "agent", None),
+    ("GET", "/v1/export?format=openai", "agent", None),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "field", "body"), FOR_AN_AGENT)
+def test_a_key_for_some_agents_is_refused_for_the_others(
+    limited: House, method: str, path: str, field: str, body: Any
+) -> None:
+    def ask(key: str, agent: str) -> httpx.Response:
+        if body is None:
+            return limited.ask(key, method, path, params={**httpx.URL(path).params, field: agent})
+        return limited.ask(key, method, path, json={**body, field: agent})
+
+    assert ask("ann", "night").is_success
+    assert ask("own", MODEL).is_success
+    assert ask("teach", "day").is_success, "a key that is not limited is for all"
+    for key, other in (("ann", "day"), ("ann", MODEL), ("own", "night"), ("own", "day")):
+        refused = ask(key, other)
+        assert refused.status_code == 403, (key, other)
+        assert "a key for other agents" in refused.json()["error"]["message"]
+    if field == "model":
+        for other in ("day:base", "base"):
+            assert ask("ann", other).status_code == 403
+        assert ask("ann", "night:base").is_success
+
+
+def test_every_route_that_takes_an_agent_or_a_model_is_among_those_that_were_tried(limited: House) -> None:
+    """So that a new one is decided on; what an admin key alone may ask is for all agents."""
+    described = limited.ask("operator", "GET", "/openapi.json").json()
+    for_admins = {(method, path) for role, method, path in NEEDS if role is Role.ADMIN}
+    tried = {(method, path.split("?")[0]) for method, path, _, _ in FOR_AN_AGENT}
+    found = set[tuple[str, str]]()
+    for path, operations in described["paths"].items():
+        for method, operation in operations.items():
+            body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+            schemas = [each.get("$ref", "") for each in (body, *body.get("anyOf", ()), *body.get("allOf", ()))]
+            fields = {parameter["name"] for parameter in operation.get("parameters", ())}
+            for name in filter(None, (reference.rsplit("/", 1)[-1] for reference in schemas)):
+                fields |= described["components"]["schemas"][name].get("properties", {}).keys()
+            if fields & {"agent", "model"}:
+                found.add((method.upper(), path))
+    assert found - for_admins - {("GET", "/v1/models/{model}")} == tried
+
+
+def test_a_key_for_some_agents_is_told_of_no_other(limited: House) -> None:
+    def models(key: str) -> set[str]:
+        return {model["id"] for model in limited.ask(key, "GET", "/v1/models").json()["data"]}
+
+    assert models("ann") == {"night", "night:base"}
+    assert models("own") == {MODEL, "base"}
+    assert limited.ask("ann", "GET", "/v1/models/night").is_success
+    assert limited.ask("ann", "GET", "/v1/models/day").status_code == 403
+    unknown = limited.ask("ann", "GET", "/v1/models/nobody")
+    assert unknown.status_code == 404
+    assert "there are: night;" in unknown.json()["error"]["message"]
+
+
+def test_another_secret_is_no_key_for_more_agents_and_a_damaged_one_is_for_none(limited: House, tmp_path: Path) -> None:
+    rotated = limited.ask("operator", "POST", "/v1/keys/ann/rotate").raise_for_status().json()
+    assert rotated["agents"] == ["night"]
+    limited.secrets["ann"] = rotated["secret"]
+    assert limited.chat("ann", model="day").status_code == 403
+    assert limited.chat("ann", model="night").is_success
+    for wrong in ("", "[]", "{}", "[1]", '"night"', "null"):
+        name = f"ann-{wrong.encode().hex()}"
+        secret = limited.store.make(name, Role.USE, agents=["night"])
+        with sqlite3.connect(tmp_path / "agent.db") as connection:
+            for (guard,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'trigger'").fetchall():
+                connection.execute(f"DROP TRIGGER {guard}")
+            connection.execute("UPDATE key_events SET agents = ? WHERE name = ?", (wrong, name))
+        assert KeyRing(limited.store, "s").key_of(secret) is None
+
+
+def test_an_admin_key_is_for_all_agents_and_unknown_agents_are_told(
+    limited: House, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = {"name": "boss", "role": "admin", "agents": ["night"]}
+    assert limited.ask("operator", "POST", "/v1/keys", json=body).status_code == 409
+    body = {"name": "typist", "role": "use", "agents": ["nihgt"]}
+    assert limited.ask("operator", "POST", "/v1/keys", json=body).status_code == 404
+    body = {"name": "nobody", "role": "use", "agents": []}
+    assert limited.ask("operator", "POST", "/v1/keys", json=body).status_code == 400
+    state = ["--state", str(tmp_path)]
+    assert keys_command(["make", "bob", "--agent", "day", "--agent", "agent", *state]) == 0
+    limited.secrets["bob"] = capsys.readouterr().out.strip()
+    assert keys_command(["make", "eve", "--agent", "../day", *state]) == 1
+    assert keys_command(["list", *state]) == 0
+    assert "for agent, day" in capsys.readouterr().out
+    assert [limited.chat("bob", model=model).status_code for model in ("day", MODEL, "night")] == [200, 200, 403]

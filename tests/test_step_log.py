@@ -798,6 +798,38 @@ def test_a_summary_has_one_row_a_step(path: Path, log: StepLog) -> None:
     ]
 
 
+NO_JSON = ("", "{", "\x00", "[1", "nul")
+OTHER_JSON = (
+    "null",
+    "7",
+    '"text"',
+    "[]",
+    '["{", 3, null, [[]]]',
+    '{"calls": "pick", "type": []}',
+    '[{"content": ["x"]}]',
+)
+
+
+@pytest.mark.parametrize("column", ["action", "new_messages", "tool_results"])
+@pytest.mark.parametrize("value", NO_JSON + OTHER_JSON, ids=lambda value: value[:12])
+def test_a_row_that_cannot_be_read_costs_the_views_its_own_lines_alone(
+    path: Path, log: StepLog, column: str, value: str
+) -> None:
+    """One byte of one row made every query of the views fail."""
+    _, (damaged, _) = log_a_talk(log)
+    whole, _ = log_a_talk(log)
+    with closing(sqlite3.connect(path)) as connection:
+        of_whole = "SELECT * FROM episode_text WHERE episode_id = ?"
+        before = connection.execute(of_whole, (whole.id,)).fetchall()
+        connection.execute("DROP TRIGGER steps_refuse_update")
+        connection.execute(f"UPDATE steps SET {column} = ? WHERE id = ?", (value, damaged.id))
+        assert len(connection.execute("SELECT * FROM step_summary").fetchall()) == 4
+        lines = connection.execute("SELECT * FROM episode_text").fetchall()
+        assert [line for line in lines if line[0] == whole.id] == before
+    told = [line for line in lines if line[0] == damaged.episode_id and line[4] == "log"]
+    assert len(told) == (value in NO_JSON)
+
+
 @pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(tree=step_trees())

@@ -45,6 +45,10 @@ class UnknownModel(ValueError):
     """The request names a model that is not served here."""
 
 
+class AgentRefused(ValueError):
+    """The request is for an agent that its key is not for."""
+
+
 class ErasedEpisode(ValueError):
     """The request names an episode that was erased."""
 
@@ -86,7 +90,7 @@ async def admit(
     """
     if not (health := parts.engine.health()).is_alive:
         raise EngineError(health.problem)  # before adapters are looked for, which a dead engine has none of
-    agent, pinned = chosen_agent(parts, request.model)
+    agent, pinned = chosen_agent(parts, request.model, caller.key)
     request = _with_defaults(parts, request, agent) if pinned is None else request
     is_large = previous is not None or _num_parts(request) > FEW_MESSAGES
     messages, letters = await off_loop(is_large, _conversation, request, agent, caller)
@@ -160,7 +164,7 @@ def _num_parts(request: ChatCompletionRequest) -> int:
 
 def prompt_length(parts: Parts, request: ChatCompletionRequest, caller: Caller, previous: Step | None = None) -> int:
     """Tokens of the prompt that a request would have, rendered afresh. Raises ValueError as `admit` does."""
-    agent, _ = chosen_agent(parts, request.model)
+    agent, _ = chosen_agent(parts, request.model, caller.key)
     protocol, tools = parts.protocol.with_options(request.template_options), request.tool_schemas
     messages, _ = _conversation(request, agent, caller)
     if not tools and previous is None and caller.tools != "client" and agent.toolbox.is_default:
@@ -169,26 +173,42 @@ def prompt_length(parts: Parts, request: ChatCompletionRequest, caller: Caller, 
     return len(protocol.render(messages, tools))
 
 
-def chosen_agent(parts: Parts, model: str) -> tuple[ServedAgent, str | None]:
+def chosen_agent(parts: Parts, model: str, key: Key) -> tuple[ServedAgent, str | None]:
     """The agent that a request asks for by its model name, and the adapter that it pins; None: whichever is acting.
 
     `support` is an agent, `support-v0003` an adapter of it, `support:base` the base network as that agent, and `base`
-    the base network as the server's own. Raises UnknownModel.
+    the base network as the server's own. Raises UnknownModel, and AgentRefused for one that the key is not for.
     """
-    agents = parts.agents
-    for agent in agents:
+    for agent in parts.agents:
         if model == agent.model:
-            return agent, None
+            return require_agent(key, agent), None
         if model == (f"{agent.name}:{BASE_ADAPTER}" if agent.name else BASE_ADAPTER):
-            return agent, BASE_ADAPTER
+            return require_agent(key, agent), BASE_ADAPTER
     whose = next((adapter.agent for adapter in _pinnable(parts) if adapter.name == model), None)
-    for agent in agents:
+    for agent in parts.agents:
         if agent.name == whose:
-            return agent, model
-    there_are = ", ".join(agent.model for agent in agents)
+            return require_agent(key, agent), model
+    there_are = ", ".join(agent.model for agent in agents_of(parts, key))
     raise UnknownModel(
         f"the model {model!r} is not served here; there are: {there_are}; GET /v1/models lists the adapters, too"
     )
+
+
+def agents_of(parts: Parts, key: Key) -> list[ServedAgent]:
+    """Those that a key may speak to."""
+    return [agent for agent in parts.agents if key.may_use(agent.name)]
+
+
+def require_agent(key: Key, agent: ServedAgent) -> ServedAgent:
+    """The agent. Raises AgentRefused for one that the key is not for."""
+    if not key.may_use(agent.name):
+        raise AgentRefused(refusal(key, agent.model))
+    return agent
+
+
+def refusal(key: Key, agent: str) -> str:
+    """In words."""
+    return f"{key.name!r} is a key for other agents than {agent!r}: ask the server's operator for another"
 
 
 def _pinnable(parts: Parts) -> list[Adapter]:

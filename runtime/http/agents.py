@@ -4,22 +4,34 @@ from __future__ import annotations
 
 from policies.types import BASE_ADAPTER
 from runtime.agent.served_agent import ServedAgent
+from runtime.http.admission import AgentRefused, agents_of, refusal, require_agent
 from runtime.http.errors import ApiError
 from runtime.http.parts import Parts
+from runtime.store.keys import ANYBODY, Key
 
 
-def agent_named(parts: Parts, name: str | None) -> ServedAgent:
-    """The agent that a body or a query names; None: the server's own. Raises ApiError (404)."""
+def agent_named(parts: Parts, name: str | None, key: Key = ANYBODY) -> ServedAgent:
+    """The agent that a body or a query names; None: the server's own. Raises ApiError (404), and AgentRefused for one
+    that the key is not for."""
     agent = parts.agent(parts.agent_filter(name) or "")
     if agent is None:
-        there_are = ", ".join(each.model for each in parts.agents)
+        there_are = ", ".join(each.model for each in agents_of(parts, key))
         raise ApiError(404, f"there is no agent {name!r}; there are: {there_are}", "agent_not_found", "agent")
+    return require_agent(key, agent)
+
+
+def listed_agent(parts: Parts, name: str | None, key: Key) -> str | None:
+    """The agent whose entries a list is asked for, as the stores know it; None: those of all. Raises AgentRefused."""
+    agent = parts.agent_filter(name)
+    if agent is not None and not key.may_use(agent):
+        raise AgentRefused(refusal(key, str(name)))
     return agent
 
 
-def model_names(parts: Parts) -> list[str]:
-    """What a request may name as its model: agents, the base network of each, and the loaded adapters."""
-    own, *named = parts.agents
-    bases = [BASE_ADAPTER, *(f"{agent.name}:{BASE_ADAPTER}" for agent in named)]
-    adapters = [adapter.name for adapter in parts.engine.loaded_adapters() if not adapter.is_reward]
-    return list(dict.fromkeys([own.model, *(agent.model for agent in named), *bases, *adapters]))
+def model_names(parts: Parts, key: Key) -> list[str]:
+    """What a request of this key may name as its model: agents, the base network of each, and the loaded adapters."""
+    agents = agents_of(parts, key)
+    bases = [f"{agent.name}:{BASE_ADAPTER}" if agent.name else BASE_ADAPTER for agent in agents]
+    loaded = parts.engine.loaded_adapters()
+    adapters = [adapter.name for adapter in loaded if not adapter.is_reward and key.may_use(adapter.agent)]
+    return list(dict.fromkeys([*(agent.model for agent in agents), *bases, *adapters]))

@@ -15,7 +15,7 @@ from fastapi import APIRouter, Body, Query, Request, Response
 
 from runtime.agent.demonstrations import Demonstration, demonstrated_episode, demonstrated_steps
 from runtime.agent.served_agent import ServedAgent, has_system
-from runtime.http.agents import agent_named
+from runtime.http.agents import agent_named, listed_agent
 from runtime.http.errors import ApiError
 from runtime.http.keys import asking_key
 from runtime.http.pages import episode_page, page
@@ -37,7 +37,7 @@ def demonstration_routes(parts: Parts) -> APIRouter:
     @router.post("")
     async def import_demonstrations(body: DemonstrationsRequest, request: Request) -> dict[str, Any]:
         """Log experts' conversations, to be learned from. A body of the wrong form is refused whole."""
-        agent = agent_named(parts, body.agent)
+        agent = agent_named(parts, body.agent, asking_key(request))
         num_imported, refused = 0, []
         for index, entry in enumerate(body.demonstrations):
             try:
@@ -58,10 +58,11 @@ def demonstration_routes(parts: Parts) -> APIRouter:
         agent: str | None = None,
     ) -> Response:
         """By id, last one first. `after` is the `last_id` of the page before; `adapter` is an expert's name."""
-        owner = asking_key(request).sees_only
+        key = asking_key(request)
+        owner, wanted_agent = key.sees_only, listed_agent(parts, agent, key)
 
         def found() -> dict[str, Any]:
-            wanted = (None, Actor.EXPERT, adapter, task_prefix, owner, parts.agent_filter(agent))
+            wanted = (None, Actor.EXPERT, adapter, task_prefix, owner, wanted_agent)
             damaged = list[Damaged]()
             with closing(parts.log.each_episode(after, limit + 1, *wanted, damaged=damaged)) as episodes:
                 return episode_page(episodes, limit, damaged)

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Body, Query, Request, Response
 from policies.chat.chat_protocol import action_message, message_action
 from policies.types import Message
 from runtime.agent.demonstrations import correction_in_tokens, promoted_episode
-from runtime.http.agents import agent_named
+from runtime.http.agents import agent_named, listed_agent
 from runtime.http.chat_answer import step_summary
 from runtime.http.demonstrations import NO_REASON, import_demonstration, withdraw
 from runtime.http.errors import ApiError
@@ -52,10 +52,10 @@ def episode_routes(parts: Parts) -> APIRouter:
 
         Rows of the log that are damaged are left out and named under `damaged`, here and in the other lists.
         """
-        owner = asking_key(request).sees_only
+        key = asking_key(request)
+        wanted = (purpose, actor, adapter, task_prefix, key.sees_only, listed_agent(parts, agent, key))
 
         def found() -> dict[str, Any]:
-            wanted = (purpose, actor, adapter, task_prefix, owner, parts.agent_filter(agent))
             damaged = list[Damaged]()
             with closing(log.each_episode(after, limit + 1, *wanted, damaged=damaged)) as episodes:
                 return episode_page(episodes, limit, damaged)

@@ -19,7 +19,7 @@ from policies.chat.chat_protocol import ChatProtocolError
 from policies.types import EngineError
 from runtime.adapters.swap import SwapError
 from runtime.agent.step import ContextFull
-from runtime.http.admission import ErasedEpisode, ForeignEpisode, UnknownModel
+from runtime.http.admission import AgentRefused, ErasedEpisode, ForeignEpisode, UnknownModel
 from runtime.http.fields import FieldRefused
 from runtime.http.load import Refused
 from runtime.http.shutdown import ServerStopping
@@ -114,6 +114,8 @@ def as_api_error(error: Exception) -> ApiError:
             return _validation_error(error)
         case UnknownModel():
             return ApiError(404, str(error), "model_not_found", "model")
+        case AgentRefused():
+            return ApiError(403, str(error), "agent_refused", "model")
         case ErasedEpisode():
             return ApiError(410, str(error), "episode_erased", "metadata.episode_id")
         case ForeignEpisode():

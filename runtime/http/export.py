@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 
+from runtime.http.agents import listed_agent
 from runtime.http.keys import asking_key
 from runtime.http.parts import Parts
 from runtime.store.episodes import Actor, Purpose
@@ -35,6 +36,7 @@ def export_routes(parts: Parts) -> APIRouter:
 
         `since` is a moment; `min_outcome` leaves out episodes without an outcome.
         """
+        key = asking_key(request)
         wanted = ExportFilter(
             purpose,
             actor,
@@ -42,8 +44,8 @@ def export_routes(parts: Parts) -> APIRouter:
             task_prefix,
             None if since is None else since.timestamp(),
             min_outcome,
-            asking_key(request).sees_only,
-            parts.agent_filter(agent),
+            key.sees_only,
+            listed_agent(parts, agent, key),
         )
         learning_log = None if parts.learning is None else parts.learning.log
         # A plain iterator is read in a thread: the log is, while answers go on.

@@ -14,10 +14,12 @@ from fastapi import APIRouter, Request
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from runtime.http.agents import agent_named
 from runtime.http.errors import ApiError
 from runtime.http.parts import Parts
 from runtime.http.schemas import KeyRequest
 from runtime.http.strict_json import StrictJsonRoute
+from runtime.store.adapter_registry import UNNAMED
 from runtime.store.episodes import Role
 from runtime.store.keys import ANYBODY, Key, KeyProblem, KeyRing, KeyStore, Quota
 
@@ -160,7 +162,8 @@ def key_routes(parts: Parts) -> APIRouter:
     async def make_key(body: KeyRequest, request: Request) -> dict[str, Any]:
         """Make a key. Its secret is in this answer and nowhere else."""
         store, quota = _store(parts), Quota(body.requests_per_day, body.steps_per_day, body.tokens_per_day)
-        secret = await _change(store.make, body.name, body.role, quota, asking_key(request).name)
+        agents = [_agent_of_key(parts, agent) for agent in body.agents or ()]
+        secret = await _change(store.make, body.name, body.role, quota, asking_key(request).name, agents)
         return _named(store, body.name) | {"secret": secret}
 
     @router.post("/{name}/rotate")
@@ -180,12 +183,18 @@ def key_routes(parts: Parts) -> APIRouter:
     return router
 
 
+def _agent_of_key(parts: Parts, name: str) -> str:
+    """Raises ApiError (404) for one that is not served."""
+    return UNNAMED if name == UNNAMED else agent_named(parts, name).name or UNNAMED
+
+
 def shown_key(key: Key) -> dict[str, Any]:
     """A key as clients see it."""
     return {
         "object": "key",
         "name": key.name,
         "role": key.role,
+        "agents": key.agents or None,
         "is_revoked": key.is_revoked,
         "requests_per_day": key.quota.requests,
         "steps_per_day": key.quota.steps,

@@ -567,6 +567,8 @@ class KeyRequest(WireModel):
     """Whose key it is; never given again."""
     role: Role = Field(Role.USE, strict=False)
     """Each includes those before it: use, feedback, teach, admin."""
+    agents: list[str] | None = Field(None, min_length=1, max_length=1000)
+    """The agents that it may speak to and teach, by their model names; None: all. An admin key is for all."""
     requests_per_day: int | None = Field(None, ge=0, lt=2**62)
     """In a day of UTC; None: no bound."""
     steps_per_day: int | None = Field(None, ge=0, lt=2**62)

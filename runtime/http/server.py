@@ -9,14 +9,16 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from policies.types import adapter_name
 from runtime.http.admission import chosen_agent
 from runtime.http.agents import model_names
+from runtime.http.keys import asking_key
 from runtime.http.parts import Parts
 from runtime.store.damage import StepLogError
+from runtime.store.keys import Key
 
 T = TypeVar("T")
 
@@ -26,22 +28,23 @@ def server_routes(parts: Parts) -> APIRouter:
     started = int(time.time())
     parts.metrics.show_storage(parts.log.storage, lambda: num_damaged_rows(parts))
 
-    def models() -> list[dict[str, Any]]:
+    def models(key: Key) -> list[dict[str, Any]]:
         owner = {"object": "model", "created": started, "owned_by": "stepagent"}
         limit = parts.engine.limits.max_context_tokens  # EngineError while the first engine is starting
-        return [{"id": name, **owner, "max_model_len": limit} for name in model_names(parts)]
+        return [{"id": name, **owner, "max_model_len": limit} for name in model_names(parts, key)]
 
     @router.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        """The agents (whichever adapter is acting for each), and each loaded adapter by its own name."""
-        return {"object": "list", "data": models()}
+    async def list_models(request: Request) -> dict[str, Any]:
+        """The agents that the key is for (whichever adapter is acting for each), and their loaded adapters by name."""
+        return {"object": "list", "data": models(asking_key(request))}
 
     @router.get("/v1/models/{model}")
-    async def read_model(model: str) -> dict[str, Any]:
-        for entry in models():
+    async def read_model(model: str, request: Request) -> dict[str, Any]:
+        key = asking_key(request)
+        for entry in models(key):
             if entry["id"] == model:
                 return entry
-        chosen_agent(parts, model)  # says what there is
+        chosen_agent(parts, model, key)  # says what there is
         raise AssertionError(f"{model} is chosen, but not listed")
 
     @router.get("/health", responses={503: {"description": "Nothing can be answered; the body is as with 200."}})

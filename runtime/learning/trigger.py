@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from runtime.background import keep_doing
@@ -42,15 +42,22 @@ class CycleTrigger:
         self.every_episodes = {"": every_episodes, **(of_agents or {})}
         """By agent."""
         self._turns = [_Turn(agent) for agent in self.every_episodes]
+        self.before_others: list[Callable[[], Awaitable[bool]]] = []
+        """Asked first, whenever no cycle runs; one that has started a cycle says so."""
 
     async def keep_watching(self) -> None:
         """For ever: the server's background task."""
-        if any(self.every_episodes.values()):
+        if any(self.every_episodes.values()) or self.before_others:
             await keep_doing("the start of a learning cycle", self.look, self.EVERY_S)
 
     async def look(self) -> None:
         """Start a cycle if one is due."""
-        if self._learner.running is None and (turn := await asyncio.to_thread(self._due)) is not None:
+        if self._learner.running is not None:
+            return
+        for starts in self.before_others:
+            if await starts():
+                return
+        if (turn := await asyncio.to_thread(self._due)) is not None:
             with contextlib.suppress(LearnerBusy):
                 turn.started = await self._learner.start(agent=turn.agent)
 

@@ -16,11 +16,10 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter
 
-from policies.types import adapter_name
 from runtime.adapters.swap import Swap
 from runtime.background import keep_doing
 from runtime.learning.learning import Learning
-from runtime.learning.process import LearnerBusy
+from runtime.privacy.retraining import Retraining
 from runtime.store.adapter_registry import AdapterRegistry, AdapterState, RegistryError
 from runtime.store.erasure import Consequences, Eraser, Erasure, Event, Scope
 from runtime.store.lineage import Lineage
@@ -56,6 +55,7 @@ class Erasing:
         self._registry = registry
         self._swap = swap
         self._learning = learning
+        self._retraining = Retraining(self.eraser, registry, swap, learning) if learning is not None else None
         self._is_stopping = False
         self._num_erased = Counter("stepagent_erased_episodes", "Erased episodes.", ["scope"], registry=metrics)
 
@@ -65,27 +65,10 @@ class Erasing:
         return await asyncio.shield(asyncio.ensure_future(self._carry_out(erasure)))
 
     async def retrain(self, erasure: Erasure, key: str = "") -> Erasure:
-        """Start a cycle without what was erased; what acts and has learned from it is rolled back first."""
-        assert self._learning is not None
-        report: dict[str, object] = {"cycle": None}  # of the first agent: one learner works at a time
-        taught = {adapter.name for adapter in (await self.consequences(erasure)).adapters}
-        agents = sorted({self._registry.adapter(name).agent for name in taught} & {*self._swap.agents}) or [""]
-        why, rolled_back = f"it has learned from what was erased ({erasure.id})", dict[str, str]()
-        for agent in agents:
-            acting = self._registry.acting(agent)
-            if acting is not None and acting.name in taught:
-                now = await self._swap.rollback(why, key=key, past=taught, agent=agent)
-                rolled_back[acting.name] = adapter_name(now)
-        if rolled_back:
-            report |= {"rolled_back": ", ".join(rolled_back), "acting": ", ".join(rolled_back.values())}
-        if agents[1:]:
-            report["agents_to_retrain"] = agents[1:]
-        try:
-            report["cycle"] = await self._learning.process.start(agent=agents[0])
-        except LearnerBusy as busy:
-            report["problem"] = str(busy)
-        await asyncio.to_thread(self.eraser.note, erasure.id, Event.RETRAINING, {"retraining": report})
-        return await asyncio.to_thread(self.eraser.erasure, erasure.id)
+        """Roll back what has learned from it, and start the cycles without it, one after the other."""
+        assert self._retraining is not None
+        taught = [adapter.name for adapter in (await self.consequences(erasure)).adapters]
+        return await self._retraining.ask(erasure, taught, key)
 
     async def consequences(self, erasure: Erasure) -> Consequences:
         return await asyncio.to_thread(self.eraser.consequences, erasure.id)

@@ -1,24 +1,27 @@
 """Erases what was kept long enough, or what no longer fits: by the same path as a person's erasure, under the reason
 `retention`.
 
-The oldest goes first. What stays whatever its age: demonstrations, imported or promoted, and the episodes that they
-were promoted from; anchors; episodes in progress; what a running cycle has read, and any learner's trials while one
-runs. Size is what the rows of the database take: the file itself does not shrink, its free pages are filled again.
+The oldest goes first. An agent may have limits of its own. What stays whatever its age: demonstrations, imported or
+promoted, and the episodes that they were promoted from; anchors; episodes in progress; what a running cycle has read,
+and any learner's trials while one runs. Size is what the rows of the database take: the file itself does not shrink,
+its free pages are filled again. Of one agent it is what the texts and tokens of its own episodes take.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.background import keep_doing
 from runtime.privacy.erasing import Erasing
+from runtime.store.agent_sizes import AgentSizes
 from runtime.store.erasure import Scope
 from runtime.store.erasure_schema import source_in_metadata
 from runtime.store.learning_log import LearningReader
@@ -40,10 +43,22 @@ class Limits:
     days: float | None = None
     """After an episode's last step."""
     num_bytes: int | None = None
+    """Of the whole log, or of one agent's own episodes."""
 
     @property
     def is_any(self) -> bool:
         return self.days is not None or self.num_bytes is not None
+
+
+@dataclass(frozen=True, slots=True)
+class _Whose:
+    """Which agents: those that are, or are not, among these."""
+
+    is_among: bool
+    agents: tuple[str, ...]
+
+
+_ALL = _Whose(False, ())
 
 
 class Retention:
@@ -59,7 +74,10 @@ class Retention:
         limits: Limits,
         is_in_progress: Callable[[str], bool] = lambda _: False,
         spared: Collection[str] = (),
+        of_agents: Mapping[str, Limits] | None = None,
     ) -> None:
+        """`of_agents`: those with limits of their own, which go before `limits.days`. The bound on the whole log holds
+        for all."""
         self._path = state / "agent.db"
         self._log = log
         self._erasing = erasing
@@ -67,20 +85,30 @@ class Retention:
         self.limits = limits
         self._is_in_progress = is_in_progress
         self._spared = frozenset(spared)
+        self.of_agents = dict(of_agents or {})
+        self._sizes = AgentSizes(log)
+        self._going: Collection[str] = ()
+        erasing.on_erased.append(self._note_erased)
 
     async def keep_sweeping(self) -> None:
         """For ever: the server's background task."""
-        if self.limits.is_any:
+        if any(limits.is_any for limits in (self.limits, *self.of_agents.values())):
             await keep_doing("the retention's sweep", self.sweep, self.EVERY_S)
 
     async def sweep(self) -> int:
         """Erase what is beyond the limits; returns how many episodes were named for it."""
         number = 0
         while chosen := await asyncio.to_thread(self._next):
-            await self._erasing.erase(chosen, Scope.RETENTION, "retention")
+            sizes = await asyncio.to_thread(self._sizes.of_episodes, chosen)
+            self._going = frozenset(chosen)
+            try:
+                await self._erasing.erase(chosen, Scope.RETENTION, "retention")
+            finally:
+                self._going = ()
+            self._sizes.subtract(sizes)
             number += len(chosen)
-        if self._is_too_large():
-            _log.warning("agent.db holds more than --keep-gb allows, and nothing in it may go")
+        for whose in await asyncio.to_thread(self._too_large):
+            _log.warning("%s holds more than its limit allows, and nothing in it may go", whose)
         return number
 
     def num_bytes(self) -> int:
@@ -96,17 +124,40 @@ class Retention:
     def _is_too_large(self) -> bool:
         return self.limits.num_bytes is not None and self.num_bytes() > self.limits.num_bytes
 
+    def _note_erased(self, episode_ids: Collection[str]) -> None:
+        if frozenset(episode_ids) != self._going:  # somebody else's, or more than was named
+            self._sizes.begin_anew()
+
+    def _agents_too_large(self) -> list[str]:
+        bounds = {agent: limits.num_bytes for agent, limits in self.of_agents.items() if limits.num_bytes is not None}
+        sizes = self._sizes.now() if bounds else {}
+        return [agent for agent, most in bounds.items() if sizes.get(agent, 0) > most]
+
+    def _too_large(self) -> list[str]:
+        whole = ["agent.db"] if self._is_too_large() else []
+        return [*whole, *(f"the log of the agent {agent!r}" for agent in self._agents_too_large())]
+
     def _next(self) -> list[str]:
         """The oldest that may go and must, AT_ONCE at most."""
+        rested = time.time() - _REST_S
         if self._is_too_large():
-            before = time.time() - _REST_S
-        elif self.limits.days is not None:
-            before = time.time() - self.limits.days * 86400
-        else:
-            return []
+            return self._chosen(rested, _ALL)
+        for agent in self._agents_too_large():
+            if chosen := self._chosen(rested, _Whose(True, (agent,))):
+                return chosen
+        others = _Whose(False, tuple(self.of_agents))
+        ages = [(others, self.limits.days)]
+        ages += [(_Whose(True, (agent,)), limits.days) for agent, limits in self.of_agents.items()]
+        for whose, days in ages:
+            if days is not None and (chosen := self._chosen(time.time() - days * 86400, whose)):
+                return chosen
+        return []
+
+    def _chosen(self, before: float, whose: _Whose) -> list[str]:
+        """The oldest of these agents that may go and have rested since, AT_ONCE at most."""
         chosen = list[str]()
         kept = self._kept()
-        for episode_id in self._quiet_since(before):
+        for episode_id in self._quiet_since(before, whose):
             if episode_id not in kept and not self._is_in_progress(episode_id):
                 chosen.append(episode_id)
                 if len(chosen) == AT_ONCE:
@@ -120,8 +171,8 @@ class Retention:
             return self._spared
         return self._spared | {episode for cycle in running for episode in self._learning.episodes_of(cycle)}
 
-    def _quiet_since(self, before: float) -> Iterator[str]:
-        """Ids of the policy's own episodes whose last step is older, oldest first, page by page: it ends at the first
+    def _quiet_since(self, before: float, whose: _Whose) -> Iterator[str]:
+        """Ids of these agents' own episodes whose last step is older, oldest first, page by page: it ends at the first
         page in which all are younger."""
         promoted = source_in_metadata("promoted_from")
         trials = "AND purpose <> 'evaluation'" if self._learning.is_learner_alive() else ""
@@ -129,10 +180,11 @@ class Retention:
         last_step = "coalesce((SELECT max(created_at) FROM steps WHERE episode_id = episodes.id), created_at)"
         query = (
             f"SELECT rowid, id, created_at, actor = 'policy' {trials} AND {last_step} < ? "
-            f"AND NOT EXISTS ({made_of_it}) AS may_go FROM episodes WHERE rowid > ? ORDER BY rowid LIMIT ?"
+            f"AND NOT EXISTS ({made_of_it}) AS may_go FROM episodes WHERE rowid > ? "
+            "AND (agent IN (SELECT value FROM json_each(?))) = ? ORDER BY rowid LIMIT ?"
         )
-        last = 0
-        while page := self._log.query(query, before, last, _PAGE):
+        last, agents = 0, json.dumps(whose.agents)
+        while page := self._log.query(query, before, last, agents, whose.is_among, _PAGE):
             last = page[-1]["rowid"]
             yield from (row["id"] for row in page if row["may_go"])
             if all(row["created_at"] >= before for row in page):

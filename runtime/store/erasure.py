@@ -73,7 +73,7 @@ class Event(StrEnum):
     """What happened in an erasure; it begins with its row."""
 
     CYCLE_ENDED = "cycle_ended"  # the cycle that ran had read one of its episodes
-    RETRAINING = "retraining"  # a cycle was started without them
+    RETRAINING = "retraining"  # which agents are to learn anew without them, and which cycles were started for it
     ROWS = "rows"  # nothing of it is in a table any more
     FINISHED = "finished"  # nor in the file
 
@@ -210,6 +210,15 @@ class Eraser:
         return [
             row["id"] for row in self._log.query(f"SELECT id FROM erasures WHERE id NOT IN ({finished}) ORDER BY id")
         ]
+
+    def retrainings_with(self, field: str) -> list[str]:
+        """Oldest first: erasures in whose newest report of a retraining this list is not empty."""
+        newest = "SELECT max(id) FROM erasure_events WHERE event = 'retraining' GROUP BY erasure_id"
+        said = f"CASE WHEN json_valid(report) THEN json_array_length(report, '$.retraining.{field}') END"
+        rows = self._log.query(
+            f"SELECT erasure_id FROM erasure_events WHERE id IN ({newest}) AND {said} > 0 ORDER BY id"
+        )
+        return [row["erasure_id"] for row in rows]
 
     def tombstones(self, erasure_id: str) -> list[Tombstone]:
         rows = self._log.query("SELECT * FROM erased_episodes WHERE erasure_id = ? ORDER BY id", erasure_id)

@@ -5,23 +5,26 @@ a short secret expensive, nobody guesses 256 bits, and it would cost every reque
 up by its hash, so that the time of the look-up tells nothing of the key.
 
 A key's name is never given again: it stands as the owner on episodes, and as the speaker on outcomes and promotions.
+A key may be limited to some of the server's agents. An admin key may not: it sees and changes what belongs to all.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sqlite_utils import Database, Migrations
 
+from runtime.store.adapter_registry import UNNAMED
 from runtime.store.damage import Damaged, DamageNotes, Query, Row, problems_in, record_of, text_or_bytes
 from runtime.store.episodes import Role
 from runtime.store.transaction import make_append_only, write_transaction
@@ -48,6 +51,8 @@ class Key:
     """Empty: nobody is asked for a key, and everybody is this one."""
     role: Role
     quota: Quota = Quota()
+    agents: tuple[str, ...] = ()
+    """The agents that it may speak to and teach, the server's own as UNNAMED; empty: all."""
     is_revoked: bool = False
     created_at: float = 0.0
     """Unix seconds; of its first making."""
@@ -55,6 +60,10 @@ class Key:
 
     def may(self, needed: Role) -> bool:
         return self.role.may(needed)
+
+    def may_use(self, agent: str) -> bool:
+        """Whether it may speak to an agent, and teach it; empty: the server's own."""
+        return not self.agents or (agent or UNNAMED) in self.agents
 
     @property
     def sees_only(self) -> str | None:
@@ -91,6 +100,11 @@ def create_tables(db: Database) -> None:
     make_append_only(db, "key_events")
 
 
+@migrations()
+def limit_to_agents(db: Database) -> None:
+    db.execute("ALTER TABLE key_events ADD COLUMN agents TEXT")  # a JSON list of names; null: all
+
+
 def digest_of(secret: str) -> str:
     """What is kept of a key."""
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
@@ -106,13 +120,15 @@ _QUOTA = ("requests", "steps", "tokens")
 
 @record_of(
     "key_events",
-    {"name": str, "event": str, "role": str, "digest": str, "created_at": float} | dict.fromkeys(_QUOTA, int),
-    may_be_null=_QUOTA,
+    {"name": str, "event": str, "role": str, "digest": str, "created_at": float, "agents": str}
+    | dict.fromkeys(_QUOTA, int),
+    may_be_null=(*_QUOTA, "agents"),
 )
 def _key_from_row(row: Row) -> Key:
     if row["event"] not in ("made", "rotated", "revoked"):
         raise ValueError(f"{row['event']!r} is nothing that happens to a key")
-    return Key(row["name"], Role(row["role"]), _quota_of(row), row["event"] == "revoked", row["created_at"])
+    is_revoked, agents = row["event"] == "revoked", _agents_of(row)
+    return Key(row["name"], Role(row["role"]), _quota_of(row), agents, is_revoked, row["created_at"])
 
 
 def key_problems(query: Query) -> Iterator[str]:
@@ -141,17 +157,23 @@ class KeyStore:
 
     # ---------------------------------------------------------------------------------------------- write
 
-    def make(self, name: str, role: Role, quota: Quota = Quota(), by: str = "") -> str:
-        """A new key; returns its secret, told this once. Raises KeyProblem for a name that was given before."""
+    def make(self, name: str, role: Role, quota: Quota = Quota(), by: str = "", agents: Sequence[str] = ()) -> str:
+        """A new key, for these agents or for all; returns its secret, told this once. Raises KeyProblem for a name that
+        was given before, and for agents that cannot be."""
         if not re.fullmatch(KEY_NAME, name):
             raise KeyProblem(f"a key's name is letters, digits, '_', '.', '-', at most 64 of them, not {name!r}")
         if name in (OPERATOR, LEARNER):
             raise KeyProblem(f"{name!r} is the name of the server's own key; choose another")
+        if agents and role is Role.ADMIN:
+            raise KeyProblem("an admin key is for all agents: choose another role, or leave the agents out")
+        if wrong := [agent for agent in agents if not re.fullmatch(KEY_NAME, agent)]:
+            raise KeyProblem(f"{wrong[0]!r} is no name of an agent: letters, digits, '_', '.', '-'")
         secret = new_secret()
         with self._lock, write_transaction(self.db):
             if self._newest(name) is not None:
                 raise KeyProblem(f"a key named {name!r} was made before; a name is never given again, choose another")
-            self._insert(name, "made", role, digest_of(secret), quota, by)
+            limit = json.dumps(sorted(set(agents))) if agents else None
+            self._insert(name, "made", role, digest_of(secret), quota, by, limit)
         return secret
 
     def rotate(self, name: str, by: str = "") -> str:
@@ -159,14 +181,14 @@ class KeyStore:
         secret = new_secret()
         with self._lock, write_transaction(self.db):
             row = self._living(name)
-            self._insert(name, "rotated", Role(row["role"]), digest_of(secret), _quota_of(row), by)
+            self._insert(name, "rotated", Role(row["role"]), digest_of(secret), _quota_of(row), by, row["agents"])
         return secret
 
     def revoke(self, name: str, by: str = "") -> None:
         """Refuse a key from now on, for ever. Raises KeyProblem."""
         with self._lock, write_transaction(self.db):
             row = self._living(name)
-            self._insert(name, "revoked", Role(row["role"]), "", _quota_of(row), by)
+            self._insert(name, "revoked", Role(row["role"]), "", _quota_of(row), by, row["agents"])
 
     # ----------------------------------------------------------------------------------------------- read
 
@@ -208,16 +230,29 @@ class KeyStore:
             raise KeyProblem(f"the key {name!r} is revoked, for ever: make another under a new name")
         return row
 
-    def _insert(self, name: str, event: str, role: Role, digest: str, quota: Quota, by: str) -> None:
+    def _insert(
+        self, name: str, event: str, role: Role, digest: str, quota: Quota, by: str, agents: str | None
+    ) -> None:
+        used_up = (quota.requests, quota.steps, quota.tokens)
         self.db.execute(
-            "INSERT INTO key_events (name, event, role, digest, requests, steps, tokens, key, created_at) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [name, event, role.value, digest, quota.requests, quota.steps, quota.tokens, by, time.time()],
+            "INSERT INTO key_events (name, event, role, digest, requests, steps, tokens, key, created_at, agents) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [name, event, role.value, digest, *used_up, by, time.time(), agents],
         )
 
 
 def _quota_of(row: Row) -> Quota:
     return Quota(row["requests"], row["steps"], row["tokens"])
+
+
+def _agents_of(row: Row) -> tuple[str, ...]:
+    """Raises ValueError for what is no list of names: a key is never read as one for all agents by mistake."""
+    if row["agents"] is None:
+        return ()
+    agents = json.loads(row["agents"])
+    if not isinstance(agents, list) or not agents or not all(isinstance(agent, str) for agent in agents):
+        raise ValueError("agents is no list of names")
+    return tuple(agents)
 
 
 def has_keys(path: Path) -> bool:

@@ -23,6 +23,7 @@ from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 from sqlite_utils import Database
@@ -51,6 +52,7 @@ from runtime.store.episodes import (
     StepCandidate,
     Withdrawal,
 )
+from runtime.store.erasure_schema import MAY_GO
 from runtime.store.prompt_chains import SequenceCache, sequence_of
 from runtime.store.step_rows import (
     TOKEN_BYTES,
@@ -108,9 +110,11 @@ WITH RECURSIVE ancestry (id, parent_id) AS (
     SELECT id, parent_id FROM steps WHERE id = ?
     UNION SELECT steps.id, steps.parent_id FROM steps JOIN ancestry ON steps.id = ancestry.parent_id)"""
 
-_MISCOUNTED = """
+_STAYS = "steps.episode_id NOT IN (SELECT id FROM erased_episodes)"
+
+_MISCOUNTED = f"""
 SELECT steps.id, steps.step_index FROM steps LEFT JOIN steps AS parents ON parents.id = steps.parent_id
-WHERE steps.step_index <> coalesce(parents.step_index + 1, 0)"""
+WHERE {_STAYS} AND steps.step_index <> coalesce(parents.step_index + 1, 0)"""
 
 
 LOW_SPACE_BYTES = 512 * 2**20
@@ -506,9 +510,11 @@ class StepLog:
 
         The file's pages and each table's types; every record can be read; every step's tokens rebuild to the checksum
         taken when they were served; its index counts its ancestors. Damage to one of them hides none of the others.
+        What is being erased, and is no longer whole, is no damage.
         """
         problems: list[str] = []
-        for check in (page_problems, table_problems, reference_problems, _record_problems, _step_problems):
+        references = partial(reference_problems, may_go=MAY_GO)
+        for check in (page_problems, table_problems, references, _record_problems, _step_problems):
             try:
                 with self._reading() as connection:
                     problems.extend(check(connection))
@@ -703,7 +709,7 @@ def _record_problems(connection: sqlite3.Connection) -> Iterator[str]:
 
 def _step_problems(connection: sqlite3.Connection) -> Iterator[str]:
     cache = SequenceCache()  # not the log's own: what is on disk is to be checked
-    for row in all_rows(connection, "steps", f"{_STEPS} WHERE steps.rowid BETWEEN ? AND ?"):
+    for row in all_rows(connection, "steps", f"{_STEPS} WHERE {_STAYS} AND steps.rowid BETWEEN ? AND ?"):
         if not isinstance(row, int):
             yield from _problem(lambda row=row: _rebuild(connection, cache, row))
     for row in connection.execute(_MISCOUNTED):

@@ -43,8 +43,7 @@ def create_facts(database: Database) -> None:
         database.table(table).create_index(columns)
     for table in _FIRST_TABLES:
         _refuse_edits(database, table, database.table(table).pks[0])
-    database.create_view("episode_text", EPISODE_TEXT)
-    database.create_view("step_summary", STEP_SUMMARY)
+    _create_views(database)
 
 
 @STEP_LOG_MIGRATIONS()
@@ -128,6 +127,12 @@ def find_by_agent(database: Database) -> None:
             f"CREATE INDEX learnable_episodes_{name} ON episodes({columns}) "
             "WHERE actor = 'policy' AND purpose <> 'evaluation'"
         )
+
+
+@STEP_LOG_MIGRATIONS()
+def show_beside_damage(database: Database) -> None:
+    """Views that one damaged row does not end."""
+    _create_views(database)
 
 
 EPISODE_COLUMNS = {
@@ -251,6 +256,11 @@ LIST_INDEXES = (
 
 AGENT_INDEXES = (["agent", "id"], ["agent", "purpose", "id"], ["agent", "actor", "id"], ["agent", "adapter", "id"])
 """Of an agent, with one more filter: what the learner reads."""
+
+
+def _create_views(database: Database) -> None:
+    database.create_view("episode_text", EPISODE_TEXT, replace=True)
+    database.create_view("step_summary", STEP_SUMMARY, replace=True)
 
 
 def _create(
