@@ -2,7 +2,8 @@
 
     python -m benchmarks.import_files
 
-Counts the records of tests/import_cases, each against what it must become. Exit code 1 where one is wrong.
+Counts the records of tests/import_cases and tests/import_kinds, each against what it must become. Exit code 1 where one
+is wrong.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 
 from tests.import_expectations import all_cases, read_file, verdict
+from tests.import_kinds_told import all_kinds
 
 
 def main() -> int:
@@ -21,6 +23,11 @@ def main() -> int:
         table[case.format][told.partition(":")[0]] += 1
         if told.startswith("wrong"):
             wrong.append(f"{case.file} record {case.number} is {told}")
+    for kind in all_kinds():
+        for told in kind.verdicts():
+            table[kind.format][told.partition(":")[0]] += 1
+            if told.startswith("wrong"):
+                wrong.append(f"{kind.format}, {kind.name}, is {told}")
     columns = ("right", "refused", "wrong")
     print(f"{'format':<24}{'records':>8}" + "".join(f"{name:>9}" for name in columns))
     for name, counts in sorted(table.items(), key=lambda row: row[0].lower()):

@@ -403,7 +403,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "the thinking of message 2 is a number",
     ),
     "tools not a list": ({**simple(), "tools": {"a": 1}}, "its tools are an object, not a list"),
-    "tools not JSON": ({**simple(), "tools": "[{"}, "its tools are not JSON"),
+    "tools not JSON": ({**simple(), "tools": "[{"}, "the list of its tools is not JSON"),
     "tool without name": ({**simple(), "tools": [{"type": "function", "function": {}}]}, "tool 1 is called None"),
     "tool with a space": ({**simple(), "tools": [{"name": "get weather"}]}, "tool 1 is called 'get weather'"),
     "tool as text": ({**simple(), "tools": ["f"]}, "tool 1 is text, not an object"),

@@ -240,7 +240,6 @@ def server(protocol: ChatProtocol, tmp_path_factory: pytest.TempPathFactory) -> 
     [
         ({"conversation": "conv_1"}, "conversation: it is not supported here"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt: it is not supported here"),
-        ({"max_tool_calls": 3}, "max_tool_calls: it is not supported here"),
         ({"background": True, "stream": True}, "is retrieved, not streamed"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "there is no item 'x'"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "not input_image"),

@@ -8,7 +8,7 @@ from typing import Any
 from learner.importing.contents import plain_text, result_text
 from learner.importing.fields import Fields, RefusedRecord, is_empty
 from learner.importing.marks import close_message, close_record
-from learner.importing.messages import read_message, read_turns
+from learner.importing.messages import read_message
 from learner.importing.rows import take_beside, take_task, with_system
 from learner.importing.tool_schemas import read_tools
 from learner.importing.turns import Call, Draft, SourceFormat, Turn
@@ -24,6 +24,7 @@ def read_atif(record: dict[str, Any]) -> Draft:
     agent = Fields(fields.take("agent"), "the agent")
     tools = agent.take("tool_definitions")
     system, more_tools, _ = take_beside(agent)
+    close_record(agent)
     item_id = fields.take("trajectory_id") or fields.take("session_id")
     if not is_empty(fields.take("subagent_trajectories", "continued_trajectory_ref")):
         raise RefusedRecord("it has trajectories of other agents within it, or goes on in another file")
@@ -119,7 +120,7 @@ def _atif_results(observation: Any, number: int) -> list[Turn]:
 
 _OF_SAMPLES = frozenset(
     "epoch input choices target output store events model_usage role_usage attachments files setup sandbox "
-    "working_time total_time invalidation timelines events_data started_at completed_at error_retries".split()
+    "working_time total_time timelines events_data started_at completed_at error_retries".split()
 )
 
 
@@ -130,18 +131,27 @@ def read_inspect_sample(record: dict[str, Any]) -> Draft:
     events = fields.take("events")
     if fields.take("limit"):
         raise RefusedRecord("the sample ended at a limit: it is no expert's")
+    if not is_empty(fields.take("invalidation")):
+        raise RefusedRecord("the sample has an invalidation: it is marked as no expert's")
     item_id = fields.take("id")
     attachments = fields.take("attachments")
     system, tools, _ = take_beside(fields)
     close_record(fields, _OF_SAMPLES)
     if attachments:
         messages = _with_attachments(messages, attachments)
-    turns, _ = read_turns(messages, "messages")
+    turns = [turn for number, message in enumerate(messages, 1) for turn in _inspect_message(message, number)]
     offered = [
         event.get("tools") for event in events or [] if isinstance(event, dict) and event.get("event") == "model"
     ]
     name = None if item_id is None else str(item_id)
     return Draft(SourceFormat.INSPECT, with_system(system, turns), read_tools(*tools, *offered), name)
+
+
+def _inspect_message(message: Any, number: int) -> list[Turn]:
+    """What the data set put into the assistant's mouth is an example, and no action of its own."""
+    is_given = isinstance(message, dict) and message.get("source") == "input"
+    turns = read_message(message, f"message {number}", [])
+    return [replace(turn, is_learned=turn.is_learned and not is_given) for turn in turns]
 
 
 def _with_attachments(value: Any, attachments: dict[str, Any]) -> Any:

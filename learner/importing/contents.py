@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from learner.importing.exact_json import dumps
+from learner.importing.exact_json import dumps, holds_rounded
 from learner.importing.fields import Fields, RefusedRecord, is_empty, kind
 from learner.importing.turns import Call, Turn
 from learner.importing.written_calls import CALL_ID_NAMES, CALL_NAMES, read_call
@@ -21,13 +21,16 @@ _RESULTS = frozenset(
     "functionResponse function_response tool_call_result".split()
 )
 _STEP_STARTS = frozenset("step-start step_start finish-step step-finish".split())
+_SHOWN_ALONE = ("source-url", "source-document")
+"""Vercel's parts for the screen, as are those whose type begins with `data-`: no model is sent them."""
 _UNTYPED = ("functionCall", "function_call", "functionResponse", "function_response", "toolUse", "toolResult")
 """Gemini's and Bedrock's parts: the key tells the type."""
 
 _HARMLESS = frozenset(
     "annotations citations cache_control logprobs phase providerMetadata providerOptions provider_options extras "
     "signature thoughtSignature thought_signature state callProviderMetadata resultProviderMetadata preliminary "
-    "is_error isError structuredContent _meta format internal status title summary_index toolMetadata".split()
+    "is_error isError structuredContent _meta format internal status title summary_index toolMetadata "
+    "provider_data".split()
 )
 
 
@@ -132,6 +135,8 @@ def _read_part(part: Any, speech: Speech) -> None:
         _read_ui_tool(fields, name, speech)
     elif name in _STEP_STARTS:
         speech.end_turn()
+    elif name in _SHOWN_ALONE or name.startswith("data-"):
+        return
     else:
         raise RefusedRecord(f"{speech.where}: its content has a part of type {name!r}; only text is read")
 
@@ -146,6 +151,8 @@ def _think(fields: Fields, name: str, speech: Speech) -> None:
     hidden = fields.take("encrypted_content", "data", "redactedContent", "signature", "thoughtSignature")
     summary = thought_text(fields.take("summary"), speech.where)
     full = thought_text(fields.take("thinking", "reasoning", "text", "content", "reasoning_content"), speech.where)
+    if fields.take("closed") is False:  # Mistral's
+        raise RefusedRecord(f"{speech.where} ends within its thinking: it is not closed")
     text = summary if is_redacted else full or summary
     fields.close(_HARMLESS)
     speech.think(text, is_hidden=not text and (is_redacted or not is_empty(hidden)))
@@ -169,11 +176,8 @@ def thought_text(value: Any, where: str) -> str:
         fields = Fields(part, f"the thinking of {where}")
         name = fields.take("type")
         text = fields.take("text", "thinking", "summary", "content", "reasoning")
-        if name in ("reasoning.encrypted", "redacted_thinking") or text is None:
-            continue
-        if not isinstance(text, str):
-            raise RefusedRecord(f"the thinking of {where} is {kind(text)}, not text")
-        texts.append(text)
+        if name not in ("reasoning.encrypted", "redacted_thinking"):
+            texts.append(thought_text(text, where))
     return "\n\n".join(text for text in texts if text)
 
 
@@ -209,9 +213,13 @@ def result_text(value: Any, where: str) -> str:
     is_typed = isinstance(value, dict) and value.get("type") in ("text", "json", "content", "error-text", "error-json")
     if is_typed and "value" in value:  # Vercel's
         return result_text(value["value"], where)
+    if isinstance(value, dict) and value.get("type") == "execution-denied":
+        return value.get("reason") or "Tool execution denied."
     parts = value.get("content") if isinstance(value, dict) and set(value) <= {"content", "isError", "_meta"} else value
     if isinstance(parts, list) and parts and all(_is_part(part) for part in parts):
         return _joined(parts, where)
+    if holds_rounded(value):
+        raise RefusedRecord(f"{where} has a result with more digits than can be kept: write it as text")
     try:
         return dumps(value)
     except (ValueError, RecursionError) as error:

@@ -21,6 +21,7 @@ from learner.importing.formats import read_draft, records_of
 from learner.importing.json_lines import Record, Refusal, read_values
 from learner.importing.tool_schemas import NAME_RULE, TOOL_NAME, holds_null, without_padding
 from learner.importing.turns import Call, Draft, SourceFormat, Turn
+from learner.importing.written_calls import ARGUMENT_NAMES
 from policies.types import Message, ToolSchema
 from runtime.store.episodes import demonstration_digest
 
@@ -247,6 +248,14 @@ def _sound(text: str) -> str:
     return text
 
 
+def _require_not_wrapped(arguments: dict[str, Any], schema: dict[str, Any], where: str) -> None:
+    """Raises RefusedRecord for arguments within arguments, where the tool knows no such argument."""
+    properties = schema.get("properties")
+    wrapper = next((name for name in ARGUMENT_NAMES if isinstance(arguments.get(name), dict)), None)
+    if wrapper and isinstance(properties, dict) and properties and not set(arguments) & set(properties):
+        raise RefusedRecord(f"{where} stand once more within {wrapper!r}, which its tool does not take: unwrap them")
+
+
 def _arguments(call: Call, schema: dict[str, Any] | None) -> str:
     """A call's arguments as JSON text, its numbers as they were written. Raises RefusedRecord."""
     value, where = call.arguments, f"the arguments of {call.name}"
@@ -262,6 +271,7 @@ def _arguments(call: Call, schema: dict[str, Any] | None) -> str:
     if holds_rounded(value):
         raise RefusedRecord(f"{where} hold a number with more digits than can be kept: write it as text")
     if schema is not None:
+        _require_not_wrapped(value, schema, where)
         value = without_padding(value, schema, where)
     elif holds_null(value) and not is_text:
         raise RefusedRecord(

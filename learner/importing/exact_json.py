@@ -1,6 +1,7 @@
-"""JSON in which no number changes: integers of any size stay, and a decimal number that no float holds is marked.
+"""JSON that is read whole: no number changes, and no key hides another.
 
-orjson was refused here: it reads a 24-digit integer as a float, without a word.
+Integers of any size stay, and a decimal number that no float holds is marked. A key that stands twice in one object is
+no JSON here: Python would keep the last one, without a word. orjson was refused: it makes 24 digits a float.
 """
 
 from __future__ import annotations
@@ -38,4 +39,12 @@ def _read_float(text: str) -> float:
     return read if Decimal(repr(read)) == Decimal(text) else RoundedFloat(read)
 
 
-DECODER = json.JSONDecoder(parse_float=_read_float)
+def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    read = dict(pairs)
+    if len(read) < len(pairs):
+        twice = next(key for n, (key, _) in enumerate(pairs) if any(key == other for other, _ in pairs[:n]))
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return read
+
+
+DECODER = json.JSONDecoder(parse_float=_read_float, object_pairs_hook=_read_object)

@@ -59,6 +59,10 @@ class Fields:
             raise RefusedRecord(f"{names[0]} of {self.where} is {kind(value)}, not a list")
         return value
 
+    def put(self, name: str, value: Any) -> None:
+        """Add what the source means without writing it."""
+        self._left[name] = value
+
     def left(self) -> Iterator[tuple[str, Any]]:
         """The keys that nobody has read yet, empty values left out."""
         return ((name, value) for name, value in self._left.items() if not is_empty(value))
@@ -93,6 +97,22 @@ def kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
+# ------------------------------------------------------------------------------------------ names of all formats
+
+SYSTEM_NAMES = (
+    "system", "system_prompt", "systemPrompt", "system_message", "systemMessage", "instructions", "system_instruction",
+    "systemInstruction", "system_instructions", "_system", "developer", "developer_message",
+)  # fmt: skip
+TOOL_NAMES = ("tools", "functions", "tool_definitions", "available_tools", "tool_schemas", "tools_schema", "_tools")
+THINKING_NAMES = (
+    "reasoning_content", "reasoning", "reasoning_details", "thinking", "thinking_blocks", "thinking_content", "thought",
+    "thoughts", "reasoning_text", "think", "reasoningContent", "chain_of_thought", "cot", "thought_process",
+    "thinking_process", "thinking_text", "thinking_trace", "reasoning_trace", "reasoning_summary", "inner_thoughts",
+    "inner_monologue", "internal_monologue", "scratchpad",
+)  # fmt: skip
+"""Beside an assistant's words: what it thought before it said them."""
+
+
 # ---------------------------------------------------------------------------------------------- harmless keys
 
 _HARMLESS = frozenset(
@@ -102,22 +122,24 @@ _HARMLESS = frozenset(
     difficulty complexity tags url urls link license licence author authors annotator contributor created updated date
     time timestamp timestamps ts started ended start end model models provider engine deployment temperature top_p top_k
     min_p max_tokens max_completion_tokens max_output_tokens seed n stream stream_options presence_penalty
-    frequency_penalty repetition_penalty stop usage tokens cost price latency duration elapsed version schema_version
+    frequency_penalty repetition_penalty stop stop_sequences keep_alive usage tokens cost price latency duration elapsed
+    version schema_version
     object system_fingerprint service_tier parallel_tool_calls tool_choice store user username session conversation
     thread trace run repo repository commit branch cwd hostname platform environment task_type data_source ability
     num turns rounds length size logprobs logit_bias reasoning_effort verbosity prompt_cache_key safety_identifier
-    generator teacher teacher_model model_name agent_name
+    generator teacher teacher_model model_name agent_name game_file file_name filename
     """.split()
 )
 """Names and places, dates, settings of the sampling, counts and costs: they say nothing of what was said or done."""
 _HARMLESS_ENDINGS = (
     "_id", "_ids", "_uuid", "_guid", "_key_hash", "_hash", "_sha", "_at", "_time", "_timestamp", "_date", "_tokens",
-    "_token_count", "_count", "_counts", "_url", "_urls", "_ms", "_s", "_sec", "_seconds", "_version", "_cost", "_len",
-    "_length", "_usage", "_usd", "_index", "_idx", "_path", "_number",
+    "_token_count", "_count", "_counts", "_url", "_urls", "_duration", "_ms", "_s", "_sec", "_seconds", "_version",
+    "_cost", "_len", "_length", "_usage", "_usd", "_index", "_idx", "_path", "_number",
 )  # fmt: skip
 _HARMLESS_BEGINNINGS = ("num_", "n_", "total_", "__index_level_")
 _OF_JUDGEMENT = re.compile(
-    "fail|error|wrong|bad|reject|correct|success|pass|solved|reward|score|loss|mask|train|weight|label"
+    "fail|error|wrong|bad|reject|correct|success|pass|solved|reward|score|loss|mask|train|weight|label|vote|like|flag|"
+    "delet|discard|exclu|valid|abort|cancel|toxic|harm|safe|hallucin|desir|refus|quality|verdict|judg|grade|rating"
 )
 
 

@@ -17,6 +17,9 @@ from learner.importing.fields import RefusedRecord, is_empty, kind
 from learner.importing.json_lines import Record, Refusal
 from learner.importing.messages import is_langchain, is_message
 from learner.importing.rows import (
+    ANSWER_NAMES,
+    CHOSEN_NAMES,
+    PROMPT_NAMES,
     read_completion,
     read_conversation,
     read_gemini,
@@ -25,7 +28,8 @@ from learner.importing.rows import (
     read_xlam,
 )
 from learner.importing.sessions import read_session, session_format
-from learner.importing.traces import is_span, read_span, read_trace
+from learner.importing.telemetry import holds_conversation, is_span, read_span, spans_of_logs
+from learner.importing.traces import read_trace
 from learner.importing.turns import Draft, SourceFormat
 
 _LANGSMITH = ("run_type", "dotted_order", "session_id", "app_path", "reference_example_id", "example_id", "dataset_id")
@@ -61,7 +65,7 @@ def _read_object(record: dict[str, Any]) -> Draft:
         return read_span(record)
     if "preferred_output" in record or "non_preferred_output" in record:
         return read_openai_preference(record)
-    if "chosen" in record and not isinstance(record["chosen"], bool):
+    if any(isinstance(record.get(name), str | list | dict) for name in CHOSEN_NAMES):
         return read_preference(record)
     if "messages" in record and "epoch" in record and "scores" in record:
         return read_inspect_sample(record)
@@ -78,14 +82,25 @@ def _read_object(record: dict[str, Any]) -> Draft:
         return read_gemini({**record["request"], **{k: v for k, v in record.items() if k != "request"}})
     if "query" in record and "answers" in record:
         return read_xlam(record)
-    if any(name in record for name in ("prompt", "instruction", "question")) and any(
-        name in record for name in ("completion", "response", "output", "answer", "target")
-    ):
+    if any(name in record for name in PROMPT_NAMES) and any(name in record for name in ANSWER_NAMES):
         return read_completion(record)
+    if _is_whole_conversation(record):
+        return read_conversation(record, "input")
     if any(name in record for name in ("input", "inputs", "request")):
         return read_trace(record, _trace_format(record))
     keys = ", ".join(map(repr, list(record)[:8])) or "none"
     raise RefusedRecord(f"no known format: it has no messages, conversations or chosen; its keys are {keys}")
+
+
+def _is_whole_conversation(record: dict[str, Any]) -> bool:
+    """Whether the input holds what the assistant said too, and no output stands beside it: `to_input_list()`."""
+    given = record.get("input")
+    has_output = any(name in record for name in ("output", "outputs", "response", "expectedOutput", "expected_output"))
+    return not has_output and isinstance(given, list) and any(_is_assistants(each) for each in given)
+
+
+def _is_assistants(value: Any) -> bool:
+    return isinstance(value, dict) and (value.get("role") == "assistant" or value.get("type") == "function_call")
 
 
 _OF_STATES = frozenset("values next config created_at parent_config tasks interrupts checkpoint checkpoint_id".split())
@@ -158,7 +173,11 @@ def _contained(value: Any) -> Iterator[Any]:
         yield from value["samples"]
     elif isinstance(value, dict) and "resourceSpans" in value:  # OTLP
         scopes = [each for resource in _objects(value, "resourceSpans") for each in _objects(resource, "scopeSpans")]
-        yield from (span for scope in scopes for span in _objects(scope, "spans") if is_span(span))
+        spans = [span for scope in scopes for span in _objects(scope, "spans") if is_span(span)]
+        yield from [span for span in spans if holds_conversation(span)] or spans
+    elif isinstance(value, dict) and "resourceLogs" in value:  # OTLP's, of events
+        scopes = [each for resource in _objects(value, "resourceLogs") for each in _objects(resource, "scopeLogs")]
+        yield from spans_of_logs([each for scope in scopes for each in _objects(scope, "logRecords")])
     elif isinstance(value, dict) and _objects(
         value, "observations"
     ):  # Langfuse; what is said of a trace holds for each

@@ -7,14 +7,26 @@ nobody guesses whether an example is good.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import Enum
 from typing import Any
 
-from learner.importing.fields import Fields, RefusedRecord, is_empty, is_harmless, snake_case, unknown
+from learner.importing.fields import (
+    SYSTEM_NAMES,
+    THINKING_NAMES,
+    TOOL_NAMES,
+    Fields,
+    RefusedRecord,
+    is_empty,
+    is_harmless,
+    snake_case,
+    unknown,
+)
 
 CONTAINERS = frozenset(
     "meta metadata meta_data info extra extras extra_info additional_info annotations custom attributes details "
-    "extra_fields additional_fields custom_fields feedback feedback_stats evaluation eval judgement judgment".split()
+    "extra_fields additional_fields custom_fields feedback feedback_stats evaluation eval judgement judgment metrics "
+    "response_metadata provider_specific_fields generation_info llm_output final_metrics verifier_result".split()
 )
 """Keys that hold whatever the source had beside the conversation: only marks are looked for in them."""
 
@@ -35,7 +47,7 @@ _GOOD = frozenset(
     "feedback judgement judgment evaluation return returns accuracy reached achieved completed is_completed done "
     "value_score goal_reached test_result".split()
 )
-"""True, or more than zero: an expert's. False, or zero and less: not."""
+"""True, or half and more: an expert's. False, or zero and less: not. What is between, nobody can tell."""
 _SCALES = frozenset("rating ratings grade stars quality rank preference_score".split())
 """Numbers on a scale that the file does not tell."""
 _BAD = frozenset(
@@ -43,7 +55,8 @@ _BAD = frozenset(
     "invalid negative undesirable aborted cancelled canceled interrupted truncated timeout timed_out crashed corrupted "
     "discarded excluded deleted flagged unsafe toxic harmful hallucinated hallucination downvote downvoted thumbs_down "
     "low_quality unsuccessful unresolved refused refusal broken incomplete skip skipped ignore ignored exclude "
-    "blocked".split()
+    "blocked downvotes dislike dislikes disliked mistake mistakes removed archived invalidated invalidation withdrawn "
+    "retracted flags toxicity hallucinations harm spam".split()
 )
 """Anything but nothing: not an expert's."""
 _PREFIXES = (
@@ -67,14 +80,14 @@ _REASONS = frozenset(
 
 _GOOD_WORDS = frozenset(
     "true yes y good success successful succeeded resolved solved correct pass passed accepted accept approved chosen "
-    "desirable preferred positive win won thumbs_up upvote like 1 ok completed complete done finished success_all c "
+    "desirable preferred positive win won thumbs_up upvote like 1 + ok completed complete done finished success_all c "
     "valid verified".split()
 )
 _BAD_WORDS = frozenset(
     "false no n bad fail failed failure unsuccessful unresolved unsolved incorrect wrong error rejected reject "
     "undesirable dispreferred negative lose lost loss thumbs_down downvote dislike 0 i invalid aborted cancelled "
     "canceled timeout timed_out crashed interrupted incomplete in_progress running pending partial refused "
-    "-1".split()
+    "-1 - limits_exceeded".split()
 )
 _ENDS = frozenset(
     "stop end_turn tool_use tool_calls tool-calls tool_call function_call stop_sequence eos eos_token finished final "
@@ -87,21 +100,33 @@ _CUT_OFF = frozenset(
 )
 
 
+_GROUPS = frozenset("tag tags split partition subset fold category categories subset_name".split())
+_GROUPS_OF_BAD = frozenset(
+    "bad wrong incorrect fail failed failure failures reject rejected undesirable dispreferred negative unsuccessful "
+    "unresolved low_quality discard discarded excluded do_not_train no_train thumbs_down".split()
+)
+"""How a file's maker calls the heap of those that are not to be learned."""
+
+
 # --------------------------------------------------------------------------------------------------- of records
 
 
 def close_record(fields: Fields, harmless: frozenset[str] = frozenset()) -> None:
     """Judge a record by the keys that are left. Raises RefusedRecord for a mark that it is no expert's, and by its name
-    for a key that nobody knows."""
+    for a key that nobody knows. What a harmless key holds is looked through for marks all the same."""
     for name, value in fields.left():
-        if name not in harmless:
+        if name not in harmless or _is_container(name, value):
             judge(fields.where, name, value)
+
+
+def _is_container(name: str, value: Any) -> bool:
+    return snake_case(name) in CONTAINERS and isinstance(value, dict | list)
 
 
 def judge(where: str, name: str, value: Any) -> None:
     """Raises RefusedRecord where this key says that the record is no expert's, or says what nobody understands."""
-    if snake_case(name) in CONTAINERS and isinstance(value, dict | list):
-        _judge_inside(value, name)
+    if _is_container(name, value):
+        judge_inside(value, name)
         return
     if _is_learning_mark(name):
         if not _learning(where, name, value):
@@ -117,28 +142,78 @@ def judge(where: str, name: str, value: Any) -> None:
         )
     if mark is Mark.NONE and not is_harmless(name, value):
         raise unknown(where, name)
+    if snake_case(name) in _GROUPS and (bad := _bad_group(value)):
+        raise RefusedRecord(f"{name} holds {bad!r}: {where} is marked as no expert's")
 
 
-_ELSEWHERE = frozenset("messages tools functions system system_prompt instructions system_instruction".split())
+def _bad_group(value: Any) -> str | None:
+    texts = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)]
+    return next((text for text in texts if snake_case(text.strip()) in _GROUPS_OF_BAD), None)
 
 
-def _judge_inside(value: Any, where: str) -> None:
-    """Look for marks in metadata, at any depth; what is none of ours is left alone there."""
+def judge_inside(value: Any, where: str) -> None:
+    """Look for marks in metadata, at any depth; what is none of ours is left alone there. Raises RefusedRecord."""
+    _require_nothing_said(value, where, _TOLD_BESIDE)
+    for name, held, mark in _marks_inside(value, where):
+        if mark is Mark.BAD:
+            raise RefusedRecord(f"{name} is {_shown(held)}: it is marked as no expert's")
+        if mark is Mark.UNCLEAR:
+            raise RefusedRecord(f"{name} is {_shown(held)}, and nothing tells whether that is good")
+
+
+_TOLD_BESIDE = frozenset({"messages", *TOOL_NAMES, *SYSTEM_NAMES} - {"developer"})
+_TOLD_APART = frozenset(
+    "exit_status exit_reason end_reason terminate_reason termination_reason terminated_reason finish_reason stop_reason"
+    " done_reason reward rewards score".split()
+)
+"""Names that say a thing's outcome wherever they stand: one that is not understood refuses, deep in metadata too."""
+
+
+_OF_PROVIDERS = frozenset(
+    "safety_ratings safety_settings content_filter_results prompt_filter_results prompt_feedback grounding_metadata "
+    "citation_metadata logprobs avg_logprobs token_usage usage usage_metadata".split()
+)
+"""What an API says of its own filters and sources: its scores are no marks."""
+
+
+def _marks_inside(value: Any, where: str) -> Iterator[tuple[str, Any, Mark]]:
+    """The marks within metadata: (name with its place, value, mark), those left out that may be something else."""
     if isinstance(value, list):
         for each in value:
-            _judge_inside(each, where)
+            yield from _marks_inside(each, where)
     elif isinstance(value, dict):
-        if isinstance(value.get("name"), str) and "value" in value:  # a score in a list of scores
-            value = {"score": value["value"]}
+        for name, held in _scored(value).items():
+            mark = mark_of(name, held)
+            if _is_learning_mark(name):
+                mark = Mark.BAD if held in (0, "false") else Mark.NONE
+            if isinstance(held, dict | list) and (mark is Mark.NONE or snake_case(name) in _OF_PROVIDERS):
+                if snake_case(name) not in _OF_PROVIDERS:
+                    yield from _marks_inside(held, f"{where}.{name}")
+            elif mark is not Mark.UNCLEAR or _bare(snake_case(name)) in _TOLD_APART | _SCALES:
+                yield f"{where}.{name}", held, mark
+
+
+def _scored(value: dict[str, Any]) -> dict[str, Any]:
+    """An object by its keys; a score in a list of scores by the score's name."""
+    name = value.get("name")
+    if not isinstance(name, str) or not {"value", "stringValue"} & set(value):
+        return value
+    held = value.get("stringValue") if value.get("value") is None else value.get("value")
+    return {name if mark_of(name, held) is not Mark.NONE else "score": held}
+
+
+def _require_nothing_said(value: Any, where: str, names: frozenset[str]) -> None:
+    """Raises RefusedRecord where metadata holds what belongs to the conversation."""
+    if isinstance(value, list):
+        for each in value:
+            _require_nothing_said(each, where, names)
+    elif isinstance(value, dict):
         for name, held in value.items():
-            if isinstance(held, dict | list) and mark_of(name, held) is Mark.NONE:
-                _judge_inside(held, f"{where}.{name}")
-            elif mark_of(name, held) is Mark.BAD or (_is_learning_mark(name) and held in (0, "false")):
-                raise RefusedRecord(f"{where}.{name} is {_shown(held)}: it is marked as no expert's")
-            if snake_case(name) in _ELSEWHERE and not is_empty(held):
-                raise RefusedRecord(
-                    f"{where} holds {name!r}, which is read from beside the messages only: move it there"
-                )
+            is_setting = name in THINKING_NAMES and not isinstance(held, str | list)
+            if name in names and not is_empty(held) and not is_setting:
+                raise RefusedRecord(f"{where} holds {name!r}, which is read from beside the words only: move it there")
+            if isinstance(held, dict | list):
+                _require_nothing_said(held, f"{where}.{name}", names)
 
 
 def _shown(value: Any) -> str:
@@ -154,13 +229,36 @@ def mark_of(name: str, value: Any) -> Mark:
     if snake in _REASONS or snake.endswith(("_reason", "_status")):
         return _mark_of_reason(value)
     if snake in _SCALES:
-        return Mark.UNCLEAR if _is_number(value) else _mark_of_value(value)
-    words = snake.split("_")
+        return _mark_on_scale(value)
+    when, _, end = snake.rpartition("_")
+    if end in _TIMES and when in _BAD | _GOOD:  # deleted_at, approved_at: that it happened is the mark
+        return Mark.BAD if when in _BAD else Mark.GOOD
+    words = (when if end in _NUMBERS and when in _BAD else snake).split("_")
     if snake in _BAD or words[-1] in _BAD or words[0] in ("failed", "rejected"):
         return _mark_of_failure(value)
-    if snake in _GOOD or words[-1] in _GOOD:
+    if words[-1] in _DEGREES and set(words) & _BAD:  # toxicity_score, error_rate: less is better
+        return _mark_of_degree(value)
+    if snake in _GOOD or words[-1] in _GOOD or words[-2:] in (["success", "rate"], ["pass", "rate"]):
         return _mark_of_value(value)
     return Mark.NONE
+
+
+_TIMES = ("at", "date", "time", "timestamp", "on", "by")
+_NUMBERS = ("count", "counts")
+_DEGREES = ("score", "scores", "rate", "probability", "prob")
+
+
+def _mark_on_scale(value: Any) -> Mark:
+    """Of a number nobody knows whether it is high, unless it is below all scales."""
+    if not _is_number(value):
+        return _mark_of_value(value)
+    return Mark.BAD if value < 0 else Mark.UNCLEAR
+
+
+def _mark_of_degree(value: Any) -> Mark:
+    if not _is_number(value):
+        return Mark.UNCLEAR
+    return Mark.GOOD if value <= 0 else Mark.BAD if value >= 0.5 else Mark.UNCLEAR
 
 
 def _bare(snake: str) -> str:
@@ -178,9 +276,9 @@ def _mark_of_value(value: Any) -> Mark:
     if isinstance(value, bool):
         return Mark.GOOD if value else Mark.BAD
     if _is_number(value):
-        return Mark.GOOD if value > 0 else Mark.BAD
+        return Mark.BAD if value <= 0 else Mark.GOOD if value >= 0.5 else Mark.UNCLEAR
     if isinstance(value, str):
-        word = snake_case(value.strip())
+        word = value.strip() if value.strip() in ("+", "-") else snake_case(value.strip())
         if word in _GOOD_WORDS or word in _BAD_WORDS:
             return Mark.GOOD if word in _GOOD_WORDS else Mark.BAD
         return _mark_of_value(_number(word)) if _number(word) is not None else Mark.UNCLEAR
@@ -225,7 +323,9 @@ _LEARNED_WHERE_TRUE = frozenset(
     "loss_scale train_on_turn train_turn train_on_message in_loss sample_weight example_weight message_weight "
     "turn_weight".split()
 )
-_LEARNED_WHERE_FALSE = frozenset("masked is_masked ignore_loss no_loss exclude_from_loss skip_training".split())
+_LEARNED_WHERE_FALSE = frozenset(
+    "masked is_masked ignore_loss no_loss exclude_from_loss skip_training no_train exclude_from_training".split()
+)
 
 
 def _is_learning_mark(name: str) -> bool:
@@ -237,8 +337,9 @@ def _learning(where: str, name: str, value: Any) -> bool:
     snake = snake_case(name).strip("_")
     if snake == "mask":
         raise RefusedRecord(f"{where} has a mask, which some tools learn and others leave out: call it weight, 0 or 1")
-    if isinstance(value, str) and value.strip().lower() in ("true", "false", "0", "1"):
-        value = value.strip().lower() in ("true", "1")
+    if isinstance(value, str):
+        word = value.strip().lower()
+        value = {"true": 1, "false": 0}.get(word, _number(word) if _number(word) is not None else value)
     if value not in (0, 1):  # true and false too
         raise RefusedRecord(f"{where}: {name} must be 0 or 1, not {_shown(value)}")
     return bool(value) == (snake in _LEARNED_WHERE_TRUE)
@@ -251,25 +352,34 @@ def close_message(fields: Fields, is_assistant: bool, harmless: frozenset[str] =
     """
     is_learned = True
     for name, value in fields.left():
+        if _is_container(name, value):
+            is_learned &= _is_good_inside(value, f"{fields.where}: {name}", is_assistant)
+            continue
         if name in harmless or (is_harmless(name, value) and not _is_learning_mark(name)):
             continue
         if _is_learning_mark(name):
             is_learned &= not is_assistant or _learning(fields.where, name, value)
             continue
-        mark = Mark.GOOD if snake_case(name) in CONTAINERS and isinstance(value, dict) else mark_of(name, value)
+        mark = mark_of(name, value)
         if mark is Mark.NONE:
             raise unknown(fields.where, name)
         if mark is Mark.UNCLEAR and is_assistant:
             raise RefusedRecord(f"{fields.where}: {name} is {_shown(value)}, and nothing tells whether that is good")
-        if snake_case(name) in CONTAINERS and isinstance(value, dict):
-            mark = _mark_inside(value)
         is_learned &= mark is not Mark.BAD
     return is_learned
 
 
-def _mark_inside(value: dict[str, Any]) -> Mark:
-    try:
-        _judge_inside(value, "metadata")
-    except RefusedRecord:
-        return Mark.BAD
-    return Mark.GOOD
+_SAID_BESIDE = frozenset({*TOOL_NAMES, *THINKING_NAMES, "tool_calls", "function_call"})
+
+
+def _is_good_inside(value: Any, where: str, is_assistant: bool) -> bool:
+    """Whether nothing in a message's metadata says that it is not to be learned. Raises RefusedRecord for what is said
+    there: thinking, calls, and outcomes that are not understood."""
+    if not is_assistant:
+        return True
+    _require_nothing_said(value, where, _SAID_BESIDE)
+    marks = list(_marks_inside(value, where))
+    for name, held, mark in marks:
+        if mark is Mark.UNCLEAR:
+            raise RefusedRecord(f"{name} is {_shown(held)}, and nothing tells whether that is good")
+    return all(mark is not Mark.BAD for _, _, mark in marks)

@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from learner.importing.contents import read_content, result_text, thought_text
-from learner.importing.fields import Fields, RefusedRecord, is_empty, is_padding, kind
-from learner.importing.marks import Mark, close_message, mark_of
+from learner.importing.fields import THINKING_NAMES, Fields, RefusedRecord, is_empty, is_padding, kind
+from learner.importing.marks import close_message
 from learner.importing.turns import Call, Turn
 from learner.importing.written_calls import (
     CALL_ID_NAMES,
@@ -48,16 +48,15 @@ _ITEM_TYPES = tuple(
     "image_generation_call mcp_call mcp_list_tools mcp_approval_request item_reference compaction handoff_call "
     "handoff_output hosted_tool_call shell_call apply_patch_call ghost_snapshot".split()
 )
-_THINKING_NAMES = (
-    "reasoning_content", "reasoning", "reasoning_details", "thinking", "thinking_blocks", "thinking_content", "thought",
-    "thoughts", "reasoning_text", "think", "reasoningContent", "chain_of_thought", "cot",
-)  # fmt: skip
 _HARMLESS = frozenset(
     "name type annotations citations cache_control providerOptions provider_options providerMetadata example "
     "usage_metadata experimental_providerMetadata experimental_attachments metadata response_metadata artifact "
     "tool_call_chunks chunk_position revisionId createdAt source model phase provider_specific_fields stop_details "
-    "is_error isError view perf context_management container internal working_start refusal_score".split()
+    "is_error isError view perf context_management container internal working_start refusal_score prefix "
+    "provider_data".split()
 )
+_OF_KWARGS = frozenset("name id role type parsed usage citations search_results annotations prefix documents".split())
+"""LangChain's `additional_kwargs`, in what providers put there and no model is told."""
 
 
 def is_message(value: Any) -> bool:
@@ -114,6 +113,8 @@ def read_message(message: Any, where: str, tools: list[Any]) -> list[Turn]:
     if role in ("assistant", "calls"):
         return _read_assistant(fields, is_calls_text=role == "calls")
     content = _content(fields)
+    if content is None and role == "user":
+        raise RefusedRecord(f"{where} is the user's, and has no words")
     if fields.take("tool_calls", "function_call"):
         raise RefusedRecord(f"{where} is the {role}'s, and has tool calls")
     speech = read_content(content, role, where)
@@ -170,7 +171,7 @@ def _from_constructor(message: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _read_assistant(fields: Fields, is_calls_text: bool) -> list[Turn]:
     where = fields.where
-    extra_calls, extra_thinking, is_cut_off = _read_kwargs(fields)
+    extra_calls, extra_thinking, is_learned_inside = _read_kwargs(fields)
     thinking, hides_thinking = _thinking(fields, extra_thinking)
     calls = _calls(fields) or extra_calls
     invocations = fields.take("toolInvocations")
@@ -179,7 +180,7 @@ def _read_assistant(fields: Fields, is_calls_text: bool) -> list[Turn]:
         raise RefusedRecord(f"{where} has a tool call that its source could not read")
     if fields.take("refusal", "audio", "images", "image"):
         raise RefusedRecord(f"{where} has a refusal, sound or images; only text is read")
-    is_learned = close_message(fields, is_assistant=True, harmless=_HARMLESS) and not is_cut_off
+    is_learned = close_message(fields, is_assistant=True, harmless=_HARMLESS) and is_learned_inside
     if is_calls_text and isinstance(content, str):
         thought, content = split_thought(content, where)
         turns = [Turn("assistant", thinking=thought, calls=read_calls_text(content, where))]
@@ -240,7 +241,7 @@ def _calls(fields: Fields) -> tuple[Call, ...]:
 
 def _thinking(fields: Fields, extra: list[Any]) -> tuple[str, bool]:
     """(thinking, whether some is hidden) of what stands beside a message's content."""
-    given = [fields.take(name) for name in _THINKING_NAMES]
+    given = [fields.take(name) for name in THINKING_NAMES]
     texts = [thought_text(value, fields.where).strip() for value in (*given, *extra)]
     told = sorted({text for text in texts if text}, key=len)
     if len(told) > 1:
@@ -250,19 +251,21 @@ def _thinking(fields: Fields, extra: list[Any]) -> tuple[str, bool]:
 
 
 def _read_kwargs(fields: Fields) -> tuple[tuple[Call, ...], list[Any], bool]:
-    """(calls, thinking, whether it was cut off) of what LangChain keeps beside a message."""
-    kwargs, about = fields.take("additional_kwargs"), fields.take("response_metadata")
+    """(calls, thinking, whether it is to be learned) of what LangChain and LiteLLM keep beside a message."""
     calls: tuple[Call, ...] = ()
     thinking: list[Any] = []
-    if isinstance(kwargs, dict):
-        inner = Fields(kwargs, fields.where)
-        calls = _calls(inner)
-        thinking = [inner.take(name) for name in _THINKING_NAMES]
-        if inner.take("refusal"):
-            raise RefusedRecord(f"{fields.where} has a refusal; only text is read")
-    reasons = ("finish_reason", "stop_reason", "done_reason")
-    is_cut_off = isinstance(about, dict) and any(mark_of(name, about.get(name)) is Mark.BAD for name in reasons)
-    return calls, thinking, is_cut_off
+    is_learned = True
+    for name in ("additional_kwargs", "provider_specific_fields"):
+        kwargs = fields.take(name)
+        if not isinstance(kwargs, dict):
+            continue
+        inner = Fields({key: held for key, held in kwargs.items() if not key.startswith("__")}, fields.where)
+        calls = _calls(inner) or calls
+        thinking += [inner.take(name) for name in THINKING_NAMES]
+        if inner.take("refusal", "audio", "tool_outputs"):
+            raise RefusedRecord(f"{fields.where} has a refusal, sound or a server's tools; only text is read")
+        is_learned &= close_message(inner, is_assistant=True, harmless=_OF_KWARGS)
+    return calls, thinking, is_learned
 
 
 def _read_invocations(content: Any, invocations: Any, where: str) -> list[Turn]:

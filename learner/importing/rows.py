@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from learner.importing.contents import plain_text
-from learner.importing.fields import Fields, RefusedRecord, is_empty, kind, unknown
+from learner.importing.fields import SYSTEM_NAMES, TOOL_NAMES, Fields, RefusedRecord, is_empty, kind, unknown
 from learner.importing.marks import close_record
 from learner.importing.messages import is_item, is_langchain, read_message, read_turns
 from learner.importing.tool_schemas import read_tools
@@ -22,11 +22,6 @@ from learner.importing.written_calls import (
     tools_in_text,
 )
 
-SYSTEM_NAMES = (
-    "system", "system_prompt", "systemPrompt", "system_message", "systemMessage", "instructions", "system_instruction",
-    "systemInstruction", "system_instructions", "_system", "developer", "developer_message",
-)  # fmt: skip
-TOOL_NAMES = ("tools", "functions", "tool_definitions", "available_tools", "tool_schemas", "tools_schema", "_tools")
 _ID_NAMES = ("item_id", "id", "prompt_id", "instance_id", "task_id", "uuid", "session_id", "trace_id", "custom_id")
 _UNSEEN = (
     "images",
@@ -50,6 +45,7 @@ def take_beside(fields: Fields) -> tuple[list[Turn], list[Any], str | None]:
     given = [fields.take(name) for name in SYSTEM_NAMES]
     texts = list(dict.fromkeys(text for value in given if (text := plain_text(value, "the system text")).strip()))
     tools = [fields.take(name) for name in TOOL_NAMES]
+    tools += [fields.take(name) for name in ("toolConfig", "tool_config") if _holds_tools(fields, name)]
     _take_setting(fields)
     for name in _UNSEEN:
         if not is_empty(fields.take(name)):
@@ -57,6 +53,12 @@ def take_beside(fields: Fields) -> tuple[list[Turn], list[Any], str | None]:
     found = [value for name in _ID_NAMES if (value := fields.take(name)) is not None]
     item_id = next((str(value) for value in found if isinstance(value, str | int)), None)
     return [Turn("system", text) for text in texts], tools, item_id
+
+
+def _holds_tools(fields: Fields, name: str) -> bool:
+    """Bedrock keeps the tools where Gemini only says how they may be called."""
+    held = dict(fields.left()).get(name)
+    return isinstance(held, dict) and "tools" in held
 
 
 def with_system(system: Sequence[Turn], turns: list[Turn]) -> list[Turn]:
@@ -124,16 +126,25 @@ def take_task(fields: Fields) -> str | None:
 def _take_setting(fields: Fields) -> None:
     """How much a model was to think, in requests to it: no text."""
     left = dict(fields.left())
-    for name in ("reasoning", "thinking"):
-        if isinstance(left.get(name), dict):
+    options = left.get("options")  # Ollama's
+    if isinstance(options, dict) and not any(isinstance(value, dict | list) for value in options.values()):
+        fields.take("options")
+    for name in ("reasoning", "thinking", "think"):
+        if isinstance(left.get(name), dict) or (name == "think" and left.get(name) in (True, False, *_EFFORTS)):
             fields.take(name)
 
 
+_EFFORTS = ("low", "medium", "high", "max")
+
+
 def _take_other_side(fields: Fields) -> None:
-    """An answer that was not chosen, beside a conversation that was: it is not put to use."""
+    """An answer that was not chosen, beside a conversation that was: it is not put to use.
+
+    A plain text under `rejected` is not taken for one: it may as well say that, or why, the conversation is bad.
+    """
     left = dict(fields.left())
     for name in ("rejected_response", "rejected_messages", "rejected"):
-        if isinstance(left.get(name), str | list | dict):
+        if isinstance(left.get(name), list | dict) or (name != "rejected" and isinstance(left.get(name), str)):
             fields.take(name)
 
 
@@ -176,8 +187,9 @@ def _read_written(turns: list[Turn]) -> list[Turn]:
 
 # -------------------------------------------------------------------------- questions, answers, preferences
 
-_PROMPT_NAMES = ("prompt", "question", "instruction", "query", "input_text", "context")
-_ANSWER_NAMES = ("completion", "response", "output", "answer", "target")
+PROMPT_NAMES = ("prompt", "question", "instruction", "query", "input_text", "text_input")
+ANSWER_NAMES = ("completion", "response", "output", "answer", "target", "output_text")
+CHOSEN_NAMES = ("chosen", "chosen_response", "chosen_messages")
 
 
 def read_preference(record: dict[str, Any]) -> Draft:
@@ -187,8 +199,11 @@ def read_preference(record: dict[str, Any]) -> Draft:
     """
     fields = Fields(record, "the record")
     system, tools, item_id = take_beside(fields)
+    chosen = fields.take(*CHOSEN_NAMES)
+    rejected = fields.take("rejected", "rejected_response", "rejected_messages")
+    if dict(fields.left()).get("messages") == chosen:  # UltraFeedback's rows have the chosen side twice
+        fields.take("messages")
     prompt, inner_tools = _read_prompt(fields)
-    chosen, rejected = fields.take("chosen"), fields.take("rejected")
     if chosen is not None and chosen == rejected:
         raise RefusedRecord("chosen and rejected are the same")
     if isinstance(chosen, str) and not prompt:
@@ -249,8 +264,10 @@ def read_completion(record: dict[str, Any]) -> Draft:
     system, tools, item_id = take_beside(fields)
     history = _read_history(fields)
     prompt, inner_tools = _read_prompt(fields)
-    answer = fields.take(*_ANSWER_NAMES)
+    answer = fields.take(*ANSWER_NAMES)
     thinking = fields.take_text("reasoning", "thinking", "reasoning_content", "thought", "cot")
+    _take_other_side(fields)
+    _take_token_ids(fields)
     close_record(fields)
     if not prompt:
         raise RefusedRecord("it has an answer, but nothing that was asked")
@@ -261,6 +278,13 @@ def read_completion(record: dict[str, Any]) -> Draft:
         side[0] = replace(side[0], thinking=thinking)
     turns = with_system(system, _behind([*history, *(replace(turn, is_learned=False) for turn in prompt)], side))
     return Draft(SourceFormat.COMPLETION, turns, _tools(turns, [*tools, *inner_tools]), item_id)
+
+
+def _take_token_ids(fields: Fields) -> None:
+    """Ollama's `context`: the conversation so far, as token ids of its model."""
+    held = dict(fields.left()).get("context")
+    if isinstance(held, list) and all(isinstance(each, int) for each in held):
+        fields.take("context")
 
 
 def _read_history(fields: Fields) -> list[Turn]:
@@ -276,7 +300,7 @@ def _read_history(fields: Fields) -> list[Turn]:
 def _read_prompt(fields: Fields) -> tuple[list[Turn], list[Any]]:
     """What was asked, and tools within it; empty where a row has no prompt of its own."""
     tools: list[Any] = []
-    prompt = fields.take(*_PROMPT_NAMES)
+    prompt = fields.take(*PROMPT_NAMES)
     more = fields.take("input")
     before = fields.take("conversations", "messages")
     if isinstance(more, str) and more.strip():
@@ -350,15 +374,44 @@ def read_gemini(record: dict[str, Any]) -> Draft:
     system, tools, item_id = take_beside(fields)
     config = fields.take("config", "generationConfig", "generation_config")
     if isinstance(config, dict):
-        inner_system, inner_tools, _ = take_beside(Fields(config, "config"))
+        settings = Fields(config, "config")
+        inner_system, inner_tools, _ = take_beside(settings)
+        close_record(settings, _OF_GEMINI)
         system, tools = [*system, *inner_system], [*tools, *inner_tools]
-    answer = _candidate(fields)
-    close_record(fields, frozenset({"toolConfig", "tool_config", "safetySettings", "safety_settings", "labels"}))
+    preferred = _preferred_completion(fields)
+    answer = preferred or _candidate(fields)
+    close_record(fields, _OF_GEMINI)
     if not isinstance(contents, list):
         contents = [contents]
-    turns, _ = read_turns([_as_message(each) for each in [*contents, *answer]], "contents")
-    turns = with_system(system, turns)
+    asked, _ = read_turns([_as_message(each) for each in contents], "contents")
+    if preferred:  # tuning by preference learns the completion alone
+        asked = [replace(turn, is_learned=False) for turn in asked]
+    said = read_turns([_as_message(each) for each in answer], "the answer")[0] if answer else []
+    turns = with_system(system, [*asked, *said])
     return Draft(SourceFormat.GEMINI, turns, _tools(turns, tools), item_id)
+
+
+_OF_GEMINI = frozenset(
+    "toolConfig tool_config safetySettings safety_settings labels thinkingConfig thinking_config responseMimeType "
+    "response_mime_type responseModalities response_modalities automaticFunctionCalling automatic_function_calling "
+    "responseLogprobs usageMetadata modelVersion createTime promptFeedback".split()
+)
+
+
+def _preferred_completion(fields: Fields) -> list[Any]:
+    """The better of the two answers of a row for tuning by preference. Raises RefusedRecord where none is."""
+    rated = [Fields(each, "a completion") for each in fields.take_list("completions")]
+    sides = [(each.take("score"), each.take("completion")) for each in rated]
+    for each in rated:
+        each.close()
+    if not sides:
+        return []
+    best = [said for score, said in sides if isinstance(score, int | float) and score > 0]
+    if len(best) != 1 or len(sides) < 2:
+        raise RefusedRecord(
+            "its completions are not one with a score of 1 and another with 0: nothing tells the better"
+        )
+    return best
 
 
 def _as_message(content: Any) -> Any:
@@ -372,6 +425,8 @@ def _candidate(fields: Fields) -> list[Any]:
     """The answer that is logged beside its request."""
     response = fields.take("response")
     candidates = response.get("candidates") if isinstance(response, dict) else fields.take("candidates")
+    if isinstance(response, dict):
+        close_record(Fields({k: v for k, v in response.items() if k != "candidates"}, "the response"), _OF_GEMINI)
     if not candidates:
         return []
     if not isinstance(candidates, list) or len(candidates) != 1 or not isinstance(candidates[0], dict):

@@ -30,6 +30,8 @@ def session_format(value: Any) -> SourceFormat | None:
         return SourceFormat.CODEX
     if kind == "session" and ("harness" in value or "cwd" in value or "id" in value):
         return SourceFormat.SESSION
+    if kind == "system" and "subtype" in value and "session_id" in value:
+        return SourceFormat.CLAUDE_CODE
     if ("sessionId" in value or "leafUuid" in value or kind == "file-history-snapshot") and isinstance(kind, str):
         return SourceFormat.CLAUDE_CODE
     if kind in ("user", "assistant") and isinstance(value.get("message"), dict):
@@ -55,14 +57,21 @@ def read_session(source: SourceFormat, lines: Sequence[Line]) -> Draft:
 
 _UNSEEN_LINES = tuple(
     "summary file-history-snapshot queue-operation progress custom-title ai-title agent-name last-prompt "
-    "permission-mode tag pr-link mode saved_hook_context worktree-state".split()
+    "permission-mode tag pr-link mode saved_hook_context worktree-state rate_limit_event stream_event".split()
 )
 """Lines that the model never saw."""
+_NOTICES = frozenset(
+    "todo_reminder task_reminder total_tokens_reminder silent_turn_reminder deferred_tools_delta deferred_tools_record "
+    "agent_listing_delta mcp_instructions_delta skill_listing command_permissions environment model date date_change "
+    "credential_org remote_session_change prompt_snapshot session_context auto_mode token_usage budget_usd "
+    "output_token_usage hook_success async_hook_response".split()
+)
+"""Attachments in which the program tells the model of itself, as its system prompt does: a session file has neither."""
 _OF_LINES = frozenset(
     "uuid parentUuid logicalParentUuid sessionId session_id cwd version gitBranch timestamp requestId userType isMeta "
     "isSidechain toolUseResult sourceToolUseID sourceToolAssistantUUID thinkingMetadata todos permissionMode slug type "
-    "isVisibleInTranscriptOnly isCompactSummary parent_tool_use_id agentId entrypoint promptId imagePasteIds level "
-    "mcpMeta origin apiError teamName message isApiErrorMessage planContent summarizeMetadata".split()
+    "isVisibleInTranscriptOnly isCompactSummary error parent_tool_use_id agentId entrypoint promptId imagePasteIds "
+    "level mcpMeta origin apiError teamName message isApiErrorMessage planContent summarizeMetadata".split()
 )
 _OF_MESSAGES = frozenset(
     {"type", "stop_sequence", "model", "id", "usage", "container", "stop_details", "context_management"}
@@ -73,13 +82,21 @@ def _read_claude_code(lines: Sequence[Line]) -> Draft:
     """The main conversation. What was rewound is left out, as it was for the model; other agents' lines too."""
     said: list[tuple[str | None, str | None, list[Turn]]] = []  # (uuid, the message's id, turns)
     session = None
+    is_side = _is_other_agents(lines)
     for number, line in enumerate(lines, 1):
         kind = line.get("type")
-        session = session or line.get("sessionId")
-        if kind in _UNSEEN_LINES or line.get("isSidechain") is True or line.get("isApiErrorMessage") is True:
+        session = session or line.get("sessionId") or line.get("session_id")
+        is_elsewhere = (line.get("isSidechain") is True or bool(line.get("parent_tool_use_id"))) and not is_side
+        if kind in _UNSEEN_LINES or is_elsewhere or line.get("isApiErrorMessage") is True:
             continue
         if kind == "system":
             _require_no_compaction(line, number)
+            continue
+        if kind == "result":
+            _require_good_end(line, number)
+            continue
+        if kind == "attachment":
+            said += [(line.get("uuid"), None, turns) for turns in [_attached(line, number)] if turns]
             continue
         if kind not in ("user", "assistant"):
             raise RefusedRecord(f"line {number} of the session is of type {kind!r}: nothing tells whether it was seen")
@@ -93,6 +110,32 @@ def _read_claude_code(lines: Sequence[Line]) -> Draft:
         said.append((line.get("uuid"), None, turns))
     turns = [turn for _, _, each in said for turn in each]
     return Draft(SourceFormat.CLAUDE_CODE, merge_items(turns), item_id=session if isinstance(session, str) else None)
+
+
+def _is_other_agents(lines: Sequence[Line]) -> bool:
+    """Whether the file is the conversation of an agent that another one started: all its lines are marked so."""
+    said = [line for line in lines if line.get("type") in ("user", "assistant")]
+    return bool(said) and all(line.get("isSidechain") is True for line in said)
+
+
+def _attached(line: Line, number: int) -> list[Turn]:
+    """What an attachment puts into the user's mouth. Raises RefusedRecord for words that the file does not hold."""
+    held = line.get("attachment")
+    kind = held.get("type") if isinstance(held, dict) else None
+    if not isinstance(held, dict) or kind in _NOTICES:
+        return []
+    if kind == "queued_command" and isinstance(held.get("prompt"), str):
+        return [Turn("user", held["prompt"])]
+    raise RefusedRecord(
+        f"line {number}: the model saw an attachment of type {kind!r}, whose words are not in the conversation; "
+        "--ignore attachment leaves such lines out"
+    )
+
+
+def _require_good_end(line: Line, number: int) -> None:
+    """Raises RefusedRecord where the last line of `claude -p --output-format stream-json` says that the run failed."""
+    if line.get("is_error") is True or line.get("subtype") not in (None, "success"):
+        raise RefusedRecord(f"line {number}: the run ended with {line.get('subtype')!r}: it is no expert's")
 
 
 def _require_no_compaction(line: Line, number: int) -> None:

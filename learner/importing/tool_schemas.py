@@ -11,6 +11,8 @@ from typing import Any
 
 from learner.importing.exact_json import holds_rounded, loads
 from learner.importing.fields import Fields, RefusedRecord, is_empty, is_padding, kind
+from learner.importing.type_texts import TYPES, schema_of_type
+from learner.importing.written_calls import read_literal
 from policies.types import ToolSchema
 
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -18,7 +20,7 @@ NAME_RULE = "a name has 1 to 64 of A-Z, a-z, 0-9, '_', '-' and '.'"
 
 _SCHEMA_NAMES = (
     "parameters", "input_schema", "inputSchema", "parametersJsonSchema", "parameters_json_schema", "args_schema",
-    "argsSchema", "tool_call_schema", "schema", "json_schema",
+    "argsSchema", "tool_call_schema", "schema", "json_schema", "parameter_definitions",
 )  # fmt: skip
 """Where a JSON schema of the arguments stands; some of them hold the bare properties, without `type: object`."""
 _PROPERTIES_NAMES = ("properties", "inputs", "args", "arguments", "input")
@@ -26,7 +28,8 @@ _PROPERTIES_NAMES = ("properties", "inputs", "args", "arguments", "input")
 _UNRENDERED = frozenset(
     "type strict title annotations output_schema outputSchema output_type outputs response responses returns return "
     "results cache_control input_examples examples example defer_loading allowed_callers eager_input_streaming "
-    "category api_name tool_name icons _meta execution behavior metadata return_direct tags viz parallel".split()
+    "category category_name tool_name icons _meta execution behavior metadata return_direct tags viz parallel method "
+    "template_response provider_data".split()
 )
 """Of a tool, and in no prompt of ours."""
 
@@ -51,10 +54,11 @@ def read_tools(*given: Any) -> tuple[ToolSchema, ...]:
 
 def _listed(tools: Any) -> Iterable[Any]:
     if isinstance(tools, str):
-        try:
-            tools = loads(tools) if tools.strip() else []
-        except (ValueError, RecursionError) as error:
-            raise RefusedRecord(f"its tools are not JSON: {error}") from error
+        tools = read_literal(tools, "the list of its tools") if tools.strip() else []
+    if isinstance(tools, dict) and isinstance(tools.get("tools"), list):  # MCP's answer, Bedrock's toolConfig
+        settings = Fields(tools, "the tools")
+        tools = settings.take("tools")
+        settings.close(frozenset({"toolChoice", "nextCursor", "_meta", "ttlMs", "cacheScope", "resultType"}))
     if is_empty(tools):
         return ()
     if isinstance(tools, dict) and not is_one_tool(tools):
@@ -74,6 +78,9 @@ def _unwrapped(tools: list[Any]) -> Iterable[Any]:
         elif isinstance(tool, dict) and (
             found := tool.get("functionDeclarations") or tool.get("function_declarations")
         ):
+            for name, value in tool.items():
+                if name not in ("functionDeclarations", "function_declarations") and value is not None:
+                    raise RefusedRecord(f"its tools hold {name!r} of the provider's own; only functions are read")
             yield from found if isinstance(found, list) else [found]
         else:
             yield tool
@@ -94,14 +101,14 @@ def _read_tool(tool: Any, number: int) -> ToolSchema:
         raise RefusedRecord(f"{where} is of type {tool_type!r}; only functions are read")
     for wrapper in ("function", "toolSpec"):
         if wrapper in fields:
-            inner = fields.take(wrapper)
-            fields.close(_UNRENDERED)
-            fields = Fields(inner, where)
+            fields = _within(fields.take(wrapper), fields)
             fields.take("type")
-    name = fields.take("name")
+    name = fields.take("name", "api_name")
     if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
         raise RefusedRecord(f"{where} is called {name!r}; {NAME_RULE}")
-    description = fields.take("description")
+    description = fields.take("description", "api_description")
+    if tool_type == "custom":
+        _expect_text(fields)
     if description is not None and not isinstance(description, str):
         raise RefusedRecord(f"the description of tool {name} is {kind(description)}, not text")
     parameters = _read_parameters(fields, name)
@@ -112,10 +119,33 @@ def _read_tool(tool: Any, number: int) -> ToolSchema:
     return {"type": "function", "function": function}
 
 
+def _within(inner: Any, outer: Fields) -> Fields:
+    """A wrapped tool, with what stands beside the wrapper instead of within. Raises RefusedRecord."""
+    fields = Fields(inner, outer.where)
+    beside = {name: value for name, value in outer.left() if name in ("description", *_SCHEMA_NAMES)}
+    for name, value in beside.items():
+        outer.take(name)
+        if name in fields and fields.take(name) != value:
+            raise RefusedRecord(f"{outer.where} has two different {name}")
+    outer.close(_UNRENDERED)
+    return Fields({**dict(fields.left()), **beside}, outer.where)
+
+
+def _expect_text(fields: Fields) -> None:
+    """OpenAI's custom tool takes text; as a function, that text is its `input`, as calls of it are read."""
+    text_format = fields.take("format")
+    if isinstance(text_format, dict) and text_format.get("type", "text") != "text":
+        raise RefusedRecord(f"{fields.where} takes text of a grammar; only functions are read")
+    if not any(name in fields for name in _SCHEMA_NAMES):
+        fields.put("parameters", {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]})
+
+
 # ------------------------------------------------------------------------------------------------- parameters
 
 
 def _read_parameters(fields: Fields, name: str) -> dict[str, Any]:
+    if "required_parameters" in fields or "optional_parameters" in fields:
+        return _two_lists(fields, name)
     given = fields.take(*_SCHEMA_NAMES)
     given = _from_text(given, name)
     if isinstance(given, dict) and set(given) == {"json"}:  # Bedrock's
@@ -123,15 +153,21 @@ def _read_parameters(fields: Fields, name: str) -> dict[str, Any]:
     if isinstance(given, dict) and isinstance(given.get("jsonSchema"), dict):  # Vercel's
         given = given["jsonSchema"]
     properties = fields.take(*_PROPERTIES_NAMES)
-    required = fields.take("required", "required_parameters")
-    if "optional_parameters" in fields:
-        raise RefusedRecord(f"tool {name} lists its parameters by required and optional: write them as a JSON schema")
+    required = fields.take("required")
     if not is_empty(given) and not is_empty(properties):
         raise RefusedRecord(f"tool {name} has two descriptions of its parameters")
     schema = _schema_of(properties if is_empty(given) else given, name, is_bare=is_empty(given))
     if required and "required" not in schema:
         schema["required"] = _names(required, name)
     return schema
+
+
+def _two_lists(fields: Fields, name: str) -> dict[str, Any]:
+    """ToolBench's: parameters that are required, and others."""
+    required, optional = fields.take_list("required_parameters"), fields.take_list("optional_parameters")
+    schema = _schema_of([*required, *optional], name, is_bare=True)
+    schema.pop("required", None)
+    return {**schema, "required": [each["name"] for each in required]} if required else schema
 
 
 def _from_text(given: Any, name: str) -> Any:
@@ -172,10 +208,13 @@ _SCHEMA_KEYS = frozenset(
 
 def _is_json_schema(given: dict[str, Any]) -> bool:
     """Whether parameters are a schema of an object, and not the bare properties."""
-    if isinstance(given.get("properties"), dict) or (given.get("properties") is None and "properties" in given):
-        return not isinstance(given.get("type"), dict)
+    properties = given.get("properties")
+    if isinstance(properties, dict) or (properties is None and "properties" in given):
+        # A parameter may be called `properties`: then its own description stands there, of texts and not of schemas.
+        are_schemas = all(isinstance(each, dict | bool | None) for each in (properties or {}).values())
+        return are_schemas and not isinstance(given.get("type"), dict)
     written_type = given.get("type")
-    if isinstance(written_type, str) and _type_of(written_type)[0] == "object":
+    if isinstance(written_type, str) and schema_of_type(written_type).get("type") == "object":
         return True
     return (
         bool(given)
@@ -185,25 +224,6 @@ def _is_json_schema(given: dict[str, Any]) -> bool:
             for key, value in given.items()
         )
     )
-
-
-_TYPES = {
-    "str": "string", "string": "string", "text": "string", "int": "integer", "integer": "integer", "long": "integer",
-    "float": "number", "double": "number", "number": "number", "bool": "boolean", "boolean": "boolean",
-    "list": "array", "array": "array", "tuple": "array", "set": "array", "dict": "object", "object": "object",
-    "mapping": "object", "null": "null", "none": "null", "nonetype": "null",
-}  # fmt: skip
-
-
-def _type_of(written: str) -> tuple[str | None, Any]:
-    """(JSON schema type, its item type or None) of a type as Python or xLAM write it: `List[int]`, `str, optional`."""
-    plain = written.strip().lower().removesuffix("optional").strip().rstrip(",").strip()
-    if optional := re.fullmatch(r"optional\[(.*)\]", plain):
-        plain = optional[1].strip()
-    base, _, inner = plain.partition("[")
-    json_type = _TYPES.get(base.strip())
-    item = _TYPES.get(inner.rstrip("]").strip()) if json_type == "array" and inner else None
-    return json_type, item
 
 
 def _from_properties(given: dict[str, Any], name: str) -> dict[str, Any]:
@@ -251,23 +271,13 @@ def clean_schema(schema: Any) -> Any:
         elif key in _ONE_SCHEMA:
             clean[key] = clean_schema(value)
         elif key == "type" and isinstance(value, str):
-            clean |= _clean_type(value, schema)
+            clean |= {name: each for name, each in schema_of_type(value).items() if schema.get(name) in (None, value)}
         elif key == "optional" and isinstance(value, list):
             continue  # ToolBench's: the rest of what is required
         else:
             clean[key] = value
     if clean.get("type") == "object" and "properties" not in clean and "properties" in schema:
         clean["properties"] = {}
-    return clean
-
-
-def _clean_type(written: str, schema: dict[str, Any]) -> dict[str, Any]:
-    json_type, item = _type_of(written)
-    if json_type is None:
-        return {} if written.strip().lower() in ("any", "type_unspecified") else {"type": written}
-    clean: dict[str, Any] = {"type": json_type}
-    if item is not None and schema.get("items") is None:
-        clean["items"] = {"type": item}
     return clean
 
 
@@ -289,7 +299,7 @@ def _takes_null(schema: Any, root: Any = None) -> bool:
         return None in schema["enum"]
     written = schema.get("type")
     if written is not None:
-        return "null" in (written if isinstance(written, list) else [_type_of(str(written))[0]])
+        return "null" in (written if isinstance(written, list) else [TYPES.get(str(written).lower())])
     for name in ("anyOf", "oneOf"):
         if isinstance(schema.get(name), list):
             return any(_takes_null(each, root) for each in schema[name])

@@ -13,10 +13,13 @@ from itertools import pairwise
 from typing import Any
 
 from learner.importing.exact_json import loads
-from learner.importing.fields import Fields, RefusedRecord
+from learner.importing.fields import Fields, RefusedRecord, is_empty
 from learner.importing.turns import Call
 
-_THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+_THOUGHT = re.compile(
+    r"\s*(?:<think>(.*?)</think>|\[THINK\](.*?)\[/THINK\]|<seed:think>(.*?)</seed:think>)\s*", re.DOTALL
+)
+_THOUGHT_MARKS = ("<think>", "[THINK]", "<seed:think>")
 _HERMES_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 _HERMES_RESULT = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
 _HERMES_TOOLS = re.compile(r"<tools>\s*(\[.*?\]|\{.*?\})\s*</tools>", re.DOTALL)
@@ -34,9 +37,9 @@ def split_thought(text: str, where: str) -> tuple[str, str]:
     thinking, so that only its end is written.
     """
     if found := _THOUGHT.match(text):
-        return found[1].strip(), text[found.end() :]
-    if text.lstrip().startswith("<think>"):
-        raise RefusedRecord(f"{where} ends within its thinking: <think> is not closed")
+        return next(thought for thought in found.groups() if thought is not None).strip(), text[found.end() :]
+    if begun := next((mark for mark in _THOUGHT_MARKS if text.lstrip().startswith(mark)), None):
+        raise RefusedRecord(f"{where} ends within its thinking: {begun} is not closed")
     before, mark, rest = text.partition("</think>")
     if mark and "<think>" not in before and "</think>" not in rest:
         return before.strip(), rest.lstrip()
@@ -55,7 +58,7 @@ ARGUMENT_NAMES = (
 _HARMLESS = frozenset(
     "parsed_arguments status view parse_error_type extra_content thought_signature thoughtSignature signature "
     "cache_control caller providerExecuted provider_executed providerOptions providerMetadata callProviderMetadata "
-    "namespace internal rawInput".split()
+    "namespace internal rawInput provider_data".split()
 )
 
 
@@ -74,9 +77,10 @@ def read_call(value: Any, where: str) -> Call:
         name = inner.take(*CALL_NAMES)
         own_id = own_id or inner.take("id")
         inner_arguments = inner.take(*ARGUMENT_NAMES)
-        if arguments is not None and inner_arguments is not None and arguments != inner_arguments:
+        is_told_twice = not _says_nothing(arguments) and not _says_nothing(inner_arguments)
+        if is_told_twice and arguments != inner_arguments:
             raise RefusedRecord(f"{where} has two different arguments of {name}")
-        arguments = inner_arguments if arguments is None else arguments
+        arguments = inner_arguments if _says_nothing(arguments) else arguments
         inner.close(_HARMLESS)
         fields.take("name")
     else:
@@ -87,6 +91,10 @@ def read_call(value: Any, where: str) -> Call:
     fields.close(_HARMLESS)
     identifier = call_id if call_id is not None else own_id  # responses have both: the call's id pairs it
     return Call(name, arguments, None if identifier in (None, "") else str(identifier))
+
+
+def _says_nothing(arguments: Any) -> bool:
+    return is_empty(arguments) or (isinstance(arguments, str) and arguments.strip() in ("", "{}", "null"))
 
 
 def read_literal(text: str, what: str) -> Any:
@@ -128,8 +136,9 @@ def read_calls_text(text: str, where: str) -> tuple[Call, ...]:
 _OTHER_MARKS = (
     "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<functioncall>", "<function=", "<function_calls>", "<|tool_call",
     "<｜tool▁call", "<tool_use>", "<|tool_calls_section_begin|>",
+    "<|channel|>", "<|start|>", "<|message|>",
 )  # fmt: skip
-"""How models of other makers begin a call."""
+"""How models of other makers begin a call, or a channel of their answer."""
 
 
 def require_no_other_call(text: str, where: str) -> None:

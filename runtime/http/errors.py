@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
@@ -165,9 +166,26 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError(500, f"unexpected {type(error).__name__}; the server's log has the details")
 
 
+_OF_UNIONS = re.compile(
+    r"constrained-str|str|int|float|bool|dict|items|blocks|(literal|list|dict|function-\w+)\[.*|[A-Z]\w*"
+)
+"""What stands between the names of fields where a field may have one of several types."""
+
+
+def _path(problem: Mapping[str, Any]) -> str:
+    parts = [str(part) for part in problem["loc"] if part != "body"]
+    return ".".join(part for part in parts if not _OF_UNIONS.fullmatch(part))
+
+
+def _told_problem(problems: Sequence[Any]) -> Any:
+    """Of the problems with the first field, that of the type which was meant: it lies deepest."""
+    first = _path(problems[0])
+    return max((each for each in problems if _path(each).startswith(first)), key=lambda each: _path(each).count("."))
+
+
 def _validation_error(error: RequestValidationError | ValidationError) -> ApiError:
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"] if part != "body")
+    problem = _told_problem(error.errors())
+    where = _path(problem)
     if problem["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {problem.get('ctx', {})['error']} at character {where}")
     if problem["loc"] == ("body",) and problem["type"] in ("missing", "model_attributes_type"):

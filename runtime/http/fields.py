@@ -2,7 +2,7 @@
 
 This table is what the request schemas go by and what docs/CLIENTS.md is written from. A test holds it against the
 installed `openai` package, so that a field that is new there has to be thought about here. A field that neither the
-package nor this table knows is ignored.
+package nor this table knows is ignored, with a warning that names it.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ RESPONSE_FIELDS: dict[str, Rule] = _IN_BOTH | {
     "input": _honoured("messages, function calls and outputs, reasoning, references to items; other items are refused"),
     "instructions": _honoured("they replace those of the response that is continued"),
     "max_output_tokens": _honoured("of all steps of the answer together"),
-    "max_tool_calls": _refused("it counts OpenAI's built-in tools"),
+    "max_tool_calls": _warned("it counts OpenAI's built-in tools, and none of them is run"),
     "previous_response_id": _honoured("the conversation goes on from the logged token ids"),
     "prompt": _refused("prompts are not kept under a name: send `instructions`"),
     "reasoning": _honoured("`effort`, where the chat template knows it; no summaries are written"),
@@ -175,9 +175,23 @@ def check_fields(body: Any, rules: Mapping[str, Rule], tool_types: Sequence[str]
             raise FieldRefused(name, f"it is not supported here ({rule.note}): leave it out")
         if rule.treatment is Treatment.WARNED:
             warnings.append(f"{name} has no effect: {rule.note}")
+    warnings += _unknown_fields(body, rules)
     tools, warning = split_tools(body.get("tools"), tool_types)
     said = {name: value for name, value in body.items() if value is not None or name not in SAMPLING}
     return {**said, "tools": tools, "warnings": [*warnings, *warning]}
+
+
+_MOST_NAMED = 5
+
+
+def _unknown_fields(body: Mapping[str, Any], rules: Mapping[str, Rule]) -> list[str]:
+    """A warning that names the fields that nobody here knows, and that ask for something."""
+    known = {*rules, *(BESIDE_OPENAIS if rules is CHAT_FIELDS else ()), "warnings"}
+    names = [name for name, value in body.items() if name not in known and value and name.isidentifier()]
+    if not names:
+        return []
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return [f"not known here and without effect: {', '.join(name[:64] for name in names[:_MOST_NAMED])}{more}"]
 
 
 def split_tools(tools: Any, types: Sequence[str]) -> tuple[Any, list[str]]:

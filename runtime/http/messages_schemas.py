@@ -7,6 +7,7 @@ images, documents and a begun answer (a last message of the assistant's) are ref
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
@@ -46,25 +47,35 @@ class ToolResultBlock(Nullable):
     tool_use_id: str = Field(min_length=1)
     content: str | list[TextBlock] = ""
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text_only(cls, content: Any) -> Any:
+        return _require_kinds(content, ("text",))
+
     def text(self) -> str:
         return _text_in(self.content)
+
+
+def _require_kinds(blocks: Any, kinds: Sequence[str]) -> Any:
+    """Raises ValueError for a block of another kind, by its type."""
+    for block in blocks if isinstance(blocks, list) else []:
+        if isinstance(block, dict) and block.get("type") not in kinds:
+            raise ValueError(f"only {', '.join(kinds)} is understood here, not {block.get('type')}; leave it out")
+    return blocks
 
 
 def _kind(block: Any) -> str | None:
     return block.get("type") if isinstance(block, dict) else getattr(block, "type", None)
 
 
+_KINDS = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result")
 Block = Annotated[
     Annotated[TextBlock, Tag("text")]
     | Annotated[ThinkingBlock, Tag("thinking")]
     | Annotated[RedactedThinkingBlock, Tag("redacted_thinking")]
     | Annotated[ToolUseBlock, Tag("tool_use")]
     | Annotated[ToolResultBlock, Tag("tool_result")],
-    Discriminator(
-        _kind,
-        custom_error_type="unknown_block",
-        custom_error_message="only text, thinking, tool_use and tool_result are understood here; leave others out",
-    ),
+    Discriminator(_kind),
 ]
 
 
@@ -78,6 +89,11 @@ class InputMessage(WireModel):
         Annotated[str, Tag("text")] | Annotated[list[Block], Tag("blocks")],
         Discriminator(lambda value: "text" if isinstance(value, str) else "blocks"),
     ]
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _known_kinds(cls, content: Any) -> Any:
+        return _require_kinds(content, _KINDS)
 
     def as_messages(self) -> list[Message]:
         """As chat messages: results of tools are messages of their own, before what is said beside them."""

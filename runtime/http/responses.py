@@ -128,7 +128,7 @@ async def open_response(
     caller = caller_of(request)
     chat, previous = await off_loop(_is_large(body), _as_chat, parts, body, caller.key)
     runs, events = await open_runs(parts, chat, caller, previous, lambda run: _record(run, body))
-    return runs, events, ResponseAnswer(body, runs[0].turn.step_id, parts.protocol)
+    return runs, events, ResponseAnswer(body, runs[0].turn.step_id, parts.protocol, runs[0].turn.sampling)
 
 
 def _is_large(body: ResponsesRequest) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from policies.chat.chat_protocol import CallDelta, ChatProtocol, TextDelta
 from policies.chat.messages import action_message
-from policies.types import ToolCalls
+from policies.types import SamplingParams, ToolCalls
 from runtime.agent.loop import RunEvent, StepTaken
 from runtime.agent.step import Delta, Progress
 from runtime.http.chat_answer import num_hidden_tokens, step_summary
@@ -37,7 +37,7 @@ def replayed(
     protocol: ChatProtocol, request: ResponsesRequest, steps: Sequence[Step]
 ) -> tuple[list[dict[str, Any]], ResponseAnswer]:
     """The stream's events of a logged response, and its answer."""
-    answer = ResponseAnswer(request, steps[0].id, protocol, created_at=steps[0].created_at)
+    answer = ResponseAnswer(request, steps[0].id, protocol, steps[0].sampling, created_at=steps[0].created_at)
     events = answer.opening()
     for number, step in enumerate(steps):
         deltas = _deltas_of(step, is_first=not said_in(steps[:number]))
@@ -86,8 +86,14 @@ class ResponseAnswer:
     """An answer, gathered as it happens."""
 
     def __init__(
-        self, request: ResponsesRequest, step_id: str, protocol: ChatProtocol, created_at: float | None = None
+        self,
+        request: ResponsesRequest,
+        step_id: str,
+        protocol: ChatProtocol,
+        sampling: SamplingParams,
+        created_at: float | None = None,
     ) -> None:
+        """`sampling` is how the agent samples for this request: where it says nothing, the agent's own way counts."""
         self.id = response_id(step_id)
         self.steps: list[Step] = []
         self._step_id = step_id
@@ -96,7 +102,7 @@ class ResponseAnswer:
         self._logprobs = Logprobs(protocol) if request.wants_logprobs else None
         self._error: dict[str, Any] | None = None
         self._num_events = 0
-        self._head = _echo(request) | {
+        self._head = _echo(request, sampling) | {
             "id": self.id,
             "object": "response",
             "created_at": int(created_at or time.time()),
@@ -283,14 +289,16 @@ def text_part(text: str, logprobs: Sequence[dict[str, Any]] = ()) -> dict[str, A
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
 
 
-def _echo(request: ResponsesRequest) -> dict[str, Any]:
-    """What a response repeats of its request."""
+def _echo(request: ResponsesRequest, sampling: SamplingParams) -> dict[str, Any]:
+    """What a response repeats of its request, with the sampling that came of it."""
     repeated = {
-        "model", "instructions", "previous_response_id", "temperature", "top_p", "top_logprobs", "max_output_tokens",
-        "parallel_tool_calls", "store", "background", "user", "safety_identifier",
+        "model", "instructions", "previous_response_id", "top_logprobs", "max_output_tokens", "parallel_tool_calls",
+        "store", "background", "user", "safety_identifier",
     }  # fmt: skip
     choice = request.tool_choice
     return request.model_dump(mode="json", by_alias=True, include=repeated) | {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
         "text": {"format": _shown_format(request)},
         "tools": [tool.model_dump() for tool in request.tools or ()],
         "tool_choice": "auto" if choice is None else choice if isinstance(choice, str) else choice.model_dump(),

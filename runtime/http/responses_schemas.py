@@ -14,7 +14,14 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from policies.types import Message
 from runtime.http.fields import RESPONSE_FIELDS, check_fields
-from runtime.http.schemas import ChatCompletionRequest, FunctionSchema, Nullable, RequestMetadata, WireModel
+from runtime.http.schemas import (
+    ChatCompletionRequest,
+    FunctionSchema,
+    Nullable,
+    RequestMetadata,
+    WireModel,
+    chosen_function,
+)
 
 RESPONSE_ID = r"^resp_[A-Za-z0-9_.:-]{1,128}$"
 _TEXT_PARTS = ("input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text")
@@ -35,6 +42,14 @@ class InputPart(WireModel):
         return part
 
 
+def _require_text(parts: Any) -> Any:
+    """Raises ValueError for a part that is no text, by its type."""
+    for part in parts if isinstance(parts, list) else []:
+        if isinstance(part, dict) and part.get("type", "text") not in _TEXT_PARTS:
+            raise ValueError(f"only text is understood here, not {part['type']}; leave such parts out")
+    return parts
+
+
 def _text_in(parts: str | list[InputPart]) -> str:
     return parts if isinstance(parts, str) else "".join(part.text for part in parts)
 
@@ -50,10 +65,7 @@ class InputMessage(WireModel):
     @field_validator("content", mode="before")
     @classmethod
     def _text_only(cls, content: Any) -> Any:
-        for part in content if isinstance(content, list) else []:
-            if isinstance(part, dict) and part.get("type", "text") not in _TEXT_PARTS:
-                raise ValueError(f"only text is understood here, not {part['type']}; leave such parts out")
-        return content
+        return _require_text(content)
 
     def text(self) -> str:
         return _text_in(self.content)
@@ -89,6 +101,11 @@ class InputFunctionOutput(WireModel):
     def _custom_is_a_function(cls, item: Any) -> Any:
         is_custom = isinstance(item, dict) and item.get("type") == "custom_tool_call_output"
         return {**item, "type": "function_call_output"} if is_custom else item
+
+    @field_validator("output", mode="before")
+    @classmethod
+    def _text_only(cls, output: Any) -> Any:
+        return _require_text(output)
 
     def text(self) -> str:
         return _text_in(self.output)
@@ -289,6 +306,11 @@ class ResponsesRequest(WireModel):
     @classmethod
     def _null_is_default(cls, value: Any, field: Any) -> Any:
         return cls.model_fields[field.field_name].get_default(call_default_factory=True) if value is None else value
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _choosable(cls, choice: Any) -> Any:
+        return chosen_function(choice)
 
     @model_validator(mode="after")
     def _check_together(self) -> ResponsesRequest:

@@ -5,6 +5,7 @@ What becomes of each field that OpenAI's package knows stands in `runtime.http.f
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Annotated, Any, Literal
@@ -71,6 +72,16 @@ class ToolCallEntry(Nullable):
     type: Literal["function"] = "function"
     function: FunctionCall
 
+    @model_validator(mode="before")
+    @classmethod
+    def _custom_is_a_function(cls, call: Any) -> Any:
+        """A custom tool's call has one free text for its arguments, as in /v1/responses."""
+        custom = call.get("custom") if isinstance(call, dict) and call.get("type") == "custom" else None
+        if not isinstance(custom, dict):
+            return call
+        arguments = json.dumps({"input": custom.get("input")}, ensure_ascii=False)
+        return {"id": call.get("id"), "type": "function", "function": {**custom, "arguments": arguments}}
+
 
 class ChatMessage(WireModel):
     """One message of the conversation."""
@@ -90,6 +101,8 @@ class ChatMessage(WireModel):
     @model_validator(mode="before")
     @classmethod
     def _one_name_for_thoughts(cls, message: Any) -> Any:
+        if isinstance(message, dict) and message.get("audio"):
+            raise ValueError("only text is understood here, not audio; send what was said as content")
         if isinstance(message, dict) and isinstance(message.get("reasoning"), str):
             return {"reasoning_content": message["reasoning"], **message}
         return message
@@ -180,6 +193,14 @@ class AllowedToolChoice(WireModel):
     allowed_tools: AllowedTools
 
 
+def chosen_function(choice: Any) -> Any:
+    """A tool_choice as it came. Raises ValueError where it names a tool of a kind that is not run here."""
+    kind = choice.get("type", "function") if isinstance(choice, dict) else "function"
+    if kind not in ("function", "allowed_tools"):
+        raise ValueError(f"no tool of type {kind!r} is run here, so none can be chosen: leave it out")
+    return choice
+
+
 class JsonSchema(Nullable):
     name: str = "answer"
     json_schema: dict[str, Any] = Field(default_factory=dict, alias="schema")
@@ -188,6 +209,8 @@ class JsonSchema(Nullable):
 class ResponseFormat(WireModel):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    object_schema: dict[str, Any] | None = Field(None, alias="schema")
+    """Beside `json_object`, as llama.cpp and others take it."""
 
     @model_validator(mode="after")
     def _check_schema(self) -> ResponseFormat:
@@ -200,7 +223,7 @@ class ResponseFormat(WireModel):
         """JSON schema that the answer must fit; None: any text."""
         if self.type == "json_schema" and self.json_schema:
             return self.json_schema.json_schema
-        return {"type": "object"} if self.type == "json_object" else None
+        return (self.object_schema or {"type": "object"}) if self.type == "json_object" else None
 
 
 class StreamOptions(Nullable):
@@ -265,8 +288,8 @@ class ChatCompletionRequest(WireModel):
     """Most tokens of the whole answer, hidden steps and thinking included; takes precedence over max_tokens."""
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    """Not in OpenAI's form, but usual: keep this many of the likeliest tokens; 0 keeps all."""
+    top_k: int = Field(0, ge=-1)
+    """Not in OpenAI's form, but usual: keep this many of the likeliest tokens; 0 and -1 keep all."""
     min_p: float = Field(0.0, ge=0, le=1)
     """Likewise: leave out tokens less likely than this part of the likeliest one's probability."""
     repetition_penalty: float = Field(1.0, gt=0, le=10)
@@ -297,6 +320,11 @@ class ChatCompletionRequest(WireModel):
     @classmethod
     def _null_is_default(cls, value: Any, field: Any) -> Any:
         return cls.model_fields[field.field_name].get_default(call_default_factory=True) if value is None else value
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _choosable(cls, choice: Any) -> Any:
+        return chosen_function(choice)
 
     @field_validator("logit_bias")
     @classmethod
@@ -420,7 +448,7 @@ class ChatCompletionRequest(WireModel):
             max_tokens=asked or max_context_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
-            top_k=self.top_k,
+            top_k=max(self.top_k, 0),
             seed=self.seed,
             num_top_logprobs=self.top_logprobs,
             grammar=grammar,
