@@ -72,7 +72,7 @@ def test_ten_transcripts_are_imported_and_a_short_cycle_comes_to_its_end(url: st
     imported = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "10 imported, 0 known already, 0 refused" in imported.stdout
     cycle = httpx.post(f"{url}/learner/cycles", json={}, timeout=60).raise_for_status().json()
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 450
     while cycle["stage"] not in ENDINGS:
         assert time.monotonic() < deadline, cycle
         time.sleep(1)

@@ -14,8 +14,8 @@ the keys that not all of its queries see, and its attention is computed again in
 with the tokens, and not with their square.
 
 In 16 bits on a CPU a block's attention is written out as two products, and computed again in the backward pass, too.
-torch's own kernel there multiplies a quarter as fast as the processor can; this took 0.54 of its time, forward and
-backward (128 queries, 900 keys, 9 heads, AVX512-bf16).
+torch's own kernel multiplies far below what the processor can there: with it a whole gradient of SmolLM2 takes 1.4
+times as long, and is as far from one in 32 bits (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
