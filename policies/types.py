@@ -244,6 +244,10 @@ class EngineError(Exception):
     """An engine could not do what was asked, and why. The engine itself goes on, unless its `health` says else."""
 
 
+class GrammarFailed(EngineError):
+    """The request's grammar is one that the engine cannot hold a completion to: the request has to change."""
+
+
 class Engine(Protocol):
     """Tokens in, tokens and logprobs out. No text crosses this line."""
 

@@ -89,7 +89,7 @@ class ToolTable(_Table):
     """The server whose tools these are."""
     timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Most seconds of one call; default: --tool-timeout."""
-    max_output_chars: int | None = Field(None, ge=1)
+    max_output_chars: int | None = Field(None, ge=1, lt=2**63)
     """Most characters of an answer that the agent is shown; the rest is cut off. Default: 20,000."""
     allow: tuple[str, ...] | None = None
     """Names of the tools that may be used; default: all."""
@@ -118,9 +118,9 @@ class SamplingDefaults(_Table):
 
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
+    top_k: int | None = Field(None, ge=0, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, lt=2**63)
     """Most tokens of an answer; never more than the model's context holds."""
 
     @property
@@ -150,7 +150,7 @@ class AgentTable(_Table):
     """Of its new episodes, with promote = "canary"; default: --canary-share."""
     approval_days: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Days that a candidate of it waits for somebody's yes; default: --approval-days."""
-    learn_every: int | None = Field(None, ge=0)
+    learn_every: int | None = Field(None, ge=0, lt=2**63)
     """Start a learning cycle after so many new episodes of it; default: --learn-every."""
     keep_days: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Days after their last step that episodes of it are kept; default: --keep-days."""

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import httpx
 import pytest
@@ -212,3 +212,51 @@ def test_streams_finish_within_the_grace_and_are_told_where_they_do_not(
     assert "server_stopping" in long[-1]
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{served.url}/health")
+
+
+CHUNKED = HALF + b"content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+LAST_CHUNK = CHUNKED + b"2\r\n{}\r\n0\r\n"
+
+
+@pytest.mark.parametrize(
+    ("begin", "piece"),
+    [
+        (LAST_CHUNK, b"x: y\r\n" * 10_000),
+        (LAST_CHUNK + b"x: ", b"y" * 60_000),
+        (CHUNKED + b"1;", b"x" * 60_000),
+        (CHUNKED + b"1\r\n \r\n1;", b"x=" * 30_000),
+    ],
+    ids=["trailers", "one trailer", "a chunk's extension", "a later one"],
+)
+def test_what_comes_beside_a_body_is_bounded_as_its_head_is(
+    serve_scripted: ServeScripted, begin: bytes, piece: bytes
+) -> None:
+    """Trailers were kept in memory, twenty times as large as they were sent, without a bound and before any key."""
+    served = serve_scripted()
+    assert num_sent_until_cut(connected(served, begin), piece) < 4 * 2**20
+    assert seconds_until_answered(served) < SOON_S
+
+
+def num_sent_until_cut(one: socket.socket, piece: bytes, most: int = 12 * 2**20) -> int:
+    """Bytes that are taken before the connection is closed, if it is."""
+    sent = 0
+    with suppress(OSError):
+        while sent < most:
+            one.sendall(piece)
+            sent += len(piece)
+            time.sleep(0.01)
+    return sent
+
+
+def test_a_trailer_is_no_header(serve_scripted: ServeScripted) -> None:
+    """Small ones are taken and dropped: the connection goes on."""
+    served = serve_scripted()
+    said = b'{"model": "%s", "messages": [{"role": "user", "content": "Hi"}]}' % MODEL.encode()
+    body = b"%x\r\n%s\r\n0\r\nx-episode-id: mine\r\nx-api-key: k\r\n\r\n" % (len(said), said)
+    one = connected(served, CHUNKED + body)
+    one.settimeout(10)
+    answer = one.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"x-episode-id: mine" not in answer
+    one.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+    assert b"HTTP/1.1 200" in read_to_the_end(one)

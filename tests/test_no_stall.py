@@ -187,3 +187,12 @@ def test_the_same_is_said_of_a_large_body_as_of_a_small_one(serve_scripted: Serv
         )
         answers.append((post.status_code, post.json(), cut.status_code, cut.json()["error"]["message"][:30]))
     assert answers[0] == answers[1]
+
+
+def test_the_description_of_all_routes_holds_up_nobody(serve_scripted: ServeScripted) -> None:
+    """It took a second of the event loop, once in a server's life, for whoever has the least of keys."""
+    server = serve_scripted()
+    with watched(server) as dog:
+        described = httpx.get(f"{server.url}/openapi.json", timeout=60)
+    assert "/v1/chat/completions" in described.json()["paths"]
+    assert dog.cpu_s < MOST_CPU_S

@@ -78,3 +78,37 @@ def test_nobody_else_reads_what_is_in_it_also_of_an_older_release(tmp_path: Path
         os.umask(before)
     assert state.stat().st_mode & 0o777 == 0o700
     assert {file.stat().st_mode & 0o777 for file in state.iterdir()} == {0o600}
+
+
+@pytest.mark.parametrize("name", ["agent.db", "agent.db-wal", "server.lock", "learner.lock", "learner.log"])
+def test_a_link_among_the_files_is_refused_and_what_it_leads_to_is_left_alone(tmp_path: Path, name: str) -> None:
+    """Whoever wrote in the folder before us could have us overwrite any file of ours: a lock is emptied and written."""
+    (tmp_path / "state").mkdir()
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (tmp_path / "state" / name).symlink_to(precious)
+    with pytest.raises(ValueError, match="symbolic link"):
+        StateFolder(tmp_path / "state")
+    assert precious.read_text() == "precious"
+    (tmp_path / "state" / name).unlink()
+    StateFolder(tmp_path / "state").close()
+
+
+def test_one_database_in_two_folders_is_refused(tmp_path: Path) -> None:
+    """Each folder has a lock of its own, so that two servers worked on the one file."""
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "one" / "agent.db").write_bytes(b"")
+    os.link(tmp_path / "one" / "agent.db", tmp_path / "other" / "agent.db")
+    with pytest.raises(ValueError, match="hard link"):
+        StateFolder(tmp_path / "other")
+
+
+def test_a_link_to_the_whole_folder_has_the_folders_own_lock(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "state")
+    held = StateFolder(tmp_path / "state")
+    second = subprocess.run(
+        [sys.executable, "-c", HOLD, str(tmp_path / "link")], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "is in use by another server" in second.stderr
+    held.close()

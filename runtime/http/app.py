@@ -7,7 +7,8 @@ import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+import orjson
+from fastapi import FastAPI, Request, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime import __version__
@@ -62,6 +63,7 @@ def create_app(parts: Parts) -> FastAPI:
     of_agent = (chat_routes, response_routes, message_routes, episode_routes, demonstration_routes, export_routes)
     for routes in (*of_agent, erasure_routes, adapter_routes, learner_routes, watch_routes, key_routes, server_routes):
         app.include_router(routes(parts))
+    _describe_off_loop(app)
     app.add_middleware(_BodyLimit)
     app.add_middleware(_RequestCount, metrics=parts.metrics)
     app.add_middleware(KeyCheck, ring=parts.keys)
@@ -69,6 +71,16 @@ def create_app(parts: Parts) -> FastAPI:
     if parts.cors_origins:
         app.add_middleware(with_cors, cors_origins=parts.cors_origins)
     return app
+
+
+def _describe_off_loop(app: FastAPI) -> None:
+    """/openapi.json takes a second to make, which FastAPI would do on the event loop."""
+
+    async def described(_: Request) -> Response:
+        return Response(await asyncio.to_thread(lambda: orjson.dumps(app.openapi())), media_type="application/json")
+
+    app.router.routes = [route for route in app.router.routes if getattr(route, "path", None) != app.openapi_url]
+    app.add_route(str(app.openapi_url), described, ["GET"], include_in_schema=False)
 
 
 class _BodyLimit:

@@ -57,7 +57,7 @@ CALLERS_HEADERS = [
         "in": "header",
         "required": False,
         "description": "So many actions are drawn at each step and one is chosen; the answer is told after the choice.",
-        "schema": {"type": "integer", "minimum": 1},
+        "schema": {"type": "integer", "minimum": 1, "maximum": 999_999},
     },
     {
         "name": BY_HEADER,

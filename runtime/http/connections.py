@@ -36,7 +36,7 @@ class ConnectionLimits:
     """What a client may cost."""
 
     head_bytes: int = 32 * 1024
-    """Of the request line and headers."""
+    """Of the request line and headers, and of what is no body between two pieces of a body, or after it."""
     head_s: float = 10.0
     """From the connection, or the first byte of a later request, to the end of its headers."""
     body_s: float = 60.0
@@ -78,6 +78,8 @@ class _GuardedProtocol(HttpToolsProtocol):
         super().__init__(*values, **more)
         self._phase = _Phase.HEAD
         self._head_bytes = 0
+        self._bytes_beside_body = 0
+        """That came since the last piece of a body: sizes of its chunks, what is said beside them, trailers."""
         self._since = self.loop.time()
         self._late: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
@@ -103,9 +105,13 @@ class _GuardedProtocol(HttpToolsProtocol):
             self._wait_for(_Phase.HEAD)
         if self._phase is _Phase.HEAD:
             self._head_bytes += len(data)
+        elif self._phase is _Phase.BODY:
+            self._bytes_beside_body += len(data)
         super().data_received(data)
         if self._phase is _Phase.HEAD and self._head_bytes > self.limits.head_bytes:
             self._refuse(431, b"Request Header Fields Too Large", b"the request's headers are too large")
+        if self._phase is _Phase.BODY and self._bytes_beside_body > self.limits.head_bytes:
+            self._refuse(431, b"Request Header Fields Too Large", b"what comes with the request's body is too large")
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -125,6 +131,12 @@ class _GuardedProtocol(HttpToolsProtocol):
             self._wait_for(_Phase.HEAD)
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header; one that comes after the body is a trailer, which nobody here reads: it would be kept beside the
+        headers that the key was read from."""
+        if self._phase is not _Phase.BODY:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > self.limits.head_bytes:
@@ -134,6 +146,7 @@ class _GuardedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        self._bytes_beside_body = 0
         if self.cycle is not None and not self.transport.is_closing():
             super().on_body(body)
 
@@ -157,6 +170,7 @@ class _GuardedProtocol(HttpToolsProtocol):
             self._head_bytes = 0
             self._late = self.loop.call_later(self.limits.head_s, self._is_late)
         elif phase is _Phase.BODY:
+            self._bytes_beside_body = 0
             self._late = self.loop.call_later(self.limits.body_s, self._is_late)
 
     def _cancel(self) -> None:

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 
 from policies.adapters.files import AdapterRefused
 from policies.chat.chat_protocol import ChatProtocolError
-from policies.types import EngineError
+from policies.types import EngineError, GrammarFailed
 from runtime.adapters.swap import SwapError
 from runtime.agent.step import ContextFull
 from runtime.http.admission import AgentRefused, ErasedEpisode, ForeignEpisode, UnknownModel
@@ -125,6 +125,9 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), "context_length_exceeded", "messages")
         case ChatProtocolError():
             return ApiError(400, str(error), None, "messages")
+        case GrammarFailed():
+            problem = f"the schema of the answer, or of a tool's arguments, cannot be held to; make it simpler: {error}"
+            return ApiError(400, problem, "grammar_failed", "response_format")
         case EngineError():
             return ApiError(503, f"the engine could not answer: {error}", "engine_error")
         case WorldFailed():

@@ -207,7 +207,7 @@ class CountRequest(WireModel):
 class MessagesRequest(CountRequest):
     """With `tools` the client runs them. Without, the server runs its own, where it has any."""
 
-    max_tokens: int = Field(ge=1)
+    max_tokens: int = Field(ge=1, lt=2**63)
     """Of the whole answer, hidden steps and thinking included."""
     stream: bool = False
     stop_sequences: list[Annotated[str, Field(min_length=1, max_length=1000)]] = Field(
@@ -215,7 +215,7 @@ class MessagesRequest(CountRequest):
     )
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(0, ge=0, lt=2**31)
     metadata: CallersMetadata = Field(default_factory=CallersMetadata)
 
     @field_validator("stream", "stop_sequences", "temperature", "top_p", "top_k", "metadata", mode="before")

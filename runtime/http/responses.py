@@ -72,7 +72,7 @@ def response_routes(parts: Parts) -> APIRouter:
         response_id: str,
         request: Request,
         stream: bool = False,
-        starting_after: Annotated[int, Query(ge=-1)] = -1,
+        starting_after: Annotated[int, Query(ge=-1, lt=2**63)] = -1,
     ) -> Response:
         """A stored response; as a stream, its events again, those after `starting_after`."""
         if (running := background.answer(response_id, asking_key(request))) is not None:

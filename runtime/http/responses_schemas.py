@@ -282,7 +282,7 @@ class ResponsesRequest(WireModel):
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_logprobs: int = Field(0, ge=0, le=20)
-    max_output_tokens: int | None = Field(None, ge=1)
+    max_output_tokens: int | None = Field(None, ge=1, lt=2**63)
     """Most tokens of the whole response, hidden steps and thinking included."""
     metadata: RequestMetadata = Field(default_factory=RequestMetadata)
     user: str | None = None

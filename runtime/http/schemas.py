@@ -283,12 +283,12 @@ class ChatCompletionRequest(WireModel):
     n: int = Field(1, ge=1, le=32)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, lt=2**63)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**63)
     """Most tokens of the whole answer, hidden steps and thinking included; takes precedence over max_tokens."""
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1)
+    top_k: int = Field(0, ge=-1, lt=2**31)
     """Not in OpenAI's form, but usual: keep this many of the likeliest tokens; 0 and -1 keep all."""
     min_p: float = Field(0.0, ge=0, le=1)
     """Likewise: leave out tokens less likely than this part of the likeliest one's probability."""

@@ -26,7 +26,8 @@ class StateFolderTaken(ValueError):
 
 class StateFolder:
     """Constructing makes the folder, closes it to others, and takes it. Raises StateFolderTaken, or OSError; and
-    ValueError for what a restore that was broken off has left, unless it is to be restored now."""
+    ValueError for links among its files, and for what a restore that was broken off has left unless it is to be
+    restored now."""
 
     def __init__(self, path: Path, *, is_being_restored: bool = False) -> None:
         self.path = path
@@ -34,6 +35,7 @@ class StateFolder:
             raise ValueError(f"a restore to {path} was broken off: run python -m runtime.backup restore again")
         os.umask(0o077)  # for all that this process and its children will write
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._refuse_links()
         self._lock = os.open(path / SERVER_LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -46,6 +48,18 @@ class StateFolder:
             ) from None
         self.say(f"process {os.getpid()}")
         self._close_to_others()
+
+    def _refuse_links(self) -> None:
+        """Of our own files: what they lead to would be overwritten, and a database under two names has two locks."""
+        for path in (self.path / name for name in _FILES):
+            if path.is_symlink():
+                raise ValueError(
+                    f"{path} is a symbolic link: put the file itself there. To keep the state on another disk, make "
+                    "the whole folder a link, or name it with --state"
+                )
+        database = self.path / DATABASE
+        if database.exists() and database.stat().st_nlink > 1:
+            raise ValueError(f"{database} has another name as well (a hard link), where another server could use it")
 
     def say(self, holder: str) -> None:
         """What a second server is told of us."""

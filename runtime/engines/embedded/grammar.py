@@ -14,7 +14,7 @@ import llguidance.hf
 import llguidance.numpy
 import numpy as np
 
-from policies.types import EngineError
+from policies.types import GrammarFailed
 
 
 class Grammars:
@@ -28,13 +28,13 @@ class Grammars:
         self._compile = lru_cache(maxsize=64)(self._compile_once)
 
     def start(self, grammar: str, stop_token_ids: Sequence[int]) -> GrammarState:
-        """Begin a completion under a Lark grammar. Raises EngineError where it does not compile."""
+        """Begin a completion under a Lark grammar. Raises GrammarFailed where it does not compile."""
         return GrammarState(self._compile(grammar).deep_copy(), tuple(stop_token_ids) or (self._eos_token_id,))
 
     def _compile_once(self, grammar: str) -> llguidance.LLMatcher:
         matcher = llguidance.LLMatcher(self._tokenizer, llguidance.LLMatcher.grammar_from_lark(grammar))
         if matcher.is_error():
-            raise EngineError(f"the grammar does not compile: {matcher.get_error()}")
+            raise GrammarFailed(f"the grammar does not compile: {matcher.get_error()}")
         return matcher
 
     def allowed_tokens(self, states: Sequence[GrammarState]) -> np.ndarray:
@@ -66,6 +66,6 @@ class GrammarState:
         return self.matcher.is_stopped() or self.matcher.is_accepting()
 
     def advance(self, token_id: int) -> None:
-        """Take a sampled token. Stop tokens are not the grammar's business. Raises EngineError where it is stuck."""
+        """Take a sampled token. Stop tokens are not the grammar's business. Raises GrammarFailed where it is stuck."""
         if token_id not in self.stop_token_ids and not self.matcher.consume_token(token_id):
-            raise EngineError(f"the grammar does not go on after token {token_id}: {self.matcher.get_error()}")
+            raise GrammarFailed(f"the grammar does not go on after token {token_id}: {self.matcher.get_error()}")

@@ -1,0 +1,87 @@
+"""Bodies of the right form with values that nobody means: a 4xx, and nobody else's answer is the worse for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from policies.chat.chat_protocol import ChatProtocol
+from runtime.engines.embedded.engine import EmbeddedEngine
+from tests.serving import MODEL, Served, parts_of, served
+
+
+@pytest.fixture
+def server(engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path) -> Iterator[Served]:
+    with served(parts_of(engine, protocol, tmp_path)) as running:
+        yield running
+
+
+def chat(server: Served, **more: Any) -> httpx.Response:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "tools": [], "max_tokens": 30, **more}
+    return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+
+
+def _numbers(schema: Any, place: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every whole number in a schema, and where it stands."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "integer":
+            yield place, schema
+        for name, inner in schema.items():
+            yield from _numbers(inner, f"{place}/{name}")
+    elif isinstance(schema, list):
+        for number, inner in enumerate(schema):
+            yield from _numbers(inner, f"{place}/{number}")
+
+
+def test_every_whole_number_of_every_route_has_bounds_that_the_engine_and_the_log_can_hold(server: Served) -> None:
+    """`top_k` had none above: one beyond 64 bits failed the forward pass of everybody whose prompt was in it."""
+    described = httpx.get(f"{server.url}/openapi.json", timeout=60).json()
+    errors = ("ValidationError", "HTTPValidationError")  # FastAPI's own, which are no bodies that anybody sends
+    described["components"]["schemas"] = {
+        name: schema for name, schema in described["components"]["schemas"].items() if name not in errors
+    }
+    found = list(_numbers(described))
+    assert len(found) > 20
+    for place, number in found:
+        most = number.get("maximum", number.get("exclusiveMaximum", float("inf")))
+        least = number.get("minimum", number.get("exclusiveMinimum", float("-inf")))
+        assert -(2**63) <= least <= most <= 2**63, place
+
+
+@pytest.mark.parametrize("body", [{"top_k": 2**63}, {"top_k": 2**64 - 1}, {"max_tokens": 2**63}, {"seed": 2**63}])
+def test_a_number_beyond_the_engines_is_refused_beside_others_who_are_answered(
+    server: Served, body: dict[str, Any]
+) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        good = [threads.submit(chat, server, top_k=5, temperature=1.0, max_tokens=60) for _ in range(4)]
+        bad = [threads.submit(chat, server, **body) for _ in range(4)]
+    assert [each.result().status_code for each in bad] == [400] * 4
+    assert [each.result().status_code for each in good] == [200] * 4
+
+
+TOO_LARGE = {
+    "a list of a hundred million": {"type": "array", "minItems": 100_000_000, "items": {"type": "null"}},
+    "two thousand objects": {
+        "anyOf": [{"type": "object", "properties": {f"k{number}": {"type": "string"}}} for number in range(2000)]
+    },
+}
+
+
+@pytest.mark.parametrize("schema", TOO_LARGE.values(), ids=TOO_LARGE)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_that_no_grammar_can_hold_to_is_the_requests_fault(
+    server: Served, schema: dict[str, Any], stream: bool
+) -> None:
+    """It was a 503, which clients send again and again by themselves."""
+    asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    answer = chat(server, response_format=asked, temperature=0, stream=stream)
+    if stream:
+        assert '"code":"grammar_failed"' in answer.text.replace(" ", "")
+    else:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "grammar_failed")
+    assert chat(server).status_code == 200
