@@ -16,6 +16,7 @@ from learner.importing.agent_logs import is_smolagents_step, read_atif, read_ins
 from learner.importing.fields import RefusedRecord, is_empty, kind
 from learner.importing.json_lines import Record, Refusal
 from learner.importing.messages import is_langchain, is_message
+from learner.importing.pydantic_ai import is_pydantic_ai
 from learner.importing.rows import (
     ANSWER_NAMES,
     CHOSEN_NAMES,
@@ -196,7 +197,8 @@ def _objects(value: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 def _is_one_conversation(value: list[Any]) -> bool:
     first = value[0] if value else None
-    return is_message(first) or is_langchain(first) or is_smolagents_step(first) or session_format(first) is not None
+    is_messages = is_message(first) or is_langchain(first) or is_pydantic_ai(first)
+    return is_messages or is_smolagents_step(first) or session_format(first) is not None
 
 
 _NOT_WITHIN = frozenset("arguments args parameters input_schema inputSchema tools functions properties".split())

@@ -13,6 +13,7 @@ from typing import Any
 from learner.importing.contents import read_content, result_text, thought_text
 from learner.importing.fields import THINKING_NAMES, Fields, RefusedRecord, is_empty, is_padding, kind
 from learner.importing.marks import close_message
+from learner.importing.pydantic_ai import as_messages, is_pydantic_ai
 from learner.importing.turns import Call, Turn
 from learner.importing.written_calls import (
     CALL_ID_NAMES,
@@ -90,7 +91,9 @@ def read_turns(messages: Any, name: str) -> tuple[list[Turn], list[Any]]:
     turns: list[Turn] = []
     tools: list[Any] = []
     for number, message in enumerate(messages, 1):
-        turns += read_message(message, f"message {number}", tools)
+        where = f"message {number}"
+        for each in as_messages(message, where) if is_pydantic_ai(message) else [message]:
+            turns += read_message(each, where, tools)
     if any(isinstance(message, dict) and is_item(message) for message in messages):
         turns = merge_items(turns)
     return turns, tools

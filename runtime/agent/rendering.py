@@ -33,11 +33,12 @@ async def rendered(turn: Turn, policy: Policy, is_first: bool = True) -> TokenId
     # Many messages are large by their number: going through them all would take its time here.
     many = len(turn.messages) > MANY_MESSAGES
     letters = await off_loop(many, num_letters, turn.messages) + 200 * len(turn.messages)
-    is_large = letters > SMALL_LETTERS or _are_large(turn.tools)
+    is_large = letters > SMALL_LETTERS or are_large(turn.tools)
     return await off_loop(is_large, _render, turn, policy, letters if is_first else 0)
 
 
-def _are_large(tools: Iterable[ToolSchema]) -> bool:
+def are_large(tools: Iterable[ToolSchema]) -> bool:
+    """Whether tools take their time to be read and rendered: such requests leave the event loop."""
     num_bytes = 0
     for tool in tools:
         num_bytes += len(orjson.dumps(tool))

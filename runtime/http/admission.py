@@ -24,7 +24,7 @@ from policies.types import (
 )
 from runtime.agent.conversation import Place, continued, locate
 from runtime.agent.loop import Run, ServerTools
-from runtime.agent.rendering import SMALL_LETTERS, num_letters
+from runtime.agent.rendering import SMALL_LETTERS, are_large, num_letters
 from runtime.agent.scorers import scorer_of
 from runtime.agent.served_agent import ServedAgent
 from runtime.agent.turn import Policy, Turn
@@ -39,6 +39,8 @@ from runtime.store.step_log import Whose
 
 FEW_MESSAGES = 20
 """Of a conversation that is read on the event loop."""
+FEW_TOOLS = 20
+"""Of a client's, read there."""
 
 
 class UnknownModel(ValueError):
@@ -127,8 +129,12 @@ async def admit(
     opens_world = request.tools is None and episode.task is not None  # which may take its time to replay what was done
     if opens_world:
         return [await in_world_thread(admitted.run, choice) for choice in range(request.n)]
-    is_large = is_large or len(place.path) > FEW_MESSAGES or request.asks_for_grammar or bool(request.tools)
+    is_large = is_large or len(place.path) > FEW_MESSAGES or request.asks_for_grammar or _has_large_tools(request)
     return [await off_loop(is_large, admitted.run, choice) for choice in range(request.n)]
+
+
+def _has_large_tools(request: ChatCompletionRequest) -> bool:
+    return len(request.tools or ()) > FEW_TOOLS or are_large(tool.function.parameters for tool in request.tools or ())
 
 
 def _conversation(
