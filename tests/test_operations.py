@@ -38,6 +38,7 @@ def test_every_option_it_names_exists() -> None:
     of_commands = {
         "--state",
         "--role",
+        "--agent",
         "--requests-per-day",
         "--tokens-per-day",
         "--steps-per-day",

@@ -495,7 +495,7 @@ class DemonstrationEntry(WireModel):
     messages: list[ChatMessage] = Field(min_length=1)
     tools: list[Tool] = Field(default_factory=list)
     """The tools that were on offer."""
-    learn_from: list[int] | None = None
+    learn_from: list[Annotated[int, Field(ge=-(2**63), lt=2**63)]] | None = None
     """Indices of the assistant messages to learn from; without it, all."""
     provenance: dict[str, Any] = Field(default_factory=dict)
     """Where it comes from: logged as the episode's metadata."""
