@@ -73,6 +73,9 @@ LARGE: dict[str, Callable[[], dict[str, Any]]] = {
     "tools": lambda: {"tools": [
         {"type": "function", "function": {"name": f"f{n}", "description": "d" * 3000}} for n in range(1000)
     ]},
+    "few tools": lambda: {"tools": [
+        {"type": "function", "function": {"name": f"f{n}", "description": "d" * 300_000}} for n in range(10)
+    ]},
     "schema": lambda: {"response_format": {"type": "json_schema", "json_schema": {
         "schema": {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(20_000)}}
     }}},

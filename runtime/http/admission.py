@@ -134,7 +134,8 @@ async def admit(
 
 
 def _has_large_tools(request: ChatCompletionRequest) -> bool:
-    return len(request.tools or ()) > FEW_TOOLS or are_large(tool.function.parameters for tool in request.tools or ())
+    tools = [tool.function for tool in request.tools or ()]
+    return len(tools) > FEW_TOOLS or are_large({"says": each.description, "takes": each.parameters} for each in tools)
 
 
 def _conversation(
