@@ -86,9 +86,11 @@ class SayingEngine(ScriptedEngine):
 def parts_of(engine: Engine, protocol: ChatProtocol, folder: Path, **changes: Any) -> Parts:
     """A server's parts, with real stores in a folder and the order desk as its world."""
     folder.mkdir(parents=True, exist_ok=True)
-    registry, log = AdapterRegistry(folder / "agent.db"), StepLog(folder / "agent.db")
+    registry = changes.get("registry") or AdapterRegistry(folder / "agent.db")
+    log = changes.get("log") or StepLog(folder / "agent.db")
     names = [agent.name for agent in changes.get("named_agents", ())]
-    swap = Swap(engine, registry, network := read_base_network(NOVICE_FOLDER), agents=("", *names))
+    network = read_base_network(NOVICE_FOLDER)
+    swap = changes.get("swap") or Swap(engine, registry, network, agents=("", *names))
     parts = Parts(
         served_name=MODEL,
         engine=engine,
@@ -124,7 +126,7 @@ class Served:
 
 @contextmanager
 def served(parts: Parts, grace_s: float = 2.0, limits: ConnectionLimits = DEFAULT_LIMITS) -> Iterator[Served]:
-    """Serve in a thread, as serve.py does in its main thread. Closes the log, but not the engine, at the end."""
+    """Serve in a thread, as serve.py does in its main thread. Closes the stores, but not the engine, at the end."""
     sock = listen("127.0.0.1", 0)
     if parts.learning is not None:
         parts.learning.process.url = url_of(sock)
@@ -139,6 +141,8 @@ def served(parts: Parts, grace_s: float = 2.0, limits: ConnectionLimits = DEFAUL
         thread.join(10)
         parts.log.close()
         parts.registry.close()
+        if parts.keys.store is not None:
+            parts.keys.store.close()
 
 
 def wait_until(is_so: Callable[[], bool], timeout_s: float = 10.0) -> None:

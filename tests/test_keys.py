@@ -55,7 +55,10 @@ def house(serve_scripted: ServeScripted, tmp_path: Path) -> House:
 
 
 def test_every_route_has_a_role_that_somebody_decided_on(protocol: Any, tmp_path: Path) -> None:
-    app = create_app(parts_of(SayingEngine(protocol), protocol, tmp_path))
+    parts = parts_of(SayingEngine(protocol), protocol, tmp_path)
+    app = create_app(parts)
+    parts.log.close()
+    parts.registry.close()
     decided = {(method, path) for _, method, path in NEEDS} | set(NO_KEY)
     served = {
         (method, route.path)  # type: ignore[attr-defined]
