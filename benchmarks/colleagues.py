@@ -35,7 +35,11 @@ def expert(world: World, task: Task) -> Conversation | None:
 
 def erring(world: World, task: Task, others: Sequence[Message], share: float) -> Conversation | None:
     """As the expert, but at this share of the steps one of the other calls is made; then it goes on as the expert does
-    from there. Also without success in the end; None where nothing is done."""
+    from there. Also without success in the end; None where nothing is done.
+
+    `harder_worlds.ErringExpert` finds the other calls by opening another task, which takes TextWorld seconds each time:
+    here they are handed in.
+    """
     random = Random(f"erring/{task.id}")
 
     def choose(episode: WorldEpisode, _: Conversation) -> Message | None:
