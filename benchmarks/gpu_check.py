@@ -138,6 +138,7 @@ def compared(network: Any, length: int, device: str) -> Figures:
     timed = sequences[:: max(1, len(sequences) // MOST_ROWS_TIMED)]
     packed_gradient(network, sequences, device)  # compiles kernels
     packed, packed_loss, packed_peak = measured(device, lambda: packed_gradient(network, sequences, device))
+    in_blocks, _, in_blocks_peak = measured(device, lambda: gradient_in_blocks(network, sequences, device))
     rows, _, rows_peak = measured(device, lambda: gradient_by_rows(network, timed, device))
     share = sum(len(each.token_ids) for each in timed) / sum(len(each.token_ids) for each in sequences)
     with torch.no_grad():
@@ -146,7 +147,8 @@ def compared(network: Any, length: int, device: str) -> Figures:
     return {
         "packed_s": packed, "packed_tokens_per_s": length / packed, "rows_s": rows / share, "rows_timed": len(timed),
         "rows": len(sequences), "times_faster": rows / share / packed, "loss_difference": difference,
-        "is_same": difference < LOSS_TOLERANCE, "packed_peak_gib": packed_peak, "rows_peak_gib": rows_peak,
+        "is_same": difference < LOSS_TOLERANCE, "in_blocks_s": in_blocks,
+        "in_blocks_peak_gib": in_blocks_peak, "packed_peak_gib": packed_peak, "rows_peak_gib": rows_peak,
         "estimated_gib": activation_bytes(network.config, length) / 2**30, "layers_computed_again": not is_kept,
     }  # fmt: skip
 
@@ -179,6 +181,17 @@ def packed_gradient(network: Any, sequences: Sequence[Any], device: str) -> floa
     loss.backward()
     network.zero_grad(set_to_none=True)
     return loss.item()
+
+
+def gradient_in_blocks(network: Any, sequences: Sequence[Any], device: str) -> float:
+    """The same without FlexAttention."""
+    from learner.packing import tree_attention
+
+    before, tree_attention.FLEX_TOKENS = tree_attention.FLEX_TOKENS, 1 << 30
+    try:
+        return packed_gradient(network, sequences, device)
+    finally:
+        tree_attention.FLEX_TOKENS = before
 
 
 def gradient_by_rows(network: Any, sequences: Sequence[Any], device: str) -> float:
@@ -503,6 +516,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--parts", type=Path, metavar="FOLDER", help="what --make-parts wrote")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seconds", type=float, default=440)
+    parser.add_argument("--only", nargs="+", default=["cycle", "engine", "learner"], help="these sections")
     parser.add_argument("--sizes", nargs="+", default=["0.5B", "1.5B"])
     parser.add_argument("--tiny", action="store_true", help="toy sizes, on a CPU")
     return parser.parse_args(arguments)
@@ -524,19 +538,21 @@ def main(arguments: Sequence[str]) -> int:
 
         device = "cuda" if torch.cuda.is_available() and not options.tiny else "cpu"
         results["machine"] = machine(device)
-    if options.parts:  # first: it is the shortest, and says most
+    if options.parts and "cycle" in options.only:  # first: it is the shortest, and says most
         with section("cycle", results, options.json):
             results["cycle"] = cycle(device, options.parts, 2 if options.tiny else 24, clock)
-    with section("engine", results, options.json):
-        results["engine"] = list(engine(device, "tiny" if options.tiny else options.sizes[0], clock))
-    with section("learner", results, options.json):
-        results["learner"] = []
-        sizes, lengths = (["tiny"], [512, 1024]) if options.tiny else (options.sizes, LENGTHS)
-        for row in learner(device, sizes, lengths, clock):
-            results["learner"].append(row)
-            print(json.dumps(row), flush=True)
-            if options.json:
-                options.json.write_text(json.dumps(results, indent=2))
+    if "engine" in options.only:
+        with section("engine", results, options.json):
+            results["engine"] = list(engine(device, "tiny" if options.tiny else options.sizes[0], clock))
+    if "learner" in options.only:
+        with section("learner", results, options.json):
+            results["learner"] = []
+            sizes, lengths = (["tiny"], [512, 1024]) if options.tiny else (options.sizes, LENGTHS)
+            for row in learner(device, sizes, lengths, clock):
+                results["learner"].append(row)
+                print(json.dumps(row), flush=True)
+                if options.json:
+                    options.json.write_text(json.dumps(results, indent=2))
     return 1 if "failed" in results else 0
 
 

@@ -92,6 +92,13 @@ class Scene:
     """Of a cycle, for every method."""
     num_own_episodes: int = 48
     """Of a cycle: one at each demonstrated task, the others at tasks never seen before."""
+    device: str = "cpu"
+    """Where it is sampled and trained."""
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the student is one of ours, and not a real model."""
+        return self.student in ("novice", "student")
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +220,7 @@ class Stage:
 
 def first_unseen(scene: Scene) -> int:
     """The first training task that the student was not made with."""
-    if scene.student == "novice":
+    if scene.student != "student":
         return 0
     from benchmarks.students import PLANS
 
@@ -294,7 +301,7 @@ class Run:
     def _trained(
         self, objective: Objective, folder: Path, number: int, steps: int, begin: Path | None
     ) -> tuple[Path, dict[str, float]]:
-        trainer = Trainer(self._scene.base, begin, self._options(number, steps), device="cpu")
+        trainer = Trainer(self._scene.base, begin, self._options(number, steps), self._scene.device)
         report = trainer.train(objective)
         assert report.num_gradient_steps == steps
         trainer.network.save_pretrained(folder)
@@ -302,7 +309,7 @@ class Run:
 
     def _options(self, number: int, steps: int) -> TrainingOptions:
         return TrainingOptions(
-            lr=self._method.lr,
+            lr=self._method.lr if self._scene.is_small else None,  # by its width
             epochs=0,  # as many gradient steps as follow, however many trajectories there are
             min_gradient_steps=steps,
             trajectories_per_step=self._method.trajectories_per_step,
@@ -391,7 +398,7 @@ class Run:
     # ------------------------------------------------------------------------------------------- samples
 
     def _network(self) -> Any:
-        return load_policy(self._scene.base, self._adapter)
+        return load_policy(self._scene.base, self._adapter, self._scene.device)
 
     def _generator(self, cycle: int, purpose: int) -> torch.Generator:
         return torch.Generator().manual_seed(1_000_000 * self._scene.seed + 1000 * cycle + purpose)
@@ -422,7 +429,10 @@ class Run:
             adapter, _ = self._trained(sft, folder, 900 + fold, self._scene.gradient_steps, None)
             tasks = self._stage.demonstrated[fold::2]
             inspected = self._stage.rollouts.inspected(
-                load_policy(self._scene.base, adapter), tasks, NUM_FOLD_SAMPLES, self._generator(fold, 4)
+                load_policy(self._scene.base, adapter, self._scene.device),
+                tasks,
+                NUM_FOLD_SAMPLES,
+                self._generator(fold, 4),
             )
             found |= {each.episode_id: each for each in inspected}
         return tuple(found.get(each.episode_id, each) for each in demonstrations)

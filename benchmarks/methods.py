@@ -100,23 +100,18 @@ def base_of(world: str) -> tuple[str, Path]:
     return "student", student(world)
 
 
-def run_all(
-    rows: Rows,
-    worlds: Sequence[str],
-    methods: Sequence[str],
-    demonstrations: Sequence[int],
-    axes: Sequence[Axis],
-    seeds: Sequence[int],
-    num_tasks: int,
-) -> None:
-    """Run what has not been run, scene by scene."""
-    for world in worlds:
-        student, base = base_of(world)
-        for axis in axes:
-            for number in demonstrations:
-                for seed in seeds:
-                    scene = Scene(world, student, base, seed, number, axis, num_tasks=num_tasks)
-                    run_scene(rows, scene, methods)
+def scenes_of(options: argparse.Namespace) -> Iterator[Scene]:
+    """What is asked for, one after the other."""
+    first, last = map(int, options.seeds.split("-"))
+    for world in options.worlds.split(","):
+        student, base = (options.model.name, options.model) if options.model else base_of(world)
+        for axis in options.axes.split(";"):
+            for number in map(int, options.demonstrations.split(",")):
+                for seed in range(first, last + 1):
+                    yield Scene(
+                        world, student, base, seed, number, AXES[axis or None],
+                        num_tasks=options.tasks, device=options.device,
+                    )  # fmt: skip
 
 
 def run_scene(rows: Rows, scene: Scene, methods: Sequence[str]) -> None:
@@ -220,6 +215,8 @@ def main() -> None:
     parser.add_argument("--axes", default="", help="what is made harder, with semicolons (default: nothing)")
     parser.add_argument("--seeds", default="1-5", help="from-to (default 1-5)")
     parser.add_argument("--tasks", type=int, default=200, help="tasks, each tried greedy and at T=1 (default 200)")
+    parser.add_argument("--model", type=Path, help="a real model's folder, instead of the worlds' small students")
+    parser.add_argument("--device", default="cpu", help="where the policy is sampled and trained (default cpu)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the file of finished runs")
     parser.add_argument("--report", action="store_true", help="print the tables of what is there")
     options = parser.parse_args()
@@ -229,16 +226,8 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
-    first, last = map(int, options.seeds.split("-"))
-    run_all(
-        rows,
-        options.worlds.split(","),
-        options.methods.split(";"),
-        [int(number) for number in options.demonstrations.split(",")],
-        [AXES[name or None] for name in options.axes.split(";")],
-        range(first, last + 1),
-        options.tasks,
-    )
+    for scene in scenes_of(options):
+        run_scene(rows, scene, options.methods.split(";"))
 
 
 if __name__ == "__main__":

@@ -34,12 +34,20 @@ MAX_ROWS = 512
 # ---------------------------------------------------------------------------------------------- sampling
 
 
-def load_policy(base: Path, adapter: Path | None) -> Any:
+def load_policy(base: Path, adapter: Path | None, device: str = "cpu") -> Any:
     """The base with the adapter merged into it: it samples faster, and the logprobs differ by rounding alone."""
-    network: Any = AutoModelForCausalLM.from_pretrained(base)
+    network: Any = AutoModelForCausalLM.from_pretrained(base).to(device)
     if adapter is not None:
         network = PeftModel.from_pretrained(network, str(adapter)).merge_and_unload()
     return network.eval()
+
+
+def generator_on(device: torch.device, generator: torch.Generator) -> torch.Generator:
+    """One that draws where the network is, seeded by the other's next number; the same on a CPU."""
+    if device.type == "cpu":
+        return generator
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    return torch.Generator(device).manual_seed(seed)
 
 
 class Lockstep:
@@ -55,10 +63,11 @@ class Lockstep:
     ) -> None:
         self._network = network
         self._stop = stop_token_id
-        self._generator = generator
+        self._device = network.device
+        self._generator = generator_on(self._device, generator)
         self._max_action_tokens = max_action_tokens
         self._cache = DynamicCache()
-        self._mask = torch.zeros(num_rows, 0, dtype=torch.long)
+        self._mask = torch.zeros(num_rows, 0, dtype=torch.long, device=self._device)
         self._logits = torch.empty(0)
 
     @torch.inference_mode()
@@ -67,21 +76,23 @@ class Lockstep:
         self._close_holes()
         width = max(map(len, texts))
         self._forward(
-            torch.tensor([(0,) * (width - len(text)) + text for text in texts]),
-            torch.tensor([(0,) * (width - len(text)) + (1,) * len(text) for text in texts]),
+            torch.tensor([(0,) * (width - len(text)) + text for text in texts], device=self._device),
+            torch.tensor([(0,) * (width - len(text)) + (1,) * len(text) for text in texts], device=self._device),
         )
 
     @torch.inference_mode()
     def complete(self, temperatures: Tensor) -> list[Completion]:
         """Let every row write until its stop token, which it then has read."""
-        num_rows = len(temperatures)
+        num_rows, temperatures = len(temperatures), temperatures.to(self._device)
         written = [([], []) for _ in range(num_rows)]
-        is_writing = torch.ones(num_rows, dtype=torch.bool)
+        is_writing = torch.ones(num_rows, dtype=torch.bool, device=self._device)
         for _ in range(self._max_action_tokens):
             tokens, logprobs = self._draw(temperatures)
-            for row in is_writing.nonzero()[:, 0].tolist():
-                written[row][0].append(int(tokens[row]))
-                written[row][1].append(float(logprobs[row]))
+            drawn = zip(written, is_writing.tolist(), tokens.tolist(), logprobs.tolist(), strict=True)
+            for (token_ids, said), goes_on, token_id, logprob in drawn:
+                if goes_on:
+                    token_ids.append(token_id)
+                    said.append(logprob)
             self._forward(tokens[:, None], is_writing.long()[:, None])
             is_writing &= tokens != self._stop
             if not is_writing.any():
@@ -94,7 +105,7 @@ class Lockstep:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone."""
-        index = torch.tensor(rows)
+        index = torch.tensor(rows, device=self._device)
         self._cache.batch_select_indices(index)
         self._mask = self._mask[index]
         self._logits = self._logits[index]

@@ -20,6 +20,7 @@ times as long, and is as far from one in 32 bits (benchmarks/RESULTS.md).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,8 @@ BLOCK_TOKENS = 128
 """Queries of a block, on CPU."""
 LONG_PACK = 4096
 """Tokens above which memory is spared, on CPU."""
+FLEX_TOKENS = 0
+"""Tokens from which a pack on CUDA is taken by FlexAttention."""
 TILE_TOKENS = 128
 """Queries and keys of a tile of FlexAttention, on CUDA."""
 
@@ -136,10 +139,20 @@ class Tree:
                 *_listed(some & ~full),
                 *_listed(full),
                 BLOCK_SIZE=TILE_TOKENS,
-                mask_mod=partial(_mask_mod, self, window),
+                mask_mod=self._mask_mod(window),
                 seq_lengths=(len(self.depths), len(self.depths)),
             )
         return self._made[window]
+
+    def _mask_mod(self, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """`sees`, over plain tensors: what FlexAttention's compiler takes up as inputs of its kernel."""
+        subtree_ends, depths = self.subtree_ends, self.depths
+
+        def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            is_ancestor = (key <= query) & (query < subtree_ends[key])
+            return is_ancestor if window is None else is_ancestor & (depths[query] - depths[key] < window)
+
+        return sees
 
     def _seen_tiles(self, window: int | None) -> tuple[Tensor, Tensor]:
         """bool [query tiles, key tiles], twice: does any query see any key, and do all see all?"""
@@ -174,10 +187,6 @@ def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
     return counts[None, None], indices[None, None]
 
 
-def _mask_mod(tree: Tree, window: int | None, _batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    return tree.sees(query, key, window)
-
-
 def tree_attention(
     module: nn.Module,
     query: Tensor,
@@ -192,7 +201,7 @@ def tree_attention(
     """What a layer of transformers calls. query, key, value [1, heads, n, d] -> [1, n, heads, d], and None."""
     if tree is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if query.is_cuda:
+    if query.is_cuda and query.shape[2] >= FLEX_TOKENS:
         return flex_attention_forward(module, query, key, value, tree.block_mask(sliding_window), **kwargs)
     is_again = (tree.is_long or _is_by_products(query)) and torch.is_grad_enabled()
     attend = _attend_again_in_backward if is_again else Block.attend
