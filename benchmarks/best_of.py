@@ -32,7 +32,8 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.rollouts import MAX_ACTION_TOKENS, Attempt, Rollouts, load_policy
+from benchmarks.lockstep import MAX_ACTION_TOKENS, load_policy
+from benchmarks.rollouts import Attempt, Rollouts
 from learner.data.comparison import compare
 from learner.data.training_data import TrainingData
 from learner.objectives.build import NothingToLearn, objective_of

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.rollouts import Rollouts, load_policy
+from benchmarks.lockstep import load_policy
+from benchmarks.rollouts import Rollouts
 from policies.chat.chat_protocol import ChatProtocol
 from tools.worlds.order_desk import OrderDesk
 

@@ -18,9 +18,10 @@ import torch
 
 from benchmarks.experience import experience
 from benchmarks.harder_worlds import ErringExpert, PermutingExpert, Resumed
+from benchmarks.lockstep import MAX_ACTION_TOKENS, load_policy
 from benchmarks.own_choice import majority, raft, sft_rft_majority
 from benchmarks.recipes import Labels, Method, Samples, Takes
-from benchmarks.rollouts import MAX_ACTION_TOKENS, MAX_ROWS, Lockstep, Rollouts, load_policy
+from benchmarks.rollouts import MAX_ROWS, Rollouts
 from learner.data.comparison import compare
 from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
 from learner.objectives.build import NothingToLearn, objective_of
@@ -31,7 +32,7 @@ from learner.training.trainer import Trainer
 from policies.chat.chat_protocol import ChatProtocol, action_message
 from policies.types import Action, Completion, FinishReason, MalformedAction, TokenIds, ToolCall, ToolCalls
 from tools.worlds import load_world
-from tools.worlds.world import Message, Task, TaskId, World
+from tools.worlds.world import Message, Task, TaskId
 
 NUM_CYCLES = 3
 NUM_SAMPLES = 8
@@ -120,16 +121,9 @@ class BriefRollouts(Rollouts):
     """Rollouts that end an action at four times the longest of the expert's: it is wrong before, and one row that
     writes on and on holds up all the others."""
 
-    def __init__(self, world: World, model: Path) -> None:
-        super().__init__(world, model)
-        self.max_action_tokens = MAX_ACTION_TOKENS
-
     def learn_length(self, demonstrations: Sequence[Trajectory]) -> None:
         longest = max(len(state.expert or ()) for each in demonstrations for state in each.states)
         self.max_action_tokens = min(MAX_ACTION_TOKENS, 4 * longest)
-
-    def _lockstep(self, network: Any, num_rows: int, generator: torch.Generator) -> Lockstep:
-        return Lockstep(network, num_rows, self.protocol.stop_token_ids[0], generator, self.max_action_tokens)
 
     def samples_at(
         self, network: Any, prompts: Sequence[TokenIds], num: int, generator: torch.Generator

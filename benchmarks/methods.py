@@ -27,7 +27,7 @@ from statistics import fmean, stdev
 import torch
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.method_runs import AXES, Axis, Run, Scene, Stage
+from benchmarks.method_runs import AXES, Run, Scene, Stage
 from benchmarks.recipes import CONTROL, DEFAULT, METHODS
 from policies.novice.build import NOVICE_PATH
 

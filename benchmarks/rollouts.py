@@ -17,146 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
 
+from benchmarks.graphed_lockstep import GraphedLockstep
+from benchmarks.lockstep import MAX_ACTION_TOKENS, Lockstep
 from learner.data.comparison import compare
 from learner.data.training_data import PolicyAction, State, Trajectory
 from policies.chat.chat_protocol import ChatProtocol, action_message, message_action
 from policies.types import Action, Completion, FinalAnswer, FinishReason, TokenIds, ToolCall, ToolCalls
 from tools.worlds.world import Message, Task, World, WorldEpisode, max_steps_of
 
-MAX_ACTION_TOKENS = 96
 MAX_ROWS = 512
 """Conversations that share a KV cache."""
-
-# ---------------------------------------------------------------------------------------------- sampling
-
-
-def load_policy(base: Path, adapter: Path | None, device: str = "cpu") -> Any:
-    """The base with the adapter merged into it: it samples faster, and the logprobs differ by rounding alone."""
-    network: Any = AutoModelForCausalLM.from_pretrained(base).to(device)
-    if adapter is not None:
-        network = PeftModel.from_pretrained(network, str(adapter)).merge_and_unload()
-    return network.eval()
-
-
-def generator_on(device: torch.device, generator: torch.Generator) -> torch.Generator:
-    """One that draws where the network is, seeded by the other's next number; the same on a CPU."""
-    if device.type == "cpu":
-        return generator
-    seed = int(torch.randint(2**62, (1,), generator=generator))
-    return torch.Generator(device).manual_seed(seed)
-
-
-class Lockstep:
-    """Conversations that one network reads and continues together. What a row does not read is a hole in its cache."""
-
-    def __init__(
-        self,
-        network: Any,
-        num_rows: int,
-        stop_token_id: int,
-        generator: torch.Generator,
-        max_action_tokens: int = MAX_ACTION_TOKENS,
-    ) -> None:
-        self._network = network
-        self._stop = stop_token_id
-        self._device = network.device
-        self._generator = generator_on(self._device, generator)
-        self._max_action_tokens = max_action_tokens
-        self._cache = DynamicCache()
-        self._mask = torch.zeros(num_rows, 0, dtype=torch.long, device=self._device)
-        self._logits = torch.empty(0)
-
-    @torch.inference_mode()
-    def read(self, texts: Sequence[TokenIds]) -> None:
-        """Append tokens to every row, of different lengths."""
-        self._close_holes()
-        width = max(map(len, texts))
-        self._forward(
-            torch.tensor([(0,) * (width - len(text)) + text for text in texts], device=self._device),
-            torch.tensor([(0,) * (width - len(text)) + (1,) * len(text) for text in texts], device=self._device),
-        )
-
-    @torch.inference_mode()
-    def complete(self, temperatures: Tensor) -> list[Completion]:
-        """Let every row write until its stop token, which it then has read."""
-        num_rows, temperatures = len(temperatures), temperatures.to(self._device)
-        written = [([], []) for _ in range(num_rows)]
-        is_writing = torch.ones(num_rows, dtype=torch.bool, device=self._device)
-        for _ in range(self._max_action_tokens):
-            tokens, logprobs = self._draw(temperatures)
-            drawn = zip(written, is_writing.tolist(), tokens.tolist(), logprobs.tolist(), strict=True)
-            for (token_ids, said), goes_on, token_id, logprob in drawn:
-                if goes_on:
-                    token_ids.append(token_id)
-                    said.append(logprob)
-            self._forward(tokens[:, None], is_writing.long()[:, None])
-            is_writing &= tokens != self._stop
-            if not is_writing.any():
-                break
-        reasons = [FinishReason.LENGTH if cut_off else FinishReason.STOP for cut_off in is_writing.tolist()]
-        return [
-            Completion(tuple(token_ids), tuple(logprobs), reason)
-            for (token_ids, logprobs), reason in zip(written, reasons, strict=True)
-        ]
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone."""
-        index = torch.tensor(rows, device=self._device)
-        self._cache.batch_select_indices(index)
-        self._mask = self._mask[index]
-        self._logits = self._logits[index]
-
-    def place(self) -> tuple[Tensor, Tensor]:
-        """Where the conversations stand; see `go_back`."""
-        return self._mask, self._logits
-
-    def go_back(self, place: tuple[Tensor, Tensor]) -> None:
-        """Forget what was read and written since."""
-        num_since = self._mask.shape[1] - place[0].shape[1]
-        self._mask, self._logits = place
-        if num_since:
-            self._cache.crop(-num_since)
-
-    def _draw(self, temperatures: Tensor) -> tuple[Tensor, Tensor]:
-        """A token for each row, and its logprob at temperature 1."""
-        logprobs = self._logits.float().log_softmax(-1)
-        scaled = (logprobs / temperatures.clamp(min=1e-6)[:, None]).softmax(-1)
-        drawn = torch.multinomial(scaled, 1, generator=self._generator)[:, 0]
-        tokens = torch.where(temperatures > 0, drawn, logprobs.argmax(-1))
-        return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
-
-    def _forward(self, tokens: Tensor, mask: Tensor) -> None:
-        width = tokens.shape[1]
-        self._mask = torch.cat([self._mask, mask], dim=1)
-        positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
-        output = self._network(
-            input_ids=tokens,
-            attention_mask=self._mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-            logits_to_keep=1,
-        )
-        last = output.logits[:, -1]
-        # A row that read nothing keeps what it would say next.
-        is_read = mask[:, -1:].bool()
-        self._logits = last if self._logits.shape != last.shape else torch.where(is_read, last, self._logits)
-
-    def _close_holes(self) -> None:
-        """Move every row's tokens together, where a fifth of the cache would be holes: long episodes have many."""
-        longest = int(self._mask.sum(1).max())
-        if self._mask.shape[1] < 1.25 * longest:
-            return
-        order = self._mask.argsort(dim=1, stable=True)[:, -longest:]
-        self._mask = self._mask.gather(1, order)
-        layers: list[Any] = self._cache.layers
-        for layer in layers:
-            places = order[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
-            layer.keys, layer.values = layer.keys.gather(2, places), layer.values.gather(2, places)
-
 
 # ---------------------------------------------------------------------------------------------- episodes
 
@@ -187,6 +58,7 @@ class Rollouts:
         self.world = world
         self.protocol = model if isinstance(model, ChatProtocol) else ChatProtocol.load(model)
         self.max_steps = max_steps_of(world)
+        self.max_action_tokens = MAX_ACTION_TOKENS
 
     def attempts(
         self,
@@ -286,7 +158,8 @@ class Rollouts:
     # ------------------------------------------------------------------------------------------ one step
 
     def _lockstep(self, network: Any, num_rows: int, generator: torch.Generator) -> Lockstep:
-        return Lockstep(network, num_rows, self.protocol.stop_token_ids[0], generator)
+        kind = GraphedLockstep if network.device.type == "cuda" else Lockstep
+        return kind(network, num_rows, self.protocol.stop_token_ids[0], generator, self.max_action_tokens)
 
     def _open(self, task: Task) -> Attempt:
         return Attempt(task, self.world.open(task), list(task.messages), self.protocol.render(task.messages))

@@ -36,7 +36,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from benchmarks.colleagues import Conversation, erring, expert, gullible
-from benchmarks.rollouts import Rollouts, load_policy
+from benchmarks.lockstep import load_policy
+from benchmarks.rollouts import Rollouts
 from policies.novice.build import build_network, lr_share, render, wilson_interval
 from policies.novice.tokenizer import (
     CALL,

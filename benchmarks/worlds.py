@@ -32,7 +32,8 @@ from typing import Any
 import torch
 
 from benchmarks.expert_endpoint import client_run, expert_messages, expert_served, server_run
-from benchmarks.rollouts import Attempt, Rollouts, load_policy
+from benchmarks.lockstep import load_policy
+from benchmarks.rollouts import Attempt, Rollouts
 from benchmarks.students import PLANS, Habit, Plan, student
 from learner.data.training_data import TrainingData
 from learner.objectives.build import objective_of

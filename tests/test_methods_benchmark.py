@@ -13,7 +13,9 @@ import torch
 
 from benchmarks.desk_rollouts import WORLD, Desk, load_policy
 from benchmarks.experience import experience
+from benchmarks.graphed_lockstep import GraphedLockstep
 from benchmarks.harder_worlds import ErringExpert, PermutingExpert, Resumed
+from benchmarks.lockstep import Lockstep
 from benchmarks.method_runs import (
     AXES,
     NUM_BRANCHES,
@@ -61,11 +63,33 @@ def own(desk: Desk, network: Any) -> list[Trajectory]:
     return desk.own_trajectories(network, TASKS, draw(), "own")
 
 
+class RecordingDesk(Desk):
+    """Takes the steps that a GPU records, which a CPU runs as they are."""
+
+    def _lockstep(self, network: Any, num_rows: int, generator: torch.Generator) -> Lockstep:
+        return GraphedLockstep(network, num_rows, self.protocol.stop_token_ids[0], generator, self.max_action_tokens)
+
+
 def expert_tokens(trajectories: Sequence[Trajectory]) -> list[tuple[int, ...]]:
     return [state.prompt + (state.expert or ()) for each in trajectories for state in each.states]
 
 
 # --------------------------------------------------------------------------------------------- rollouts
+
+
+def test_steps_with_every_tensor_in_its_place_are_the_same_steps(
+    desk: Desk, network: Any, own: list[Trajectory], protocol: ChatProtocol
+) -> None:
+    recording = RecordingDesk(protocol)
+    again = recording.own_trajectories(network, TASKS, draw(), "own")
+    assert [_tokens(each) for each in again] == [_tokens(each) for each in own]
+    inspected, again = (each.inspected(network, TASKS[:4], 3, draw()) for each in (desk, recording))
+    assert [_tokens(each) for each in again] == [_tokens(each) for each in inspected]
+
+
+def _tokens(trajectory: Trajectory) -> list[Any]:
+    """What was read and written at each state."""
+    return [(state.prompt, [action.token_ids for action in state.policy_actions]) for state in trajectory.states]
 
 
 def test_greedy_attempts_end_as_those_of_transformers_generate(desk: Desk, network: Any) -> None:

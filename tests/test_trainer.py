@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import learner.training.precision
 import learner.training.trainer
@@ -399,3 +399,21 @@ def test_on_a_cpu_16_bits_are_taken_where_they_are_faster(
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert precision == "bfloat16" or training_dtype(NOVICE_FOLDER, precision, "cpu") == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("num_weights", "stored", "dtype"),
+    [
+        (60_000_000, torch.float32, torch.float32),
+        (60_000_000, torch.bfloat16, torch.bfloat16),
+        (60_000_000, torch.float16, torch.bfloat16),
+        (1_000_000, torch.bfloat16, torch.float32),
+    ],
+)
+def test_on_a_gpu_a_network_is_trained_as_it_is_stored(
+    num_weights: int, stored: torch.dtype, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    LlamaConfig(dtype=stored).save_pretrained(tmp_path)
+    shapes = {"model.layers.0.up": (num_weights // 100, 100)}
+    monkeypatch.setattr(learner.training.precision, "read_base_network", lambda _: SimpleNamespace(shapes=shapes))
+    assert training_dtype(tmp_path, "auto", "cuda") == dtype

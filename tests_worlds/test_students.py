@@ -13,7 +13,8 @@ import torch
 
 from benchmarks import students
 from benchmarks.colleagues import erring, expert, gullible
-from benchmarks.rollouts import Lockstep, Rollouts, load_policy
+from benchmarks.lockstep import Lockstep, load_policy
+from benchmarks.rollouts import Rollouts
 from benchmarks.students import PLANS, build_student, chat_template, demonstrations, student
 from learner.objectives.objectives import action_sequence
 from learner.options import TrainingOptions

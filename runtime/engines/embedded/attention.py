@@ -18,6 +18,8 @@ from transformers import AttentionInterface, PretrainedConfig
 
 ATTENTION = "grouped_sdpa"
 """The name under which transformers finds `grouped_sdpa`."""
+ALIGNED_TOKENS = 16
+"""Of a mask's rows in memory: CUDA's kernels read them in words of so many, and die of others (misaligned address)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +124,9 @@ class AttentionMasks:
         return self._window is not None and self._layer_types != ["full_attention"]
 
     def build(self, query_positions: torch.Tensor, num_tokens: int) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Masks (rows, 1, queries, num_tokens) for queries at `query_positions` (rows, queries)."""
-        distance = query_positions[:, :, None] - torch.arange(num_tokens, device=self._device)
+        """Masks (rows, 1, queries, at least num_tokens) for queries at `query_positions` (rows, queries)."""
+        width = -(-num_tokens // ALIGNED_TOKENS) * ALIGNED_TOKENS
+        distance = query_positions[:, :, None] - torch.arange(width, device=self._device)
         if self._layer_types is None:
             return self._mask(distance, self._window)
         windows = {"full_attention": None, "sliding_attention": self._window}
