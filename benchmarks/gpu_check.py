@@ -138,7 +138,6 @@ def compared(network: Any, length: int, device: str) -> Figures:
     timed = sequences[:: max(1, len(sequences) // MOST_ROWS_TIMED)]
     packed_gradient(network, sequences, device)  # compiles kernels
     packed, packed_loss, packed_peak = measured(device, lambda: packed_gradient(network, sequences, device))
-    in_blocks, _, in_blocks_peak = measured(device, lambda: gradient_in_blocks(network, sequences, device))
     rows, _, rows_peak = measured(device, lambda: gradient_by_rows(network, timed, device))
     share = sum(len(each.token_ids) for each in timed) / sum(len(each.token_ids) for each in sequences)
     with torch.no_grad():
@@ -147,8 +146,7 @@ def compared(network: Any, length: int, device: str) -> Figures:
     return {
         "packed_s": packed, "packed_tokens_per_s": length / packed, "rows_s": rows / share, "rows_timed": len(timed),
         "rows": len(sequences), "times_faster": rows / share / packed, "loss_difference": difference,
-        "is_same": difference < LOSS_TOLERANCE, "in_blocks_s": in_blocks,
-        "in_blocks_peak_gib": in_blocks_peak, "packed_peak_gib": packed_peak, "rows_peak_gib": rows_peak,
+        "is_same": difference < LOSS_TOLERANCE, "packed_peak_gib": packed_peak, "rows_peak_gib": rows_peak,
         "estimated_gib": activation_bytes(network.config, length) / 2**30, "layers_computed_again": not is_kept,
     }  # fmt: skip
 
@@ -181,17 +179,6 @@ def packed_gradient(network: Any, sequences: Sequence[Any], device: str) -> floa
     loss.backward()
     network.zero_grad(set_to_none=True)
     return loss.item()
-
-
-def gradient_in_blocks(network: Any, sequences: Sequence[Any], device: str) -> float:
-    """The same without FlexAttention."""
-    from learner.packing import tree_attention
-
-    before, tree_attention.FLEX_TOKENS = tree_attention.FLEX_TOKENS, 1 << 30
-    try:
-        return packed_gradient(network, sequences, device)
-    finally:
-        tree_attention.FLEX_TOKENS = before
 
 
 def gradient_by_rows(network: Any, sequences: Sequence[Any], device: str) -> float:

@@ -41,8 +41,6 @@ BLOCK_TOKENS = 128
 """Queries of a block, on CPU."""
 LONG_PACK = 4096
 """Tokens above which memory is spared, on CPU."""
-FLEX_TOKENS = 0
-"""Tokens from which a pack on CUDA is taken by FlexAttention."""
 TILE_TOKENS = 128
 """Queries and keys of a tile of FlexAttention, on CUDA."""
 
@@ -201,7 +199,7 @@ def tree_attention(
     """What a layer of transformers calls. query, key, value [1, heads, n, d] -> [1, n, heads, d], and None."""
     if tree is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if query.is_cuda and query.shape[2] >= FLEX_TOKENS:
+    if query.is_cuda:
         return flex_attention_forward(module, query, key, value, tree.block_mask(sliding_window), **kwargs)
     is_again = (tree.is_long or _is_by_products(query)) and torch.is_grad_enabled()
     attend = _attend_again_in_backward if is_again else Block.attend
