@@ -156,11 +156,11 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def report(rows: Sequence[Row]) -> None:
-    """Print a table for each world, axis and number of demonstrations."""
-    scenes = dict.fromkeys((row.world, row.axis, row.demonstrations) for row in rows)
-    for world, axis, number in sorted(scenes, key=lambda each: (each[0], each[1] or "", each[2])):
-        there = [row for row in rows if (row.world, row.axis, row.demonstrations) == (world, axis, number)]
-        print(f"\n{world}, {axis or 'plain'}, {number} demonstrations:\n\n{markdown(scene_table(there))}")
+    """Print a table for each world, student, axis and number of demonstrations."""
+    scenes = dict.fromkeys((row.world, row.student, row.axis or "plain", row.demonstrations) for row in rows)
+    for scene in sorted(scenes):
+        there = [row for row in rows if (row.world, row.student, row.axis or "plain", row.demonstrations) == scene]
+        print(f"\n{', '.join(map(str, scene))} demonstrations:\n\n{markdown(scene_table(there))}")
 
 
 def scene_table(rows: Sequence[Row]) -> list[list[str]]:

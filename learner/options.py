@@ -98,7 +98,8 @@ class CycleOptions:
     num_samples: int = 2
     """Actions of the acting policy at each state of a demonstration."""
     gate_tasks: int = 100
-    """Validation tasks of the world on which candidates and the acting adapter are compared."""
+    """Validation tasks of the world on which candidates and the acting adapter are compared. 0: demonstrations are
+    compared instead, as where there is no world; whole tasks say little of an agent that succeeds at hardly any."""
     canary_share: float = 0.0
     """Share of the new episodes that a candidate which passed the gate serves at first; 0: it acts at once."""
     discriminator: bool = True

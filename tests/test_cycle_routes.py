@@ -167,7 +167,7 @@ def test_a_learner_by_hand_and_one_of_the_servers_do_not_meet(server: Served, tm
     [
         {"objectives": ["telepathy"]},
         {"objectives": []},
-        {"gate_tasks": 0},
+        {"gate_tasks": 3},
         {"canary_share": 2.0},
         {"seed": -1},
         {"objectives": "sft"},

@@ -106,6 +106,17 @@ async def test_a_small_gain_on_few_tasks_is_left_to_more_evidence_or_a_person() 
     assert "no gain at all can be shown on fewer than 6" in decision.reason
 
 
+@pytest.mark.parametrize(("acting", "is_said"), [(0.0, True), (1.0, False)])
+async def test_of_an_agent_that_succeeds_at_nothing_it_is_said_what_else_could_decide(
+    acting: float, is_said: bool
+) -> None:
+    units = scores([1.0] * 2 + [acting] * 22, [0.0] * 2 + [acting] * 22)
+    decision = await judged(units)
+    assert (not decision.promote, "gate-tasks=0" in decision.reason) == (True, is_said)
+    of_demonstrations = await judge(ScriptedTrials(units, kind="held-out demonstrations"), themselves)
+    assert "gate-tasks=0" not in of_demonstrations.reason
+
+
 async def test_no_trials_decide_nothing() -> None:
     assert not (await judged([])).promote
     decision = await judged([ScriptedUnit(Trial(1.0, 0), None)] * 10)

@@ -224,6 +224,14 @@ def test_the_world_judges_where_most_demonstrations_are_of_it(
     assert (fitting_world(WORLD, found.demonstrations) is WORLD) == (num_other <= 1)
 
 
+def test_without_tasks_demonstrations_judge_though_there_is_a_world(protocol: ChatProtocol, tmp_path: Path) -> None:
+    with served(parts_of(SayingEngine(protocol), protocol, tmp_path)) as server:
+        for index in range(3):
+            post(server, expert_demonstration(index)).raise_for_status()
+        assert trials_of(server, tmp_path, world=WORLD, num_tasks=4).kind == "tasks"
+        assert trials_of(server, tmp_path, world=WORLD, num_tasks=0).kind == "held-out demonstrations"
+
+
 # ------------------------------------------------------------------------------------------------ anchors
 
 

@@ -57,6 +57,13 @@ class Contestants:
     acting: str
 
 
+TASKS = "tasks"
+"""What a unit is where the world's tasks are tried."""
+SUCCEEDS_AT_NONE = (
+    "the acting adapter succeeds at none, so whole tasks say little: --learner-arg gate-tasks=0 lets demonstrations "
+    "decide, step by step"
+)
+
 Contest = Callable[[int | None], AbstractAsyncContextManager[Contestants | None]]
 """Makes the contestants of a fold ready for as long as it is entered; of None: candidate and acting adapter themselves.
 A fold's are both trained without it. It is entered once a fold, and only while the answer is not known. It gives None
@@ -153,6 +160,8 @@ def decide(test: SequentialTest, pairs: Sequence[Pair], anchors: Sequence[Pair],
         return GateDecision(*_guarded(words, evidence, pairs, anchors), evidence)
     if len(pairs) < fewest_pairs(test.level):
         words += f"; no gain at all can be shown on fewer than {fewest_pairs(test.level)}"
+    if kind == TASKS and not evidence["acting_score"]:
+        words += f"; {SUCCEEDS_AT_NONE}"
     is_open = gain > 0 and test.answer is Answer.NOT_SHOWN
     return GateDecision(Finding.UNDECIDED if is_open else Finding.NOT_BETTER, words, evidence)
 

@@ -18,7 +18,7 @@ from learner.data.collect import Collected, LoggedEpisode
 from learner.data.inspection import most_tokens
 from learner.evaluation.evidence import Pair, Trial, paired
 from learner.evaluation.folds import fold_of, needs_folds
-from learner.evaluation.gate import Contestants
+from learner.evaluation.gate import TASKS, Contestants
 from learner.evaluation.outlook import Outlook, evidence_outlook
 from learner.evaluation.past_trials import PastTrials
 from learner.evaluation.state_trials import score, try_states
@@ -64,9 +64,10 @@ class CycleTrials:
     @classmethod
     def of_cycle(cls, acting: str, collected: Collected, who: Collaborators, num_tasks: int) -> CycleTrials:
         """The acting adapter draws the world's tasks: its trials can be used again until another one acts, and no line
-        of adapters is selected on the same tasks."""
+        of adapters is selected on the same tasks. `num_tasks` 0: held-out demonstrations decide, as without a world.
+        """
         world = who.world
-        fitting = fitting_world(world, [*collected.demonstrations, *collected.held_out])
+        fitting = fitting_world(world, [*collected.demonstrations, *collected.held_out]) if num_tasks else None
         anchors = [Unit(anchor) for anchor in collected.anchors]
         anchors += [Unit(task_named(name, world)) for name in collected.anchor_tasks if world]
         if fitting is None:
@@ -83,7 +84,7 @@ class CycleTrials:
     @property
     def kind(self) -> str:
         if any(isinstance(unit.subject, Task) for unit in self.units):
-            return "tasks"
+            return TASKS
         return "demonstrations" if any(unit.fold is not None for unit in self.units) else "held-out demonstrations"
 
     @property
