@@ -45,7 +45,7 @@ from tools.worlds.world import Message, World
 
 LEARNING = ("objectives=sft", "discriminator=false", "implicit-rewards=false")
 """One objective, no rewards for others: a real model's minutes go into what is shown here."""
-AT_DESK = ("epochs=1", "num-samples=0", "held-out-share=0.15")
+AT_DESK = ("epochs=1", "num-samples=0", "held-out-share=0.25")
 """Each demonstration once; judged by those that are held out. The server does not know the desk: two cycles that were
 judged by 24 of its tasks were refused at +8 and +5 %, while their agreement at single steps had come to 86 %. Whole
 orders say little of a model that ships hardly any."""
@@ -303,7 +303,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--state", type=Path, default=Path("state"))
     parser.add_argument("--part", nargs="+", default=["desk", "bfcl"], help="desk, bfcl, tau2_retail")
     parser.add_argument("--cycles", type=int, default=3, help="at the order desk")
-    parser.add_argument("--demonstrations", type=int, default=112, help="at the order desk")
+    parser.add_argument("--demonstrations", type=int, default=128, help="at the order desk")
     parser.add_argument("--practice", type=int, default=16, help="tasks before a further cycle at the order desk")
     parser.add_argument("--tasks", type=int, default=32, help="held-out tasks at the order desk")
     parser.add_argument("--transcripts", type=int, default=64, help="that are imported, of another world")
