@@ -569,7 +569,7 @@ class CycleRequest(WireModel):
         Field(None, min_length=1)
     )
     """What candidates are trained for; the gate chooses among them."""
-    gate_tasks: Literal[0] | Annotated[int, Field(ge=8, le=10_000)] | None = None
+    gate_tasks: Annotated[int, Field(ge=0, le=0)] | Annotated[int, Field(ge=8, le=10_000)] | None = None
     """Tasks that the gate tries under each adapter; 0: demonstrations decide, though there is a world."""
     canary_share: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     """Of the new episodes, for a candidate that passed the gate; 0: it acts at once."""
