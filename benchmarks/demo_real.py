@@ -47,8 +47,8 @@ LEARNING = ("objectives=sft", "discriminator=false", "implicit-rewards=false")
 """One objective, no rewards for others: a real model's minutes go into what is shown here."""
 AT_DESK = ("epochs=1", "num-samples=0", "held-out-share=0.25")
 """Each demonstration once; judged by those that are held out. The server does not know the desk: two cycles that were
-judged by 24 of its tasks were refused at +8 and +5 %, while their agreement at single steps had come to 86 %. Whole
-orders say little of a model that ships hardly any."""
+judged by 24 of its tasks were refused at +8 and +5 %, and whole orders say little of a model that ships hardly any. A
+quarter is enough that no folds are needed, which take three more trainings."""
 ON_TRANSCRIPTS = ("epochs=2", "num-samples=0", "held-out-share=0.4", "trajectories-per-step=8", "min-gradient-steps=12")
 """Two fifths judge, so that none need to be trained without by folds, which takes three more trainings. Eight to a
 gradient step: most of a pack is the tools that all share, and is computed once."""

@@ -113,20 +113,23 @@ class Lockstep:
         return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
     def _forward(self, tokens: Tensor, mask: Tensor) -> None:
-        width = tokens.shape[1]
+        """Read `tokens` (rows, new), of which `mask` says which are none."""
         self._mask = torch.cat([self._mask, mask], dim=1)
-        positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
-        output = self._network(
+        positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        last = self._last_logits(tokens, positions, mask)
+        # A row that read nothing keeps what it would say next.
+        is_read = mask[:, -1:].bool()
+        self._logits = last if self._logits.shape != last.shape else torch.where(is_read, last, self._logits)
+
+    def _last_logits(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """(rows, vocabulary), after the last column."""
+        return self._network(
             input_ids=tokens,
             attention_mask=self._mask,
             position_ids=positions,
             past_key_values=self._cache,
             logits_to_keep=1,
-        )
-        last = output.logits[:, -1]
-        # A row that read nothing keeps what it would say next.
-        is_read = mask[:, -1:].bool()
-        self._logits = last if self._logits.shape != last.shape else torch.where(is_read, last, self._logits)
+        ).logits[:, -1]
 
     def _close_holes(self) -> None:
         """Move every row's tokens together, where a fifth of the cache would be holes: long episodes have many."""
@@ -135,6 +138,10 @@ class Lockstep:
             return
         order = self._mask.argsort(dim=1, stable=True)[:, -longest:]
         self._mask = self._mask.gather(1, order)
+        self._move_together(order)
+
+    def _move_together(self, order: Tensor) -> None:
+        """Keep of each row the columns `order` (rows, columns) alone."""
         layers: list[Any] = self._cache.layers
         for layer in layers:
             places = order[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])

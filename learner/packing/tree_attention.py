@@ -89,8 +89,7 @@ class Tree:
 
     def sees(self, queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
         """bool, of the positions' broadcast shape."""
-        is_ancestor = (keys <= queries) & (queries < self.subtree_ends[keys])
-        return is_ancestor if window is None else is_ancestor & (self.depths[queries] - self.depths[keys] < window)
+        return _sees(self.subtree_ends, self.depths, window, queries, keys)
 
     def blocks(self, window: int | None, dtype: torch.dtype) -> list[Block]:
         """The whole pack in blocks of BLOCK_TOKENS queries, in order."""
@@ -147,8 +146,7 @@ class Tree:
         subtree_ends, depths = self.subtree_ends, self.depths
 
         def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            is_ancestor = (key <= query) & (query < subtree_ends[key])
-            return is_ancestor if window is None else is_ancestor & (depths[query] - depths[key] < window)
+            return _sees(subtree_ends, depths, window, query, key)
 
         return sees
 
@@ -164,6 +162,11 @@ class Tree:
         if window is not None:
             full &= depths.amax(1)[:, None] - depths.amin(1)[None, :] < window
         return some, full
+
+
+def _sees(subtree_ends: Tensor, depths: Tensor, window: int | None, queries: Tensor, keys: Tensor) -> Tensor:
+    is_ancestor = (keys <= queries) & (queries < subtree_ends[keys])
+    return is_ancestor if window is None else is_ancestor & (depths[queries] - depths[keys] < window)
 
 
 def _as_slice(keys: Tensor) -> Tensor | slice:

@@ -1,7 +1,7 @@
 """Which GPU the engine takes and which the learner; and where they share one, how much of its memory each.
 
 vLLM takes its share once, at its start, and keeps it: what it does not leave free then, a learner never gets. The
-learner holds the same base network once more, in 16 bits, with a LoRA, its optimizer's state and the activations of
+learner holds the same base network once more, with a LoRA, its optimizer's state and the activations of
 one packed batch. Sleeping the engine while the learner trains, as others do, was refused: the endpoint would be gone.
 
 Not covered: MIG slices, other makers' GPUs. The allowances below are estimates; they were not measured on a GPU.
