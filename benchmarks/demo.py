@@ -30,6 +30,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from openai import AsyncOpenAI, OpenAIError
 from tqdm import tqdm
 
+from benchmarks.transcripts import first_steps
 from learner.client import Endpoint
 from learner.practice import Attempt, PracticeOptions, practise, success_interval
 from policies.types import BASE_ADAPTER, Message
@@ -94,8 +95,9 @@ def _url_when_ready(process: subprocess.Popen[bytes], log_path: Path) -> str:
 # ---------------------------------------------------------------------------------------------- experts
 
 
-def write_demonstrations(path: Path, num_demonstrations: int) -> None:
-    """Experts' conversations on the first training tasks, as OpenAI's fine-tuning JSONL."""
+def write_demonstrations(path: Path, num_demonstrations: int, num_steps: int | None = None) -> None:
+    """Experts' conversations on the first training tasks, as OpenAI's fine-tuning JSONL; of each all steps, or the
+    first."""
     with path.open("w") as file:
         for index in range(num_demonstrations):
             task = WORLD.task("train", index)
@@ -104,7 +106,8 @@ def write_demonstrations(path: Path, num_demonstrations: int) -> None:
                 messages.append(episode.expert_action())
                 messages += episode.play(messages[-1])
             tools = [convert_to_openai_tool(tool) for tool in episode.tools]
-            file.write(json.dumps({"messages": messages, "tools": tools}) + "\n")
+            shown = messages if num_steps is None else first_steps(messages, num_steps)
+            file.write(json.dumps({"messages": shown, "tools": tools}) + "\n")
 
 
 def expert_states(task: Task) -> Iterator[tuple[list[Message], OrderDeskEpisode]]:

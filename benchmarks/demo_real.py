@@ -25,21 +25,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from math import sqrt
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from langchain_core.utils.function_calling import convert_to_openai_tool
 from openai import AsyncOpenAI
 from tqdm import tqdm
 
 from benchmarks.demo import ENDINGS, server
+from benchmarks.transcripts import expert_conversations, first_steps, interval, states_of, tools_of
 from learner.client import Endpoint
 from learner.data.comparison import compare
 from learner.practice import PracticeOptions, practise, success_interval
-from policies.types import BASE_ADAPTER, Action, FinalAnswer, ToolCall, ToolCalls
+from policies.chat.chat_protocol import message_action
+from policies.types import BASE_ADAPTER
 from tools.worlds import load_world
 from tools.worlds.world import Message, World
 
@@ -75,41 +75,6 @@ class Results:
 
 
 # -------------------------------------------------------------------------------------------------- demonstrations
-
-
-def expert_conversation(world: World, index: int) -> list[Message] | None:
-    """An expert's way through a training task; None where the world's expert does not finish it."""
-    task = world.task("train", index)
-    episode, messages = world.open(task), list(task.messages)
-    while messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls"):
-        action = episode.expert_action()
-        if action is None or len(messages) > 60:
-            return None
-        messages += [action, *episode.play(action)]
-    return messages
-
-
-def expert_conversations(world: World, number: int) -> list[list[Message]]:
-    """Of the first training tasks whose expert finishes them, so many with different first requests."""
-    found: dict[str, list[Message]] = {}
-    for index in range(world.splits["train"]):
-        if len(found) == number:
-            break
-        messages = expert_conversation(world, index)
-        if messages:
-            found.setdefault(opening(messages), messages)
-    return list(found.values())
-
-
-def opening(messages: Sequence[Message]) -> str:
-    return next(str(message["content"]) for message in messages if message["role"] == "user")
-
-
-def tools_of(world: World, conversations: Sequence[Sequence[Message]]) -> list[Any]:
-    """The world's tools that any of these calls."""
-    called = {call["function"]["name"] for m in conversations for each in m for call in each.get("tool_calls") or ()}
-    offered = [convert_to_openai_tool(tool) for tool in world.open(world.task("train", 0)).tools]
-    return [tool for tool in offered if tool["function"]["name"] in called]
 
 
 def write(path: Path, conversations: Sequence[Sequence[Message]], tools: Sequence[Any]) -> None:
@@ -161,7 +126,7 @@ async def desk(url: str, results: Results, options: argparse.Namespace, folder: 
     world, client = load_world("order_desk"), client_of(url)
     rows = results.of("desk")
     if not rows:
-        conversations = expert_conversations(world, options.demonstrations)
+        conversations = expert_conversations(world, "train", options.demonstrations)
         write(folder / "desk.jsonl", conversations, tools_of(world, conversations))
         import_into(url, folder / "desk.jsonl")
         results.add("desk", await desk_row(client, world, BASE_ADAPTER, options.tasks))
@@ -180,20 +145,6 @@ async def desk(url: str, results: Results, options: argparse.Namespace, folder: 
 
 
 # -------------------------------------------------------------------------------------------------- transcripts
-
-
-def states_of(messages: Sequence[Message]) -> Iterator[tuple[Sequence[Message], Message]]:
-    """What stood there, and what the expert did."""
-    for place, message in enumerate(messages):
-        if message["role"] == "assistant":
-            yield messages[:place], message
-
-
-def action_of(message: Any) -> Action:
-    calls = [call["function"] for call in message.get("tool_calls") or ()]
-    if not calls:
-        return FinalAnswer(message.get("content") or "")
-    return ToolCalls(tuple(ToolCall("", call["name"], json.loads(call["arguments"])) for call in calls))
 
 
 async def agreements(
@@ -215,7 +166,7 @@ async def agreements(
             if "problem" in (answer.model_extra or {})["stepagent"]["choices"][0][0]:
                 return False
             said = answer.choices[0].message.model_dump(exclude_none=True)
-            return compare(action_of(said), action_of(expert)).agrees
+            return compare(message_action(said), message_action(expert)).agrees
 
         found = await asyncio.gather(*(agrees(list(before), expert) for _, before, expert in states))
     of = [
@@ -225,16 +176,10 @@ async def agreements(
     return [fmean(each) for each in of]
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and 95 % interval by the normal approximation, a transcript being the unit."""
-    half = 1.96 * stdev(values) / sqrt(len(values)) if len(values) > 1 else float("inf")
-    return fmean(values), fmean(values) - half, fmean(values) + half
-
-
 async def transcripts(name: str, url: str, results: Results, options: argparse.Namespace, folder: Path) -> None:
     client, rows, world = client_of(url), results.of(name), load_world(name)
     number = options.transcripts + options.held_out
-    conversations = [trimmed(each, options.steps) for each in expert_conversations(world, number)]
+    conversations = [first_steps(each, options.steps) for each in expert_conversations(world, "train", number)]
     learned, held_out = conversations[: options.transcripts], conversations[options.transcripts :]
     tools = tools_of(world, conversations)
     if not rows:
@@ -246,12 +191,6 @@ async def transcripts(name: str, url: str, results: Results, options: argparse.N
         acting = (await Endpoint(client).parents())[0]
         found = rows[0]["each"] if acting == BASE_ADAPTER else await agreements(client, acting, held_out, tools)
         results.add(name, {**agreement_row(acting, found, rows[0]["each"]), "cycle": cycle})
-
-
-def trimmed(messages: list[Message], num_steps: int) -> list[Message]:
-    """Up to so many of the expert's actions: a long transcript is most of a training's tokens."""
-    ends = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-    return messages[: ends[min(num_steps, len(ends)) - 1] + 1]
 
 
 def agreement_row(adapter: str, each: list[float], before: list[float] | None) -> Row:

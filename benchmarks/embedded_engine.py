@@ -1,5 +1,6 @@
 """Tokens per second of the embedded engine beside transformers: `generate` one by one, `generate` in static batches,
-and continuous batching (`ContinuousBatchingManager`, which `generate_batch` runs on).
+and continuous batching (`ContinuousBatchingManager`, which `generate_batch` runs on); and beside vLLM where that is
+installed, for a network of `--model`, which has the tokenizer that vLLM wants.
 
 All do equal work: the same prompts (40-200 tokens) and the same forced completion lengths (8-128 tokens), sampled at
 temperature 1. They take turns in every repeat, so that a slow moment of the machine meets them all. Static batches
@@ -21,8 +22,10 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,7 +34,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, Qwen2Config
 from transformers.utils import logging as transformers_logging
 
-from policies.types import Adapter, SamplingParams
+from policies.types import Adapter, Engine, SamplingParams
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.engines.embedded.precision import Precision, choose_dtype
 
@@ -39,6 +42,7 @@ VOCAB_SIZE = 1000
 """Prompts are drawn from so many tokens; every network that is measured has them."""
 NUM_REQUESTS = {1: 4, 8: 16, 32: 64}
 """By concurrency: enough for two rounds of static batches."""
+MAX_CONTEXT_TOKENS = 512
 ADAPTERS = {"base": 0, "adapter": 1, "mixed": 3}
 """How many adapters the rows use in turn; mixed rows are base too."""
 
@@ -71,12 +75,12 @@ def draw_work(seed: int, concurrency: int, adapters: str) -> list[Work]:
 # ------------------------------------------------------------------------------------------- what is compared
 
 
-class Embedded:
-    """Ours, through its public interface, on an event loop as in the server."""
+class OfOurs:
+    """An engine of ours, through its public interface, on an event loop as in the server."""
 
-    def __init__(self, folder: Path, adapters: Sequence[Adapter], precision: Precision) -> None:
+    def __init__(self, start: Callable[[], Awaitable[Engine]], adapters: Sequence[Adapter]) -> None:
         self._loop = asyncio.new_event_loop()
-        self._engine = EmbeddedEngine(folder, num_threads=1, device="cpu", max_context_tokens=512, precision=precision)
+        self._engine = self._loop.run_until_complete(start())
         self._adapters = adapters
         for adapter in adapters:
             self._loop.run_until_complete(self._engine.load_adapter(adapter))
@@ -97,6 +101,20 @@ class Embedded:
     def close(self) -> None:
         self._loop.run_until_complete(self._engine.close())
         self._loop.close()
+
+
+async def embedded(folder: Path, precision: Precision) -> Engine:
+    return EmbeddedEngine(
+        folder, num_threads=1, device="cpu", max_context_tokens=MAX_CONTEXT_TOKENS, precision=precision
+    )
+
+
+async def vllm_on_cpu(folder: Path, precision: Precision) -> Engine:
+    from runtime.engines.vllm.engine import VllmEngine
+
+    return await VllmEngine.start(
+        folder, num_threads=1, max_context_tokens=MAX_CONTEXT_TOKENS, engine_args={"dtype": precision}
+    )
 
 
 class Static:
@@ -225,12 +243,14 @@ Rates = dict[tuple[str, int, str], list[float]]
 """Tokens/s of each repeat, by (adapters, concurrency, contestant)."""
 
 
-def measure(contestants: dict[str, Contestant], kinds: Sequence[str], repeats: int) -> Rates:
+def measure(
+    contestants: dict[str, Contestant], kinds: Sequence[str], concurrencies: Sequence[int], repeats: int
+) -> Rates:
     """All contestants in turn on the same work, which is fresh in every repeat: no cache knows its prompts."""
     rates: Rates = {}
     for seed in range(-1, repeats):  # -1 warms up
         for adapters in kinds:
-            for concurrency in NUM_REQUESTS:
+            for concurrency in concurrencies:
                 work = draw_work(seed, concurrency, adapters)
                 for name, contestant in contestants.items():
                     if not is_entered(name, concurrency, adapters):
@@ -289,6 +309,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a network's folder; default: a small one with random weights")
     parser.add_argument("--rows", default=",".join(ADAPTERS), help="kinds of rows to measure, separated by commas")
     parser.add_argument("--precision", default="auto", choices=get_args(Precision))
+    parser.add_argument("--at-once", type=int, nargs="+", default=list(NUM_REQUESTS), choices=NUM_REQUESTS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write every repeat's tokens/s to this file")
     options = parser.parse_args()
@@ -306,16 +327,20 @@ def main() -> None:
         def load() -> Any:
             return AutoModelForCausalLM.from_pretrained(network, dtype=dtype).eval()
 
-        ours, continuous = Embedded(network, adapters, precision), Continuous(load, adapters)
+        continuous = Continuous(load, adapters)
+        engines = {"embedded": OfOurs(partial(embedded, network, precision), adapters)}
+        if options.model and find_spec("vllm"):
+            engines["vLLM"] = OfOurs(partial(vllm_on_cpu, network, precision), adapters)
         contestants: dict[str, Contestant] = {
             "one by one": OneByOne(load, adapters),
             "static": Static(load, adapters),
             "continuous": continuous,
-            "embedded": ours,
+            **engines,
         }
         print(f"{network.name}, {precision}")
-        rates = measure(contestants, kinds, options.repeats)
-        ours.close()
+        rates = measure(contestants, kinds, options.at_once, options.repeats)
+        for engine in engines.values():
+            engine.close()
         continuous.close()
     print_table(rates, list(contestants))
     print_goals(rates)

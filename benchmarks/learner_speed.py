@@ -1,11 +1,13 @@
 """The speed and memory of a preference pass over demonstrations: ours, TRL's DPOTrainer, and rows in plain torch.
 
     pip install -e '.[bench]'    # adds TRL with datasets, pandas and pyarrow; what is there stays as it is
-    python -m benchmarks.learner_speed [--repeats 5] [--json FILE]
+    python -m benchmarks.learner_speed [--model FOLDER] [--competitors ours TRL] [--repeats 5] [--json FILE]
 
-All three do the same work: one pass of the DPO loss over 40 preference pairs and one gradient step of a LoRA. There is
+All do the same work: one pass of the DPO loss over preference pairs and one gradient step of a LoRA. There is
 one pair for each step of a demonstration: the prompt is the whole history, the expert's action is chosen, another
-rejected. Demonstrations are 5, 10, 20 or 40 steps long, 8, 4, 2 or 1 of them a pass. It is checked to be the same work:
+rejected. Demonstrations are random tokens, 5, 10, 20 or 40 steps long, 8, 4, 2 or 1 of them a pass; or with --model an
+expert's orders as that model reads them, rules and tools first, one demonstration of 6 or 10 steps a pass, without a
+measurement of memory. It is checked to be the same work:
 the losses of all passes agree. What is timed is forward, backward and gradient step; for ours also the building of the
 trees. The reference's logprobs are made before, by all three (TRL: `precompute_ref_log_probs`).
 
@@ -21,8 +23,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import os
 import platform
@@ -35,7 +39,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +48,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -51,21 +56,19 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from learner.objectives.losses import implicit_step_loss
 from learner.packing.prefix_tree import ScoredSequence, Span, pack_sequences
 from learner.packing.scoring import reference, score, to_batch
 from learner.packing.tree_attention import TREE_ATTENTION
+from policies.chat.chat_protocol import ChatProtocol, message_action
+from tools.worlds.order_desk import OrderDesk
 
-STEPS = (5, 10, 20, 40)
-PAIRS_PER_PASS = 40
 OBSERVATION_TOKENS, ACTION_TOKENS = 32, 16
 VOCAB_SIZE, PAD, END = 1000, 0, 1
-BATCH_SIZE = 8
 TOKEN_BUDGET = 2560
 BETA, LEARNING_RATE = 0.1, 1e-3
-TIME_GOALS = {10: 8.0, 40: 20.0}
 MEMORY_GOAL = 0.7
 LOSS_TOLERANCE = 1e-4
 
@@ -82,44 +85,97 @@ class Pair:
     rejected: tuple[int, ...]
 
 
-def make_pairs(num_steps: int) -> list[Pair]:
-    """All steps of as many random demonstrations as make PAIRS_PER_PASS steps, shortest history first."""
-    draw = random.Random(num_steps)
+class RandomWork:
+    """A small random network, and demonstrations of random tokens."""
 
-    def tokens(number: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(2, VOCAB_SIZE) for _ in range(number))
+    steps = (5, 10, 20, 40)
+    pairs_per_pass, batch_size = 40, 8
+    vocab_size = VOCAB_SIZE
+    time_goals: Mapping[int, float] = {10: 8.0, 40: 20.0}
+    words = "random Qwen2, 3 layers of 128, vocabulary 1000, float32"
+    words_on_pairs = f"40 pairs a pass; {OBSERVATION_TOKENS} tokens of observation and {ACTION_TOKENS} of action a step"
 
-    pairs = []
-    for _ in range(PAIRS_PER_PASS // num_steps):
-        history: tuple[int, ...] = ()
-        for _ in range(num_steps):
-            history += tokens(OBSERVATION_TOKENS)
-            pair = Pair(history, *((*tokens(ACTION_TOKENS - 1), END) for _ in range(2)))
-            pairs.append(pair)
-            history += pair.chosen
-    return sorted(pairs, key=lambda pair: len(pair.prompt))
+    def pairs(self, num_steps: int) -> list[Pair]:
+        """All steps of as many demonstrations as make a pass, shortest history first."""
+        draw = random.Random(num_steps)
+
+        def tokens(number: int) -> tuple[int, ...]:
+            return tuple(draw.randrange(2, VOCAB_SIZE) for _ in range(number))
+
+        pairs = []
+        for _ in range(self.pairs_per_pass // num_steps):
+            history: tuple[int, ...] = ()
+            for _ in range(num_steps):
+                history += tokens(OBSERVATION_TOKENS)
+                pair = Pair(history, *((*tokens(ACTION_TOKENS - 1), END) for _ in range(2)))
+                pairs.append(pair)
+                history += pair.chosen
+        return sorted(pairs, key=lambda pair: len(pair.prompt))
+
+    def network(self, attention: str) -> Any:
+        config = Qwen2Config(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=4096,
+            initializer_range=0.08,
+            tie_word_embeddings=True,
+            pad_token_id=PAD,
+            bos_token_id=None,
+            eos_token_id=END,
+        )
+        config._attn_implementation = attention
+        return Qwen2ForCausalLM(config)
 
 
-def make_network(attention: str) -> PeftModel:
-    """A random Qwen2 of 3 layers of 128, float32, with a fresh LoRA of rank 16 on all its linear layers."""
+class RealWork:
+    """A real network, and one expert who works through one order after the other, as that network reads it."""
+
+    steps = (6, 10)
+    batch_size = 2
+    words_on_pairs = "a pair for each step of one expert who works through orders; rules and tools first"
+    time_goals: Mapping[int, float] = {10: 10.0}
+
+    def __init__(self, model: Path) -> None:
+        self._model = model
+        self.vocab_size = AutoConfig.from_pretrained(model).vocab_size
+        self.words = f"{model.name}, float32"
+
+    def pairs(self, num_steps: int) -> list[Pair]:
+        """All steps of one demonstration. What is rejected is what the expert did a step before, or after the first."""
+        protocol, world, messages, shown = ChatProtocol.load(self._model), OrderDesk(), list[Any](), list[Any]()
+        tools = [convert_to_openai_tool(tool) for tool in world.open(world.task("train", 0)).tools]
+        for index in itertools.count():
+            task = world.task("train", index)
+            episode, opening = world.open(task), list(task.messages)
+            messages += opening if not messages else [each for each in opening if each["role"] == "user"]
+            while not episode.is_done:
+                action = episode.expert_action()
+                assert action is not None
+                shown.append(protocol.completion_of(messages, message_action(action), tools))
+                if len(shown) > num_steps:
+                    actions = [written for _, written in shown]
+                    others = [actions[1], *actions[: num_steps - 1]]
+                    steps = zip(shown[:num_steps], others, strict=True)
+                    return [Pair(tuple(before), tuple(right), tuple(other)) for (before, right), other in steps]
+                messages += [action, *episode.play(action)]
+        raise AssertionError("orders do not end")
+
+    def network(self, attention: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self._model, dtype=torch.float32, attn_implementation=attention)
+
+
+Work = RandomWork | RealWork
+
+
+def make_network(work: Work, attention: str) -> PeftModel:
+    """In float32, with a fresh LoRA of rank 16 on all its linear layers."""
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=4096,
-        initializer_range=0.08,
-        tie_word_embeddings=True,
-        pad_token_id=PAD,
-        bos_token_id=None,
-        eos_token_id=END,
-    )
-    config._attn_implementation = attention
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    network = get_peft_model(Qwen2ForCausalLM(config), LoraConfig(r=16, lora_alpha=32, target_modules=targets))
+    network = get_peft_model(work.network(attention), LoraConfig(r=16, lora_alpha=32, target_modules=targets))
     assert isinstance(network, PeftModel)
     return network.train()
 
@@ -135,9 +191,9 @@ RunPass = Callable[[], tuple[float, float]]
 """Runs one pass; returns its CPU seconds, and its mean loss before the gradient step."""
 
 
-def prepare_packed(pairs: list[Pair]) -> RunPass:
+def prepare_packed(work: Work, pairs: list[Pair]) -> RunPass:
     """Ours: all rows merged into trees, one forward and backward a pack."""
-    network, rows = make_network(TREE_ATTENTION), _rows(pairs)
+    network, rows = make_network(work, TREE_ATTENTION), _rows(pairs)
     optimizer = make_optimizer(network)
     ref = torch.zeros(len(rows))
     with reference(network):
@@ -169,11 +225,11 @@ def _rows(pairs: list[Pair]) -> list[ScoredSequence]:
     ]
 
 
-def prepare_rows(pairs: list[Pair]) -> RunPass:
+def prepare_rows(work: Work, pairs: list[Pair]) -> RunPass:
     """A row for each step and side, in padded batches, in plain torch: causal kernel, logits only at the actions."""
-    network = make_network("sdpa")
+    network = make_network(work, "sdpa")
     optimizer = make_optimizer(network)
-    batches = [pairs[start : start + BATCH_SIZE] for start in range(0, len(pairs), BATCH_SIZE)]
+    batches = [pairs[start : start + work.batch_size] for start in range(0, len(pairs), work.batch_size)]
     with reference(network):
         refs = [_row_logprobs(network, batch) for batch in batches]
 
@@ -193,24 +249,27 @@ def prepare_rows(pairs: list[Pair]) -> RunPass:
 
 def _row_logprobs(network: PeftModel, batch: list[Pair]) -> Tensor:
     """[2 * pairs]: the logprobs of the chosen actions, then of the rejected ones."""
-    rows = [pair.prompt + pair.chosen for pair in batch] + [pair.prompt + pair.rejected for pair in batch]
-    input_ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=PAD)
-    targets = torch.tensor([row[-ACTION_TOKENS:] for row in rows])
-    places = torch.tensor([range(len(row) - ACTION_TOKENS - 1, len(row) - 1) for row in rows])
+    rows = [(pair.prompt, pair.chosen) for pair in batch] + [(pair.prompt, pair.rejected) for pair in batch]
+    input_ids = pad_sequence(
+        [torch.tensor(prompt + action) for prompt, action in rows], batch_first=True, padding_value=PAD
+    )
+    owners = torch.tensor([number for number, (_, action) in enumerate(rows) for _ in action])
+    places = torch.tensor([len(prompt) + at - 1 for prompt, action in rows for at in range(len(action))])
+    targets = torch.tensor([token for _, action in rows for token in action])
     causal_lm: Any = network.get_base_model()
     hidden = causal_lm.model(input_ids=input_ids, use_cache=False).last_hidden_state  # padding is to the right: unseen
-    logits = causal_lm.lm_head(hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.shape[2])))
-    return logits.log_softmax(-1).gather(2, targets[:, :, None]).sum((1, 2))
+    logprobs = causal_lm.lm_head(hidden[owners, places]).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    return torch.zeros(len(rows)).index_add(0, owners, logprobs)
 
 
-def prepare_trl(pairs: list[Pair]) -> RunPass:
+def prepare_trl(work: Work, pairs: list[Pair]) -> RunPass:
     """TRL's DPOTrainer: one call of `train`, each epoch a pass, timed from the epoch's begin to its end.
 
     The trainer runs in a thread that is let go on for one epoch at a time: it cannot be stopped and resumed otherwise.
     """
     turns, results = queue.Queue[bool](), queue.Queue[tuple[float, float]]()
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
-        trainer = _trl_trainer(pairs, _epoch_clock(turns, results))
+        trainer = _trl_trainer(work, pairs, _epoch_clock(turns, results))
     thread = threading.Thread(target=trainer.train, daemon=True)
 
     def run_pass() -> tuple[float, float]:
@@ -243,7 +302,7 @@ def _epoch_clock(turns: queue.Queue[bool], results: queue.Queue[tuple[float, flo
     return EpochClock()
 
 
-def _trl_trainer(pairs: list[Pair], callback: Any) -> Any:
+def _trl_trainer(work: Work, pairs: list[Pair], callback: Any) -> Any:
     import datasets  # pyright: ignore[reportMissingImports]
     from transformers import PrinterCallback
     from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportMissingImports]
@@ -262,8 +321,8 @@ def _trl_trainer(pairs: list[Pair], callback: Any) -> Any:
         weight_decay=0.0,
         max_grad_norm=0.0,
         num_train_epochs=10_000,  # one epoch a pass; the benchmark ends before
-        per_device_train_batch_size=BATCH_SIZE,
-        gradient_accumulation_steps=len(pairs) // BATCH_SIZE,  # one gradient step a pass, like the others
+        per_device_train_batch_size=work.batch_size,
+        gradient_accumulation_steps=len(pairs) // work.batch_size,  # one gradient step a pass, like the others
         train_sampling_strategy="sequential",
         precompute_ref_log_probs=True,
         max_length=None,
@@ -277,10 +336,10 @@ def _trl_trainer(pairs: list[Pair], callback: Any) -> Any:
         disable_tqdm=True,
     )
     trainer = DPOTrainer(
-        model=make_network("sdpa"),
+        model=make_network(work, "sdpa"),
         args=arguments,
         train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=_tokenizer(),
+        processing_class=_tokenizer(work.vocab_size, end=pairs[0].chosen[-1]),
         callbacks=[callback],
     )
     trainer.remove_callback(PrinterCallback)
@@ -292,17 +351,17 @@ def _text(token_ids: tuple[int, ...]) -> str:
 
 
 def _word(token: int) -> str:
-    return {PAD: "<pad>", END: "<end>"}.get(token, f"t{token}")
+    return f"<{token}>"
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def _tokenizer(vocab_size: int, end: int) -> PreTrainedTokenizerFast:
     """A word a token: undoes `_text`."""
-    tokenizer = Tokenizer(WordLevel({_word(token): token for token in range(VOCAB_SIZE)}, unk_token=_word(PAD)))
+    tokenizer = Tokenizer(WordLevel({_word(token): token for token in range(vocab_size)}, unk_token=_word(PAD)))
     tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=_word(PAD), eos_token=_word(END))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=_word(PAD), eos_token=_word(end))
 
 
-COMPETITORS: dict[str, Callable[[list[Pair]], RunPass]] = {
+COMPETITORS: dict[str, Callable[[Work, list[Pair]], RunPass]] = {
     "ours": prepare_packed,
     "TRL": prepare_trl,
     "rows": prepare_rows,
@@ -323,26 +382,26 @@ class Measurement:
     seconds_low: float
     seconds_high: float
     """The fastest and the slowest pass."""
-    peak_mib: float
-    """Peak resident memory during a pass over what was resident before."""
+    peak_mib: float | None
+    """Peak resident memory during a pass over what was resident before; None where it was not measured."""
     losses: tuple[float, ...]
     """Mean loss of each pass, before its gradient step."""
 
 
-def measure(num_steps: int, repeats: int, bar: tqdm[Any]) -> list[Measurement]:
+def measure(work: Work, names: Sequence[str], num_steps: int, repeats: int, bar: tqdm[Any]) -> list[Measurement]:
     """All competitors on the same pairs, pass by pass in turn."""
-    pairs = make_pairs(num_steps)
-    runs = {name: prepare(pairs) for name, prepare in COMPETITORS.items()}
+    pairs = work.pairs(num_steps)
+    runs = {name: COMPETITORS[name](work, pairs) for name in names}
     passes: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run_pass in runs.items():
             bar.set_description(f"{num_steps} steps, {name}")
             passes[name].append(run_pass())
             bar.update()
-    return [_summary(name, num_steps, found) for name, found in passes.items()]
+    return [_summary(work, name, num_steps, found) for name, found in passes.items()]
 
 
-def _summary(competitor: str, num_steps: int, passes: list[tuple[float, float]]) -> Measurement:
+def _summary(work: Work, competitor: str, num_steps: int, passes: list[tuple[float, float]]) -> Measurement:
     seconds = [seconds for seconds, _ in passes]
     return Measurement(
         competitor,
@@ -350,7 +409,7 @@ def _summary(competitor: str, num_steps: int, passes: list[tuple[float, float]])
         seconds=statistics.median(seconds),
         seconds_low=min(seconds),
         seconds_high=max(seconds),
-        peak_mib=_peak_in_child(competitor, num_steps),
+        peak_mib=_peak_in_child(competitor, num_steps) if isinstance(work, RandomWork) else None,
         losses=tuple(loss for _, loss in passes),
     )
 
@@ -365,9 +424,9 @@ def _peak_in_child(competitor: str, num_steps: int) -> float:
 
 def print_peak(competitor: str, num_steps: int) -> None:
     """In a process of its own: MiB that a pass adds. A pass over short demonstrations goes before, for lazy imports."""
-    prepare = COMPETITORS[competitor]
-    prepare(make_pairs(STEPS[0]))()
-    run_pass = prepare(make_pairs(num_steps))
+    prepare, work = COMPETITORS[competitor], RandomWork()
+    prepare(work, work.pairs(work.steps[0]))()
+    run_pass = prepare(work, work.pairs(num_steps))
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back to the system, else the pass would reuse it unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _status_mib("VmRSS")
@@ -396,7 +455,7 @@ def check_losses(measurements: list[Measurement]) -> float:
 # ------------------------------------------------------------------------------------------------- the table
 
 
-def print_table(measurements: list[Measurement]) -> None:
+def print_table(work: Work, measurements: list[Measurement]) -> None:
     """One line a length and competitor, and the verdict on each goal."""
     found = {(m.num_steps, m.competitor): m for m in measurements}
     print(
@@ -404,42 +463,56 @@ def print_table(measurements: list[Measurement]) -> None:
     )
     for m in measurements:
         ours = found[m.num_steps, "ours"]
-        growth = m.seconds / found[STEPS[0], m.competitor].seconds
-        versus = "" if m is ours else f"{m.seconds / ours.seconds:8.1f}x faster{ours.peak_mib / m.peak_mib:7.2f}x"
+        growth = m.seconds / found[work.steps[0], m.competitor].seconds
+        versus = "" if m is ours else f"{m.seconds / ours.seconds:8.1f}x faster{_share(ours, m)}"
         seconds = f"{m.seconds:.3f} ({m.seconds_low:.3f} to {m.seconds_high:.3f})"
-        print(f"{m.num_steps:>5} {m.competitor:6}{seconds:>27}{growth:>8.1f}x{m.peak_mib:>10.0f}{versus}")
-    print(
-        "growth: against 5 steps, at the same number of steps a pass; 1.0x is linear in the length of a demonstration"
-    )
-    for num_steps, goal in TIME_GOALS.items():
+        memory = "-" if m.peak_mib is None else f"{m.peak_mib:.0f}"
+        print(f"{m.num_steps:>5} {m.competitor:6}{seconds:>27}{growth:>8.1f}x{memory:>10}{versus}")
+    print(f"growth: against {work.steps[0]} steps")
+    peers = {m.competitor for m in measurements}
+    if "TRL" not in peers:
+        return
+    for num_steps, goal in work.time_goals.items():
         speedup = found[num_steps, "TRL"].seconds / found[num_steps, "ours"].seconds
         print(f"goal {goal:g}x faster than TRL at {num_steps} steps: {speedup:.1f}x, {_verdict(speedup >= goal)}")
-    shares = [found[num_steps, "ours"].peak_mib / found[num_steps, "TRL"].peak_mib for num_steps in STEPS]
-    print(f"goal {MEMORY_GOAL}x of TRL's memory: at most {max(shares):.2f}x, {_verdict(max(shares) <= MEMORY_GOAL)}")
+    if isinstance(work, RandomWork):
+        worst = max(_share_of_memory(found[n, "ours"], found[n, "TRL"]) for n in work.steps)
+        print(f"goal {MEMORY_GOAL}x of TRL's memory: at most {worst:.2f}x, {_verdict(worst <= MEMORY_GOAL)}")
+
+
+def _share(ours: Measurement, theirs: Measurement) -> str:
+    return "" if ours.peak_mib is None else f"{_share_of_memory(ours, theirs):7.2f}x"
+
+
+def _share_of_memory(ours: Measurement, theirs: Measurement) -> float:
+    assert ours.peak_mib is not None
+    assert theirs.peak_mib is not None
+    return ours.peak_mib / theirs.peak_mib
 
 
 def _verdict(is_met: bool) -> str:
     return "met" if is_met else "missed"
 
 
-def settings() -> dict[str, str]:
+def settings(work: Work) -> dict[str, str]:
     """What the figures depend on, for the table and the file."""
-    import trl  # pyright: ignore[reportMissingImports]
-
+    trl_version = importlib.metadata.version("trl") if importlib.util.find_spec("trl") else "not installed"
     return {
-        "network": "random Qwen2, 3 layers of 128, vocabulary 1000, float32; LoRA r16 on all linear layers; AdamW",
-        "pass": f"{PAIRS_PER_PASS} preference pairs, forward, backward, one gradient step; reference made before",
-        "tokens": f"{OBSERVATION_TOKENS} of observation and {ACTION_TOKENS} of action a step, of both sides",
+        "network": f"{work.words}; LoRA r16 on all linear layers; AdamW",
+        "pass": "preference pairs, forward, backward, one gradient step; reference made before",
+        "work": work.words_on_pairs,
         "ours": f"token budget {TOKEN_BUDGET}",
-        "TRL": f"{trl.__version__}, batch {BATCH_SIZE} pairs sorted by length, precompute_ref_log_probs, accumulation "
-        f"{PAIRS_PER_PASS // BATCH_SIZE}, no gradient checkpointing, no logging within a pass, no saving",
-        "rows": f"plain torch, batch {BATCH_SIZE} pairs sorted by length, causal kernel, logits at the actions only",
+        "TRL": f"{trl_version}, batch {work.batch_size} pairs sorted by length, precompute_ref_log_probs, one gradient "
+        "step a pass, no gradient checkpointing, no logging within a pass, no saving",
+        "rows": f"plain torch, batch {work.batch_size} pairs sorted by length, causal kernel, logits at actions only",
         "machine": f"{platform.machine()}, 1 thread, torch {torch.__version__}",
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, help="a real network's folder; default: a small random one")
+    parser.add_argument("--competitors", nargs="+", default=list(COMPETITORS), choices=COMPETITORS)
     parser.add_argument("--repeats", type=int, default=5, help="timed passes of each competitor (default 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows of the table here too")
     parser.add_argument("--peak", nargs=2, metavar=("COMPETITOR", "STEPS"), help=argparse.SUPPRESS)
@@ -449,19 +522,20 @@ def main() -> None:
     if options.peak:
         print_peak(options.peak[0], int(options.peak[1]))
         return
-    if importlib.util.find_spec("trl") is None:
-        parser.error("TRL is not installed: pip install -e '.[bench]'")
+    if "TRL" in options.competitors and importlib.util.find_spec("trl") is None:
+        parser.error("TRL is not installed: pip install -e '.[bench]', or --competitors ours rows")
+    work = RealWork(options.model) if options.model else RandomWork()
     measurements: list[Measurement] = []
-    with tqdm(total=len(STEPS) * len(COMPETITORS) * options.repeats, unit="pass") as bar:
-        for num_steps in STEPS:
-            measurements += measure(num_steps, options.repeats, bar)
-    for name, setting in settings().items():
+    with tqdm(total=len(work.steps) * len(options.competitors) * options.repeats, unit="pass") as bar:
+        for num_steps in work.steps:
+            measurements += measure(work, options.competitors, num_steps, options.repeats, bar)
+    told = settings(work)
+    for name, setting in told.items():
         print(f"{name}: {setting}")
     print(f"same work: the losses of all passes agree within {check_losses(measurements):.0e}")
-    print_table(measurements)
+    print_table(work, measurements)
     if options.json:
-        document = {"settings": settings(), "rows": [asdict(m) for m in measurements]}
-        options.json.write_text(json.dumps(document, indent=1))
+        options.json.write_text(json.dumps({"settings": told, "rows": [asdict(m) for m in measurements]}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Two hundred swaps under load: what fails, what is answered under the wrong adapter, and what running streams feel.
 
-    python -m benchmarks.swap [--engine embedded|vllm] [--swaps 200] [--json FILE]
+    python -m benchmarks.swap [--engine embedded|vllm] [--model FOLDER] [--swaps 200] [--json FILE]
 
 A real server (python serve.py) in a process of its own answers eight streams at a time over HTTP. Each swap is a new
 version: a PEFT folder with a true probe is registered (validated, loaded, verified), promoted, and what acted before
@@ -12,9 +12,9 @@ Afterwards every answer is computed again: a plain forward of transformers + PEF
 adapter that the answer's x-adapter header named, must give the logged behavior logprobs within 1e-3. That this could
 fail is shown by doing the same under the version before: how many answers that would have explained as well.
 
-The network is random, of the novice's size and with its tokenizer: the novice's own answers are too short to swap
-under. Versions are noise on the weights of one adapter. Server, client and engine share the machine's cores, so gaps
-are upper bounds, and only their ratio says something of the swap.
+Without --model the network is random, of the novice's size and with its tokenizer: the novice's own answers are too
+short to swap under. Versions are noise on the weights of one adapter. Server, client and engine share the machine's
+cores, so gaps are upper bounds, and only their ratio says something of the swap.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ from runtime.store.step_log import StepLog
 
 ROOT = Path(__file__).parent.parent
 NOVICE_FOLDER = ROOT / "policies" / "novice_model"
+NAME = "network"
+"""Under which it is served."""
 NUM_STREAMS = 8
 STREAM_TOKENS, BEAT_TOKENS = 128, 8
 NUM_PHASES = 10
@@ -101,10 +103,11 @@ def make_versions(network: Path, folder: Path, num_versions: int) -> list[Path]:
 
 
 @contextmanager
-def served(network: Path, state: Path, engine: str, world: str = "") -> Iterator[int]:
-    """A server on a free port."""
+def served(network: Path, state: Path, engine: str, world: str = "", learner_args: Sequence[str] = ()) -> Iterator[int]:
+    """A server on a free port, whose model is called `network`."""
     options = ["--model", str(network), "--engine", engine, "--state", str(state), "--world", world, "--threads", "1"]
-    options += ["--learn-every", "0"]
+    options += ["--served-name", NAME, "--learn-every", "0"]
+    options += [word for each in learner_args for word in ("--learner-arg", each)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("STEPAGENT_")}
     with (state.parent / "server.log").open("w") as errors:
         server = subprocess.Popen(
@@ -153,7 +156,7 @@ async def ask(client: PlainClient, seed: int, num_tokens: int) -> Answered:
     draw = random.Random(seed)
     words = " ".join("".join(draw.choices("abcdefghij", k=4)) for _ in range(8))
     body = {
-        "model": "network", "messages": [{"role": "user", "content": words}], "tools": [], "stream": True,
+        "model": NAME, "messages": [{"role": "user", "content": words}], "tools": [], "stream": True,
         "logprobs": True, "max_completion_tokens": num_tokens, "metadata": {"episode_id": f"ep_swap_{seed}"},
     }  # fmt: skip
     return await streamed(client, body)
@@ -408,8 +411,8 @@ def _verdict(is_met: bool) -> str:
     return "met" if is_met else "not met"
 
 
-def measure(engine: str, num_swaps: int, folder: Path) -> dict[str, Any]:
-    network, state, load = make_network(folder / "network"), folder / "state", Load()
+def measure(engine: str, model: Path | None, num_swaps: int, folder: Path) -> dict[str, Any]:
+    network, state, load = model or make_network(folder / "network"), folder / "state", Load()
     versions = make_versions(network, folder / "versions", num_swaps)
     state.mkdir()
     with served(network, state, engine) as port:
@@ -420,11 +423,12 @@ def measure(engine: str, num_swaps: int, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--engine", choices=("embedded", "vllm"), default="embedded")
+    parser.add_argument("--model", type=Path, help="a network's folder; default: a small random one")
     parser.add_argument("--swaps", type=int, default=200)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        figures = measure(options.engine, options.swaps, Path(folder))
+        figures = measure(options.engine, options.model, options.swaps, Path(folder))
     print_figures(figures, options.engine)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1))

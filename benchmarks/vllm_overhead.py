@@ -1,12 +1,13 @@
 """Our endpoint, its durable log on, beside vLLM's own OpenAI server: the same vLLM, network, requests and settings.
 
-    .venv-vllm/bin/python -m benchmarks.vllm_overhead [--repeats 5] [--json FILE]
+    .venv-vllm/bin/python -m benchmarks.vllm_overhead [--model FOLDER] [--repeats 5] [--json FILE]
 
 Two servers in processes of their own, each with vLLM's engine in one more, started with the same engine arguments and
 environment: `python serve.py --engine vllm`, and `python -m vllm.entrypoints.launchers.api_server.entry` with its
 request logs off. Each cell (concurrency, streamed or not) is asked of one and then of the other, in changing order, in
 every repeat; the other is idle meanwhile. Requests are greedy and end at 64 tokens, so both make the same number of
-tokens, which is checked. The network is random, of the novice's shape: the novice's own answers are too short.
+tokens, which is checked. Without --model the network is random, of the novice's shape: the novice's own answers are
+too short. A real one is asked a sixth as often, for long stories.
 
 vLLM's server is asked twice, once without logprobs and once with those of the sampled tokens: ours always makes them,
 for the log, and what they cost in the engine is no cost of the endpoint. The goals are held against the first.
@@ -44,6 +45,7 @@ from benchmarks.swap import ROOT, make_network
 
 CONCURRENCY = (1, 8, 32)
 NUM_REQUESTS = {1: 24, 8: 64, 32: 192}
+NUM_REQUESTS_OF_REAL = {1: 4, 8: 16, 32: 64}
 MAX_TOKENS = 64
 MAX_BATCH_SIZE, MAX_CONTEXT = 32, 1024
 RATIO_GOAL, MORE_MS_GOAL = 0.97, 3.0
@@ -107,6 +109,7 @@ def their_options(network: Path) -> list[str]:
         f"--served-model-name={NAME}",
         "--disable-uvicorn-access-log",
         "--uvicorn-log-level=error",
+        "--exclude-tools-when-tool-choice-none",
         "--host=127.0.0.1",
     ]
     settings = own_engine_args(str(network), None, MAX_BATCH_SIZE, 4, 64, MAX_CONTEXT, None, 1)
@@ -171,7 +174,11 @@ def cpu_seconds(pid: int) -> float:
 def _body(number: int, is_streamed: bool, with_logprobs: bool = False) -> dict[str, Any]:
     messages = [
         {"role": "system", "content": "Look after the orders. Say what you are about to do before you do it."},
-        {"role": "user", "content": f"Order {number} has come in: the miniature barometer for Bruno Wilde. See to it."},
+        {
+            "role": "user",
+            "content": f"Order {number} has come in: the miniature barometer for Bruno Wilde. See to it, "
+            "and then tell me a long story about how it was made, found and lost again.",
+        },
     ]
     body = {"model": NAME, "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
     body |= {"tools": [A_TOOL], "tool_choice": "none"}  # the client runs its own: one completion, and no more
@@ -203,13 +210,13 @@ async def ask(client: PlainClient, number: int, is_streamed: bool, with_logprobs
 
 
 async def measure_cell(
-    server: Server, name: str, concurrency: int, is_streamed: bool, repeat: int
+    server: Server, name: str, concurrency: int, is_streamed: bool, repeat: int, num_requests: int
 ) -> tuple[Cell, list[Any]]:
     """The cell, and the tokens of each request."""
     clients = [PlainClient(server.port) for _ in range(concurrency)]
     with_logprobs = name == WITH_LOGPROBS
     await asyncio.gather(*(ask(client, 0, is_streamed, with_logprobs) for client in clients))  # connect
-    numbers = iter(range(repeat * 1000 + 1, repeat * 1000 + 1 + NUM_REQUESTS[concurrency]))
+    numbers = iter(range(repeat * 1000 + 1, repeat * 1000 + 1 + num_requests))
     answers: dict[int, Timed] = {}
 
     async def keep_asking(client: PlainClient) -> None:
@@ -235,10 +242,11 @@ async def measure_cell(
     return cell, [(number, answers[number].usage) for number in sorted(answers)]
 
 
-def measure(repeats: int) -> list[Cell]:
+def measure(model: Path | None, repeats: int) -> list[Cell]:
     cells: list[Cell] = []
+    num_requests = NUM_REQUESTS_OF_REAL if model else NUM_REQUESTS
     with tempfile.TemporaryDirectory() as folder, tqdm(total=repeats * len(CONCURRENCY) * 6) as bar:
-        network = make_network(Path(folder) / "network")
+        network = model or make_network(Path(folder) / "network")
         homes = [Path(folder) / name for name in ("ours", "theirs")]
         for home in homes:
             home.mkdir()
@@ -249,11 +257,14 @@ def measure(repeats: int) -> list[Cell]:
                         asked = [(ours, OURS), (theirs, THEIRS), (theirs, WITH_LOGPROBS)]
                         tokens = []
                         for server, name in asked[repeat % 3 :] + asked[: repeat % 3]:
-                            cell, usages = asyncio.run(measure_cell(server, name, concurrency, is_streamed, repeat))
+                            cell, usages = asyncio.run(
+                                measure_cell(server, name, concurrency, is_streamed, repeat, num_requests[concurrency])
+                            )
                             cells.append(cell)
                             tokens.append(usages)
                             bar.update()
                         assert tokens[0] == tokens[1] == tokens[2], "both servers make the same tokens"
+                        assert all(usage[1] == MAX_TOKENS for _, usage in tokens[0]), "answers go on to the limit"
     return cells
 
 
@@ -314,10 +325,11 @@ def paired(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", type=Path, help="a network's folder; default: a small random one")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, default=None, help="also write every cell here")
     arguments = parser.parse_args()
-    measured = measure(arguments.repeats)
+    measured = measure(arguments.model, arguments.repeats)
     report(measured)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(cell) for cell in measured], indent=1))

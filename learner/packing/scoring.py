@@ -118,17 +118,23 @@ def score(network: nn.Module, batch: PackedBatch) -> SequenceLogprobs:
     `network` is a causal language model of transformers, or a PeftModel around one, as it stands: with the adapter that
     is active. Raises ValueError for an architecture whose packed scores are not known to be right.
     """
+    hidden = hidden_states(network, batch)
+    pairs = _pair_logprobs(_causal_lm(network), hidden[batch.pair_positions], batch.pair_targets)
+    return SequenceLogprobs(batch.sequences, pairs[batch.pair_of_token], batch.sequence_of_token, batch.weights)
+
+
+def hidden_states(network: nn.Module, batch: PackedBatch) -> Tensor:
+    """[n, d]: of every packed token, what the output layer reads. Raises as `score` does."""
     causal_lm = _causal_lm(network)
     check_architecture(causal_lm)
-    hidden = causal_lm.get_decoder()(
+    decoder: Any = causal_lm.get_decoder()
+    return decoder(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         attention_mask=_NO_MASK,
         tree=batch.tree,
         use_cache=False,
     ).last_hidden_state[0]
-    pairs = _pair_logprobs(causal_lm, hidden[batch.pair_positions], batch.pair_targets)
-    return SequenceLogprobs(batch.sequences, pairs[batch.pair_of_token], batch.sequence_of_token, batch.weights)
 
 
 @contextmanager

@@ -1,0 +1,54 @@
+"""What experts do in a world, as transcripts: what a team would import that has logs and no world."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import sqrt
+from statistics import fmean, stdev
+from typing import Any
+
+from langchain_core.utils.function_calling import convert_to_openai_tool
+
+from benchmarks.colleagues import Conversation, expert
+from tools.worlds.world import Message, World
+
+
+def expert_conversations(world: World, split: str, number: int) -> list[Conversation]:
+    """Of the first tasks of a split that the expert brings to outcome 1, so many with different first requests."""
+    found: dict[str, Conversation] = {}
+    for index in range(world.splits[split]):
+        if len(found) == number:
+            break
+        if (conversation := expert(world, world.task(split, index))) is not None:
+            found.setdefault(first_request(conversation), conversation)
+    return list(found.values())
+
+
+def first_request(conversation: Conversation) -> str:
+    return next(str(message["content"]) for message in conversation if message["role"] == "user")
+
+
+def first_steps(conversation: Conversation, number: int) -> Conversation:
+    """Up to so many of the expert's actions: a long transcript is most of a training's tokens."""
+    ends = [place for place, message in enumerate(conversation) if message["role"] == "assistant"]
+    return conversation[: ends[min(number, len(ends)) - 1] + 1]
+
+
+def tools_of(world: World, conversations: Sequence[Conversation]) -> list[Any]:
+    """The world's tools that any of these calls."""
+    called = {call["function"]["name"] for m in conversations for each in m for call in each.get("tool_calls") or ()}
+    offered = [convert_to_openai_tool(tool) for tool in world.open(world.task("train", 0)).tools]
+    return [tool for tool in offered if tool["function"]["name"] in called]
+
+
+def states_of(conversation: Conversation) -> Iterator[tuple[Conversation, Message]]:
+    """What stood there, and what the expert did."""
+    for place, message in enumerate(conversation):
+        if message["role"] == "assistant":
+            yield conversation[:place], message
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and 95 % interval by the normal approximation, a transcript being the unit."""
+    half = 1.96 * stdev(values) / sqrt(len(values)) if len(values) > 1 else float("inf")
+    return fmean(values), fmean(values) - half, fmean(values) + half

@@ -1,0 +1,43 @@
+"""benchmarks/real_in_worlds.py counts, on packed transcripts, the actions that greedy decoding would write."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.real_in_worlds import agreements, in_tokens
+from benchmarks.transcripts import expert_conversations, first_steps, states_of, tools_of
+from learner.packing.tree_attention import TREE_ATTENTION
+from policies.chat.chat_protocol import ChatProtocol
+from policies.novice.build import NOVICE_PATH
+from tools.worlds import load_world
+
+
+def test_a_state_counts_where_greedy_decoding_would_write_the_expert_s_action() -> None:
+    world = load_world("order_desk")
+    conversations = expert_conversations(world, "heldout", 6)
+    tools, protocol = tools_of(world, conversations), ChatProtocol.load(NOVICE_PATH)
+    tried = [in_tokens(protocol, each, tools) for each in conversations]
+    packed = AutoModelForCausalLM.from_pretrained(NOVICE_PATH, attn_implementation=TREE_ATTENTION).eval()
+    plain = AutoModelForCausalLM.from_pretrained(NOVICE_PATH).eval()
+    expected = []
+    for trajectory in tried:
+        right = []
+        for state in trajectory.states:
+            assert state.expert is not None
+            written = plain.generate(
+                torch.tensor([state.prompt]), max_new_tokens=len(state.expert), do_sample=False, eos_token_id=-1
+            )
+            right.append(tuple(written[0, len(state.prompt) :].tolist()) == state.expert)
+        expected.append(sum(right) / len(right))
+    assert agreements(packed, tried) == expected
+    assert 0 < sum(expected) < len(expected)  # the novice does some of it, and not all
+
+
+def test_transcripts_are_cut_after_an_action_and_begin_differently() -> None:
+    conversations = expert_conversations(load_world("order_desk"), "train", 5)
+    assert len({str(each[1]) for each in conversations}) == 5
+    cut = first_steps(conversations[0], 2)
+    assert len(list(states_of(cut))) == 2
+    assert cut[-1]["role"] == "assistant"
+    assert first_steps(conversations[0], 1000) == conversations[0]
