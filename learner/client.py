@@ -98,25 +98,18 @@ class Endpoint:
         async def sample_one(trials: Sequence[StateTrial]) -> list[str]:
             async with places:
                 try:
-                    found = await asyncio.gather(*(self._try(trial, adapter) for trial in trials))
+                    found = await asyncio.gather(*(self.try_state(trial, adapter) for trial in trials))
                     return [step_id for step_id in found if step_id]
                 finally:
                     on_done()
 
         return list(await asyncio.gather(*map(sample_one, draws)))
 
-    async def try_states(self, trials: Sequence[StateTrial], adapter: str) -> list[str | None]:
-        """Sample one action of an adapter for each trial; returns the ids of the logged steps."""
-        places = asyncio.Semaphore(self.concurrency)
+    async def try_state(self, trial: StateTrial, adapter: str) -> str | None:
+        """Sample an adapter's action by the trial's seed; returns the logged step's id.
 
-        async def try_one(trial: StateTrial) -> str | None:
-            async with places:
-                return await self._try(trial, adapter)
-
-        return list(await asyncio.gather(*map(try_one, trials)))
-
-    async def _try(self, trial: StateTrial, adapter: str) -> str | None:
-        """Sample by the trial's seed; None where the endpoint cannot answer, for example because it is too long."""
+        None where the endpoint cannot answer, for example because the state is too long for the model.
+        """
         # An episode of its own: a state of a logged episode must not be continued under it.
         metadata: Any = {"purpose": Purpose.EVALUATION, "episode_id": new_id("ep"), "trial": trial.name}
         metadata |= {"copied_from": trial.episode_id} if trial.episode_id else {}

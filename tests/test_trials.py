@@ -12,7 +12,7 @@ import pytest
 
 from learner.client import StateTrial
 from learner.data.collect import Collected, collect
-from learner.data.inspection import inspect_demonstrations
+from learner.data.inspection import inspect_demonstrations, most_tokens
 from learner.evaluation.folds import NUM_FOLDS, fold_of, left_out
 from learner.evaluation.gate import Contestants
 from learner.evaluation.trials import CycleTrials, fitting_world
@@ -138,7 +138,7 @@ def test_in_a_task_a_step_is_bounded_by_what_experts_write(protocol: ChatProtoco
         (longest,) = [
             max(len(step.completion_token_ids) for step in each.path) for each in collected(server, 1.0).held_out
         ]
-        assert trials.max_task_tokens == 4 * longest + 64
+        assert trials.max_task_tokens == 2 * longest + 64
         asyncio.run(trials.pairs(trials.units, BOTH_BASE))
         for episode in server.parts.log.episodes(limit=1000, purpose=Purpose.EVALUATION):
             for step in server.parts.log.steps(episode.id):
@@ -166,7 +166,7 @@ def test_a_request_that_only_bears_a_trials_name_is_not_taken_for_it(protocol: C
         trials = trials_of(server, tmp_path)
         (held_out,) = collected(server, 1.0).held_out
         state = held_out.states()[0]
-        trial = StateTrial(state.messages, state.step.tools, 0, 4 * len(state.step.completion_token_ids) + 64)
+        trial = StateTrial(state.messages, state.step.tools, 0, most_tokens(state.step))
         made_up: Any = {"purpose": "evaluation", "trial": trial.name}
         easier = [{"role": "user", "content": "Say Hello."}]
         server.client().chat.completions.create(model=MODEL, messages=easier, metadata=made_up)  # type: ignore[arg-type]

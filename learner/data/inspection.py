@@ -122,7 +122,7 @@ def trial_of(state: LoggedState, number: int) -> StateTrial:
 
 def most_tokens(expert: Step) -> int:
     """Of an action that is held against an expert's: an untrained policy may go on for ever, and is wrong before."""
-    return 4 * len(expert.completion_token_ids) + 64
+    return 2 * len(expert.completion_token_ids) + 64
 
 
 def _demonstrated_state(expert: Step, samples: Sequence[Step], compared: ComparedState) -> State:

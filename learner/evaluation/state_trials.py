@@ -41,20 +41,33 @@ class TriedState:
 async def try_states(
     states: Sequence[LoggedState], contestants: Contestants, who: Collaborators, past: PastTrials
 ) -> tuple[list[TriedState], list[TriedState]]:
-    """(candidate's, acting adapter's), each parallel to the states."""
+    """(candidate's, acting adapter's), each parallel to the states.
+
+    A state is drawn at again as soon as both have acted there, whatever is still written at others.
+    """
+    places = asyncio.Semaphore(who.endpoint.concurrency)
+
+    async def try_one(state: LoggedState) -> tuple[TriedState, TriedState]:
+        async with places:
+            return await _try_state(state, contestants, who, past)
+
+    tried = await asyncio.gather(*map(try_one, states))
+    return [candidate for candidate, _ in tried], [acting for _, acting in tried]
+
+
+async def _try_state(
+    state: LoggedState, contestants: Contestants, who: Collaborators, past: PastTrials
+) -> tuple[TriedState, TriedState]:
     adapters = (contestants.candidate, contestants.acting)
-    drawn: tuple[list[list[Step]], ...] = tuple([[] for _ in states] for _ in adapters)
-    places = list(range(len(states)))
+    steps: tuple[list[Step], list[Step]] = ([], [])
     for number in range(NUM_DRAWS):
-        trials = [trial_of(states[place], number) for place in places]
-        sides = await asyncio.gather(*(_draw(trials, adapter, who, past) for adapter in adapters))
-        for steps, side in zip(drawn, sides, strict=True):
-            for place, step in zip(places, side, strict=True):
-                steps[place] += [step] if step else []
-        places = [place for place, *both in zip(places, *sides, strict=True) if not _are_alike(*both)]
-    candidate, acting = (
-        [_tried(state, each, who.world) for state, each in zip(states, steps, strict=True)] for steps in drawn
-    )
+        trial = trial_of(state, number)
+        drawn = await asyncio.gather(*(_draw(trial, adapter, who, past) for adapter in adapters))
+        for kept, step in zip(steps, drawn, strict=True):
+            kept += [step] if step else []
+        if _are_alike(*drawn):
+            break
+    candidate, acting = (_tried(state, each, who.world) for each in steps)
     return candidate, acting
 
 
@@ -66,16 +79,16 @@ def score(states: Sequence[TriedState]) -> Trial | None:
     return Trial(fmean(fmean(state.agreeing) for state in answered), sum(state.num_malformed for state in answered))
 
 
-async def _draw(trials: Sequence[StateTrial], adapter: str, who: Collaborators, past: PastTrials) -> list[Step | None]:
+async def _draw(trial: StateTrial, adapter: str, who: Collaborators, past: PastTrials) -> Step | None:
     """Drawn anew only where the log does not hold it."""
-    drawn = [past.of_state(adapter, trial) for trial in trials]
-    missing = [place for place, step in enumerate(drawn) if step is None]
-    step_ids = await who.endpoint.try_states([trials[place] for place in missing], adapter)
-    for place, step_id in zip(missing, step_ids, strict=True):
-        if step_id and (step := who.log.step(step_id)):
-            drawn[place] = step
-            past.remember(adapter, trials[place].name, step.episode_id)
-    return drawn
+    known = past.of_state(adapter, trial)
+    if known is not None:
+        return known
+    step_id = await who.endpoint.try_state(trial, adapter)
+    step = who.log.step(step_id) if step_id else None
+    if step is not None:
+        past.remember(adapter, trial.name, step.episode_id)
+    return step
 
 
 def _are_alike(candidate: Step | None, acting: Step | None) -> bool:

@@ -16,6 +16,7 @@ from learner.options import ObjectiveOptions, TrainingOptions
 from learner.report import CycleRecord
 from learner.training.diagnostics import WatchedActions, diagnostics, logged_action_sums
 from learner.training.discriminator import Discriminator
+from learner.training.freed_memory import hand_back_freed_memory
 from learner.training.trainer import Trainer, TrainingFailed
 from policies.adapters.reward import REWARD_FOLDER
 from policies.chat.chat_protocol import ChatProtocol
@@ -73,6 +74,7 @@ def train_candidates(
     for name in options.objectives:
         with record.stage(CycleStage.TRAIN, name):
             result = _train(record, who, options, acting, training_data, discriminator, name, folders / name)
+        hand_back_freed_memory()
         if isinstance(result, Candidate):
             candidates.append(result)
         else:
@@ -180,6 +182,8 @@ def train_quietly(
     trainer = _trainer(who, options, begin)
     trainer.train(objective, lambda done, total: record.progress(CycleStage.TRAIN, title, done, total))
     _save(trainer, who, folder, record.cycle, title, begin, training_data)
+    del trainer
+    hand_back_freed_memory()
 
 
 def _save(

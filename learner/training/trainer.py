@@ -32,6 +32,7 @@ from learner.packing.scoring import SequenceLogprobs, reference, score, to_batch
 from learner.packing.tree_attention import TREE_ATTENTION
 from learner.training.activation_memory import fits, layers_computed_again
 from learner.training.adapter_writer import whole_folder
+from learner.training.freed_memory import hand_back_freed_memory
 from learner.training.model_card import Origin, model_card
 from learner.training.precision import MIN_WEIGHTS, num_weights, training_dtype
 from learner.training.probing import make_probe
@@ -264,9 +265,7 @@ class Trainer:
                 )
             self._token_budget //= 2
             self.network.zero_grad(set_to_none=True)
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            hand_back_freed_memory()
 
     # ----------------------------------------------------------------------------------------------- saving
 
