@@ -48,10 +48,10 @@ LEARNING = ("objectives=sft", "discriminator=false", "implicit-rewards=false")
 AT_DESK = (
     "epochs=4", "trajectories-per-step=2", "lr=0.002", "num-samples=0", "held-out-share=0.25",
 )  # fmt: skip
-"""Many small gradient steps: with four orders to a step a real model had learned, after as many tokens, the form of every
-call and none of the conditions on it. Judged by the demonstrations that are held out: the server does not know the
-desk, and whole orders say little of a model that ships hardly any. A quarter is enough that no folds are needed, which
-take three more trainings."""
+"""Many small gradient steps: with four orders to a step a real model had learned, after as many tokens, the form of
+every call and none of the conditions on it. Judged by the demonstrations that are held out: the server does not know
+the desk, and whole orders say little of a model that ships hardly any. A quarter is enough that no folds are needed,
+which take three more trainings."""
 ON_TRANSCRIPTS = ("epochs=2", "num-samples=0", "held-out-share=0.4", "trajectories-per-step=8", "min-gradient-steps=12")
 """Two fifths judge, so that none need to be trained without by folds, which takes three more trainings. Eight to a
 gradient step: most of a pack is the tools that all share, and is computed once."""
