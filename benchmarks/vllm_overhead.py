@@ -109,7 +109,6 @@ def their_options(network: Path) -> list[str]:
         f"--served-model-name={NAME}",
         "--disable-uvicorn-access-log",
         "--uvicorn-log-level=error",
-        "--exclude-tools-when-tool-choice-none",
         "--host=127.0.0.1",
     ]
     settings = own_engine_args(str(network), None, MAX_BATCH_SIZE, 4, 64, MAX_CONTEXT, None, 1)
