@@ -428,16 +428,16 @@ def make_parts(folder: Path) -> list[Path]:
 
 def orders_in_tokens(model: Path, num_learned: int = 24, num_held_out: int = 12) -> Figures:
     """Of each order, the prompt and the expert's action at its states."""
-    from benchmarks.demo_real import action_of, expert_conversation, states_of, tools_of
-    from policies.chat.chat_protocol import ChatProtocol
+    from benchmarks.transcripts import expert_conversations, states_of, tools_of
+    from policies.chat.chat_protocol import ChatProtocol, message_action
     from tools.worlds import load_world
 
     world, protocol = load_world("order_desk"), ChatProtocol.load(model)
-    conversations = [expert_conversation(world, index) or [] for index in range(num_learned + num_held_out)]
+    conversations = expert_conversations(world, "train", num_learned + num_held_out)
     tools = tools_of(world, conversations)
     orders = [
-        [protocol.completion_of(list(before), action_of(expert), tools) for before, expert in states_of(messages)]
-        for messages in conversations
+        [protocol.completion_of(before, message_action(expert), tools) for before, expert in states_of(conversation)]
+        for conversation in conversations
     ]
     return {"learned": orders[:num_learned], "held_out": orders[num_learned:]}
 
