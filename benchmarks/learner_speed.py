@@ -135,7 +135,7 @@ class RealWork:
     """A real network, and one expert who works through one order after the other, as that network reads it."""
 
     steps = (6, 10)
-    batch_size = 2
+    batch_size = 1  # at two pairs of ten steps TRL was killed for memory, at 24 GB
     words_on_pairs = "a pair for each step of one expert who works through orders; rules and tools first"
     time_goals: Mapping[int, float] = {10: 10.0}
 
