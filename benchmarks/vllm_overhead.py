@@ -270,7 +270,7 @@ def measure(model: Path | None, repeats: int) -> list[Cell]:
 
 def require_equal_work(usages: Sequence[Sequence[tuple[int, tuple[int, int]]]]) -> None:
     """Of each server's requests: their number, and the tokens of prompt and answer. Raises RuntimeError where these
-    differ by more than the white space in which a server's tools are written."""
+    differ by more than a token or two, in which the servers may write tools otherwise."""
     for ours, *others in zip(*usages, strict=True):
         for number, (prompt, answer) in others:
             if number != ours[0] or answer != ours[1][1] or abs(prompt - ours[1][0]) > MAX_PROMPT_DIFFERENCE:
