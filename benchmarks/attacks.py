@@ -27,6 +27,8 @@ from typing import Any
 
 import httpx
 
+from benchmarks.figures import memory_mib
+
 ROOT = Path(__file__).parent.parent
 NUM_FILES = 1024
 PATIENCE_S = 60.0
@@ -48,10 +50,7 @@ class Server:
 
     def memory_mib(self, which: str = "VmRSS") -> float:
         """What the process takes now (VmRSS), or took at most (VmHWM)."""
-        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
-            if line.startswith(which):
-                return int(line.split()[1]) / 1024
-        raise AssertionError(f"no {which} in the process's status")
+        return memory_mib(which, self.process.pid)
 
 
 @contextmanager

@@ -48,10 +48,9 @@ from tools.worlds.world import Message, World
 LEARNING = ("objectives=sft", "discriminator=false", "implicit-rewards=false")
 """One objective, no rewards for others: a real model's minutes go into what is shown here."""
 AT_DESK = ("trajectories-per-step=2", "lr=0.002", "num-samples=0", "held-out-share=0.25")
-"""Many small gradient steps: with four orders to a step a real model had learned, after as many tokens, the form of
-every call and none of the conditions on it. Judged by the demonstrations that are held out: the server does not know
-the desk, and whole orders say little of a model that ships hardly any. A quarter is enough that no folds are needed,
-which take three more trainings."""
+"""Small gradient steps, and a higher rate than the network's width would have. Judged by the demonstrations that are
+held out: the server does not know the desk, and whole orders say little of a model that ships hardly any. A quarter is
+enough that no folds are needed, which take three more trainings."""
 FIRST_CYCLE, LATER_CYCLE = ("epochs=4",), ("epochs=1", "min-gradient-steps=64")
 """What is missing after the first cycle needs no four epochs more."""
 ON_TRANSCRIPTS = ("epochs=2", "num-samples=0", "held-out-share=0.4", "trajectories-per-step=8", "min-gradient-steps=12")

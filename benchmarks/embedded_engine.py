@@ -75,7 +75,7 @@ def draw_work(seed: int, concurrency: int, adapters: str) -> list[Work]:
 # ------------------------------------------------------------------------------------------- what is compared
 
 
-class OfOurs:
+class OurEngine:
     """An engine of ours, through its public interface, on an event loop as in the server."""
 
     def __init__(self, start: Callable[[], Awaitable[Engine]], adapters: Sequence[Adapter]) -> None:
@@ -328,9 +328,9 @@ def main() -> None:
             return AutoModelForCausalLM.from_pretrained(network, dtype=dtype).eval()
 
         continuous = Continuous(load, adapters)
-        engines = {"embedded": OfOurs(partial(embedded, network, precision), adapters)}
+        engines = {"embedded": OurEngine(partial(embedded, network, precision), adapters)}
         if options.model and find_spec("vllm"):
-            engines["vLLM"] = OfOurs(partial(vllm_on_cpu, network, precision), adapters)
+            engines["vLLM"] = OurEngine(partial(vllm_on_cpu, network, precision), adapters)
         contestants: dict[str, Contestant] = {
             "one by one": OneByOne(load, adapters),
             "static": Static(load, adapters),

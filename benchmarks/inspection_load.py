@@ -19,13 +19,13 @@ from pathlib import Path
 
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
+from benchmarks.figures import memory_mib
 from policies.chat.chat_protocol import ChatProtocol
 from policies.types import SamplingParams, TokenIds
 from runtime.engines.embedded.engine import EmbeddedEngine
 from tools.worlds.order_desk import OrderDesk
 
 WORLD = OrderDesk()
-MIB = 1 << 20
 
 
 def states_of(protocol: ChatProtocol, num_demonstrations: int) -> list[TokenIds]:
@@ -58,12 +58,6 @@ async def inspect(engine: EmbeddedEngine, prompts: Sequence[TokenIds], options: 
     return sum(await asyncio.gather(*map(inspect_state, prompts)))
 
 
-def resident_mib() -> float:
-    """Of this process now."""
-    fields = Path("/proc/self/statm").read_text().split()
-    return int(fields[1]) * resource.getpagesize() / MIB
-
-
 async def measure(options: argparse.Namespace) -> dict[str, float]:
     protocol = ChatProtocol.load(options.model)
     prompts = states_of(protocol, options.demonstrations)[: options.states]
@@ -71,7 +65,7 @@ async def measure(options: argparse.Namespace) -> dict[str, float]:
     engine = EmbeddedEngine(options.model, device="cpu", num_threads=1, **settings)
     try:
         await inspect(engine, prompts[:1], options, protocol.stop_token_ids)  # warms up; its prompt is known then
-        before, began, cpu = resident_mib(), time.perf_counter(), time.process_time()
+        before, began, cpu = memory_mib(), time.perf_counter(), time.process_time()
         written = await inspect(engine, prompts, options, protocol.stop_token_ids)
         seconds = time.perf_counter() - began
         return {

@@ -26,7 +26,6 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import io
-import itertools
 import json
 import os
 import platform
@@ -48,7 +47,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from langchain_core.utils.function_calling import convert_to_openai_tool
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -58,6 +56,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.figures import forget_most_memory, memory_mib
+from benchmarks.transcripts import expert_conversations, first_steps, states_of, tools_of
 from learner.objectives.losses import implicit_step_loss
 from learner.packing.prefix_tree import ScoredSequence, Span, pack_sequences
 from learner.packing.scoring import reference, score, to_batch
@@ -145,24 +145,16 @@ class RealWork:
         self.words = f"{model.name}, float32"
 
     def pairs(self, num_steps: int) -> list[Pair]:
-        """All steps of one demonstration. What is rejected is what the expert did a step before, or after the first."""
-        protocol, world, messages, shown = ChatProtocol.load(self._model), OrderDesk(), list[Any](), list[Any]()
-        tools = [convert_to_openai_tool(tool) for tool in world.open(world.task("train", 0)).tools]
-        for index in itertools.count():
-            task = world.task("train", index)
-            episode, opening = world.open(task), list(task.messages)
-            messages += opening if not messages else [each for each in opening if each["role"] == "user"]
-            while not episode.is_done:
-                action = episode.expert_action()
-                assert action is not None
-                shown.append(protocol.completion_of(messages, message_action(action), tools))
-                if len(shown) > num_steps:
-                    actions = [written for _, written in shown]
-                    others = [actions[1], *actions[: num_steps - 1]]
-                    steps = zip(shown[:num_steps], others, strict=True)
-                    return [Pair(tuple(before), tuple(right), tuple(other)) for (before, right), other in steps]
-                messages += [action, *episode.play(action)]
-        raise AssertionError("orders do not end")
+        """One for each of the expert's first steps. What is rejected is what it did a step before, or after the
+        first."""
+        world, protocol = OrderDesk(), ChatProtocol.load(self._model)
+        orders = expert_conversations(world, "train", num_steps)
+        conversation = first_steps([message for order in orders for message in order], num_steps)
+        tools = tools_of(world, orders)
+        steps = [protocol.completion_of(told, message_action(done), tools) for told, done in states_of(conversation)]
+        actions = [action for _, action in steps]
+        others = [actions[1], *actions[:-1]]
+        return [Pair(prompt, right, other) for (prompt, right), other in zip(steps, others, strict=True)]
 
     def network(self, attention: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(self._model, dtype=torch.float32, attn_implementation=attention)
@@ -428,15 +420,10 @@ def print_peak(competitor: str, num_steps: int) -> None:
     prepare(work, work.pairs(work.steps[0]))()
     run_pass = prepare(work, work.pairs(num_steps))
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back to the system, else the pass would reuse it unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _status_mib("VmRSS")
+    forget_most_memory()
+    before = memory_mib()
     run_pass()
-    print(_status_mib("VmHWM") - before)
-
-
-def _status_mib(field: str) -> float:
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
-    return int(line.split()[1]) / 1024
+    print(memory_mib("VmHWM") - before)
 
 
 def check_losses(measurements: list[Measurement]) -> float:

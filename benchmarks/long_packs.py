@@ -15,13 +15,14 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.figures import forget_most_memory, memory_mib
 from learner.packing.prefix_tree import ScoredSequence, Span, pack_sequences
 from learner.packing.scoring import score, to_batch
 from learner.packing.tree_attention import TREE_ATTENTION
@@ -33,8 +34,6 @@ WAYS = ("kept", "again")
 
 
 def make_network(longest: int) -> Any:
-    from peft import get_peft_model
-
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
@@ -50,22 +49,17 @@ def measure(length: int, way: str) -> None:
     network, draw = make_network(length), Random(0)
     tokens = tuple(draw.randrange(VOCAB_SIZE) for _ in range(length))
     gradient(network, tokens[:256], way)  # lazy imports
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before, began = status_mib("VmRSS"), time.process_time()
+    forget_most_memory()
+    before, began = memory_mib(), time.process_time()
     gradient(network, tokens, way)
     seconds = time.process_time() - began
-    print(f"{status_mib('VmHWM') - before:.0f} MiB, {seconds:.1f} s")
+    print(f"{memory_mib('VmHWM') - before:.0f} MiB, {seconds:.1f} s")
 
 
 def gradient(network: Any, tokens: tuple[int, ...], way: str) -> None:
     (pack,) = pack_sequences([ScoredSequence(tokens, (Span(len(tokens) - NUM_LEARNED, len(tokens)),), 0)], len(tokens))
     with layers_computed_again(network) if way == "again" else nullcontext():
         score(network, to_batch(pack, "cpu")).tokens.sum().backward()
-
-
-def status_mib(field: str) -> float:
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
-    return int(line.split()[1]) / 1024
 
 
 def main() -> None:

@@ -41,6 +41,7 @@ from learner.training.candidates import (
     train_quietly,
 )
 from learner.training.discriminator import Discriminator, DiscriminatorOptions, discriminate
+from learner.training.freed_memory import hand_back_freed_memory
 from learner.training.trainer import TrainingFailed
 from policies.types import BASE_ADAPTER
 from runtime.store.learning_log import CycleStage
@@ -247,6 +248,7 @@ def _fold_training(
     def train_without(fold: int, objective: str, begin: str, folder: Path) -> set[str]:
         others = training_data.without(left_out(fold, collected.groups_of))
         train_quietly(record, who, _settings(options), begin, others, objective, folder)
+        hand_back_freed_memory()
         return {demonstration.episode_id for demonstration in others.demonstrations}
 
     return train_without

@@ -72,8 +72,7 @@ class TrainingOptions:
     """Where the epochs make fewer, the trajectories are gone through again until there are so many."""
     trajectories_per_step: int = 4
     """Trajectories whose sequences make one gradient step. Fewer make more steps of the same demonstrations, and
-    compute more often what they share, such as tools: a real network learned at 2 what it did not at 4
-    (benchmarks/RESULTS.md)."""
+    compute more often what they share, such as tools."""
     rank: int = 16
     """Of a fresh adapter; one that goes on keeps its own."""
     token_budget: int = 4096

@@ -182,8 +182,6 @@ def train_quietly(
     trainer = _trainer(who, options, begin)
     trainer.train(objective, lambda done, total: record.progress(CycleStage.TRAIN, title, done, total))
     _save(trainer, who, folder, record.cycle, title, begin, training_data)
-    del trainer
-    hand_back_freed_memory()
 
 
 def _save(
