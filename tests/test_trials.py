@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from learner.data.collect import Collected, collect
 from learner.data.inspection import inspect_demonstrations, most_tokens
 from learner.evaluation.folds import NUM_FOLDS, fold_of, left_out
 from learner.evaluation.gate import Contestants
+from learner.evaluation.state_trials import NUM_DRAWS
 from learner.evaluation.trials import CycleTrials, fitting_world
 from learner.options import CollectionOptions
 from policies.chat.chat_protocol import ChatProtocol
-from policies.types import SampledToken
+from policies.types import Adapter, SampledToken, SamplingParams
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.episodes import Actor, Outcome, Purpose, new_id
 from tests.cycles import collaborators
@@ -29,6 +30,10 @@ from tools.worlds.world import Task, World
 
 WORLD = OrderDesk()
 BOTH_BASE = Contestants("base", "base")
+GREETING_AND_GOODBYE = [
+    {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Farewell."},
+]  # fmt: skip
 
 
 def collected(server: Served, share: float, world: World | None = None, **options: Any) -> Collected:
@@ -55,11 +60,7 @@ def num_evaluations(server: Served) -> int:
 def saying(protocol: ChatProtocol, folder: Path, *says: Any) -> Iterator[Served]:
     """A server whose agent says these, with one demonstration of two states: it greets, then says goodbye."""
     with served(parts_of(SayingEngine(protocol, *says), protocol, folder)) as server:
-        messages = [
-            {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."},
-            {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Farewell."},
-        ]  # fmt: skip
-        post(server, {"messages": messages}).raise_for_status()
+        post(server, {"messages": GREETING_AND_GOODBYE}).raise_for_status()
         yield server
 
 
@@ -81,6 +82,37 @@ def test_where_both_are_sure_of_the_same_one_draw_is_made(
         trials = trials_of(server, tmp_path)
         asyncio.run(trials.pairs(trials.units, BOTH_BASE))
         assert num_evaluations(server) == 2 * 2 * num_draws  # states, adapters
+
+
+class SlowToSayGoodbye(SayingEngine):
+    """Answers what came after the greeting only when both adapters have drawn at the greeting for the last time."""
+
+    def __init__(self, protocol: ChatProtocol, *says: str) -> None:
+        super().__init__(protocol, *says)
+        self.greeting = protocol.render(GREETING_AND_GOODBYE[:1])
+        self.has_greeted = asyncio.Event()
+
+    async def generate(
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, adapter: Adapter | None, *, stream: bool = True
+    ) -> AsyncIterator[SampledToken]:
+        if tuple(prompt_token_ids) != self.greeting:
+            await self.has_greeted.wait()
+        async for token in super().generate(prompt_token_ids, sampling, adapter, stream=stream):
+            yield token
+        if self.prompts.count(self.greeting) == 2 * NUM_DRAWS:
+            self.has_greeted.set()
+
+
+@pytest.mark.timeout(30)
+def test_a_state_is_drawn_again_though_another_still_waits_for_its_first_answer(
+    protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    texts = [f"Answer {number}." for number in range(100)]  # no two alike: each state is drawn again
+    with served(parts_of(SlowToSayGoodbye(protocol, *texts), protocol, tmp_path)) as server:
+        post(server, {"messages": GREETING_AND_GOODBYE}).raise_for_status()
+        trials = trials_of(server, tmp_path)
+        asyncio.run(trials.pairs(trials.units, BOTH_BASE))
+        assert num_evaluations(server) == 2 * 2 * NUM_DRAWS
 
 
 def test_trials_are_repeated_neither_in_a_cycle_nor_in_the_next(
