@@ -6,8 +6,8 @@ Two servers in processes of their own, each with vLLM's engine in one more, star
 environment: `python serve.py --engine vllm`, and `python -m vllm.entrypoints.launchers.api_server.entry` with its
 request logs off. Each cell (concurrency, streamed or not) is asked of one and then of the other, in changing order, in
 every repeat; the other is idle meanwhile. Requests are greedy and end at 64 tokens, so all make the same tokens of the
-same prompts, which is checked: a batch's rounding may part two answers, and end one early. Without --model the network is random, of the novice's shape: the novice's own answers are
-too short. A real one is asked less often.
+same prompts, which is checked: a batch's rounding may part two answers, and end one early. Without --model the network
+is random, of the novice's shape: the novice's own answers are too short. A real one is asked less often.
 
 vLLM's server is asked twice, once without logprobs and once with those of the sampled tokens: ours always makes them,
 for the log, and what they cost in the engine is no cost of the endpoint. The goals are held against the first.
