@@ -23,7 +23,7 @@ from benchmarks.lockstep import MAX_ACTION_TOKENS, Lockstep
 from learner.data.comparison import compare
 from learner.data.training_data import PolicyAction, State, Trajectory
 from policies.chat.chat_protocol import ChatProtocol, action_message, message_action
-from policies.types import Action, Completion, FinalAnswer, FinishReason, TokenIds, ToolCall, ToolCalls
+from policies.types import Action, Completion, FinalAnswer, FinishReason, TokenIds, ToolCall, ToolCalls, ToolSchema
 from tools.worlds.world import Message, Task, World, WorldEpisode, max_steps_of
 
 MAX_ROWS = 512
@@ -53,9 +53,10 @@ class Attempt:
 class Rollouts:
     """A world as one model reads and writes it."""
 
-    def __init__(self, world: World, model: Path | ChatProtocol) -> None:
-        """`model` is a model's folder, or its protocol where that is at hand."""
-        self.world = world
+    def __init__(self, world: World, model: Path | ChatProtocol, tools: Sequence[ToolSchema] = ()) -> None:
+        """`model` is a model's folder, or its protocol where that is at hand. The prompt tells of `tools`: small
+        students have learned theirs and read of none."""
+        self.world, self._tools = world, tools
         self.protocol = model if isinstance(model, ChatProtocol) else ChatProtocol.load(model)
         self.max_steps = max_steps_of(world)
         self.max_action_tokens = MAX_ACTION_TOKENS
@@ -162,7 +163,8 @@ class Rollouts:
         return kind(network, num_rows, self.protocol.stop_token_ids[0], generator, self.max_action_tokens)
 
     def _open(self, task: Task) -> Attempt:
-        return Attempt(task, self.world.open(task), list(task.messages), self.protocol.render(task.messages))
+        prompt = self.protocol.render(task.messages, self._tools)
+        return Attempt(task, self.world.open(task), list(task.messages), prompt)
 
     def _play(self, attempt: Attempt, completion: Completion) -> TokenIds:
         """Play the action; returns what the policy is told. A malformed action ends the attempt, and so does an answer
@@ -206,6 +208,15 @@ class Rollouts:
             action = _parsed(self.protocol, completion.token_ids, completion.finish_reason)
             agrees = compare(action, message_action(expert), stood.same_effect).agrees
         return PolicyAction(step_id, completion.token_ids, completion.logprobs, agrees)
+
+
+def num_solved(attempts: Sequence[Attempt]) -> int:
+    """In `agentdojo_attacks`, where an outcome tells that nothing planted was done: how many did what the user
+    wanted."""
+    from tools.worlds.agentdojo import AgentDojoEpisode
+
+    episodes = [attempt.episode for attempt in attempts]
+    return sum(isinstance(episode, AgentDojoEpisode) and episode.is_solved() for episode in episodes)
 
 
 def _demonstrations(experts: Sequence[Attempt]) -> list[Trajectory]:

@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -120,7 +121,7 @@ class Stretch:
     """Of a request, from when it was wanted: median and 95th percentile."""
     longest_s: float
     gap_ms: tuple[float, float]
-    """Between two tokens of one answer: median and 95th percentile."""
+    """Between two arrivals of one answer, median and 95th percentile: tokens that come together are one."""
     gap_training_ms: float | None
     """The 95th percentile while it trains; None where nothing does, or nobody is answered."""
     answering: float
@@ -199,11 +200,11 @@ def stretch(way: str, users: Users, began: float, ended: float, training: Sequen
 
 
 def gaps_ms(asks: Sequence[Ask], span: Span) -> list[float]:
-    """Between two tokens of one answer that both came within the span."""
+    """Between two arrivals of one answer that both came within the span."""
     return [
         (later - earlier) * 1000
         for ask in asks
-        for earlier, later in zip(ask.answer.came_at, ask.answer.came_at[1:], strict=False)
+        for earlier, later in pairwise(sorted(set(ask.answer.came_at)))
         if span[0] <= earlier and later <= span[1]
     ]
 

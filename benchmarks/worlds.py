@@ -33,7 +33,7 @@ import torch
 
 from benchmarks.expert_endpoint import client_run, expert_messages, expert_served, server_run
 from benchmarks.lockstep import load_policy
-from benchmarks.rollouts import Attempt, Rollouts
+from benchmarks.rollouts import Attempt, Rollouts, num_solved
 from benchmarks.students import PLANS, Habit, Plan, student
 from learner.data.training_data import TrainingData
 from learner.objectives.build import objective_of
@@ -226,7 +226,7 @@ def measure_student(name: str, num_tasks: int) -> StudentRow:
         num_tasks=len(tasks),
         num_right_before=_num_right(tried_before),
         num_right_after=_num_right(tried_after),
-        num_solved=(_num_solved(tried_before), _num_solved(tried_after)) if name == "agentdojo_attacks" else None,
+        num_solved=(num_solved(tried_before), num_solved(tried_after)) if name == "agentdojo_attacks" else None,
         training_cpu_s=training_cpu_s,
     )
 
@@ -253,13 +253,6 @@ def _fresh_and_tried(world: World, plan: Plan, num_tasks: int) -> tuple[list[Tas
 
 def _num_right(attempts: Sequence[Attempt]) -> int:
     return sum(attempt.outcome == 1.0 for attempt in attempts)
-
-
-def _num_solved(attempts: Sequence[Attempt]) -> int:
-    from tools.worlds.agentdojo import AgentDojoEpisode
-
-    episodes = [attempt.episode for attempt in attempts]
-    return sum(isinstance(episode, AgentDojoEpisode) and episode.is_solved() for episode in episodes)
 
 
 def student_table(rows: Sequence[StudentRow]) -> str:

@@ -1,15 +1,20 @@
-"""benchmarks/real_in_worlds.py counts, on packed transcripts, the actions that greedy decoding would write."""
+"""benchmarks/real_in_worlds.py counts, on packed transcripts, the actions that greedy decoding would write, and tries
+whole tasks with the network that has learned on packs."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.real_in_worlds import agreements, in_tokens
+from benchmarks.real_in_worlds import agreements, in_tokens, tried
+from benchmarks.rollouts import Attempt, Rollouts
 from benchmarks.transcripts import expert_conversations, first_steps, states_of, tools_of
 from learner.packing.tree_attention import TREE_ATTENTION
 from policies.chat.chat_protocol import ChatProtocol
 from policies.novice.build import NOVICE_PATH
+from policies.types import TokenIds
 from tools.worlds import load_world
 
 
@@ -41,3 +46,25 @@ def test_transcripts_are_cut_after_an_action_and_begin_differently() -> None:
     assert len(list(states_of(cut))) == 2
     assert cut[-1]["role"] == "assistant"
     assert first_steps(conversations[0], 1000) == conversations[0]
+
+
+def test_whole_tasks_are_tried_by_the_network_that_learns_as_by_a_plain_one() -> None:
+    world = load_world("order_desk")
+    tools = tools_of(world, expert_conversations(world, "heldout", 6))
+    tasks = [world.task("heldout", index) for index in range(12)]
+    rollouts = Rollouts(world, ChatProtocol.load(NOVICE_PATH), tools)
+    packed = AutoModelForCausalLM.from_pretrained(NOVICE_PATH, attn_implementation=TREE_ATTENTION).eval()
+    plain = AutoModelForCausalLM.from_pretrained(NOVICE_PATH).eval()
+    expected = rollouts.attempts(plain, tasks, [0.0] * len(tasks), torch.Generator())
+    found = tried(rollouts, packed, tasks)
+    assert [attempt.messages for attempt in found] == [attempt.messages for attempt in expected]
+    assert packed.config._attn_implementation == TREE_ATTENTION
+    assert all(
+        attempt.states == [] and attempt.prompt[: len(start)] == start for attempt, start in _starts(found, tools)
+    )
+
+
+def _starts(attempts: list[Attempt], tools: list[Any]) -> list[tuple[Attempt, TokenIds]]:
+    """Each attempt, and what it must begin with: the task's words, and the tools."""
+    protocol = ChatProtocol.load(NOVICE_PATH)
+    return [(attempt, protocol.render(attempt.task.messages, tools)) for attempt in attempts]
