@@ -20,6 +20,7 @@ import asyncio
 import json
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -258,6 +259,7 @@ def measure(
                     rate = tokens_per_second(contestant, work[:2] if seed < 0 else work, concurrency)
                     if seed >= 0:
                         rates.setdefault((adapters, concurrency, name), []).append(rate)
+                        print(f"{adapters}, {concurrency} at once, {name}: {rate:.1f} tokens/s", file=sys.stderr)
     return rates
 
 
