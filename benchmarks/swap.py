@@ -83,10 +83,15 @@ def make_network(folder: Path) -> Path:
     return folder
 
 
+def loaded(network: Path) -> Any:
+    """In 32 bits, as both engines are made to serve it: in 16, noise and rounding cannot be told apart."""
+    return AutoModelForCausalLM.from_pretrained(network, dtype=torch.float32).eval()
+
+
 def make_versions(network: Path, folder: Path, num_versions: int) -> list[Path]:
     """PEFT folders with true probes, each with its own noise."""
     fingerprint = read_base_network(network).fingerprint
-    base: Any = AutoModelForCausalLM.from_pretrained(network)
+    base = loaded(network)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=TARGET_MODULES, task_type="CAUSAL_LM")
     peft_model = get_peft_model(base, lora).eval()
     paths = []
@@ -103,11 +108,19 @@ def make_versions(network: Path, folder: Path, num_versions: int) -> list[Path]:
 
 
 @contextmanager
-def served(network: Path, state: Path, engine: str, world: str = "", learner_args: Sequence[str] = ()) -> Iterator[int]:
+def served(
+    network: Path,
+    state: Path,
+    engine: str,
+    world: str = "",
+    learner_args: Sequence[str] = (),
+    engine_args: Sequence[str] = (),
+) -> Iterator[int]:
     """A server on a free port, whose model is called `network`."""
     options = ["--model", str(network), "--engine", engine, "--state", str(state), "--world", world, "--threads", "1"]
     options += ["--served-name", NAME, "--learn-every", "0"]
     options += [word for each in learner_args for word in ("--learner-arg", each)]
+    options += [word for each in engine_args for word in ("--engine-arg", each)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("STEPAGENT_")}
     with (state.parent / "server.log").open("w") as errors:
         server = subprocess.Popen(
@@ -302,7 +315,7 @@ def recheck(load: Load, state: Path, network: Path, names: Sequence[str]) -> Rec
     """Compute every answer again under the adapter it was answered by, and under the one before."""
     torch.set_num_threads(1)
     log = StepLog(state / "agent.db", read_only=True)
-    found, base = Recheck(), AutoModelForCausalLM.from_pretrained(network).eval()
+    found, base = Recheck(), loaded(network)
     by_adapter: dict[str, list[Step]] = {}
     for answer in load.answers:
         step = log.step(answer.step)
@@ -415,7 +428,7 @@ def measure(engine: str, model: Path | None, num_swaps: int, folder: Path) -> di
     network, state, load = model or make_network(folder / "network"), folder / "state", Load()
     versions = make_versions(network, folder / "versions", num_swaps)
     state.mkdir()
-    with served(network, state, engine) as port:
+    with served(network, state, engine, engine_args=("dtype=float32",) if engine == "vllm" else ()) as port:
         phases, times, names = asyncio.run(run_phases(port, versions, load))
     return figures_of(load, phases, times, recheck(load, state, network, names))
 
