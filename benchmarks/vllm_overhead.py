@@ -187,8 +187,8 @@ def _body(number: int, is_streamed: bool, with_logprobs: bool = False) -> dict[s
         {"role": "system", "content": "Look after the orders. Say what you are about to do before you do it."},
         {
             "role": "user",
-            "content": f"Order {number} has come in: the miniature barometer for Bruno Wilde. See to it, "
-            "and then tell me a long story about how it was made, found and lost again.",
+            "content": f"Order {number} has come in: before anything else, write the numbers from 1 to 200, "
+            "one after the other, separated by commas.",
         },
     ]
     body = {"model": NAME, "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
