@@ -36,15 +36,10 @@ SLOW_MODULES = frozenset(
 leaves them out."""
 
 
-LONGEST = ("test_cycle_routes", "test_demo", "test_cycle", "test_examples", "test_trainer", "test_serve")
-"""They begin first: a minute's test that begins last leaves the other process with nothing to do."""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in SLOW_MODULES:
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
