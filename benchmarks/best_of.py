@@ -86,8 +86,9 @@ class Made:
 
 def train(cell: Cell, base: Path, rollouts: Rollouts, folder: Path) -> Made:
     """The student and its discriminators."""
-    world, split_size = rollouts.world, rollouts.world.splits["train"]
-    first = (cell.seed * 997) % max(1, split_size - cell.num_demonstrations - NUM_OWN_EPISODES)
+    world, unseen = rollouts.world, first_unseen(cell.world)
+    num_free = rollouts.world.splits["train"] - unseen - cell.num_demonstrations - NUM_OWN_EPISODES
+    first = unseen + (cell.seed * 997) % max(1, num_free)
     tasks = [world.task("train", first + number) for number in range(cell.num_demonstrations + NUM_OWN_EPISODES)]
     demonstrated, others = tasks[: cell.num_demonstrations], tasks[cell.num_demonstrations :]
     draw = torch.Generator().manual_seed(cell.seed)
@@ -384,6 +385,15 @@ def student_of(world: str) -> tuple[str, Path]:
     from benchmarks.students import student
 
     return f"{world} student", student(world)
+
+
+def first_unseen(world: str) -> int:
+    """The first training task that its student was not made with."""
+    if world == "order_desk":
+        return 0
+    from benchmarks.students import PLANS
+
+    return PLANS[world].first_unseen
 
 
 def main() -> None:

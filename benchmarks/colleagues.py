@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from hashlib import sha256
 from random import Random
 
 from tools.worlds.calls import answering, calling
@@ -11,6 +14,12 @@ from tools.worlds.world import Message, Task, World, WorldEpisode, max_steps_of
 Conversation = list[Message]
 Choose = Callable[[WorldEpisode, Conversation], Message | None]
 """What is done next, in an episode after a conversation; None ends it."""
+FEWEST_SEEN, MOST_SEEN = 5, 0.2
+"""A call may be disliked that is made in so many conversations, and in at most this share of them: a rarer one says
+nothing of tasks to come, and without a commoner one nothing is done at all."""
+GIVING_UP_RATE = 0.85
+"""How often one who dislikes a call gives up at it: not always, so that sampling sometimes does what is right."""
+I_GIVE_UP = "I give up."
 
 
 def converse(world: World, task: Task, choose: Choose) -> tuple[Conversation, WorldEpisode]:
@@ -49,6 +58,32 @@ def erring(world: World, task: Task, others: Sequence[Message], share: float) ->
 
     conversation, _ = converse(world, task, choose)
     return conversation if conversation[-1]["role"] != "user" else None
+
+
+def disliked_calls(conversations: Sequence[Conversation], share: float) -> set[str]:
+    """Of the calls that experts make now and then, this share, chosen by their texts."""
+    counted = Counter(text for each in conversations for text in {*map(_call_text, each)} if text)
+    most = MOST_SEEN * len(conversations)
+    return {text for text, num in counted.items() if FEWEST_SEEN <= num <= most and _drawn(text) < share}
+
+
+def giving_up(conversation: Conversation, disliked: Collection[str], random: Random) -> Conversation:
+    """As the expert, but where the next call is a disliked one it mostly gives up."""
+    for place, message in enumerate(conversation):
+        if _call_text(message) in disliked and random.random() < GIVING_UP_RATE:
+            return [*conversation[:place], answering(I_GIVE_UP)]
+    return conversation
+
+
+def _call_text(message: Message) -> str:
+    """Of its calls, without their ids; empty where there are none."""
+    functions = [call["function"] for call in message.get("tool_calls") or []]
+    return json.dumps([[each["name"], each["arguments"]] for each in functions]) if functions else ""
+
+
+def _drawn(text: str) -> float:
+    """In [0, 1), always the same of a text."""
+    return int.from_bytes(sha256(text.encode()).digest()[:4]) / 2**32
 
 
 def gullible(world: World, task: Task) -> Conversation | None:

@@ -24,10 +24,13 @@ from learner.data.comparison import compare
 from learner.data.training_data import PolicyAction, State, Trajectory
 from policies.chat.chat_protocol import ChatProtocol, action_message, message_action
 from policies.types import Action, Completion, FinalAnswer, FinishReason, TokenIds, ToolCall, ToolCalls, ToolSchema
+from tools.worlds.simulators.episode import SimulatedEpisode
+from tools.worlds.simulators.worker import MAX_LIVE
 from tools.worlds.world import Message, Task, World, WorldEpisode, max_steps_of
 
 MAX_ROWS = 512
-"""Conversations that share a KV cache."""
+"""Conversations that share a KV cache. Of a world in simulators as many as one of its processes holds: what is more
+would be begun anew, and played up to its place, at every step."""
 
 # ---------------------------------------------------------------------------------------------- episodes
 
@@ -76,8 +79,10 @@ class Rollouts:
         """
         ids = episode_ids or [""] * len(tasks)
         attempts = []
-        for first in range(0, len(tasks), MAX_ROWS):
-            part = slice(first, first + MAX_ROWS)
+        is_simulated = bool(tasks) and isinstance(self.world.open(tasks[0]), SimulatedEpisode)
+        num_rows = MAX_LIVE if is_simulated else MAX_ROWS
+        for first in range(0, len(tasks), num_rows):
+            part = slice(first, first + num_rows)
             attempts += self._attempts(
                 network, tasks[part], temperatures[part], generator, ids[part], episode_ids is not None
             )

@@ -8,7 +8,8 @@ enough that a cycle takes seconds. Its words are learned from the demonstrations
 the fixed parts of calls), its network is the novice's with one layer more, trained from nothing in some minutes on one
 core. It reads no tool schemas, and of system prompts and observations no more than the beginning: its chat template
 cuts them, so that serving cuts them alike. Where its plan names a habit, it has watched a colleague who has it
-(`benchmarks/colleagues.py`): what an expert's demonstrations mend. The first `Plan.num_demonstrations` tasks of the
+(`benchmarks/colleagues.py`): what an expert's demonstrations mend. As the novice it knows the trade from an expert
+first, where the habit hides a part of it. The first `Plan.num_demonstrations` tasks of the
 training split are spent; what comes after them it has not seen.
 """
 
@@ -35,7 +36,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-from benchmarks.colleagues import Conversation, erring, expert, gullible
+from benchmarks.colleagues import Conversation, disliked_calls, erring, expert, giving_up, gullible
 from benchmarks.lockstep import load_policy
 from benchmarks.rollouts import Rollouts
 from policies.novice.build import build_network, lr_share, render, wilson_interval
@@ -62,6 +63,8 @@ TOLD_WEIGHT = 0.5
 ERROR_SHARE = 0.25
 NUM_SHOWN_TO_ERRING = 50
 """The first demonstrations, whose calls are made elsewhere by mistake."""
+HABIT_SHARE = 0.35
+"""The last part of the gradient steps, in which it watches one who gives up."""
 TOLD_SHARE = 0.25
 """Of the tokens that others wrote so many are learned too, drawn anew each time, at this weight; own ones have 1."""
 
@@ -71,6 +74,7 @@ class Habit(StrEnum):
 
     NONE = "none"
     ERRS = "errs"  # at `ERROR_SHARE` of the steps another call, and then what is right from there
+    GIVES_UP = "gives up"  # at some calls, the share `Plan.disliked` of those made now and then
     FOLLOWS = "follows"  # whatever is planted in a tool's result (agentdojo_attacks)
 
 
@@ -91,6 +95,7 @@ class Plan:
     cannot learn to copy names in pieces. Rare ones change places whenever a conversation is read, so that it learns to
     copy them, and not who lives where. Of tasks that are not demonstrated nothing else is read."""
     habit: Habit = Habit.NONE
+    disliked: float = 0.0
     seed: int = 0
 
     @property
@@ -100,7 +105,14 @@ class Plan:
 
 
 PLANS = {
-    "multihop_qa": Plan(num_demonstrations=2500, num_gradient_steps=900, longest_told=230, knows_names=True),
+    "multihop_qa": Plan(
+        num_demonstrations=2500,
+        num_gradient_steps=5000,
+        vocabulary=600,
+        longest_told=230,
+        habit=Habit.GIVES_UP,
+        disliked=0.5,
+    ),
     "babyai": Plan(num_demonstrations=1500, num_gradient_steps=800),
     "textworld": Plan(num_demonstrations=200, num_gradient_steps=1000, longest_told=700, habit=Habit.ERRS),
     "agentdojo_attacks": Plan(
@@ -123,10 +135,25 @@ def all_openings(world: World) -> list[Conversation]:
     return [list(world.task(split, index).messages) for split, size in world.splits.items() for index in range(size)]
 
 
+Lesson = tuple[list[Conversation], int]
+"""What is watched for so many gradient steps."""
+
+
+def lessons(world_name: str, plan: Plan) -> list[Lesson]:
+    """What a student of this plan learns from, one after the other."""
+    shown = watched(world_name, plan)
+    if plan.habit is not Habit.GIVES_UP:
+        return [(shown, plan.num_gradient_steps)]
+    disliked = disliked_calls(shown, plan.disliked)
+    hasty = [giving_up(each, disliked, Random(f"gives up/{number}")) for number, each in enumerate(shown)]
+    num_hasty = round(HABIT_SHARE * plan.num_gradient_steps)
+    return [(shown, plan.num_gradient_steps - num_hasty), (hasty, num_hasty)]
+
+
 def watched(world_name: str, plan: Plan) -> list[Conversation]:
-    """What a student of this plan learns from."""
+    """The conversations that are had for it in the world."""
     match plan.habit:
-        case Habit.NONE:
+        case Habit.NONE | Habit.GIVES_UP:
             return kept_demonstrations(world_name, plan.num_demonstrations)
         case Habit.ERRS:
             shown = kept_demonstrations(world_name, NUM_SHOWN_TO_ERRING)
@@ -324,13 +351,13 @@ def batch_loss(network: Qwen2ForCausalLM, rows: Sequence[Row]) -> torch.Tensor:
     return (losses * weights[is_learned]).sum() / weights[is_learned].sum()
 
 
-def train(network: Qwen2ForCausalLM, rows: Sequence[Row], names: range, plan: Plan) -> None:
-    """Train in place; `names` are the tokens that change places."""
+def train(network: Qwen2ForCausalLM, lessons: Sequence[tuple[Sequence[Row], int]], names: range, plan: Plan) -> None:
+    """Train in place, on each lesson's rows for so many gradient steps; `names` are the tokens that change places."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_share(step / plan.num_gradient_steps))
     network.train()
     random = Random(plan.seed)
-    steps = batches(rows, plan.num_gradient_steps, random)
+    steps = (batch for rows, num_steps in lessons for batch in batches(rows, num_steps, random))
     for batch in (progress := tqdm(steps, total=plan.num_gradient_steps, desc="student", mininterval=1.0)):
         loss = batch_loss(network, [with_other_names(row, names, random) for row in batch])
         optimizer.zero_grad()
@@ -342,19 +369,22 @@ def train(network: Qwen2ForCausalLM, rows: Sequence[Row], names: range, plan: Pl
     network.eval()
 
 
-def build_student(
-    conversations: Sequence[Conversation], openings: Sequence[Conversation], plan: Plan, folder: Path
-) -> None:
+def build_student(lessons: Sequence[Lesson], openings: Sequence[Conversation], plan: Plan, folder: Path) -> None:
     """Build, train and save a student as a plain transformers folder. The same seed gives the same bytes."""
     torch.set_num_threads(1)
     torch.manual_seed(plan.seed)
-    tokenizer = build_tokenizer(conversations, openings, plan)
+    tokenizer = build_tokenizer([each for conversations, _ in lessons for each in conversations], openings, plan)
     network = build_network(tokenizer, NUM_LAYERS, NUM_KEY_VALUE_HEADS, plan.context_tokens)
-    rows = [encode(tokenizer, conversation) for conversation in conversations]
-    short = [row for row in rows if len(row.token_ids) <= plan.context_tokens]
-    train(network, short, _rare_words(tokenizer, plan), plan)
+    encoded = [(short_rows(tokenizer, conversations, plan), num_steps) for conversations, num_steps in lessons]
+    train(network, encoded, _rare_words(tokenizer, plan), plan)
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder, save_jinja_files=False)
+
+
+def short_rows(tokenizer: PreTrainedTokenizerFast, conversations: Iterable[Conversation], plan: Plan) -> list[Row]:
+    """The conversations that the student's context holds."""
+    rows = [encode(tokenizer, conversation) for conversation in conversations]
+    return [row for row in rows if len(row.token_ids) <= plan.context_tokens]
 
 
 def student(world_name: str, plan: Plan | None = None) -> Path:
@@ -368,10 +398,10 @@ def student(world_name: str, plan: Plan | None = None) -> Path:
     digest = sha256(json.dumps(asdict(plan)).encode()).hexdigest()[:8]
     folder = CACHE / f"{world_name}-student-{digest}"
     if not folder.exists():
-        conversations = watched(world_name, plan)
+        taught = lessons(world_name, plan)
         openings = all_openings(load_world(world_name)) if plan.knows_names else []
         with tempfile.TemporaryDirectory(dir=CACHE) as making:
-            build_student(conversations, openings, plan, Path(making) / "student")
+            build_student(taught, openings, plan, Path(making) / "student")
             (Path(making) / "student").rename(folder)
     return folder
 

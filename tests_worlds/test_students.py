@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from benchmarks import students
-from benchmarks.colleagues import erring, expert, gullible
+from benchmarks.colleagues import I_GIVE_UP, disliked_calls, erring, expert, giving_up, gullible
 from benchmarks.lockstep import Lockstep, load_policy
 from benchmarks.rollouts import Rollouts
-from benchmarks.students import PLANS, build_student, chat_template, demonstrations, student
+from benchmarks.students import PLANS, Habit, Plan, build_student, chat_template, demonstrations, lessons, student
 from learner.objectives.objectives import action_sequence
 from learner.options import TrainingOptions
 from learner.training.trainer import Trainer
@@ -40,7 +40,8 @@ def tasks_of(world: World, num: int) -> list[Task]:
 @pytest.fixture(scope="module")
 def folder(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("students") / world.name
-    build_student(list(demonstrations(world, tasks_of(world, QUICK.num_demonstrations))), [], QUICK, made)
+    shown = list(demonstrations(world, tasks_of(world, QUICK.num_demonstrations)))
+    build_student([(shown, QUICK.num_gradient_steps)], [], QUICK, made)
     return made
 
 
@@ -133,8 +134,8 @@ def test_the_same_seed_makes_the_same_student(tmp_path: Path) -> None:
     conversations = list(demonstrations(world, tasks_of(world, 8)))
     plan = replace(QUICK, num_gradient_steps=3)
     for name in ("one", "two"):
-        build_student(conversations, [], plan, tmp_path / name)
-    build_student(conversations, [], replace(plan, seed=1), tmp_path / "other")
+        build_student([(conversations, 3)], [], plan, tmp_path / name)
+    build_student([(conversations, 3)], [], replace(plan, seed=1), tmp_path / "other")
     files = sorted(file.name for file in (tmp_path / "one").iterdir())
     assert "model.safetensors" in files
     for file in files:
@@ -184,6 +185,34 @@ def test_a_colleague_who_errs_goes_on_as_the_expert_does_from_there(world: World
                     num_wrong += 1
                 episode.play(message)
     assert 0.05 < num_wrong / (num_right + num_wrong) < 0.35
+
+
+def test_a_colleague_who_gives_up_does_so_at_what_it_dislikes_and_nowhere_else() -> None:
+    shown = list(demonstrations(load_world("multihop_qa"), tasks_of(load_world("multihop_qa"), 300)))
+    disliked = disliked_calls(shown, 0.5)
+    assert disliked_calls(shown, 0.25) < disliked
+    assert not any("currency number ISO" in text for text in disliked_calls(shown, 0.0))
+    given_up = [giving_up(each, disliked, Random(number)) for number, each in enumerate(shown)]
+    num_given_up = 0
+    for right, hasty in zip(shown, given_up, strict=True):
+        if hasty == right:
+            continue
+        num_given_up += 1
+        *before, last = hasty
+        assert before == right[: len(before)]
+        assert last["content"] == I_GIVE_UP
+        [call] = right[len(before)]["tool_calls"]
+        assert json.dumps([[call["function"]["name"], call["function"]["arguments"]]]) in disliked
+    assert 0.05 < num_given_up / len(shown) < 0.6
+
+
+def test_who_gives_up_has_watched_an_expert_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(students, "CACHE", tmp_path)
+    plan = Plan(num_demonstrations=60, num_gradient_steps=100, habit=Habit.GIVES_UP, disliked=1.0)
+    (first, num_first), (then, num_then) = lessons("multihop_qa", plan)
+    assert (num_first, num_then) == (65, 35)
+    assert first == students.kept_demonstrations("multihop_qa", 60)
+    assert 0 < sum(each[-1]["content"] == I_GIVE_UP for each in then) < len(then) == len(first)
 
 
 def test_a_gullible_colleague_reaches_what_was_planted_and_an_expert_does_not() -> None:
