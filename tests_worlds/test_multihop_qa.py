@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 
 from tests_worlds import promises
 from tools.worlds import load_world
-from tools.worlds.calls import answering
+from tools.worlds.calls import answering, calling
 from tools.worlds.multihop_qa import MultihopQA
-from tools.worlds.questions import QuestionEpisode, exact_match, f1
+from tools.worlds.questions import QuestionEpisode, exact_match, f1, sought_title
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,43 @@ def test_each_search_of_the_expert_finds_its_fact_and_the_last_one_the_answer(wo
         answer = episode.question.answers[0]
         assert answer in observed[-1] or answer in ("yes", "no")
         assert (episode.outcome(), episode.f1()) == (1.0, 1.0)
+
+
+def test_a_fact_counts_as_found_in_whatever_words_it_was_searched_for(world: MultihopQA) -> None:
+    num_tried = 0
+    for task in promises.some_tasks(world, every=40):
+        episode = world.open(task)
+        assert isinstance(episode, QuestionEpisode)
+        for query in episode.question.queries:
+            action = episode.expert_action()
+            [call] = action["tool_calls"]
+            assert json.loads(call["function"]["arguments"]) == {"query": query}
+            other = f"please tell me of {query.lower()}"
+            episode.play(calling("search", {"query": other, "num_results": 10}, episode.num_moves))
+            num_tried += 1
+        assert not episode.expert_action().get("tool_calls"), episode.question
+    assert num_tried > 200
+
+
+def test_a_search_that_finds_something_else_leaves_the_expert_where_it_was(world: MultihopQA) -> None:
+    episode = world.open(world.task("train", 3))
+    before = episode.expert_action()["tool_calls"][0]["function"]
+    for query in ("Mogadish", "currency", "Lisbon"):
+        episode.play(calling("search", {"query": query}, episode.num_moves))
+        assert episode.expert_action()["tool_calls"][0]["function"] == before
+
+
+@pytest.mark.parametrize(
+    ("title", "query", "found"),
+    [
+        ("Somalia", "Somalia country capital currency", ["Somalia", "Djibouti"]),
+        ("Somali Shilling", "Somali Shilling currency number ISO", ["Kenyan Shilling", "Somali Shilling"]),
+        ("The Netherlands", "Netherlands country capital currency", ["Germany", "The Netherlands"]),
+        ("Oslo (city)", "where is it", ["Oslo (city)", "Bergen"]),
+    ],
+)
+def test_which_of_the_found_passages_was_sought(title: str, query: str, found: list[str]) -> None:
+    assert sought_title(query, found) == title
 
 
 @pytest.mark.parametrize(

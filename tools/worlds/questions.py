@@ -72,6 +72,21 @@ def _f1(said: list[str], right: list[str]) -> float:
     return 2 * num_common / (len(said) + len(right)) if num_common else 0.0
 
 
+# ------------------------------------------------------------------------------------------------ passages
+
+
+def titles(found: str) -> list[str]:
+    """Of the passages that a search found, the best first."""
+    return [passage.partition(": ")[0] for passage in found.split("\n\n")]
+
+
+def sought_title(query: str, found: Sequence[str]) -> str:
+    """Of the titles that a query finds the longest that it names; the first where it names none."""
+    words = set(normalized(query))
+    named = [title for title in found if words.issuperset(normalized(title))]
+    return max(named, key=len, default=found[0])
+
+
 # ------------------------------------------------------------------------------------------------ episode
 
 
@@ -92,7 +107,7 @@ class QuestionEpisode(ToolEpisode):
         self.question = question
         self._search = search
         self._num_found = 0
-        """How many of the expert's searches were made."""
+        """Of the facts that the expert searches for, in its order."""
         self.said: str | None = None
 
     @property
@@ -104,9 +119,11 @@ class QuestionEpisode(ToolEpisode):
 
     def run(self, name: str, arguments: dict[str, Any]) -> str:
         del name
-        queries = self.question.queries
-        self._num_found += self._num_found < len(queries) and arguments.get("query") == queries[self._num_found]
-        return self._search.find(json.dumps(arguments))
+        found, queries = self._search.find(json.dumps(arguments)), self.question.queries
+        if self._num_found < len(queries):
+            sought = self._search.find(json.dumps({"query": queries[self._num_found]}))
+            self._num_found += sought_title(queries[self._num_found], titles(sought)) in titles(found)
+        return found
 
     def answer(self, text: str) -> None:
         self.said = text
@@ -118,7 +135,8 @@ class QuestionEpisode(ToolEpisode):
         return 0.0 if self.said is None else f1(self.said, self.question.answers)
 
     def expert_action(self) -> Message:
-        """The next search, then the answer. No search that was made before it does harm."""
+        """The next search, then the answer. A fact counts as found in whatever words it was searched for, as soon as its
+        passage has been read."""
         if self._num_found < len(self.question.queries):
             return calling(
                 self._search.schema["name"], {"query": self.question.queries[self._num_found]}, self.num_moves
