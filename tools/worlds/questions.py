@@ -135,8 +135,7 @@ class QuestionEpisode(ToolEpisode):
         return 0.0 if self.said is None else f1(self.said, self.question.answers)
 
     def expert_action(self) -> Message:
-        """The next search, then the answer. A fact counts as found as soon as its passage has been read, in whatever words
-        it was searched for."""
+        """The next search, then the answer. A fact is found once its passage was read, whatever was asked for."""
         if self._num_found < len(self.question.queries):
             return calling(
                 self._search.schema["name"], {"query": self.question.queries[self._num_found]}, self.num_moves
