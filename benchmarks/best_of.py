@@ -384,7 +384,7 @@ def student_of(world: str) -> tuple[str, Path]:
         return "novice", NOVICE_PATH
     from benchmarks.students import student
 
-    return f"{world} student", student(world)
+    return "student", student(world)
 
 
 def first_unseen(world: str) -> int:
