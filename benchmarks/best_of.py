@@ -34,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.lockstep import MAX_ACTION_TOKENS, load_policy
 from benchmarks.rollouts import Attempt, Rollouts
+from benchmarks.students import first_unseen, student
 from learner.data.comparison import compare
 from learner.data.training_data import TrainingData
 from learner.objectives.build import NothingToLearn, objective_of
@@ -382,18 +383,7 @@ def student_of(world: str) -> tuple[str, Path]:
     """Name and folder of the small network that is trained for a world."""
     if world == "order_desk":
         return "novice", NOVICE_PATH
-    from benchmarks.students import student
-
     return "student", student(world)
-
-
-def first_unseen(world: str) -> int:
-    """The first training task that its student was not made with."""
-    if world == "order_desk":
-        return 0
-    from benchmarks.students import PLANS
-
-    return PLANS[world].first_unseen
 
 
 def main() -> None:

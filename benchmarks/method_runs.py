@@ -22,6 +22,7 @@ from benchmarks.lockstep import MAX_ACTION_TOKENS, load_policy
 from benchmarks.own_choice import majority, raft, sft_rft_majority
 from benchmarks.recipes import Labels, Method, Samples, Takes
 from benchmarks.rollouts import MAX_ROWS, Rollouts
+from benchmarks.students import first_unseen
 from learner.data.comparison import compare
 from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
 from learner.objectives.build import NothingToLearn, objective_of
@@ -167,7 +168,7 @@ class Stage:
         if scene.axis.permutes:
             world = PermutingExpert(world, scene.seed)
         self.rollouts = BriefRollouts(world, scene.base)
-        unseen = range(first_unseen(scene), world.splits["train"])
+        unseen = range(first_unseen(scene.world) if scene.student == "student" else 0, world.splits["train"])
         order = Random(f"demonstrations/{scene.seed}").sample(unseen, min(len(unseen), 1000))
         tasks = [world.task("train", index) for index in order]
         tried = [world.task(scene.split, index) for index in range(world.splits[scene.split])]
@@ -210,15 +211,6 @@ class Stage:
         for state in demonstration.states:
             episode.play(action_message(protocol.parse(state.expert or ())))
         return episode.outcome() == 1.0
-
-
-def first_unseen(scene: Scene) -> int:
-    """The first training task that the student was not made with."""
-    if scene.student != "student":
-        return 0
-    from benchmarks.students import PLANS
-
-    return PLANS[scene.world].first_unseen
 
 
 class Run:

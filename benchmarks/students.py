@@ -122,6 +122,12 @@ PLANS = {
 """By the world's name."""
 
 
+def first_unseen(world_name: str) -> int:
+    """The first training task that the world's student was not made with; 0 where it has none."""
+    plan = PLANS.get(world_name)
+    return plan.first_unseen if plan else 0
+
+
 # --------------------------------------------------------------------------------------- demonstrations
 
 

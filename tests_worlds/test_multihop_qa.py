@@ -11,7 +11,7 @@ from tests_worlds import promises
 from tools.worlds import load_world
 from tools.worlds.calls import answering, calling
 from tools.worlds.multihop_qa import MultihopQA
-from tools.worlds.questions import QuestionEpisode, exact_match, f1, sought_title
+from tools.worlds.questions import Question, QuestionEpisode, exact_match, f1, sought_title
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,23 @@ def test_a_search_that_finds_something_else_leaves_the_expert_where_it_was(world
     for query in ("Mogadish", "currency", "Lisbon"):
         episode.play(calling("search", {"query": query}, episode.num_moves))
         assert episode.expert_action()["tool_calls"][0]["function"] == before
+
+
+def test_an_expert_gets_on_whose_search_finds_nothing_and_hinders_no_other_search(world: MultihopQA) -> None:
+    """Wikipedia has titles without a word in them, such as !!!"""
+    found = world.open(world.task("train", 3))
+    assert isinstance(found, QuestionEpisode)
+    question = Question("?", ("yes",), ("!!!", "qqqzzz"))
+    episode = QuestionEpisode(question, found._search)
+    [told] = episode.play(calling("search", {"query": "Mogadishu"}, 0))
+    assert "Mogadishu: " in told["content"]
+    [told] = episode.play(calling("search", {"query": "nothingofthekind"}, 1))
+    for number, query in enumerate(question.queries, start=2):
+        action = episode.expert_action()
+        assert json.loads(action["tool_calls"][0]["function"]["arguments"]) == {"query": query}
+        episode.play(calling("search", {"query": "nothingofthekind"}, number))
+        episode.play(action)
+    assert episode.expert_action()["content"] == "yes"
 
 
 @pytest.mark.parametrize(

@@ -76,15 +76,15 @@ def _f1(said: list[str], right: list[str]) -> float:
 
 
 def titles(found: str) -> list[str]:
-    """Of the passages that a search found, the best first."""
-    return [passage.partition(": ")[0] for passage in found.split("\n\n")]
+    """Of the passages that a search found, the best first; none where it found none."""
+    return [passage.partition(": ")[0] for passage in found.split("\n\n") if ": " in passage]
 
 
-def sought_title(query: str, found: Sequence[str]) -> str:
+def sought_title(query: str, found: Sequence[str]) -> str | None:
     """Of the titles that a query finds the longest that it names; the first where it names none."""
     words = set(normalized(query))
     named = [title for title in found if words.issuperset(normalized(title))]
-    return max(named, key=len, default=found[0])
+    return max(named, key=len, default=next(iter(found), None))
 
 
 # ------------------------------------------------------------------------------------------------ episode
@@ -119,11 +119,21 @@ class QuestionEpisode(ToolEpisode):
 
     def run(self, name: str, arguments: dict[str, Any]) -> str:
         del name
-        found, queries = self._search.find(json.dumps(arguments)), self.question.queries
-        if self._num_found < len(queries):
-            sought = self._search.find(json.dumps({"query": queries[self._num_found]}))
-            self._num_found += sought_title(queries[self._num_found], titles(sought)) in titles(found)
+        sought = self.question.queries[self._num_found : self._num_found + 1]
+        if arguments.get("query") in sought:  # also where that search finds nothing, or has no words to search for
+            self._num_found += 1
+            return self._search.find(json.dumps(arguments))
+        found = self._search.find(json.dumps(arguments))
+        self._num_found += any(self._has_passage(query, found) for query in sought)
         return found
+
+    def _has_passage(self, query: str, found: str) -> bool:
+        """Whether the passage that the expert's query is after is among those found."""
+        try:
+            by_expert = self._search.find(json.dumps({"query": query}))
+        except ValueError:  # a title without a word in it
+            return False
+        return sought_title(query, titles(by_expert)) in titles(found)
 
     def answer(self, text: str) -> None:
         self.said = text
