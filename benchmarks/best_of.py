@@ -41,7 +41,7 @@ from learner.objectives.build import NothingToLearn, objective_of
 from learner.options import ObjectiveOptions, TrainingOptions
 from learner.training.discriminator import Discriminator, DiscriminatorOptions, discriminate
 from learner.training.trainer import Trainer
-from policies.adapters.reward import expert_logit, read_reward_card
+from policies.adapters.reward import expert_likelihood
 from policies.chat.chat_protocol import message_action
 from policies.novice.build import NOVICE_PATH
 from policies.types import Adapter, Completion, Draw, FinishReason, SamplingParams, TokenIds
@@ -127,22 +127,25 @@ def _keep(found: Discriminator, name: str, folder: Path, prompts: Sequence[Token
 
 @dataclass(frozen=True, slots=True)
 class ByReward:
-    """As the server's scorer of this kind, of a reward model that is loaded already."""
+    """As the server's scorer of this kind, of a reward model that is loaded already; or, as a benchmark's scorer, by the
+    logit of the reward model alone."""
 
     engine: EmbeddedEngine
     reward: Adapter
-    bias: float
     name: str
+    is_alone: bool = False
 
     async def scores(self, prompt: TokenIds, draws: Sequence[Draw]) -> list[float]:
         different = list(dict.fromkeys(draw.token_ids for draw in draws))
         asked = [(tokens, adapter) for tokens in different for adapter in (self.reward, None)]
         told = await asyncio.gather(*(self.engine.score(prompt, *each) for each in asked))
-        logits = {
-            tokens: expert_logit(q, base, self.bias)
-            for tokens, q, base in zip(different, told[::2], told[1::2], strict=True)
-        }
-        return [logits[draw.token_ids] for draw in draws]
+        scored = {tokens: sides for tokens, *sides in zip(different, told[::2], told[1::2], strict=True)}
+        return [self._score(draw, *scored[draw.token_ids]) for draw in draws]
+
+    def _score(self, draw: Draw, by_reward: tuple[float, ...], by_base: tuple[float, ...]) -> float:
+        if self.is_alone:
+            return sum(by_reward) - sum(by_base)
+        return expert_likelihood(draw.logprobs, by_reward, by_base)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +260,8 @@ async def measure(cell: Cell, base: Path, rollouts: BestOfRollouts, made: Made) 
     for number, (name, path) in enumerate(made.rewards.items()):
         reward = Adapter(f"reward-{number}", 2 + number, path, 16, "student", "", is_reward=True)
         await engine.load_adapter(reward)
-        scorers.append(ByReward(engine, reward, read_reward_card(path).bias, name))
+        scorers.append(ByReward(engine, reward, name))
+        scorers.append(ByReward(engine, reward, f"{name}, its logit alone", is_alone=True))
     tried = rollouts.with_engine(engine, student, cell.seed)
     tasks = [rollouts.world.task(cell.split, index) for index in range(cell.num_tasks)]
     arms: dict[str, dict[str, float]] = {}

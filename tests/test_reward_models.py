@@ -12,7 +12,7 @@ import pytest
 
 from policies.adapters.files import WEIGHTS_FILE, weights_digest
 from policies.adapters.probe import PROBE_FILE, read_probe
-from policies.adapters.reward import REWARD_FOLDER, RewardCard, expert_logit, read_reward_card, write_reward_card
+from policies.adapters.reward import REWARD_FOLDER, RewardCard, expert_likelihood, read_reward_card, write_reward_card
 from policies.types import Adapter, Draw, EngineError, FinalAnswer, TokenIds
 from runtime.adapters.reward_models import NoRewardModel, RewardModels
 from runtime.adapters.swap import Swap
@@ -21,7 +21,7 @@ from runtime.store.adapter_registry import AdapterRegistry
 from tests.scripted_engine import ScriptedEngine
 from tests.tiny_adapters import TinyNetwork, faithful_script
 
-CARD = RewardCard(bias=0.25, accuracy=0.8, num_pairs=12)
+CARD = RewardCard(accuracy=0.8, num_pairs=12)
 
 
 @pytest.fixture(scope="module")
@@ -73,17 +73,18 @@ def house(tiny: TinyNetwork, tmp_path: Path) -> House:
 DRAWS = [Draw((3, 4), (-0.1, -0.1), FinalAnswer("a")), Draw((1,), (-0.1,), FinalAnswer("b"))]
 
 
-def logits(house: House, adapter: Adapter) -> list[float]:
+def likelihoods(house: House, adapter: Adapter) -> list[float]:
     async def scored() -> list[float]:
-        return await house.models.expert_logits(await house.models.find(adapter), (5, 6), [*DRAWS, DRAWS[0]])
+        return await house.models.expert_likelihoods(await house.models.find(adapter), (5, 6), [*DRAWS, DRAWS[0]])
 
     return asyncio.run(scored())
 
 
 def test_it_scores_by_its_own_logprobs_and_the_bases_and_is_no_adapter_that_acts(house: House) -> None:
     adapter = house.register()
-    expected = [0.5 * (-0.7 + 0.35) + 0.25, 0.5 * (-0.1 + 0.05) + 0.25]
-    assert logits(house, adapter) == pytest.approx([*expected, expected[0]])
+    # Nats a token: log pi, and a quarter of 0.5 (log q - log base).
+    expected = [(-0.2 + 0.25 * 0.5 * (-0.7 + 0.35)) / 2, -0.1 + 0.25 * 0.5 * (-0.1 + 0.05)]
+    assert likelihoods(house, adapter) == pytest.approx([*expected, expected[0]])
     assert house.loaded() == [f"{adapter.name}-reward1"]
     assert [each.name for each in house.registry.adapters()] == [adapter.name]
     assert house.registry.reward_of(adapter.name) in house.engine.loaded_adapters()
@@ -127,7 +128,7 @@ def test_an_engine_that_scores_otherwise_than_the_trainer_chooses_by_nothing(hou
     adapter = house.register()
     house.engine.scored = lambda tokens, _: house.faithful(tokens, "base")
     with pytest.raises(NoRewardModel, match="does not score by what was trained"):
-        logits(house, adapter)
+        likelihoods(house, adapter)
     assert house.loaded() == []
     with pytest.raises(NoRewardModel, match="does not score by what was trained"):
         asyncio.run(house.models.find(adapter))
@@ -135,7 +136,7 @@ def test_an_engine_that_scores_otherwise_than_the_trainer_chooses_by_nothing(hou
 
 def test_it_gives_its_slot_to_an_adapter_and_comes_again_when_there_is_one(house: House) -> None:
     adapters = [house.register(seed) for seed in (1, 2, 3)]
-    logits(house, adapters[0])
+    likelihoods(house, adapters[0])
 
     async def all_up() -> None:
         for each in adapters:
@@ -144,23 +145,23 @@ def test_it_gives_its_slot_to_an_adapter_and_comes_again_when_there_is_one(house
     asyncio.run(all_up())
     assert house.loaded() == [each.name for each in adapters]
     with pytest.raises(NoRewardModel, match="no slot"):
-        logits(house, adapters[0])
+        likelihoods(house, adapters[0])
     asyncio.run(house.swap.unload(adapters[2].name))
-    assert logits(house, adapters[0])
+    assert likelihoods(house, adapters[0])
 
 
 def test_the_newest_is_used_and_a_broken_newer_one_is_no_reason_to_use_the_old(house: House) -> None:
     adapter = house.register()
-    logits(house, adapter)
+    likelihoods(house, adapter)
     newer = house.tiny.copy(100, house.folder / "newer")
-    write_reward_card(newer, RewardCard(bias=1.25, accuracy=None, num_pairs=4))
+    write_reward_card(newer, RewardCard(accuracy=None, num_pairs=4))
     assert house.registry.add_reward(adapter.name, newer).digest == house.tiny_digest(), "the same weights: known"
     house.tiny.write_adapter(other := house.folder / "other", seed=5)
     write_reward_card(other, CARD)
     second = house.registry.add_reward(adapter.name, other, "cycle_2")
     assert second.path.name == "reward-0002"
     house.probe = read_probe(other)
-    assert logits(house, adapter)
+    assert likelihoods(house, adapter)
     assert house.loaded() == [f"{adapter.name}-reward2"]
     (second.path / "reward.json").unlink()
     third = house.registry.add_reward(adapter.name, house.tiny.adapter(6))
@@ -173,7 +174,7 @@ def test_there_is_one_at_a_time_and_nobody_loses_the_one_he_scores_by(house: Hou
     first, second = house.register(1), house.register(2)
 
     async def score(adapter: Adapter) -> list[float]:
-        return await house.models.expert_logits(await house.models.find(adapter), (5, 6), DRAWS)
+        return await house.models.expert_likelihoods(await house.models.find(adapter), (5, 6), DRAWS)
 
     async def at_once() -> list[list[float]]:
         return list(await asyncio.gather(*(score(each) for each in (first, second) * 8)))
@@ -188,15 +189,24 @@ def test_an_engine_that_has_died_is_an_error_and_no_verdict_on_it(house: House) 
     asyncio.run(house.models.find(adapter))
     house.engine.is_alive = False
     with pytest.raises((EngineError, NoRewardModel)):
-        logits(house, adapter)
+        likelihoods(house, adapter)
     house.engine.is_alive = True
-    assert logits(house, adapter)
+    assert likelihoods(house, adapter)
 
 
-def test_its_card_is_read_as_it_was_written_and_the_logit_is_airls(tmp_path: Path) -> None:
+def test_a_ratio_alone_does_not_choose_what_the_policy_hardly_ever_does() -> None:
+    usual = expert_likelihood((-0.1, -0.1), (-0.2, -0.2), (-1.0, -1.0))
+    slip = expert_likelihood((-9.0, -0.1), (-2.0, -0.2), (-9.0, -0.1))
+    assert usual > slip, "though the reward model's logit of the slip is larger"
+    wrong = expert_likelihood((-0.1, -0.1), (-9.0, -0.2), (-1.0, -0.1))
+    assert usual > wrong, "what the policy likes alike, the reward model decides"
+
+
+def test_its_card_is_read_as_it_was_written_and_one_of_a_release_before_too(tmp_path: Path) -> None:
     write_reward_card(tmp_path, CARD)
     assert read_reward_card(tmp_path) == CARD
-    assert expert_logit((-1.0, -2.0), (-2.0, -3.0), 0.5) == 1.5
-    (tmp_path / "reward.json").write_text(json.dumps({"bias": 1e999, "accuracy": None, "num_pairs": 1}))
-    with pytest.raises(ValueError, match="is no bias"):
+    (tmp_path / "reward.json").write_text(json.dumps({"bias": 0.3, "accuracy": 0.8, "num_pairs": 12}))
+    assert read_reward_card(tmp_path) == CARD
+    (tmp_path / "reward.json").write_text(json.dumps({"accuracy": "high", "num_pairs": 1}))
+    with pytest.raises(ValueError, match="cannot be read"):
         read_reward_card(tmp_path)

@@ -110,7 +110,7 @@ class Discriminator:
     ) -> None:
         """Write it as a reward model (`policies/adapters/reward.py`). Raises as `Trainer.save`."""
         self._trainer.save(folder, probe_prompts, card, neutral_prompt)
-        write_reward_card(folder, RewardCard(self._bias, self.accuracy, self.num_pairs))
+        write_reward_card(folder, RewardCard(self.accuracy, self.num_pairs))
 
     def measures(self) -> dict[str, float]:
         """For the cycle's report."""

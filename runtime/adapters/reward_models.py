@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from policies.adapters.base_network import BaseNetwork
 from policies.adapters.files import AdapterRefused, validate_adapter
 from policies.adapters.probe import Probe, difference
-from policies.adapters.reward import RewardCard, expert_logit, read_reward_card
+from policies.adapters.reward import RewardCard, expert_likelihood, read_reward_card
 from policies.types import Adapter, Draw, Engine, EngineError, TokenIds
 from runtime.store.adapter_registry import AdapterRegistry
 
@@ -72,12 +72,12 @@ class RewardModels:
                 raise self._refusal(reward.name, str(error)) from error
         return self._sound[reward.name]
 
-    async def expert_logits(
+    async def expert_likelihoods(
         self, reward: RewardModel, prompt_token_ids: TokenIds, draws: Sequence[Draw]
     ) -> list[float]:
-        """Of each draw, the reward model's logit. Equal draws are scored once; of one that fills the context, what the
-        engine can read. Raises NoRewardModel where it is refused or has no slot now, EngineError where the engine
-        fails."""
+        """Of each draw, `expert_likelihood`. Equal draws are scored once; of one that fills the context, what the
+        engine can read. Raises NoRewardModel where the reward model is refused or has no slot now, EngineError where
+        the engine fails."""
         room = self._engine.limits.max_context_tokens - 1 - len(prompt_token_ids)
         different = [tokens for tokens in dict.fromkeys(draw.token_ids[:room] for draw in draws) if tokens]
         asked = [(tokens, adapter) for tokens in different for adapter in (reward.adapter, None)]
@@ -88,9 +88,8 @@ class RewardModels:
                 if self._engine.health().is_alive and reward.adapter not in self._engine.loaded_adapters():
                     raise NoRewardModel(f"{reward.adapter.name} gave its slot to an adapter") from error
                 raise
-        pairs = zip(different, told[::2], told[1::2], strict=True)
-        logits = {tokens: expert_logit(of_reward, of_base, reward.card.bias) for tokens, of_reward, of_base in pairs}
-        return [logits.get(draw.token_ids[:room], reward.card.bias) for draw in draws]
+        scored = {tokens: sides for tokens, *sides in zip(different, told[::2], told[1::2], strict=True)}
+        return [expert_likelihood(draw.logprobs, *scored.get(draw.token_ids[:room], ((), ()))) for draw in draws]
 
     # ------------------------------------------------------------------------------------------ in the engine
 

@@ -1,7 +1,8 @@
 """Who chooses among several draws at a state: the cycle's discriminator, the policy's own sureness, or the majority.
 
 None is believed to be right: what each gained, and what it cost, stands in benchmarks/RESULTS.md. Refused: the implicit
-reward, log pi - log ref of the served adapter, which was no better than chance in choosing (FACTS of 2026-11-26).
+reward, log pi - log ref of the served adapter, and the discriminator's logit alone, a ratio of the expert's probability
+to the policy's: neither was much better than chance in choosing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class ChosenBy(StrEnum):
     """What a draw is chosen by."""
 
     AUTO = "auto"  # the discriminator where there is one beside the adapter, else the mean logprob
-    DISCRIMINATOR = "discriminator"  # the expert logit of the reward model beside the adapter
+    DISCRIMINATOR = "discriminator"  # the policy and the reward model beside its adapter: what an expert would do
     MEAN_LOGPROB = "mean_logprob"  # how sure the policy was of its tokens
     MAJORITY = "majority"  # how many draws mean the same
 
@@ -49,14 +50,14 @@ class Majority:
 
 @dataclass(frozen=True, slots=True)
 class ByReward:
-    """The logit of the reward model beside the adapter that acts."""
+    """What an expert would do most likely, by the policy and the reward model beside its adapter."""
 
     models: RewardModels
     reward: RewardModel
     name: str = ChosenBy.DISCRIMINATOR.value
 
     async def scores(self, prompt_token_ids: TokenIds, draws: Sequence[Draw]) -> list[float]:
-        return await self.models.expert_logits(self.reward, prompt_token_ids, draws)
+        return await self.models.expert_likelihoods(self.reward, prompt_token_ids, draws)
 
 
 async def scorer_of(chosen_by: ChosenBy, adapter: Adapter | None, models: RewardModels | None) -> Scorer:
