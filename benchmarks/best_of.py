@@ -127,8 +127,8 @@ def _keep(found: Discriminator, name: str, folder: Path, prompts: Sequence[Token
 
 @dataclass(frozen=True, slots=True)
 class ByReward:
-    """As the server's scorer of this kind, of a reward model that is loaded already; or, as a benchmark's scorer, by the
-    logit of the reward model alone."""
+    """As the server's scorer of this kind, of a reward model that is loaded already; or by its logit alone, which the
+    server does not do."""
 
     engine: EmbeddedEngine
     reward: Adapter

@@ -375,6 +375,8 @@ class Run:
             answered = self._sampled(answered, number)
         if method.labels is Labels.CONFIRMED:
             answered = [_confirmed(each) for each in answered]
+        if method.labels is not Labels.TO_SLIP:
+            answered = [_answered_everywhere(each) for each in answered]
         return {each.episode_id: each for each in answered}
 
     def _own_with_ages(self) -> tuple[Trajectory, ...]:
@@ -523,6 +525,11 @@ def _confirmed(trajectory: Trajectory) -> Trajectory:
         for state in trajectory.states
     )
     return replace(trajectory, states=tuple(states))
+
+
+def _answered_everywhere(trajectory: Trajectory) -> Trajectory:
+    """As if a person had answered at each state: the learner leaves out other answers behind a slip."""
+    return replace(trajectory, states=tuple(replace(state, is_correction=True) for state in trajectory.states))
 
 
 def _without_expert(trajectory: Trajectory) -> Trajectory:

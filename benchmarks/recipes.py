@@ -46,6 +46,7 @@ class Labels(StrEnum):
 
     EXPERT = "expert"
     CONFIRMED = "confirmed"  # the expert, where one of the policy's samples agrees
+    TO_SLIP = "to the first slip"  # the expert, up to the state where the policy first does otherwise
     CRITICAL = "critical"  # an own sample that, played in place of a failed episode's step, led to success
 
 
@@ -108,6 +109,9 @@ METHODS: dict[str, Method] = {
     "implicit, expert at own states": IMPLICIT_OWN,
     "pivot, expert at own states": Method("pivot", (Takes.ANSWERS,), Samples.OWN_STATES),
     "sft, expert at own states, confirmed": replace(ANSWERED, samples=Samples.OWN_STATES, labels=Labels.CONFIRMED),
+    "sft, expert up to the first slip": replace(ANSWERED, labels=Labels.TO_SLIP),
+    "implicit, expert up to the first slip": replace(IMPLICIT_OWN, labels=Labels.TO_SLIP),
+    "rft + sft, expert up to the first slip": Method("sft_rft", (Takes.OUTCOMES, Takes.ANSWERS), labels=Labels.TO_SLIP),
     "rft + sft, expert at own states": Method("sft_rft", (Takes.OUTCOMES, Takes.ANSWERS)),
     "critical steps": Method("sft", (Takes.REPLAY,), Samples.OWN_STATES, Labels.CRITICAL),
     "rft + sft, critical steps": Method("sft_rft", (Takes.OUTCOMES, Takes.REPLAY), Samples.OWN_STATES, Labels.CRITICAL),

@@ -52,7 +52,8 @@ class ObjectiveOptions:
     clip_high: float = 0.28
     """How far it may rise."""
     own_states: bool = True
-    """Also learn the experts' answers at the policy's own logged states."""
+    """Also learn the experts' answers at the policy's own logged states, in each episode up to the first slip, and what
+    people corrected."""
     informative_only: bool = False
     """In `sft` and `implicit`, leave out states at which no own action disagrees with the expert's."""
     max_versions_old: int = 2

@@ -21,6 +21,9 @@ from policies.types import Action, MalformedAction, Message
 from runtime.store.step_log import StepLog
 from tools.worlds.world import UnknownTask, World, WorldEpisode, task_named
 
+CORRECTION = "correction"
+"""The source of what a person said."""
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertAnswer:
@@ -28,7 +31,7 @@ class ExpertAnswer:
 
     action: Action
     source: str
-    """`correction`, `world`, or the model's name."""
+    """`CORRECTION`, `world`, or the model's name."""
 
 
 class Expert(Protocol):
@@ -47,7 +50,7 @@ class Corrections:
 
     async def answer(self, state: LoggedState) -> ExpertAnswer | None:
         corrections = self.log.corrections(state.step.id)
-        return ExpertAnswer(corrections[-1].action, "correction") if corrections else None
+        return ExpertAnswer(corrections[-1].action, CORRECTION) if corrections else None
 
 
 @dataclass(frozen=True, slots=True)

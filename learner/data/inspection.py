@@ -17,7 +17,7 @@ from learner.client import StateTrial
 from learner.data.collaborators import Collaborators
 from learner.data.collect import Collected, LoggedEpisode, LoggedState
 from learner.data.comparison import ComparedState, compare_state, report_on
-from learner.data.experts import ask, same_effect_at
+from learner.data.experts import CORRECTION, ask, same_effect_at
 from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
 from policies.chat.chat_protocol import ChatProtocol, ChatProtocolError
 from policies.chat.read_back import misreading
@@ -163,7 +163,8 @@ async def _inspect_policy_states(
             compared.append(compare_state([step.action], answer.action, judge))
             agrees = compared[-1].comparisons[0].agrees
         action = _policy_action(step, agrees, episode.num_versions_old)
-        states[step.id] = State(step.id, step.prompt_token_ids, expert, (action,))
+        is_correction = answer is not None and answer.source == CORRECTION
+        states[step.id] = State(step.id, step.prompt_token_ids, expert, (action,), is_correction)
     trajectories = [
         Trajectory(e.episode.id, tuple(states[step.id] for step in e.path), e.episode.task, e.outcome)
         for e in policy_episodes

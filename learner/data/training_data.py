@@ -41,6 +41,13 @@ class State:
     """The expert's action in tokens; None where no expert has answered."""
     policy_actions: tuple[PolicyAction, ...]
     """At an own state the first is the one that was taken, and led to what follows; others were sampled there."""
+    is_correction: bool = False
+    """A person said of this very step what should have been done."""
+
+    @property
+    def is_slip(self) -> bool:
+        """At an own state: what was done there is not what the expert would have done."""
+        return bool(self.policy_actions) and self.policy_actions[0].agrees is False
 
     @property
     def disagreeing(self) -> tuple[PolicyAction, ...]:
