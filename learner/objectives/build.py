@@ -35,6 +35,7 @@ from learner.objectives.states import (
     own_actions,
     policy_gradient,
     taken_actions,
+    up_to_first_slips,
     without_stale_actions,
 )
 from learner.objectives.successes import rft, sft_rft
@@ -52,7 +53,8 @@ def objective_of(
     """
     if name not in OBJECTIVES:
         raise ValueError(f"no objective is called {name!r}; there are: {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[name](without_stale_actions(training_data, options), options, discriminator)
+    learned = without_stale_actions(up_to_first_slips(training_data), options)
+    return OBJECTIVES[name](learned, options, discriminator)
 
 
 # ------------------------------------------------------------------------------------- at experts' states

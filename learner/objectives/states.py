@@ -52,7 +52,9 @@ class LabelledState:
 
 def labelled_states(training_data: TrainingData, options: ObjectiveOptions) -> list[LabelledState]:
     """The states to learn experts' actions at, each once. Raises NothingToLearn where there is none."""
-    answered = _some(answered_states(training_data, options))
+    answered = answered_states(training_data, options)
+    if not answered:
+        raise NothingToLearn("no expert has acted or answered at any state: import demonstrations, or add corrections")
     if not options.informative_only:
         return answered
     informative = [labelled for labelled in answered if labelled.state.is_informative]
@@ -62,42 +64,12 @@ def labelled_states(training_data: TrainingData, options: ObjectiveOptions) -> l
 
 
 def answered_states(training_data: TrainingData, options: ObjectiveOptions) -> list[LabelledState]:
-    """Each state whose expert's answer is learned: in own episodes up to the first slip, and what people corrected.
+    """Each state where an expert has acted or answered.
 
-    Behind a slip the policy is where no expert would be. What he would do there is mostly what he would have done
-    before, and a weak policy that imitates it there says the same thing again and again (benchmarks/RESULTS.md).
+    A state that several episodes went through, with the same answer, has the own actions of all of them: counted each
+    time, the first steps of every episode would outweigh the later ones, which are rarer and harder.
     """
-    own = map(up_to_first_slip, training_data.policy_episodes) if options.own_states else ()
-    return _each_once((*training_data.demonstrations, *own))
-
-
-def compared_states(training_data: TrainingData, options: ObjectiveOptions) -> list[LabelledState]:
-    """Each state where an expert has acted or answered: to tell his actions from the policy's, not to imitate them.
-    Raises NothingToLearn where there is none."""
-    return _some(_each_once(training_data.trajectories if options.own_states else training_data.demonstrations))
-
-
-def up_to_first_slip(episode: Trajectory) -> Trajectory:
-    """An own episode without the experts' answers behind the first state where it left their way; people's corrections
-    stay."""
-    slips = (place for place, state in enumerate(episode.states) if state.is_slip)
-    first = next(slips, len(episode.states))
-    states = (
-        state if place <= first or state.is_correction else replace(state, expert=None)
-        for place, state in enumerate(episode.states)
-    )
-    return replace(episode, states=tuple(states))
-
-
-def _some(states: list[LabelledState]) -> list[LabelledState]:
-    if not states:
-        raise NothingToLearn("no expert has acted or answered at any state: import demonstrations, or add corrections")
-    return states
-
-
-def _each_once(trajectories: Sequence[Trajectory]) -> list[LabelledState]:
-    """A state that several episodes went through, with the same answer, has the own actions of all of them: counted
-    each time, the first steps of every episode would outweigh the later ones, which are rarer and harder."""
+    trajectories = training_data.trajectories if options.own_states else training_data.demonstrations
     found: dict[tuple[TokenIds, TokenIds], LabelledState] = {}
     for trajectory in trajectories:
         for state in trajectory.states:
@@ -175,6 +147,25 @@ def taken_actions(episodes: Sequence[Trajectory]) -> list[tuple[ScoredSequence, 
 def drawn_from_policy(own: Sequence[tuple[ScoredSequence, PolicyAction]]) -> list[tuple[ScoredSequence, PolicyAction]]:
     """Those whose importance ratio can be told."""
     return [(sequence, action) for sequence, action in own if action.behavior_logprobs]
+
+
+def up_to_first_slips(training_data: TrainingData) -> TrainingData:
+    """The same without the experts' answers behind the first slip of each own episode, but for what people corrected.
+
+    Behind a slip the policy is where no expert would be. What he would do there is mostly what he would have done
+    before, and a weak policy that imitates it there says the same thing again and again (benchmarks/RESULTS.md).
+    """
+    return replace(training_data, policy_episodes=tuple(map(_up_to_first_slip, training_data.policy_episodes)))
+
+
+def _up_to_first_slip(episode: Trajectory) -> Trajectory:
+    slips = (place for place, state in enumerate(episode.states) if state.is_slip)
+    first = next(slips, len(episode.states))
+    states = (
+        state if place <= first or state.is_correction else replace(state, expert=None)
+        for place, state in enumerate(episode.states)
+    )
+    return replace(episode, states=tuple(states))
 
 
 def without_stale_actions(training_data: TrainingData, options: ObjectiveOptions) -> TrainingData:

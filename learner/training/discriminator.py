@@ -24,7 +24,7 @@ from learner.data.rewards import discriminator_rewards, logged_actions_of
 from learner.data.training_data import TrainingData
 from learner.objectives.losses import expert_logits, length_controlled, pairwise_discriminator_loss
 from learner.objectives.objectives import Loss, Pair, action_sequence
-from learner.objectives.states import LabelledState, NothingToLearn, compared_states, without_stale_actions
+from learner.objectives.states import LabelledState, NothingToLearn, labelled_states, without_stale_actions
 from learner.options import ObjectiveOptions, TrainingOptions
 from learner.packing.prefix_tree import ScoredSequence, Span
 from learner.packing.scoring import SequenceLogprobs
@@ -143,7 +143,7 @@ def discriminate(
 ) -> Discriminator:
     """A discriminator of the training data's experts from its own actions. Raises NothingToLearn with too few pairs,
     and as `Trainer.train` does."""
-    labelled = compared_states(without_stale_actions(training_data, objectives), objectives)
+    labelled = labelled_states(without_stale_actions(training_data, objectives), objectives)
     kept, held_out = list[LabelledState](), list[LabelledState]()
     for each in labelled:
         if each.state.is_informative:
