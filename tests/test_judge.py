@@ -37,7 +37,8 @@ def judged(tmp_path: Path, protocol: ChatProtocol, says: Sequence[str], own: Seq
     """(scores by episode, problems, the engine behind the judge)."""
     engine = SayingEngine(protocol, *says, limits=LONG)
     with served(parts_of(engine, protocol, tmp_path)) as server:
-        judge = Judge(server.async_client(), MODEL)
+        # One group after the other: what is said is for the first that asks.
+        judge = Judge(server.async_client(), MODEL, places=asyncio.Semaphore(1))
         return asyncio.run(judge.scores(own)), judge.problems, engine
 
 
