@@ -12,7 +12,9 @@ engine and the scorers that serve. All arms draw with the same seeds, and the fi
 takes. `oracle` takes a draw that the world's expert agrees with, where there is one: what no scorer can pass by much.
 
 AUC: at the states of the arm `mean_logprob`, of all pairs of a draw that the expert agrees with and one that he does
-not, at one state, the share that a scorer ranks rightly; ties count half. Cells that were run are read from the file.
+not, at one state, the share that a scorer ranks rightly; ties count half. Beside it, of a discriminator's logit alone,
+the AUC on held-out steps: at the expert's states of the held-out tasks, his action against the student's wrong draws,
+which is what it is trained to tell apart. Cells that were run are read from the file.
 """
 
 from __future__ import annotations
@@ -32,12 +34,14 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.figures import spread
 from benchmarks.lockstep import MAX_ACTION_TOKENS, load_policy
 from benchmarks.rollouts import Attempt, Rollouts
 from benchmarks.students import first_unseen, student
 from learner.data.comparison import compare
 from learner.data.training_data import TrainingData
 from learner.objectives.build import NothingToLearn, objective_of
+from learner.objectives.states import answered_states
 from learner.options import ObjectiveOptions, TrainingOptions
 from learner.training.discriminator import Discriminator, DiscriminatorOptions, discriminate
 from learner.training.trainer import Trainer
@@ -71,6 +75,8 @@ class Cell:
     seed: int
     num_tasks: int
     split: str = "heldout"
+    is_tried: bool = True
+    """Whether tasks are tried too, beside the AUC on held-out steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,8 @@ class Made:
     """By the scorer's name; a discriminator that could not be trained is not in it."""
     accuracy: dict[str, float]
     """Of each, on the pairs that its cycle held out."""
+    held_out_steps: dict[str, tuple[float, int]]
+    """Of each, its AUC on held-out steps, and of how many pairs."""
     problems: dict[str, str]
 
 
@@ -104,7 +112,10 @@ def train(cell: Cell, base: Path, rollouts: Rollouts, folder: Path) -> Made:
         tuple(rollouts.inspected(student, demonstrated, NUM_SAMPLES, draw)),
         tuple(rollouts.own_trajectories(student, others, draw, "own")),
     )
-    made = Made(folder / "student", {}, {}, {})
+    held_out = [world.task(cell.split, index) for index in range(cell.num_tasks)]
+    of_held_out = TrainingData(tuple(rollouts.inspected(student, held_out, NUM_DRAWS, draw)))
+    informative = [each for each in answered_states(of_held_out, objectives) if each.state.is_informative]
+    made = Made(folder / "student", {}, {}, {}, {})
     for name, data in (("discriminator", of_base), ("discriminator, next cycle", of_student)):
         try:
             found = discriminate(data, base, objectives, DiscriminatorOptions(training=training), "cpu")
@@ -112,6 +123,7 @@ def train(cell: Cell, base: Path, rollouts: Rollouts, folder: Path) -> Made:
             made.problems[name] = str(reason)
             continue
         _keep(found, name, folder, prompts, made)
+        made.held_out_steps[name] = found.accuracy_at(informative) if informative else (float("nan"), 0)
     return made
 
 
@@ -283,14 +295,15 @@ async def measure(cell: Cell, base: Path, rollouts: BestOfRollouts, made: Made) 
     await tried.outcomes(tasks, NUM_DRAWS, watching(tried, scorers, seen))
     await engine.close()
     aucs = {scorer.name: dict(zip(("auc", "num_pairs"), auc(seen, scorer.name), strict=True)) for scorer in scorers}
-    return {"arms": arms, "aucs": aucs, "accuracy": made.accuracy, "problems": made.problems}
+    return {"arms": arms, "aucs": aucs}
 
 
 def run(cell: Cell, base: Path) -> dict[str, Any]:
     rollouts = BestOfRollouts(load_world(cell.world), base)
     with tempfile.TemporaryDirectory() as folder:
         made = train(cell, base, rollouts, Path(folder))
-        return asyncio.run(measure(cell, base, rollouts, made))
+        trials = asyncio.run(measure(cell, base, rollouts, made)) if cell.is_tried else {}
+        return {**trials, "accuracy": made.accuracy, "held_out_steps": made.held_out_steps, "problems": made.problems}
 
 
 class FinishedCells:
@@ -322,7 +335,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """A row for each arm: success, its gain over T=1 paired by seed, AUC, and CPU seconds a task against T=1's."""
+    """A row for each arm: success, its gain over T=1 paired by seed, AUC (mean over seeds), and CPU seconds a task
+    against T=1's."""
     rows = [["choice", "success %", "points over T=1", "AUC (pairs)", "CPU, times T=1"]]
     for name in dict.fromkeys(name for result in results for name in result["arms"]):
         having = [result for result in results if name in result["arms"]]
@@ -340,6 +354,19 @@ def table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def held_out_steps(results: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Of each discriminator, its AUC on held-out steps: median, least and most of the seeds, and how many pairs."""
+    told: dict[str, list[tuple[float, int]]] = {}
+    for result in results:
+        for name, (share, number) in result["held_out_steps"].items():
+            if number:
+                told.setdefault(name, []).append((share, number))
+    return {
+        name: f"{spread([share for share, _ in seeds], 2)}, {sum(number for _, number in seeds)} pairs"
+        for name, seeds in told.items()
+    }
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -396,6 +423,7 @@ def main() -> None:
     parser.add_argument("--demonstrations", default="4,8", help="how many, with commas (default 4,8)")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
     parser.add_argument("--tasks", type=int, default=100, help="held-out tasks (default 100)")
+    parser.add_argument("--no-trials", action="store_true", help="tell the AUC on held-out steps alone")
     parser.add_argument("--cells", type=Path, default=Path("state/best_of.jsonl"), help="the file of finished cells")
     parser.add_argument("--rows", type=Path, help="put rows into this file (benchmarks/results/methods.json)")
     options = parser.parse_args()
@@ -406,14 +434,16 @@ def main() -> None:
     for number in map(int, options.demonstrations.split(",")):
         results = []
         for seed in range(1, options.seeds + 1):
-            cell = Cell(options.world, number, seed, options.tasks)
+            cell = Cell(options.world, number, seed, options.tasks, is_tried=not options.no_trials)
             results.append(cells.result(cell, base))
-            rows += rows_of(cell, results[-1], name)
+            rows += rows_of(cell, results[-1], name) if cell.is_tried else []
         print(f"\n{options.world}, {name}, {number} demonstrations, {options.seeds} seeds, {options.tasks} tasks\n")
-        print(markdown(table(results)))
+        if not options.no_trials:
+            print(markdown(table(results)))
         for result in results:
             for of, problem in result["problems"].items():
                 print(f"{of}: {problem}")
+        print("AUC on held-out steps:", held_out_steps(results))
         print("accuracy on the pairs that the cycle held out:", [result["accuracy"] for result in results], flush=True)
     if options.rows:
         put_rows(options.rows, AXIS, [options.world], rows)

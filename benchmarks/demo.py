@@ -95,11 +95,10 @@ def _url_when_ready(process: subprocess.Popen[bytes], log_path: Path) -> str:
 # ---------------------------------------------------------------------------------------------- experts
 
 
-def write_demonstrations(path: Path, num_demonstrations: int, num_steps: int | None = None) -> None:
-    """Experts' conversations on the first training tasks, as OpenAI's fine-tuning JSONL; of each all steps, or the
-    first."""
+def write_demonstrations(path: Path, num_demonstrations: int, num_steps: int | None = None, first: int = 0) -> None:
+    """Experts' conversations on training tasks, as OpenAI's fine-tuning JSONL; of each all steps, or so many."""
     with path.open("w") as file:
-        for index in range(num_demonstrations):
+        for index in range(first, first + num_demonstrations):
             task = WORLD.task("train", index)
             episode, messages = WORLD.open(task), list(task.messages)
             while messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls"):

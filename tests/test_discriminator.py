@@ -11,6 +11,7 @@ import torch
 from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
 from learner.objectives.build import NothingToLearn, objective_of
 from learner.objectives.objectives import action_sequence
+from learner.objectives.states import answered_states
 from learner.options import ObjectiveOptions, TrainingOptions
 from learner.packing.prefix_tree import ScoredSequence
 from learner.training.discriminator import Discriminator, DiscriminatorOptions, discriminate
@@ -72,6 +73,13 @@ def discriminator(training_data: TrainingData) -> Discriminator:
 def test_it_tells_held_out_pairs_apart(discriminator: Discriminator) -> None:
     assert discriminator.accuracy is not None
     assert discriminator.accuracy > 0.9
+
+
+def test_it_tells_them_apart_at_tasks_it_never_saw(protocol: ChatProtocol, discriminator: Discriminator) -> None:
+    unseen = answered_states(blundering(protocol, 4, "validation"), LESSONS)
+    share, num_pairs = discriminator.accuracy_at(unseen)
+    assert share > 0.9
+    assert num_pairs == len(unseen) * len(BLUNDERS)
 
 
 def test_experts_have_logits_above_zero_and_blunders_below_at_tasks_it_never_saw(

@@ -86,13 +86,18 @@ class Discriminator:
         """Logits without bias: the pairs it was trained on, those held out and the actions to reward overlap."""
         self.num_pairs = len(training_pairs.pairs)
         self._bias = _balancing_bias(*map(torch.tensor, zip(*self._pair_logits(training_pairs), strict=True)))
-        told = [expert > own for expert, own in self._pair_logits(held_out)] if held_out else []
-        self.accuracy = fmean(told) if told else None
+        self.accuracy = self._accuracy(held_out) if held_out else None
         """Share of held-out pairs whose expert side has the larger logit; None where no pair was held out."""
 
     def expert_logits(self, sequences: Sequence[ScoredSequence]) -> list[float]:
         """Of each sequence's action: above zero where it is nearer to the experts' actions than to the policy's."""
         return self._logits(sequences, self._bias).tolist()
+
+    def accuracy_at(self, states: Sequence[LabelledState]) -> tuple[float, int]:
+        """Of the pairs of the expert's action and a disagreeing own one at these states, at least one, the share that
+        is ranked rightly, which is the area under the ROC curve at one state; and how many pairs there are."""
+        pairs = _pairs(states, DiscriminatorOptions())
+        return self._accuracy(pairs), len(pairs.pairs)
 
     def rewards(self, sequences: Sequence[ScoredSequence]) -> list[float]:
         """The logits without what the actions' lengths explain of them."""
@@ -128,6 +133,9 @@ class Discriminator:
             logits = expert_logits(q, base, 0.0).tolist()
             self._known |= {(each.token_ids, each.spans): logit for each, logit in zip(unknown, logits, strict=True)}
         return torch.tensor([self._known[sequence.token_ids, sequence.spans] for sequence in sequences]) + bias
+
+    def _accuracy(self, pairs: Discrimination) -> float:
+        return fmean(expert > own for expert, own in self._pair_logits(pairs))
 
     def _pair_logits(self, pairs: Discrimination) -> list[tuple[float, float]]:
         logits = self._logits(pairs.sequences, 0.0).tolist()

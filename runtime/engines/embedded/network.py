@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from runtime.engines.embedded.attention import ATTENTION
+from runtime.engines.embedded.packed_linear import pack_linears
 from runtime.engines.embedded.precision import Precision, choose_dtype
 
 
@@ -19,4 +20,6 @@ def load_network(model_path: str | Path, device: str, precision: Precision = "au
     dtype = choose_dtype(model_path, precision, device)
     network = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation=ATTENTION)
     nn.Module.to(network, device)
-    return network.eval().requires_grad_(False)
+    network.eval().requires_grad_(False)
+    pack_linears(network)
+    return network
