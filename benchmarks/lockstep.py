@@ -9,16 +9,24 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from policies.types import Completion, FinishReason, TokenIds
 
 MAX_ACTION_TOKENS = 96
+ROOM_TOKENS = 256
+"""That keys and values get at a time, to be written into."""
+ATTENTION = "grouped_rows"
+"""The name under which transformers finds `_grouped_attention`."""
 
 
 def load_policy(base: Path, adapter: Path | None, device: str = "cpu") -> Any:
     """The base with the adapter merged into it: it samples faster, and the logprobs differ by rounding alone."""
-    network: Any = AutoModelForCausalLM.from_pretrained(base)
+    attention = ATTENTION if device == "cpu" else None
+    network: Any = AutoModelForCausalLM.from_pretrained(base, attn_implementation=attention)
     network.to(device)
     if adapter is not None:
         network = PeftModel.from_pretrained(network, str(adapter)).merge_and_unload()
@@ -49,7 +57,7 @@ class Lockstep:
         self._device = network.device
         self._generator = generator_on(self._device, generator)
         self._max_action_tokens = max_action_tokens
-        self._cache = DynamicCache()
+        self._cache = Cache(layer_class_to_replicate=RoomyLayer)
         self._mask = torch.zeros(num_rows, 0, dtype=torch.long, device=self._device)
         self._logits = torch.empty(0)
 
@@ -146,3 +154,61 @@ class Lockstep:
         for layer in layers:
             places = order[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
             layer.keys, layer.values = layer.keys.gather(2, places), layer.values.gather(2, places)
+
+
+# ------------------------------------------------------------------------------------------ keys and values
+
+
+class RoomyLayer(DynamicLayer):
+    """One layer's keys and values, (rows, heads, tokens, channels) each, the start of larger tensors: transformers' own
+    copies all of them at every token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._slabs: list[Tensor] = [torch.empty(0), torch.empty(0)]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append new tokens; gives all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys, values = self._appended(0, self.keys, key_states), self._appended(1, self.values, value_states)
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def _appended(self, which: int, held: Tensor | None, new: Tensor) -> Tensor:
+        assert held is not None
+        slab, length = self._slabs[which], held.shape[2] if held.numel() else 0
+        stop = length + new.shape[2]
+        has_room = slab.numel() and slab.shape[0] == new.shape[0] and stop <= slab.shape[2]
+        if not has_room or held.data_ptr() != slab.data_ptr():
+            slab = self._slabs[which] = new.new_empty(*new.shape[:2], stop + ROOM_TOKENS, new.shape[3])
+            if length:
+                slab[:, :, :length] = held
+        slab[:, :, length:stop] = new
+        return slab[:, :, :stop]
+
+
+def _grouped_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """The queries of a group of heads as further queries of the one that they share: transformers' own copies keys and
+    values for each. (rows, heads, queries, channels) -> (rows, queries, heads, channels)"""
+    num_rows, num_heads, num_queries, num_channels = query.shape
+    group = num_heads // key.shape[1]
+    if attention_mask is None and num_queries > 1:
+        output, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **others)
+        return output, None
+    stacked = query.reshape(num_rows, key.shape[1], group * num_queries, num_channels)
+    mask = None if attention_mask is None else attention_mask.repeat(1, 1, group, 1)
+    output = functional.scaled_dot_product_attention(stacked, key, value, attn_mask=mask, scale=scaling)
+    return output.reshape(query.shape).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, _grouped_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 from statistics import fmean
 
 import pytest
@@ -141,14 +142,35 @@ def test_a_seed_decides_it(training_data: TrainingData) -> None:
     assert found[0] == found[1] != found[2]
 
 
-def test_held_out_states_are_not_trained_on(training_data: TrainingData, protocol: ChatProtocol) -> None:
-    num_states = sum(len(trajectory.states) for trajectory in training_data.demonstrations)
+def test_tasks_are_held_out_as_a_whole(training_data: TrainingData) -> None:
+    """Whoever else went through them: at another state of a task that it knows, it would be right far more often."""
+    again = tuple(
+        replace(
+            each,
+            episode_id=f"own/{each.episode_id}",
+            states=tuple(replace(state, id=f"own/{state.id}", prompt=(*state.prompt, 1)) for state in each.states),
+            is_demonstration=False,
+        )
+        for each in training_data.demonstrations
+    )
+    both = TrainingData(training_data.demonstrations, again)
     quick = replace(TRAINING, epochs=1)
-    some = discriminate(training_data, NOVICE_FOLDER, LESSONS, replace(OPTIONS, training=quick))
-    everything = replace(OPTIONS, held_out_share=0.0, training=quick)
-    whole = discriminate(training_data, NOVICE_FOLDER, LESSONS, everything)
-    assert (whole.num_pairs, whole.accuracy) == (2 * num_states, None)
-    assert 0 < some.num_pairs < whole.num_pairs
+    some = discriminate(both, NOVICE_FOLDER, LESSONS, replace(OPTIONS, training=quick))
+    whole = discriminate(both, NOVICE_FOLDER, LESSONS, replace(OPTIONS, held_out_share=0.0, training=quick))
+    pairs_of = [len(BLUNDERS) * 2 * len(each.states) for each in training_data.demonstrations]
+    assert (whole.num_pairs, whole.accuracy) == (sum(pairs_of), None)
+    assert some.accuracy is not None
+    assert some.num_pairs in {sum(kept) for n in range(1, len(pairs_of)) for kept in combinations(pairs_of, n)}
+
+
+def test_where_too_few_would_be_left_nothing_is_held_out(training_data: TrainingData) -> None:
+    one_task = TrainingData(training_data.demonstrations[:1])
+    quick = replace(TRAINING, epochs=1)
+    for share in (0.9, 1.0):
+        options = replace(OPTIONS, held_out_share=share, training=quick)
+        found = discriminate(one_task, NOVICE_FOLDER, LESSONS, options)
+        assert found.num_pairs == len(BLUNDERS) * len(one_task.demonstrations[0].states)
+        assert found.accuracy is None
 
 
 # --------------------------------------------------------------------------------- nothing to learn

@@ -198,6 +198,8 @@ def test_a_task_is_the_same_each_time_and_is_found_by_its_text_alone(task: Task)
     text = task.messages[0]["content"]
     later = {"role": "user", "content": "Thank you!"}
     assert WORLD.find_task([system, {"role": "user", "content": f" {text}\n"}, later]) == task
+    parts = [{"type": "text", "text": text[:9]}, {"type": "text", "text": text[9:]}]
+    assert WORLD.find_task([system, {"role": "user", "content": parts}, later]) == task
 
 
 @pytest.mark.parametrize("content", ["", "Hello", "Order 1000", "order 9999: a globe", None, [{"type": "text"}]])

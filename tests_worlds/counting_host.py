@@ -23,6 +23,9 @@ class Counter:
             os._exit(3)
         if name == "raise":
             raise LookupError("lost count")
+        if name == "where":
+            self.frame = Frame(os.getcwd())
+            return
         if name == "have_child":
             child = subprocess.Popen(["sleep", "1000"])
             self.frame = Frame(str(child.pid))

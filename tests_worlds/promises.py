@@ -66,6 +66,8 @@ def assert_tasks_are_told_apart(world: World) -> None:
 
 def assert_found_by_text(world: World, task: Task) -> None:
     found = world.find_task([{"role": "system", "content": "x"}, *task.messages])
+    in_parts = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in task.messages]
+    assert world.find_task(in_parts) == found
     assert found is not None
     assert found.messages == task.messages
     assert world.find_task([{"role": "user", "content": "Good morning!"}]) is None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import time
+from typing import Any
 
 import pytest
 from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_utils
@@ -123,3 +125,31 @@ def test_tools_bad_input_and_copies(world: Bfcl) -> None:
 def test_twenty_steps_are_replayed_in_under_50_ms(world: Bfcl) -> None:
     for kind in range(0, 480, 120):
         promises.assert_reopens_quickly(world, world.task("train", kind))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("power", {"base": 9, "exponent": 387420489}, "too many digits"),
+        ("power", {"base": int("9" * 900), "exponent": 900}, "too many digits"),
+        ("logarithm", {"value": 2, "base": 10, "precision": 20_000_000}, "precision is at most"),
+        ("square_root", {"number": 2, "precision": 30_000_000}, "precision is at most"),
+        ("square_root", {"number": 2, "precision": float("inf")}, "precision is at most"),
+        ("mean", {"numbers": [int("9" * 4000)]}, "at most 1000 digits"),
+    ],
+)
+def test_what_would_compute_for_ever_is_refused_in_words(
+    world: Bfcl, name: str, arguments: dict[str, Any], words: str
+) -> None:
+    episode = open_with(world, name)
+    began = time.perf_counter()
+    assert words in episode.call(name, arguments)
+    assert time.perf_counter() - began < 1.0
+    assert "32.0" in episode.call("power", {"base": 2.0, "exponent": 5})
+    assert "1.41421356" in episode.call("square_root", {"number": 2, "precision": 30})
+
+
+def open_with(world: Bfcl, name: str) -> BfclEpisode:
+    """An episode in which a function can be called."""
+    episodes = (world.open_item(world.item(task.split, task.index)) for task in promises.all_tasks(world))
+    return next(each for each in episodes if any(schema["name"] == name for schema in each.schemas()))

@@ -7,9 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
@@ -75,6 +77,40 @@ def test_an_episode_whose_simulator_fails_is_over_with_a_reason(name: str, reaso
         assert pool.frame({"from": 0}, [add(1), add(1)]).observation == "2", "other episodes go on"
     finally:
         pool.close()
+
+
+@pytest.mark.parametrize(("name", "is_tried_anew"), [("hang", True), ("die", True), ("raise", False)])
+def test_what_may_work_another_time_is_not_remembered_for_long(
+    name: str, is_tried_anew: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tools.worlds.simulators.pool.RETRY_AFTER_S", 0.1)
+    pool = SimulatorPool(HOST, num_processes=1, timeout_s=1.0)
+    ask, num_asked = pool._ask, 0
+
+    def counting(*arguments: Any, **options: Any) -> dict[str, Any]:
+        nonlocal num_asked
+        num_asked += 1
+        return ask(*arguments, **options)
+
+    monkeypatch.setattr(pool, "_ask", counting)
+    try:
+        first = pool.frame({"from": 0}, [(name, {})])
+        assert first.failure
+        assert pool.frame({"from": 0}, [(name, {})]) == first
+        assert num_asked == 1
+        time.sleep(0.2)
+        assert pool.frame({"from": 0}, [(name, {})]).failure
+        assert num_asked == (2 if is_tried_anew else 1)
+    finally:
+        pool.close()
+
+
+def test_what_a_package_writes_beside_itself_goes_with_its_process(pool: SimulatorPool) -> None:
+    folder = Path(pool.frame({"from": 0}, [("where", {})]).observation)
+    assert folder != Path.cwd()
+    assert folder.is_dir()
+    pool.close()
+    assert not folder.exists()
 
 
 def test_a_task_that_cannot_be_opened_is_refused_in_words(pool: SimulatorPool) -> None:

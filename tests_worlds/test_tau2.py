@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from tau2.data_model.message import AssistantMessage, ToolCall, ToolMessage
@@ -131,3 +132,17 @@ def test_an_observation_of_a_megabyte_is_cut_with_a_mark(world: Tau2World) -> No
     [told] = episode.play(calling("x" * 1_000_000, {}, 1))
     assert len(told["content"]) < LONGEST_OBSERVATION + 100
     assert "cut here: the whole observation has 1000" in told["content"]
+
+
+@pytest.mark.parametrize(
+    ("expression", "words"),
+    [("9**9**9", "powers"), ("9 ** 99999999", "powers"), ("1+" * 100_000 + "1", "at most 1000 characters")],
+)
+def test_arithmetic_that_would_compute_for_ever_is_refused_in_words(
+    world: Tau2World, expression: str, words: str
+) -> None:
+    episode = world.open(world.task("train", 0))
+    began = time.perf_counter()
+    assert words in episode.call("calculate", {"expression": expression})
+    assert time.perf_counter() - began < 1.0
+    assert episode.call("calculate", {"expression": "(2 + 3) * 4 / 8"}) == "2.5"

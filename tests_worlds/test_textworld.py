@@ -71,3 +71,18 @@ def test_no_split_holds_anothers_game() -> None:
 
 def test_a_missing_package_is_told() -> None:
     simulated.assert_missing_is_told("textworld", "textworld", "the world textworld needs the package textworld")
+
+
+@pytest.mark.parametrize(
+    "command", ["save", "Restore", "quit", "restart", "script", "look. save", "look then undo", "tw-print-state", "\0"]
+)
+def test_what_is_for_the_program_and_not_the_game_is_refused_in_words(tasks: list[Task], command: str) -> None:
+    episode = WORLD.open(tasks[0])
+    [told] = episode.play(calling("act", {"command": command}, 0))
+    assert told["content"].startswith("Error: command: ")
+    assert episode.calls == []  # type: ignore[attr-defined]
+    while not episode.is_done:
+        action = episode.expert_action()
+        assert action is not None
+        episode.play(action)
+    assert episode.outcome() == 1.0, "the expert goes on as if nothing had been said"

@@ -41,7 +41,8 @@ class DiscriminatorOptions:
     anchor_weight: float = 0.1
     """Of the likelihood of experts' actions: without it q may push the policy's actions down by forgetting all."""
     held_out_share: float = 0.2
-    """Of the informative states, whose pairs are kept for the accuracy."""
+    """Of the tasks, whose informative states are kept for the accuracy: at another state of a task that it has learned
+    of, it is right far more often (benchmarks/RESULTS.md)."""
     min_states: int = 4
     """Informative states to train on: with fewer, it would know them by heart."""
     training: TrainingOptions = field(default_factory=TrainingOptions)
@@ -152,14 +153,18 @@ def discriminate(
     """A discriminator of the training data's experts from its own actions. Raises NothingToLearn with too few pairs,
     and as `Trainer.train` does."""
     labelled = labelled_states(without_stale_actions(training_data, objectives), objectives)
+    tasks = {each.episode_id: each.task or each.episode_id for each in training_data.trajectories}
     kept, held_out = list[LabelledState](), list[LabelledState]()
     for each in labelled:
         if each.state.is_informative:
-            (held_out if is_held_out(each.state.id, options.held_out_share) else kept).append(each)
+            is_kept = not is_held_out(f"discriminator {tasks[each.episode_id]}", options.held_out_share)
+            (kept if is_kept else held_out).append(each)
+    if len(kept) < options.min_states:  # better one whose accuracy nobody knows than none
+        kept, held_out = kept + held_out, []
     if len(kept) < options.min_states:
         raise NothingToLearn(
             f"a discriminator needs {options.min_states} states where the policy disagrees with an expert, "
-            f"there are {len(kept)} (and {len(held_out)} held out)"
+            f"there are {len(kept)}"
         )
     pairs = _pairs(kept, options)
     trainer = Trainer(base, None, options.training, device)

@@ -24,6 +24,7 @@ from uuid import uuid4
 
 from tools.worlds.cache import cache_folder
 from tools.worlds.calls import ToolEpisode, ToolSchema, answering, calling
+from tools.worlds.costly import refuse_costly_power, refuse_costly_precision, refuse_long_numbers
 from tools.worlds.listed import ListedWorld, split_by_fives
 from tools.worlds.right_calls import Call, RightCalls
 from tools.worlds.world import SPLITS, Message
@@ -87,6 +88,9 @@ class BfclEpisode(ToolEpisode):
             raise ValueError("the user is content and has left; nothing is to be done any more")
         if not all(key.isidentifier() for key in arguments):
             raise ValueError("an argument's name must be a plain word")
+        refuse_long_numbers(arguments)
+        refuse_costly_precision(arguments.get("precision"))
+        refuse_costly_power(arguments.get("base"), arguments.get("exponent"))
         # The package evaluates what is written here: only names checked above and literals may stand in it.
         written = f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
         is_right = self._right_calls.tick_off((name, arguments))

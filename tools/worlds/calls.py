@@ -14,7 +14,7 @@ from typing import Any
 from langchain_core.tools import BaseTool
 from pydantic import Field
 
-from tools.worlds.world import Message
+from tools.worlds.world import Message, text_of
 
 LONGEST_OBSERVATION = 16_000
 """Characters of an observation that the agent is shown. Below the server's own limit, so that a client that runs the
@@ -151,7 +151,7 @@ class ToolEpisode(ABC):
                 {"role": "tool", "tool_call_id": call.get("id", ""), "content": self.call(*read_call(call))}
                 for call in calls
             ]
-        text = message.get("content") or ""
+        text = text_of(message)
         self._moves.append(text)
         said = self.answer(text)
         return [] if said is None else [{"role": "user", "content": said}]

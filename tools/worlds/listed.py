@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from tools.worlds.world import SPLITS, Message, Task, WorldEpisode
+from tools.worlds.world import SPLITS, Message, Task, WorldEpisode, opening_of
 
 Item = TypeVar("Item")
 
@@ -22,7 +22,7 @@ class ListedWorld(ABC, Generic[Item]):
         self._places: dict[str, tuple[str, int]] = {}
         for split, listed in self._items.items():
             for index, item in enumerate(listed):
-                self._places.setdefault(_first_user_text(self.messages_of(item)) or "", (split, index))
+                self._places.setdefault(opening_of(self.messages_of(item)), (split, index))
 
     @abstractmethod
     def messages_of(self, item: Item) -> tuple[Message, ...]:
@@ -49,16 +49,11 @@ class ListedWorld(ABC, Generic[Item]):
 
     def find_task(self, messages: Sequence[Message]) -> Task | None:
         """The first task that begins with the same user message, spaces aside; None for any other text."""
-        place = self._places.get(_first_user_text(messages) or "\n")
+        place = self._places.get(opening_of(messages) or "\n")
         return self.task(*place) if place else None
 
     def open(self, task: Task) -> WorldEpisode:
         return self.open_item(self.item(task.split, task.index))
-
-
-def _first_user_text(messages: Sequence[Message]) -> str | None:
-    content = next((message.get("content") for message in messages if message.get("role") == "user"), None)
-    return " ".join(content.split()) if isinstance(content, str) else None
 
 
 def split_by_fives(items: Sequence[Item]) -> dict[str, list[Item]]:

@@ -20,7 +20,7 @@ from langchain_core.tools import BaseTool
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tools.worlds.calls import answering, calling, read_call
-from tools.worlds.world import Message, Task
+from tools.worlds.world import Message, Task, opening_of
 
 # ------------------------------------------------------------------------------------------------- words
 
@@ -461,9 +461,9 @@ class OrderDesk:
 
     def find_task(self, messages: Sequence[Message]) -> Task | None:
         """The task whose text the first user message is, spaces aside; None for any other text."""
-        text = next((message.get("content") for message in messages if message.get("role") == "user"), None)
-        found = _ORDER_NUMBER.search(text) if isinstance(text, str) else None
-        if found is None or not isinstance(text, str):
+        text = opening_of(messages)
+        found = _ORDER_NUMBER.search(text)
+        if found is None:
             return None
         task = self._task_of_number(int(found[1]))
         # The number alone will not do: with another item or customer the world would contradict its own user.

@@ -27,6 +27,7 @@ from tau2.evaluator.evaluator_communicate import CommunicateEvaluator  # noqa: E
 from tau2.utils.utils import get_dict_hash  # noqa: E402
 
 from tools.worlds.calls import ToolEpisode, ToolSchema, answering, calling  # noqa: E402
+from tools.worlds.costly import refuse_costly_arithmetic  # noqa: E402
 from tools.worlds.listed import ListedWorld, some_for_validation  # noqa: E402
 from tools.worlds.right_calls import RightCalls  # noqa: E402
 from tools.worlds.world import Message  # noqa: E402
@@ -71,6 +72,8 @@ class Tau2Episode(ToolEpisode):
         return self._world.tool_schemas
 
     def run(self, name: str, arguments: dict[str, Any]) -> str:
+        if name == "calculate":
+            refuse_costly_arithmetic(arguments.get("expression"))
         is_right, before = self._right_calls.tick_off((name, arguments)), self.changes()
         told = self.environment.get_response(self._call(name, arguments))
         if not is_right and self.changes() != before:

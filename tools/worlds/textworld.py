@@ -7,13 +7,14 @@ cache folder.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from random import Random
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from tools.worlds.reading import Arguments
 from tools.worlds.simulators.episode import SimulatedEpisode
@@ -24,12 +25,26 @@ _FOODS = {"train": "train", "validation": "valid", "heldout": "test"}
 """The package's own division of its foods."""
 _FIRST_SEED = {"train": 100_000, "validation": 200_000, "heldout": 300_000}
 _KINDS = ("cooking", "coin", "treasure")
+_ABOUT_PROGRAM = frozenset(
+    "save restore restart quit q undo script transcript noscript unscript recording replay verify".split()
+)
+"""Words that write or read files, begin anew or end: other attempts would see them, and the expert loses its way."""
 
 
 class Act(Arguments):
     """Type one command into the game, such as: look, inventory, go north, open fridge, take knife from table."""
 
     command: str = Field(description="The command.", min_length=1, max_length=200, pattern=r"^[^\n\r]+$")
+
+    @field_validator("command")
+    @classmethod
+    def _is_for_the_game(cls, command: str) -> str:
+        if not command.isprintable():
+            raise ValueError("a command is one line of printable text")
+        first_words = {(part.split() or [""])[0].lower() for part in re.split(r"[.,;]|\bthen\b", command)}
+        if about_program := sorted(word for word in first_words if word in _ABOUT_PROGRAM or word.startswith("tw-")):
+            raise ValueError(f"{', '.join(about_program)} is for the program that runs the game, and not part of it")
+        return command
 
 
 def _cooking(split: str, random: Random) -> dict[str, Any]:

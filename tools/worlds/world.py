@@ -123,6 +123,19 @@ class World(Protocol):
         ...
 
 
+def text_of(message: Message) -> str:
+    """A message's text, whether it came as a string, as content parts, or not at all."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""
+
+
+def opening_of(messages: Sequence[Message]) -> str:
+    """What the user says first, spaces aside; empty where no user says anything."""
+    return next((" ".join(text_of(message).split()) for message in messages if message.get("role") == "user"), "")
+
+
 class WorldFailed(Exception):
     """A world cannot open a task now: its simulator does not start, or hangs."""
 

@@ -31,6 +31,8 @@ from tools.worlds.world import WorldFailed
 
 MAX_REMEMBERED_CHARS = 64_000_000
 """Of observations, over all episodes of a pool."""
+RETRY_AFTER_S = 300.0
+"""That a time-out or a death is remembered: the machine may only have been busy, and the same way is tried anew."""
 START_TIMEOUT_S = 120.0
 """For a process to import its package and to start its JVM or browser."""
 _ROOT = Path(__file__).parents[3]
@@ -40,6 +42,10 @@ _starter = ThreadPoolExecutor(1, "simulator-starter")
 
 class SimulatorFailed(WorldFailed):
     """A simulator raised, hung or could not be started."""
+
+
+class _Passing(SimulatorFailed):
+    """It may work another time: a time-out, or a process that ended."""
 
 
 class _Gone(Exception):
@@ -72,7 +78,9 @@ class SimulatorPool:
                     raise
                 text = f"Error: the world has failed ({error}). The episode is over."
                 frame = Frame(text, is_done=True, failure=str(error))
-            self._seen.put(key, frame)
+                self._seen.put(key, frame, RETRY_AFTER_S if isinstance(error, _Passing) else None)
+            else:
+                self._seen.put(key, frame)
         return frame
 
     def expert(self, settings: Settings, calls: Sequence[RawCall]) -> RawCall | None:
@@ -110,7 +118,7 @@ class SimulatorPool:
                 try:
                     answer = process.ask(request)
                 except _Gone as error:
-                    raise SimulatorFailed(f"its process ended: {error}") from error
+                    raise _Passing(f"its process ended: {error}") from error
         if "error" in answer:
             raise SimulatorFailed(answer["error"])
         return answer
@@ -145,7 +153,7 @@ class _Process:
             return self._read_line(popen, self._timeout_s)
         except TimeoutError as error:
             self.kill()
-            raise SimulatorFailed(str(error)) from None
+            raise _Passing(str(error)) from None
         except (OSError, _Gone) as error:
             raise _Gone(f"exit code {self.kill()}") from error
 
@@ -156,8 +164,8 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            cwd=_ROOT,
-            env={**os.environ, "TMPDIR": self._folder, **self._environment},
+            cwd=self._folder,  # what a package writes beside itself goes with the process
+            env={**os.environ, "TMPDIR": self._folder, "PYTHONPATH": _search_path(), **self._environment},
             start_new_session=True,  # so that its own children can be killed with it
         )
         return self._popen
@@ -195,6 +203,11 @@ class _Process:
         return code
 
 
+def _search_path() -> str:
+    """For a process to find this project's modules wherever it runs."""
+    return os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+
+
 def _is_at_end(popen: subprocess.Popen[bytes]) -> bool:
     assert popen.stdout is not None
     readable, _, _ = select.select([popen.stdout], [], [], 0.0)
@@ -215,20 +228,32 @@ class _Seen:
         self._lock = threading.Lock()
         self._frames: OrderedDict[tuple[str, ...], Frame] = OrderedDict()
         self._num_chars = 0
+        self._ends: dict[tuple[str, ...], float] = {}
+        """When those are forgotten that are not kept (time.monotonic)."""
 
     def get(self, key: tuple[str, ...]) -> Frame | None:
         with self._lock:
+            if time.monotonic() > self._ends.get(key, float("inf")):
+                self._forget(key)
             if key in self._frames:
                 self._frames.move_to_end(key)
             return self._frames.get(key)
 
-    def put(self, key: tuple[str, ...], frame: Frame) -> None:
+    def put(self, key: tuple[str, ...], frame: Frame, seconds: float | None = None) -> None:
+        """Remember a frame; for so many seconds, or as long as there is room."""
         with self._lock:
-            if key not in self._frames:
-                self._num_chars += _size(key, frame)
+            if key in self._frames:
+                self._forget(key)
+            self._num_chars += _size(key, frame)
             self._frames[key] = frame
+            if seconds is not None:
+                self._ends[key] = time.monotonic() + seconds
             while self._num_chars > MAX_REMEMBERED_CHARS and len(self._frames) > 1:
-                self._num_chars -= _size(*self._frames.popitem(last=False))
+                self._forget(next(iter(self._frames)))
+
+    def _forget(self, key: tuple[str, ...]) -> None:
+        self._num_chars -= _size(key, self._frames.pop(key))
+        self._ends.pop(key, None)
 
 
 def _size(key: tuple[str, ...], frame: Frame) -> int:
