@@ -29,7 +29,7 @@ def pack_linears(network: nn.Module) -> int:
     if not torch.backends.mkldnn.is_available() or num_bytes > SHARE_OF_FREE_MEMORY * free_bytes():
         return 0
     for linear in linears:
-        linear.forward = _packed_forward(linear)
+        linear.forward = _packed_forward(linear)  # pyright: ignore[reportAttributeAccessIssue]
     return len(linears)
 
 
