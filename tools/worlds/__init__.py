@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def load_world(name: str) -> World:
         raise ValueError(f"the world {name!r} is to be written {form}; docs/WORLDS.md says more")
     module, _, attribute = listing.place.partition(":")
     try:
-        return _made(module, attribute, name, *([Path(rest)] if listing.takes_file else []))
+        return _made(module, attribute, name, *([Path(expanduser(rest))] if listing.takes_file else []))
     except ImportError as error:
         if not listing.package:
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -64,11 +64,17 @@ def split_by_fives(items: Sequence[Item]) -> dict[str, list[Item]]:
     return splits
 
 
-def split_of_file(file: Path, items: Sequence[Item]) -> dict[str, list[Item]]:
-    """The same for what a user's file holds. Raises ValueError where that is too little."""
-    if len(items) < 5:
-        raise ValueError(f"{file} holds {len(items)} tasks that can be done; five are needed for three splits")
-    return split_by_fives(items)
+def split_of_file(file: Path, items: Iterable[Item], told_by: Callable[[Item], Hashable]) -> dict[str, list[Item]]:
+    """The same for what a user's file holds; of items that `told_by` does not tell apart the first alone is a task.
+
+    Raises ValueError where that is too little.
+    """
+    tasks: dict[Hashable, Item] = {}
+    for item in items:
+        tasks.setdefault(told_by(item), item)
+    if len(tasks) < 5:
+        raise ValueError(f"{file} holds {len(tasks)} different tasks that can be done; three splits need five or more")
+    return split_by_fives(list(tasks.values()))
 
 
 def some_for_validation(train: Sequence[Item], held_out: Sequence[Item]) -> dict[str, list[Item]]:

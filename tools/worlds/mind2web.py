@@ -8,16 +8,18 @@ the published page is left out, because nobody could do it.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Hashable
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Json
 
 from tools.worlds.calls import ToolEpisode, ToolSchema, answering, calling, shown
 from tools.worlds.listed import ListedWorld, split_of_file
-from tools.worlds.question_files import read_text
+from tools.worlds.published import Published, Text, read_rows
 from tools.worlds.questions import normalized
 from tools.worlds.world import Message
 
@@ -71,6 +73,11 @@ class Recording:
     text: str
     steps: tuple[RecordedStep, ...]
 
+    def task(self) -> Hashable:
+        """What makes it another task than another recording: not which other elements are shown."""
+        right = tuple((step.tool, step.value, step.right_elements) for step in self.steps)
+        return (" ".join(self.text.split()), right)
+
 
 class Mind2WebEpisode(ToolEpisode):
     """One attempt at one recorded task."""
@@ -122,11 +129,8 @@ class Mind2Web(ListedWorld[Recording]):
     max_steps = 40
 
     def __init__(self, file: Path) -> None:
-        try:
-            recordings = [_recording(entry) for entry in json.loads(read_text(file))]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{file} is none of Mind2Web's: {type(error).__name__} {error}") from error
-        super().__init__(split_of_file(file, [recording for recording in recordings if recording is not None]))
+        recordings = (_recording(row) for row in read_rows(file, _TaskRow) if row.can_be_done())
+        super().__init__(split_of_file(file, recordings, Recording.task))
 
     def messages_of(self, item: Recording) -> tuple[Message, ...]:
         return ({"role": "user", "content": shown(f"{item.text}\n\n{item.steps[0].page}")},)
@@ -138,41 +142,69 @@ class Mind2Web(ListedWorld[Recording]):
 # --------------------------------------------------------------------------------------------------- files
 
 
-def _recording(entry: dict[str, Any]) -> Recording | None:
-    """None where a step's element is not in its page."""
-    actions = entry["actions"]
-    if not actions or not all(action["pos_candidates"] for action in actions):
-        return None
-    text = f"On the web site {entry['website']}: {entry['confirmed_task']}"
-    return Recording(text, tuple(_step(action) for action in actions))
+class _Candidate(Published):
+    """An element of a page."""
+
+    tag: Text
+    backend_node_id: Text
+    is_original_target: bool = False
+    attributes: Json[dict[Text, Any]]
 
 
-def _step(action: dict[str, Any]) -> RecordedStep:
-    right = [each for each in action["pos_candidates"] if each.get("is_original_target")]
-    right += [each for each in action["pos_candidates"] if not each.get("is_original_target")]
-    others = action["neg_candidates"]
-    others = Random(action["action_uid"]).sample(others, min(NUM_OTHERS, len(others)))
-    page = _Page(action["cleaned_html"])
-    elements = sorted([*right, *others], key=lambda each: page.places.get(str(each["backend_node_id"]), 0))
-    operation = action["operation"]
+class _Operation(Published):
+    op: Literal["CLICK", "TYPE", "SELECT"]
+    value: Text = ""
+
+
+class _ActionRow(Published):
+    """A page, and what was done on it."""
+
+    action_uid: Text
+    cleaned_html: Text
+    operation: _Operation
+    pos_candidates: list[_Candidate]
+    neg_candidates: list[_Candidate]
+
+
+class _TaskRow(Published):
+    """A recorded task."""
+
+    website: Text
+    confirmed_task: Text
+    actions: list[_ActionRow]
+
+    def can_be_done(self) -> bool:
+        """Whether there is a step, and the element of each is in its page."""
+        return bool(self.actions) and all(action.pos_candidates for action in self.actions)
+
+
+def _recording(row: _TaskRow) -> Recording:
+    return Recording(
+        f"On the web site {row.website}: {row.confirmed_task}", tuple(_step(action) for action in row.actions)
+    )
+
+
+def _step(action: _ActionRow) -> RecordedStep:
+    right = sorted(action.pos_candidates, key=lambda each: not each.is_original_target)
+    others = Random(action.action_uid).sample(action.neg_candidates, min(NUM_OTHERS, len(action.neg_candidates)))
+    page = _Page(action.cleaned_html)
+    elements = sorted([*right, *others], key=lambda each: page.places.get(each.backend_node_id, 0))
     return RecordedStep(
         page="\n".join(_written(each, page) for each in elements),
-        right_elements=tuple(str(each["backend_node_id"]) for each in right),
-        tool=_TOOL_OF_OPERATION[operation["op"]],
-        value=operation.get("value") or "",
+        right_elements=tuple(each.backend_node_id for each in right),
+        tool=_TOOL_OF_OPERATION[action.operation.op],
+        value=action.operation.value,
     )
 
 
-def _written(candidate: dict[str, Any], page: _Page) -> str:
-    id = str(candidate["backend_node_id"])
-    words = " ".join(page.texts.get(id, "").split())
-    attributes = json.loads(candidate["attributes"]) if isinstance(candidate.get("attributes"), str) else {}
+def _written(candidate: _Candidate, page: _Page) -> str:
+    words = " ".join(page.texts.get(candidate.backend_node_id, "").split())
     named = " ".join(
-        f"{key}={attributes[key]!r}"
+        f"{key}={candidate.attributes[key]!r}"
         for key in ("id", "role", "type", "name", "aria_label", "placeholder", "title", "alt", "value")
-        if attributes.get(key)
+        if candidate.attributes.get(key)
     )
-    return f"[{id}] {candidate['tag']} {named} {words}"[:LONGEST_ELEMENT].rstrip()
+    return f"[{candidate.backend_node_id}] {candidate.tag} {named} {words}"[:LONGEST_ELEMENT].rstrip()
 
 
 class _Page(HTMLParser):
@@ -184,6 +216,10 @@ class _Page(HTMLParser):
         self.places: dict[str, int] = {}
         self._open: list[tuple[str, str | None]] = []
         self.feed(html)
+
+    def parse_marked_section(self, i: int, report: int = 1) -> int:
+        """`<![...`, of which the parser knows some and raises AssertionError for others; browsers read a comment."""
+        return self.parse_bogus_comment(i, report)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         id = dict(attrs).get("backend_node_id")

@@ -6,67 +6,131 @@ The search tool goes over all passages of the file. The published licences hold:
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BeforeValidator, Field, Strict, model_validator
 
 from tools.worlds.listed import split_of_file
+from tools.worlds.published import Published, Text, read_rows
 from tools.worlds.questions import Question, QuestionWorld, normalized
 
 Passage = tuple[str, str]
 """Title and text."""
 Read = tuple[Question, list[Passage]]
+Second = TypeVar("Second")
 
 
 class HotpotQA(QuestionWorld):
-    """`hotpot_train_v1.1.json`, `hotpot_dev_distractor_v1.json` or `hotpot_dev_fullwiki_v1.json`: a JSON list."""
+    """`hotpot_train_v1.1.json`, `hotpot_dev_distractor_v1.json` or `hotpot_dev_fullwiki_v1.json`, a row a line too."""
 
     def __init__(self, file: Path) -> None:
-        _load(self, "hotpotqa", file, _json_list(file), _with_context)
+        _load(self, "hotpotqa", file, (row.read() for row in read_rows(file, _ContextRow)))
 
 
 class TwoWikiMultihopQA(QuestionWorld):
-    """`train.json` or `dev.json` of 2WikiMultihopQA: a JSON list. `id_aliases.json` beside it is read too."""
+    """`train.json` or `dev.json` of 2WikiMultihopQA. `id_aliases.json` beside it is read too."""
 
     def __init__(self, file: Path) -> None:
-        aliases = _aliases(file.with_name("id_aliases.json"))
-
-        def read(entry: dict[str, Any]) -> Read:
-            question, passages = _with_context(entry)
-            answers = (*question.answers, *aliases.get(entry.get("answer_id") or "", ()))
-            return Question(question.text, answers, question.queries), passages
-
-        _load(self, "2wikimultihopqa", file, _json_list(file), read)
+        aliases_file = file.with_name("id_aliases.json")
+        listed = read_rows(aliases_file, _AliasRow) if aliases_file.exists() else ()
+        aliases = {row.Q_id: (*row.aliases, *row.demonyms) for row in listed}
+        rows = read_rows(file, _ContextRow)
+        _load(self, "2wikimultihopqa", file, (row.read(aliases.get(row.answer_id or "", ())) for row in rows))
 
 
 class MuSiQue(QuestionWorld):
-    """`musique_ans_v1.0_dev.jsonl` and its like: one JSON object a line. Questions without an answer are left out."""
+    """`musique_ans_v1.0_dev.jsonl` and its like. Questions without an answer are left out."""
 
     def __init__(self, file: Path) -> None:
-        _load(self, "musique", file, list(_json_lines(file)), _with_paragraphs)
+        _load(self, "musique", file, (row.read() for row in read_rows(file, _MuSiQueRow) if row.answerable))
 
 
-def _load(
-    world: QuestionWorld, name: str, file: Path, entries: Sequence[Any], read: Callable[[dict[str, Any]], Read | None]
-) -> None:
+def _load(world: QuestionWorld, name: str, file: Path, found: Iterable[Read]) -> None:
     questions, passages = [], dict[Passage, None]()
-    for number, entry in enumerate(entries, start=1):
-        try:
-            if (found := read(entry)) is None:
-                continue
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise ValueError(f"{file}: entry {number} is none of {name}: {type(error).__name__} {error}") from error
-        questions.append(found[0])
-        passages.update(dict.fromkeys(found[1]))
-    QuestionWorld.__init__(world, name, dict(split_of_file(file, questions)), passages)
+    for question, around in found:
+        questions.append(question)
+        passages.update(dict.fromkeys(around))
+    splits = split_of_file(file, questions, lambda question: " ".join(question.text.split()))
+    QuestionWorld.__init__(world, name, dict(splits), passages)
 
 
-def _with_context(entry: dict[str, Any]) -> Read:
-    """HotpotQA's form, which 2WikiMultihopQA shares: `context` has titles with sentences."""
-    passages = [(title, " ".join(sentence.strip() for sentence in sentences)) for title, sentences in entry["context"]]
-    titles = list(dict.fromkeys(title for title, _ in entry["supporting_facts"]))
-    return Question(entry["question"], (entry["answer"],), tuple(_in_order(entry["question"], titles))), passages
+# -------------------------------------------------------------------------------------------------- rows
+
+Pair = Annotated[tuple[Text, Second], Strict(False)]
+"""A list of two, which is what JSON has for a tuple."""
+
+
+def _columns(first: str, second: str) -> BeforeValidator:
+    """Reads the form of the Hugging Face hub, an object of two lists, as the published list of pairs."""
+
+    def in_pairs(value: Any) -> Any:
+        columns = (value.get(first), value.get(second)) if isinstance(value, dict) else ()
+        if not columns or not all(isinstance(column, list) for column in columns) or len({*map(len, columns)}) != 1:
+            return value
+        return list(zip(*columns, strict=True))
+
+    return BeforeValidator(in_pairs)
+
+
+class _ContextRow(Published):
+    """A question of HotpotQA or 2WikiMultihopQA: `context` has titles with sentences."""
+
+    question: Text
+    answer: Text
+    supporting_facts: Annotated[list[Pair[Any]], _columns("title", "sent_id")]
+    context: Annotated[list[Pair[list[Text]]], _columns("title", "sentences")]
+    answer_id: Text | None = None
+    """In 2WikiMultihopQA the key of its `id_aliases.json`."""
+
+    def read(self, aliases: tuple[str, ...] = ()) -> Read:
+        passages = [(title, " ".join(sentence.strip() for sentence in sentences)) for title, sentences in self.context]
+        titles = list(dict.fromkeys(title for title, _ in self.supporting_facts))
+        return Question(self.question, (self.answer, *aliases), tuple(_in_order(self.question, titles))), passages
+
+
+class _AliasRow(Published):
+    """Other names of an answer of 2WikiMultihopQA."""
+
+    Q_id: Text
+    aliases: list[Text] = Field(default_factory=list)
+    demonyms: list[Text] = Field(default_factory=list)
+
+
+class _Paragraph(Published):
+    idx: int
+    title: Text
+    paragraph_text: Text
+
+
+class _Hop(Published):
+    paragraph_support_idx: int | None
+    """None only where the question has no answer."""
+
+
+class _MuSiQueRow(Published):
+    """A question of MuSiQue: the steps of the decomposition tell in which paragraph each fact stands."""
+
+    question: Text
+    answer: Text
+    answer_aliases: list[Text] = Field(default_factory=list)
+    answerable: bool = True
+    paragraphs: list[_Paragraph]
+    question_decomposition: list[_Hop]
+
+    @model_validator(mode="after")
+    def _has_the_paragraphs_of_its_facts(self) -> _MuSiQueRow:
+        places = {paragraph.idx for paragraph in self.paragraphs}
+        if self.answerable and not {hop.paragraph_support_idx for hop in self.question_decomposition} <= places:
+            raise ValueError("`question_decomposition` has a `paragraph_support_idx` that is no paragraph's `idx`")
+        return self
+
+    def read(self) -> Read:
+        titles: dict[int | None, str] = {paragraph.idx: paragraph.title for paragraph in self.paragraphs}
+        facts = dict.fromkeys(titles[hop.paragraph_support_idx] for hop in self.question_decomposition)
+        passages = [(paragraph.title, paragraph.paragraph_text) for paragraph in self.paragraphs]
+        return Question(self.question, (self.answer, *self.answer_aliases), tuple(facts)), passages
 
 
 def _in_order(question: str, titles: list[str]) -> list[str]:
@@ -78,50 +142,3 @@ def _in_order(question: str, titles: list[str]) -> list[str]:
         return sum(word in named for word in words) / max(1, len(words))
 
     return sorted(titles, key=share_named, reverse=True)
-
-
-def _with_paragraphs(entry: dict[str, Any]) -> Read | None:
-    """MuSiQue's form: the steps of the decomposition tell in which paragraph each fact stands."""
-    if not entry.get("answerable", True):
-        return None
-    paragraphs = {paragraph["idx"]: paragraph for paragraph in entry["paragraphs"]}
-    passages = [(each["title"], each["paragraph_text"]) for each in paragraphs.values()]
-    steps = [paragraphs[step["paragraph_support_idx"]]["title"] for step in entry["question_decomposition"]]
-    answers = (entry["answer"], *entry.get("answer_aliases", ()))
-    return Question(entry["question"], answers, tuple(dict.fromkeys(steps))), passages
-
-
-# ------------------------------------------------------------------------------------------------- files
-
-
-def read_text(file: Path) -> str:
-    """A user's file. Raises ValueError in words where it cannot be read."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-
-
-def _json_list(file: Path) -> list[Any]:
-    try:
-        entries = json.loads(read_text(file))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(entries, list):
-        raise ValueError(f"{file} is not a JSON list of questions")
-    return entries
-
-
-def _json_lines(file: Path) -> Iterator[Any]:
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"{file} line {number} is not JSON: {error}") from error
-
-
-def _aliases(file: Path) -> dict[str, tuple[str, ...]]:
-    if not file.exists():
-        return {}
-    return {each["Q_id"]: (*each.get("aliases", ()), *each.get("demonyms", ())) for each in _json_lines(file)}

@@ -181,10 +181,10 @@ class QuestionWorld(ListedWorld[Question]):
 
 
 def corpus_file(name: str, passages: Iterable[tuple[str, str]]) -> Path:
-    """The passages as a file for the search tool; written once for the same passages."""
+    """The passages as a file for the search tool; written again only where it is missing or was changed."""
     lines = b"".join(orjson.dumps({"title": title, "text": text}) + b"\n" for title, text in passages)
     path = cache_folder() / f"{name}-{zlib.crc32(lines):08x}.jsonl"
-    if not path.exists():
+    if not path.exists() or path.read_bytes() != lines:
         half_made = path.with_name(f"{path.name}.{uuid4().hex}.part")
         half_made.write_bytes(lines)
         half_made.replace(path)

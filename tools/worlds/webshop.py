@@ -3,25 +3,26 @@
 `webshop:items_shuffle_1000.json` (or `items_shuffle.json`); beside it must lie `items_ins_v2_1000.json` (or
 `items_ins_v2.json`) and `items_human_ins.json`. The shop itself is ours: SQLite's full-text search takes the place of
 Lucene, pages are texts, and the score is the paper's (Yao et al. 2022, equation 1) over normalised words, where the
-original also parses titles for nouns and matches fuzzily. Figures are therefore not to be set beside WebShop's own.
+original also parses titles for nouns and forgives misspelt words. Figures are therefore not to be set beside WebShop's
+own.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Annotated, Any
 
 from langchain_core.tools import BaseTool
+from pydantic import BeforeValidator, Field
 
 from tools.search import search_tool
 from tools.worlds.calls import ToolEpisode, ToolSchema, answering, calling
 from tools.worlds.listed import ListedWorld, split_of_file
-from tools.worlds.question_files import read_text
+from tools.worlds.published import Published, Text, checked, read_object, read_rows
 from tools.worlds.questions import corpus_file, normalized
 from tools.worlds.world import Message
 
@@ -64,10 +65,16 @@ class Wish:
     """What somebody was asked to buy."""
 
     product: Product
-    text: str
+    asked: str
+    limit: str
+    """What is said of the price; empty where any will do."""
     attributes: tuple[str, ...]
     options: tuple[str, ...]
     highest_price: float
+
+    def task(self) -> Hashable:
+        """What makes it another task than another wish; the price is drawn by us and does not."""
+        return (self.product.id, " ".join(self.asked.split()), self.attributes, self.options)
 
 
 class WebShopEpisode(ToolEpisode):
@@ -113,10 +120,10 @@ class WebShopEpisode(ToolEpisode):
         return self._open
 
     def _choose(self, product: Product, option: str, value: str) -> str:
-        values = dict(product.options).get(option.lower().strip())
-        if values is None or value.lower().strip() not in values:
+        name, wanted = _squeezed(option), _option_value(value)
+        if wanted not in dict(product.options).get(name, ()):
             raise ValueError(f"this product has no {option!r} {value!r}")
-        self._chosen[option.lower().strip()] = value.lower().strip()
+        self._chosen[name] = wanted
         return f"Chosen: {option} {value}."
 
     def outcome(self) -> float:
@@ -124,7 +131,7 @@ class WebShopEpisode(ToolEpisode):
         return score(self._wish, self._opened(), self._chosen) if self._bought else 0.0
 
     def expert_action(self) -> Message | None:
-        """Search for the product that the wish was written for, open it, choose and buy."""
+        """Search for the product that the wish was written for, open it, choose what meets most of it, and buy."""
         if self._bought:
             return answering("It is bought.")
         product = self._wish.product
@@ -137,12 +144,18 @@ class WebShopEpisode(ToolEpisode):
             return calling("buy", {}, self.num_moves)
         if self._has_searched:
             return calling("open_product", {"product_id": product.id}, self.num_moves)
-        return calling("search", {"query": product.name}, self.num_moves)
+        return calling(
+            "search", {"query": product.name if re.search(r"\w", product.name) else product.id}, self.num_moves
+        )
 
     def _options_to_choose(self) -> dict[str, str]:
-        wanted = [normalized(option) for option in self._wish.options]
-        options = self._wish.product.options
-        return {name: value for name, values in options for value in values if normalized(value) in wanted}
+        chosen = {}
+        for name, values in self._wish.product.options:
+            met = {value: [wished for wished in self._wish.options if _meets(name, value, wished)] for value in values}
+            best = max(values, key=lambda value: (len(met[value]), value in met[value]))
+            if met[best]:
+                chosen[name] = best
+        return chosen
 
     def reopened(self) -> WebShopEpisode:
         return WebShopEpisode(self._wish, self._products, self._search)
@@ -155,11 +168,22 @@ def score(wish: Wish, product: Product, chosen: dict[str, str]) -> float:
     """Equation 1 of the paper: the share of attributes, options and the price that fit, less for another kind."""
     text = normalized(f"{product.name} {product.text} {' '.join(product.attributes)}")
     num_attributes = sum(_is_within(normalized(attribute), text) for attribute in wish.attributes)
-    picked = [normalized(value) for value in chosen.values()]
-    num_options = sum(normalized(option) in picked for option in wish.options)
+    num_options = sum(any(_meets(*choice, wished) for choice in chosen.items()) for wished in wish.options)
     fits_price = product.price <= wish.highest_price
     share = (num_attributes + num_options + fits_price) / (len(wish.attributes) + len(wish.options) + 1)
     return share * _kind(wish.product, product)
+
+
+def _meets(name: str, value: str, wished: str) -> bool:
+    """Whether a chosen option is the wished one.
+
+    As in the original, a size must be the same; for any other option it is enough that the words of one are all among
+    those of the other.
+    """
+    words, sought = normalized(value), normalized(wished)
+    if name == "size" or not words or not sought:
+        return words == sought and (bool(words) or value == _option_value(wished))
+    return set(words) <= set(sought) or set(sought) <= set(words)
 
 
 def _is_within(words: list[str], text: list[str]) -> bool:
@@ -169,7 +193,7 @@ def _is_within(words: list[str], text: list[str]) -> bool:
 def _kind(wanted: Product, bought: Product) -> float:
     """Whether it is the same kind of thing: by the query it was found with, its categories, or its name."""
     name = set(normalized(wanted.name))
-    shared = len(name & set(normalized(bought.name))) / max(1, len(name))
+    shared = len(name & set(normalized(bought.name))) / len(name) if name else 0.2  # the original's, too
     if shared == 0.0:
         return 0.0
     if shared < 0.1:
@@ -187,71 +211,124 @@ class WebShop(ListedWorld[Wish]):
     name = "webshop"
 
     def __init__(self, file: Path) -> None:
-        text = read_text(file)
-        attributes = _object(file.with_name(file.name.replace("items_shuffle", "items_ins_v2")))
-        instructions = _object(file.with_name("items_human_ins.json"))
-        try:
-            listed = json.loads(text)
-            products = {each["asin"]: _product(each, attributes) for each in listed}
-            wishes = list(_wishes(products, instructions))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{file} is none of WebShop's: {type(error).__name__} {error}") from error
-        self._products = products
-        passages = ((f"[{each.id}] {each.name}", f"${each.price:.2f} {each.text}") for each in products.values())
+        if not file.name.startswith("items_shuffle"):
+            raise ValueError(f"{file} must be called items_shuffle_1000.json or items_shuffle.json, as it is published")
+        self._products = _products(file)
+        passages = ((f"[{each.id}] {each.name}", f"${each.price:.2f} {each.text}") for each in self._products.values())
+        wishes = split_of_file(file, _wishes(self._products, file.with_name("items_human_ins.json")), Wish.task)
         self._search = search_tool(corpus_file(self.name, passages))
-        super().__init__(split_of_file(file, wishes))
+        super().__init__(wishes)
 
     def messages_of(self, item: Wish) -> tuple[Message, ...]:
-        return ({"role": "user", "content": item.text},)
+        return ({"role": "user", "content": item.asked + item.limit},)
 
     def open_item(self, item: Wish) -> WebShopEpisode:
         return WebShopEpisode(item, self._products, self._search)
 
 
-def _object(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} is not a JSON object by product")
-    return found
+# --------------------------------------------------------------------------------------------------- files
 
 
-def _product(listed: dict[str, Any], attributes: dict[str, Any]) -> Product:
-    features = listed["small_description"]
-    features = features if isinstance(features, list) else [features or ""]
-    prices = [float(price) for price in re.findall(r"\d+(?:\.\d+)?", (listed.get("pricing") or "").replace(",", ""))]
-    options = {
-        name.lower(): tuple(each["value"].strip().replace("/", " | ").lower() for each in values)
-        for name, values in (listed.get("customization_options") or {}).items()
-        if values
-    }
+class _OptionValue(Published):
+    value: Text
+
+
+def _as_list(found: Any) -> Any:
+    return [] if found is None else [found] if isinstance(found, str) else found
+
+
+class _ProductRow(Published):
+    """A row of `items_shuffle.json`."""
+
+    asin: Text
+    name: Text | None
+    small_description: Annotated[list[Text], BeforeValidator(_as_list)]
+    full_description: Text | None = None
+    pricing: Text | None = None
+    query: Text
+    product_category: Text
+    customization_options: Annotated[
+        dict[Text, list[_OptionValue] | None], BeforeValidator(lambda found: {} if found in (None, "") else found)
+    ] = Field(default_factory=dict)
+
+
+class _AttributesRow(Published):
+    """What `items_ins_v2.json` has for a product."""
+
+    attributes: list[Text] = Field(default_factory=list)
+
+
+class _WishRow(Published):
+    """One of those that `items_human_ins.json` has for a product."""
+
+    instruction: Text
+    instruction_attributes: list[Text]
+    instruction_options: Annotated[
+        list[Text], BeforeValidator(lambda found: list(found.values()) if isinstance(found, dict) else found)
+    ]
+
+
+def _products(file: Path) -> dict[str, Product]:
+    """By id. Of two with one id the first is on sale, as in the original."""
+    rows = list(read_rows(file, _ProductRow))
+    attributes_file = file.with_name(file.name.replace("items_shuffle", "items_ins_v2"))
+    attributes = read_object(attributes_file)
+    products: dict[str, Product] = {}
+    for row in rows:
+        place = f"{attributes_file}, product {row.asin}"
+        known = checked(place, attributes.get(row.asin, {}), _AttributesRow)
+        products.setdefault(row.asin, _product(row, tuple(known.attributes)))
+    return products
+
+
+def _product(row: _ProductRow, attributes: tuple[str, ...]) -> Product:
+    prices = [float(price) for price in re.findall(r"\d+(?:\.\d+)?", (row.pricing or "").replace(",", ""))]
+    options: dict[str, dict[str, None]] = {}
+    for name, values in row.customization_options.items():
+        if values:
+            options.setdefault(_squeezed(name), {}).update(dict.fromkeys(_option_value(each.value) for each in values))
     return Product(
-        id=listed["asin"],
-        name=listed["name"],
-        text="\n".join(filter(None, [*features, listed.get("full_description") or ""])),
-        query=listed["query"].lower().strip(),
-        categories=frozenset(each.strip() for each in listed["product_category"].split("›")),
+        id=row.asin,
+        name=row.name or "",
+        text="\n".join(filter(None, [*row.small_description, row.full_description or ""])),
+        query=row.query.lower().strip(),
+        categories=frozenset(each.strip() for each in row.product_category.split("›")),
         price=prices[0] if prices else 100.0,
-        options=tuple(options.items()),
-        attributes=tuple(attributes.get(listed["asin"], {}).get("attributes", ())),
+        options=tuple((name, tuple(values)) for name, values in options.items()),
+        attributes=attributes,
     )
 
 
-def _wishes(products: dict[str, Product], instructions: dict[str, Any]) -> Iterator[Wish]:
+def _squeezed(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _option_value(text: str) -> str:
+    return _squeezed(text.replace("/", " | "))
+
+
+def _wishes(products: Mapping[str, Product], file: Path) -> Iterator[Wish]:
+    instructions = read_object(file)
     for product in products.values():
-        for number, asked in enumerate(instructions.get(product.id, ())):
-            if not asked["instruction_attributes"]:
-                continue
-            higher = [step * 10.0 for step in range(1, 100) if step * 10.0 > product.price][1:4]
-            highest = Random(f"{product.id}/{number}").choice(higher) if higher else None
-            limit = f", and price lower than {highest:.2f} dollars" if highest else ""
-            options = asked["instruction_options"]
-            yield Wish(
-                product,
-                asked["instruction"].strip(".") + limit,
-                tuple(asked["instruction_attributes"]),
-                tuple(options.values() if isinstance(options, dict) else options),
-                highest or float("inf"),
+        listed = instructions.get(product.id, [])
+        if not isinstance(listed, list):
+            raise ValueError(
+                f"{file}, product {product.id}: what people asked for must be a list: docs/WORLDS.md says of what file"
             )
+        for number, asked in enumerate(listed):
+            row = checked(f"{file}, product {product.id}, row {number + 1}", asked, _WishRow)
+            if row.instruction_attributes:
+                yield _wish(product, number, row)
+
+
+def _wish(product: Product, number: int, row: _WishRow) -> Wish:
+    higher = [step * 10.0 for step in range(1, 100) if step * 10.0 > product.price][1:4]
+    highest = Random(f"{product.id}/{number}").choice(higher) if higher else None
+    return Wish(
+        product,
+        asked=row.instruction.strip("."),
+        limit=f", and price lower than {highest:.2f} dollars" if highest else "",
+        attributes=tuple(row.instruction_attributes),
+        options=tuple(row.instruction_options),
+        highest_price=highest or float("inf"),
+    )
