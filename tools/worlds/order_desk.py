@@ -19,7 +19,7 @@ from typing import Any, Literal
 from langchain_core.tools import BaseTool
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tools.worlds.calls import answering, calling, read_call
+from tools.worlds.calls import answering, calling, read_call, shown
 from tools.worlds.world import Message, Task
 
 # ------------------------------------------------------------------------------------------------- words
@@ -161,10 +161,6 @@ class _DeskTool(BaseTool):
     run_call: Callable[[str, dict[str, Any]], str] = Field(exclude=True)
 
     def _run(self, **arguments: Any) -> str:
-        return self.run_call(self.name, arguments)
-
-    # The default would hop to a thread for a call of microseconds.
-    async def _arun(self, **arguments: Any) -> str:
         return self.run_call(self.name, arguments)
 
 
@@ -436,7 +432,7 @@ class OrderDeskEpisode:
 
     def _call(self, name: str, arguments: Any) -> str:
         self.state, text = _transition(self.order, self.state, name, arguments)
-        return text
+        return shown(text)
 
 
 # ------------------------------------------------------------------------------------------------- world

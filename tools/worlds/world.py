@@ -149,9 +149,9 @@ def task_named(world: World, task_id: str) -> Task:
     """The world's task of that id. Raises UnknownTask where there is none."""
     try:
         parsed = TaskId.parse(task_id)
-        if parsed.world == world.name:
-            return world.task(parsed.split, parsed.index)
-    except (ValueError, KeyError, IndexError):
-        pass
+    except ValueError:
+        parsed = None
+    if parsed is not None and parsed.world == world.name and parsed.index < world.splits.get(parsed.split, 0):
+        return world.task(parsed.split, parsed.index)
     splits = ", ".join(f"{name} 0..{size - 1}" for name, size in world.splits.items())
     raise UnknownTask(f"there is no task {task_id!r}; {world.name} has {splits}")
