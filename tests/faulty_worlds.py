@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from tools.worlds.calls import ToolEpisode, ToolSchema
 from tools.worlds.listed import ListedWorld, split_by_fives
-from tools.worlds.world import Message, WorldEpisode
+from tools.worlds.world import SPLITS, Message, Task, WorldEpisode, WorldFailed
 
 NUMBERS = split_by_fives(range(10))
 COUNT = {"name": "count", "description": "Counts.", "parameters": {"type": "object", "properties": {}}}
@@ -70,3 +70,75 @@ def raising(error: BaseException) -> Callable[..., Any]:
         raise error
 
     return method
+
+
+# ---------------------------------------------------------------------- what `module:Class` may be by mistake
+
+
+class NeedsArguments(Numbers):
+    def __init__(self, path: str) -> None:
+        super().__init__()
+
+
+class ConstructorRaises(Numbers):
+    def __init__(self) -> None:
+        raise RuntimeError("kaput")
+
+
+class ConstructorEnds(Numbers):
+    def __init__(self) -> None:
+        raise SystemExit(2)
+
+
+class Abstract(ListedWorld[int]):
+    name = "numbers"
+
+
+class NoName(Numbers):
+    name: Any = None
+
+
+class SlashInName(Numbers):
+    name = "my/world"
+
+
+class SplitsAreAList(Numbers):
+    splits: ClassVar[Any] = ["train"]  # type: ignore[assignment]
+
+
+class SplitsAreTasks(Numbers):
+    splits: ClassVar[Any] = {"train": [1], "validation": [], "heldout": []}  # type: ignore[assignment]
+
+
+class MessagesAreText(Numbers):
+    def messages_of(self, item: int) -> Any:
+        return f"Count to {item}."
+
+
+class MessagesWithoutRole(Numbers):
+    def messages_of(self, item: int) -> Any:
+        return ({"content": f"Count to {item}."},)
+
+
+class OtherTask(Numbers):
+    def task(self, split: str, index: int) -> Task:
+        return Task("other", split, index, ({"role": "user", "content": "Hello."},))
+
+
+class TaskRaises(Numbers):
+    def task(self, split: str, index: int) -> Task:
+        raise WorldFailed("its simulator does not start")
+
+
+class NoSteps(Numbers):
+    max_steps = 0
+
+
+class NoTasks(Numbers):
+    def __init__(self) -> None:
+        ListedWorld.__init__(self, dict.fromkeys(SPLITS, ()))
+
+
+class NoneHeldOut(Numbers):
+    def __init__(self) -> None:
+        ListedWorld.__init__(self, {"train": [1], "validation": [], "heldout": []})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
+from learner import practice
+from learner.practice import Attempt, PracticeOptions, practise
 from policies.chat.chat_protocol import ChatProtocol
 from runtime.agent.budget import RunLimits
 from runtime.agent.tools import Toolbox
@@ -289,3 +292,44 @@ def test_calls_of_one_step_are_run_in_their_order(serve: Serve) -> None:
 
     server = serve(numbers(run=run), "\n".join([CALL] * 4), "Done.")
     assert observations(server, ask(server)) == [f"{number} then {number}" for number in range(1, 5)]
+
+
+# ------------------------------------------------------------------------------------------------ practice
+
+
+def practised(server: Served, world: Any, num_tasks: int = 2) -> list[Attempt]:
+    tasks = [world.task("train", index) for index in range(num_tasks)]
+    return asyncio.run(practise(server.async_client(), world, tasks, PracticeOptions(MODEL, concurrency=num_tasks)))
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), Ends("kaput"), RuntimeError("kaput")])
+@pytest.mark.parametrize("method", ["open_item", "schemas", "answer", "outcome"])
+def test_in_practice_a_world_that_raises_ends_its_own_attempt(serve: Serve, method: str, error: BaseException) -> None:
+    def once(given: Any, *arguments: Any) -> Any:
+        item = arguments[0] if method == "open_item" else given.item
+        if item == NUMBERS["train"][0]:
+            raise error
+        return getattr(super(type(given), given), method)(*arguments)
+
+    world = numbers(**{method: once})
+    failed, done = practised(serve(world), world)
+    assert f"of the world numbers raised {type(error).__name__}" in failed.error
+    assert (done.error, done.outcome) == ("", 1.0)
+
+
+@pytest.mark.parametrize("value", [None, "yes", float("nan"), 7])
+def test_in_practice_an_outcome_that_is_none_is_told(serve: Serve, value: object) -> None:
+    world = numbers(outcome=lambda _: value)
+    (attempt,) = practised(serve(world), world, 1)
+    assert f"`outcome` of the world numbers gave {value!r}; it must be a number from 0 to 1" in attempt.error
+
+
+def test_in_practice_a_world_that_hangs_does_not_hold_up_the_end(
+    serve: Serve, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(practice, "WORLD_TIMEOUT_S", 0.3)
+    world = numbers(outcome=gate.wait)
+    began = time.perf_counter()
+    (attempt,) = practised(serve(world), world, 1)
+    assert attempt.error == "the world numbers did not answer within 0.3 seconds"
+    assert time.perf_counter() - began < 10

@@ -72,10 +72,13 @@ class Toolbox:
             return task.id if task else None
 
     def example_request(self) -> str:
-        """Something a user could ask this server."""
-        if self._world is None:
-            return "Hello! What can you do?"
-        return text_of(self._world.task("heldout", 0).messages[-1])
+        """Something a user could ask this server. Raises WorldFailed where the world cannot open a task."""
+        if self._world is not None:
+            with blaming(self._world.name, "task"):
+                for split in ("heldout", "validation", "train"):
+                    if self._world.splits[split]:
+                        return text_of(self._world.task(split, 0).messages[-1])
+        return "Hello! What can you do?"
 
     async def in_thread(self, timeout_s: float, work: Callable[P, T], *values: P.args, **more: P.kwargs) -> T:
         """Do what asks the world in a thread that it may block. Raises WorldFailed where it takes longer."""

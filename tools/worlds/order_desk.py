@@ -387,7 +387,7 @@ class OrderDeskEpisode:
                 name=name,
                 description=arguments.__doc__ or "",
                 args_schema=arguments,
-                handle_validation_error=complain,
+                handle_validation_error=lambda error: shown(complain(error)),
                 run_call=self._call,
             )
             for name, arguments in ARGUMENTS.items()
