@@ -162,7 +162,7 @@ def build_parts(settings: Settings) -> Parts:
     from runtime.store.step_log import LOCK_TIMEOUT_S, StepLog
     from tools.shelf import ToolShelf
     from tools.worlds import load_world
-    from tools.worlds.world import max_steps_of
+    from tools.worlds.world import WorldFailed, max_steps_of
 
     served_name = settings.served_name or os.path.basename(os.path.normpath(settings.model))
     try:
@@ -180,6 +180,7 @@ def build_parts(settings: Settings) -> Parts:
         worlds = {"": settings.world_name, **{name: agent.world for name, agent in agents_file.agents.items()}}
         loaded = {name: load_world(world) if world else None for name, world in worlds.items()}
         toolbox = toolbox_of(shelf, settings.tools, loaded[""], settings.run_tools)
+        example = toolbox.example_request()
         named_agents = tuple(
             ServedAgent(
                 name,
@@ -210,6 +211,9 @@ def build_parts(settings: Settings) -> Parts:
         told = damaged_file(error, settings.state / "agent.db") if is_damage(error) else error
         shelf.close()
         raise SystemExit(f"cannot start: {told}") from error
+    except WorldFailed as error:
+        shelf.close()
+        raise SystemExit(f"cannot start: the world {settings.world_name} opens no task: {error}") from error
     except (ValueError, OSError, StepLogError, BaseNetworkError) as error:
         shelf.close()
         raise SystemExit(f"cannot start: {error}") from error
@@ -239,6 +243,7 @@ def build_parts(settings: Settings) -> Parts:
         registry=registry,
         swap=swap,
         toolbox=toolbox,
+        example=example,
         shelf=shelf,
         limits=RunLimits(
             max_steps=settings.max_steps or max(map(max_steps_of, loaded.values())),

@@ -17,26 +17,25 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from langchain_core.utils.function_calling import convert_to_openai_tool
 from openai import AsyncOpenAI, OpenAIError
 from tqdm import tqdm
 
 from learner.api_key import api_key
 from policies.command_line import refuse_keys
+from tools.schemas import schema_of
 from tools.worlds import WORLDS, load_world
-from tools.worlds.world import Message, Task, World, WorldEpisode, max_steps_of
+from tools.worlds.blame import blaming, outcome_of, tools_of
+from tools.worlds.threads import WorldThreads
+from tools.worlds.world import Message, Task, World, WorldEpisode, WorldFailed, max_steps_of
 
 WORLD_TIMEOUT_S = 60.0
 
 Result = TypeVar("Result")
-
-
-class WorldFailure(Exception):
-    """A world raised, or did not answer in time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,25 +77,31 @@ async def practise(
 ) -> list[Attempt]:
     """Try each task once, several at a time; the attempts come in the order of the tasks."""
     model = options.model or (await client.models.list()).data[0].id
-    places = asyncio.Semaphore(options.concurrency)
+    places, threads = asyncio.Semaphore(options.concurrency), WorldThreads(world.name)
 
     async def attempt_in_turn(task: Task) -> Attempt:
         async with places:
-            attempt = await _attempt(client, world, task, model, options)
+            attempt = await _attempt(client, world, threads, task, model, options)
             on_done(attempt)
             return attempt
 
     return list(await asyncio.gather(*(attempt_in_turn(task) for task in tasks)))
 
 
-async def _attempt(client: AsyncOpenAI, world: World, task: Task, model: str, options: PracticeOptions) -> Attempt:
+async def _attempt(
+    client: AsyncOpenAI, world: World, threads: WorldThreads, task: Task, model: str, options: PracticeOptions
+) -> Attempt:
     messages: list[Any] = list(task.messages)
     metadata: Any = {"task": task.id, "purpose": options.purpose}
     bound: Any = {"max_tokens": options.max_tokens} if options.max_tokens else {}
     episode_id, outcome, num_steps, num_malformed = "", 0.0, 0, 0
+
+    async def in_world(method: str, function: Callable[..., Result], *arguments: Any) -> Result:
+        return await threads.ask(partial(_blamed, world.name, method, function, *arguments), WORLD_TIMEOUT_S)
+
     try:
-        episode = await _in_world(world.open, task)
-        tools = await _in_world(_tools_of, episode)
+        episode = await in_world("open", world.open, task)
+        tools = await in_world("tools", _tools_of, world.name, episode)
         while num_steps < max_steps_of(world):
             answer = await client.chat.completions.create(
                 model=model,
@@ -114,36 +119,30 @@ async def _attempt(client: AsyncOpenAI, world: World, task: Task, model: str, op
                 num_malformed += 1
                 break
             messages.append(_message(answer.choices[0].message))
-            told = await _in_world(episode.play, messages[-1])
+            told = await in_world("play", episode.play, messages[-1])
             if not told:
                 break
             messages.extend(told)
             if told[-1]["role"] == "user":  # a new turn may bring new tools
-                tools = await _in_world(_tools_of, episode)
-        outcome = await _in_world(episode.outcome)
+                tools = await in_world("tools", _tools_of, world.name, episode)
+        outcome = await in_world("outcome", outcome_of, world.name, episode)
         await _report(client, episode_id, outcome)
     except OpenAIError as error:
         if getattr(error, "code", None) == "context_length_exceeded":  # it went round in circles: its own failure
             return Attempt(task.id, episode_id, 0.0, num_steps, num_malformed)
         return Attempt(task.id, episode_id, 0.0, num_steps, num_malformed, str(error))
-    except WorldFailure as error:
+    except WorldFailed as error:
         return Attempt(task.id, episode_id, 0.0, num_steps, num_malformed, str(error))
     return Attempt(task.id, episode_id, outcome, num_steps, num_malformed)
 
 
-async def _in_world(function: Callable[..., Result], *arguments: Any) -> Result:
-    """On a thread: a world that takes its time must not keep the other attempts waiting."""
-    try:
-        async with asyncio.timeout(WORLD_TIMEOUT_S):
-            return await asyncio.to_thread(function, *arguments)
-    except TimeoutError as error:
-        raise WorldFailure(f"the world did not answer within {WORLD_TIMEOUT_S:g} seconds") from error
-    except Exception as error:
-        raise WorldFailure(f"the world failed: {type(error).__name__}: {error}") from error
+def _blamed(world: str, method: str, function: Callable[..., Result], *arguments: Any) -> Result:
+    with blaming(world, method):
+        return function(*arguments)
 
 
-def _tools_of(episode: WorldEpisode) -> Any:
-    return [convert_to_openai_tool(tool) for tool in episode.tools]
+def _tools_of(world: str, episode: WorldEpisode) -> Any:
+    return [schema_of(tool) for tool in tools_of(world, episode)]
 
 
 def _message(said: Any) -> Message:
@@ -249,13 +248,19 @@ async def _main(arguments: argparse.Namespace) -> int:
     try:
         world = load_world(arguments.world)
         record = Record(arguments.record, options) if arguments.record else None
-    except (ValueError, OSError) as error:
-        print(error)
+    except (ValueError, OSError, WorldFailed) as error:
+        print(f"cannot start: {error}")
         return 2
     if (size := world.splits[arguments.split]) == 0:
         print(f"{world.name} has no tasks in its split {arguments.split}")
         return 2
-    tasks = [world.task(arguments.split, (arguments.first + number) % size) for number in range(arguments.episodes)]
+    try:
+        with blaming(world.name, "task"):
+            indices = [(arguments.first + number) % size for number in range(arguments.episodes)]
+            tasks = [world.task(arguments.split, index) for index in indices]
+    except WorldFailed as error:
+        print(f"cannot start: the world {arguments.world} opens no task: {error}")
+        return 2
     known = [record.attempts[task.id] for task in tasks if task.id in record.attempts] if record else []
     missing = [task for task in tasks if record is None or task.id not in record.attempts]
     client = AsyncOpenAI(base_url=arguments.url, api_key=api_key(arguments.api_key_file), max_retries=1)

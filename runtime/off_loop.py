@@ -16,9 +16,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="large-request")
-_world_threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="world")
-"""A world may have its caller wait, for a JVM to start or for a game to be made: large requests do not wait behind."""
-
 
 FREE_AFTER_S = 1.0
 
@@ -36,8 +33,3 @@ async def off_loop(is_large: bool, work: Callable[P, T], *values: P.args, **more
     if not is_large:
         return work(*values, **more)
     return await asyncio.get_running_loop().run_in_executor(_threads, partial(work, *values, **more))
-
-
-async def in_world_thread(work: Callable[P, T], *values: P.args, **more: P.kwargs) -> T:
-    """Do what asks a world in a thread that may wait for it."""
-    return await asyncio.get_running_loop().run_in_executor(_world_threads, partial(work, *values, **more))

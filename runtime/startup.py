@@ -57,7 +57,7 @@ def _acting(parts: Parts, agent: str = "") -> str:
 
 
 def _example(parts: Parts, url: str) -> str:
-    body = {"model": parts.served_name, "messages": [{"role": "user", "content": parts.toolbox.example_request()}]}
+    body = {"model": parts.served_name, "messages": [{"role": "user", "content": parts.example}]}
     said = shlex.quote(json.dumps(body))
     return f"curl{_key(parts)} {url}/v1/chat/completions -H 'content-type: application/json' -d {said}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tools.worlds import load_world
+from tools.worlds.calls import LONGEST_OBSERVATION, read_call
 from tools.worlds.order_desk import (
     ARGUMENTS,
     BOX_FOR_CARE,
@@ -25,6 +27,7 @@ from tools.worlds.order_desk import (
 from tools.worlds.world import Message, Task
 
 WORLD = OrderDesk()
+TASK = WORLD.task("train", 0)
 modest = settings(deadline=None, max_examples=80)
 
 tasks = st.sampled_from(sorted(WORLD.splits)).flatmap(
@@ -276,3 +279,21 @@ def test_neighbouring_orders_differ_in_what_must_be_read() -> None:
         values = [getattr(order, fact) for order in orders]
         assert len(set(values)) >= 3
         assert sum(a != b for a, b in pairwise(values)) > len(values) / 2
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        call_message("pick_item", {"shelf": "x" * 300_000}),
+        call_message("pick_item", {"shelf": "A1", "y" * 300_000: 1}),
+        call_message("z" * 300_000, {}),
+    ],
+)
+def test_an_observation_is_cut_with_a_mark_whoever_runs_the_call(message: Message) -> None:
+    (told,) = WORLD.open(TASK).play(message)
+    assert LONGEST_OBSERVATION < len(told["content"]) < LONGEST_OBSERVATION + 100
+    assert re.search(r"\[cut here: the whole observation has 300\d\d\d characters\]$", told["content"])
+    name, arguments = read_call(message["tool_calls"][0])
+    for tool in WORLD.open(TASK).tools:
+        if tool.name == name:
+            assert tool.invoke(arguments) == told["content"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import subprocess
@@ -10,11 +9,14 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
+from policies.types import ToolCall
+from runtime.agent.tool_calls import run_tool_calls
 from tests_worlds.simulated import is_gone
 from tools.worlds.calls import LONGEST_OBSERVATION, calling
 from tools.worlds.reading import Arguments
@@ -161,11 +163,12 @@ class CountingEpisode(SimulatedEpisode):
     max_calls = 5
 
 
-async def test_calls_of_one_step_keep_their_order_and_the_event_loop_stays_free(pool: SimulatorPool) -> None:
+async def test_calls_of_one_step_keep_their_order(pool: SimulatorPool) -> None:
     episode = CountingEpisode(pool, {"from": 0})
-    [tool, _] = episode.tools
-    told = await asyncio.gather(*(tool.ainvoke({"by": by}) for by in (1, 10, 100)))
-    assert told == ["1", "11", "111"]
+    tools = {tool.name: tool for tool in episode.tools}
+    calls = [ToolCall(f"call_{by}", "add", {"by": by}) for by in (1, 10, 100)]
+    results = await run_tool_calls(calls, tools, 30.0, turns={"add": nullcontext})
+    assert [result.content for result in results] == ["1", "11", "111"]
 
 
 def test_an_observation_of_a_megabyte_is_cut_with_a_mark(pool: SimulatorPool) -> None:

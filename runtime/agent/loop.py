@@ -8,9 +8,11 @@ and an unfinished step is not logged: it was not answered.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from langchain_core.tools import BaseTool
 
@@ -29,6 +31,10 @@ from runtime.privacy.redaction import Redactor
 from runtime.store.episodes import Episode, Fact, Outcome, Step, StepCandidate, StopReason, ToolResult, new_id
 from runtime.store.step_log import StepLog, StepLogError
 from tools.bounds import ToolBounds
+from tools.worlds.threads import WorldThreads
+from tools.worlds.world import WorldFailed
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,8 @@ class StepTaken:
     step: Step
     candidates: tuple[StepCandidate, ...] = ()
     """What it was chosen among, itself included; empty where nothing else was drawn."""
+    is_unjudged: bool = False
+    """It ended an episode of the server's world, which could not say how good that end is."""
 
 
 RunEvent = Progress | StepTaken
@@ -52,9 +60,14 @@ class ServerTools:
 
     tools: Mapping[str, BaseTool]
     judge: Callable[[Action], float] | None = None
-    """How good the end is that the last action makes; called once, on a thread of its own."""
+    """How good the end is that the last action makes, 0 to 1; called once, on a thread of the world's. Raises
+    WorldFailed."""
     bounds: Mapping[str, ToolBounds] = field(default_factory=dict)
     """By the tool's name, for those that have bounds of their own."""
+    turns: Mapping[str, Callable[[], AbstractContextManager[None]]] = field(default_factory=dict)
+    """By the tool's name, for those of a world's episode: its calls are run in order, and each holds this meanwhile."""
+    threads: WorldThreads = field(default_factory=WorldThreads)
+    """Where the judge is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +133,11 @@ async def _episode(
         step = sampled.led_to(stop_reason, digests, results)
         beside = (*sampled.candidates, *run.beside_each(step, sampled.num_beside_tokens))
         beside += run.beside if stop_reason else ()
-        await _commit(log, turn.episode if is_new else None, step, *await _outcome(step, server_tools), *beside)
+        outcomes = await _outcome(step, server_tools, limits.tool_timeout_s)
+        await _commit(log, turn.episode if is_new else None, step, *outcomes, *beside)
         turn, is_new = next_turn, False
-        yield StepTaken(run.choice, step, sampled.candidates)
+        is_unjudged = stop_reason is not None and server_tools.judge is not None and not outcomes
+        yield StepTaken(run.choice, step, sampled.candidates, is_unjudged)
 
 
 async def _commit(log: StepLog, new_episode: Episode | None, *facts: Fact) -> None:
@@ -206,8 +221,14 @@ async def _tool_results(
 ) -> tuple[ToolResult, ...]:
     if not isinstance(action, ToolCalls):
         return ()
-    tools, bounds = server_tools.tools, server_tools.bounds
-    results = await run_tool_calls(action.calls, tools, budget.tool_timeout_s, bounds, budget.seconds_left)
+    results = await run_tool_calls(
+        action.calls,
+        server_tools.tools,
+        budget.tool_timeout_s,
+        server_tools.bounds,
+        server_tools.turns,
+        seconds_left=lambda: budget.seconds_left,
+    )
     return tuple(results if redactor is None else await asyncio.to_thread(_redacted, redactor, results))
 
 
@@ -215,8 +236,13 @@ def _redacted(redactor: Redactor, results: Sequence[ToolResult]) -> list[ToolRes
     return [replace(result, content=redactor.text(result.content)[0]) for result in results]
 
 
-async def _outcome(step: Step, server_tools: ServerTools) -> list[Outcome]:
+async def _outcome(step: Step, server_tools: ServerTools, timeout_s: float) -> list[Outcome]:
+    """Of an episode that ends with this step; none where its world cannot say: the step was taken all the same."""
     if step.stop_reason is None or server_tools.judge is None:
         return []
-    value = await asyncio.to_thread(server_tools.judge, step.action)
+    try:
+        value = await server_tools.threads.ask(partial(server_tools.judge, step.action), timeout_s)
+    except WorldFailed as error:
+        _log.warning("episode %s has no outcome: %s", step.episode_id, error, exc_info=error.__cause__)
+        return []
     return [Outcome(new_id("out"), step.episode_id, value, source="world")]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 from langchain_core.tools import BaseTool, ToolException
@@ -13,13 +14,18 @@ from pydantic import ValidationError
 
 from policies.types import ToolCall
 from runtime.agent.tool_outputs import cut, shown
-from runtime.agent.tool_threads import ToolThreads
+from runtime.agent.tool_threads import ToolThreads, Turn
 from runtime.store.episodes import ToolResult
 from tools.bounds import ToolBounds
+from tools.worlds.world import WorldFailed
 
 _UNBOUNDED = ToolBounds()
 _threads = ToolThreads()
 """Of the process: what one episode's tools left behind counts for all."""
+
+
+Turns = Mapping[str, Callable[[], AbstractContextManager[None]]]
+"""By the tool's name: what a call holds while it runs."""
 
 
 async def run_tool_calls(
@@ -27,36 +33,44 @@ async def run_tool_calls(
     tools: Mapping[str, BaseTool],
     timeout_s: float,
     bounds: Mapping[str, ToolBounds] | None = None,
-    seconds_left: float = math.inf,
+    turns: Turns | None = None,
+    seconds_left: Callable[[], float] = lambda: math.inf,
 ) -> list[ToolResult]:
-    """Run the calls of one step side by side; the results come in the order of the calls. Never raises for a tool.
+    """Run the calls of one step; the results come in the order of the calls. Never raises for a tool.
 
-    `timeout_s` is for tools whose `bounds` name none; no call lasts longer than the run's `seconds_left`.
+    Calls run side by side, but those of tools with a turn one after the other. `timeout_s` is for tools whose `bounds`
+    name none; no call lasts longer than the run's `seconds_left` when it begins.
     """
-    bounds = bounds or {}
-    return list(
-        await asyncio.gather(
-            *(_run(call, tools, timeout_s, bounds.get(call.name, _UNBOUNDED), seconds_left) for call in calls)
-        )
-    )
+    bounds, turns = bounds or {}, turns or {}
+
+    in_order = asyncio.Lock()  # whoever asks for it first gets it first
+
+    async def run(call: ToolCall) -> ToolResult:
+        bound, turn = bounds.get(call.name, _UNBOUNDED), turns.get(call.name, nullcontext)
+        async with in_order if call.name in turns else nullcontext():
+            seconds = min(timeout_s if bound.timeout_s is None else bound.timeout_s, seconds_left())
+            return await _run(call, tools, seconds, bound.max_output_chars, turn())
+
+    return list(await asyncio.gather(*map(run, calls)))
 
 
 async def _run(
-    call: ToolCall, tools: Mapping[str, BaseTool], timeout_s: float, bounds: ToolBounds, seconds_left: float
+    call: ToolCall, tools: Mapping[str, BaseTool], timeout_s: float, max_chars: int, turn: Turn
 ) -> ToolResult:
     began = time.perf_counter()
-    seconds = min(timeout_s if bounds.timeout_s is None else bounds.timeout_s, seconds_left)
-    content, is_error = await _observe(call, tools, seconds, bounds.max_output_chars)
+    content, is_error = await _observe(call, tools, timeout_s, max_chars, turn)
     return ToolResult(call.id, call.name, content, is_error, (time.perf_counter() - began) * 1000)
 
 
-async def _observe(call: ToolCall, tools: Mapping[str, BaseTool], timeout_s: float, max_chars: int) -> tuple[str, bool]:
+async def _observe(
+    call: ToolCall, tools: Mapping[str, BaseTool], timeout_s: float, max_chars: int, turn: Turn
+) -> tuple[str, bool]:
     tool = tools.get(call.name)
     if tool is None:
         return cut(f"error: there is no tool {call.name}; there are: {', '.join(tools) or 'none'}", max_chars), True
     try:
         async with asyncio.timeout(timeout_s):
-            return await _threads.run(tool, call.arguments, partial(shown, max_chars=max_chars)), False
+            return await _threads.run(tool, call.arguments, partial(shown, max_chars=max_chars), turn), False
     except TimeoutError:
         return f"error: {call.name} took longer than {timeout_s:g} seconds", True
     except Exception as error:  # a tool is foreign code: whatever it raises, the agent is told and the server lives
@@ -70,7 +84,11 @@ def _told(name: str, error: Exception) -> str:
         said = str(error)
     except Exception:  # an exception of foreign code may not even say what it is
         said = ""
-    return said if isinstance(error, ToolException | ValueError) else f"{name} failed: {type(error).__name__}: {said}"
+    return (
+        said
+        if isinstance(error, ToolException | ValueError | WorldFailed)
+        else f"{name} failed: {type(error).__name__}: {said}"
+    )
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
 from typing import Any
 
@@ -32,6 +33,8 @@ STUCK_AFTER_S = 1.0
 
 Read = Callable[[Any], str]
 """Makes text of a tool's output."""
+Turn = AbstractContextManager[None]
+"""What a call holds while it runs."""
 
 
 class TooManyCalls(ToolException):
@@ -46,16 +49,17 @@ class ToolThreads:
         self._left_behind: defaultdict[str, list[threading.Thread]] = defaultdict(list)
         self._async_tools = _AsyncTools()
 
-    async def run(self, tool: BaseTool, arguments: Mapping[str, Any], read: Read) -> str:
-        """What `read`, called where the tool runs, makes of its output. Raises what the tool raises, and TooManyCalls;
-        an exception that would end a thread or a task becomes a ToolException."""
+    async def run(self, tool: BaseTool, arguments: Mapping[str, Any], read: Read, turn: Turn | None = None) -> str:
+        """What `read`, called where the tool runs, makes of its output; `turn` is held there meanwhile. Raises what the
+        tool raises, and TooManyCalls; an exception that would end a thread or a task becomes a ToolException."""
+        turn = turn or nullcontext()
         if isinstance(tool, McpTool):
-            return await tool.loop.run(_called(tool, arguments, read))
+            return await tool.loop.run(_called(tool, arguments, read, turn))
         if is_async(tool):
-            return await self._async_tools.run(_called(tool, arguments, read))
-        return await self._in_thread(tool, arguments, read)
+            return await self._async_tools.run(_called(tool, arguments, read, turn))
+        return await self._in_thread(tool, arguments, read, turn)
 
-    async def _in_thread(self, tool: BaseTool, arguments: Mapping[str, Any], read: Read) -> str:
+    async def _in_thread(self, tool: BaseTool, arguments: Mapping[str, Any], read: Read, turn: Turn) -> str:
         left_behind = self._still_running(tool.name)
         if len(left_behind) >= MAX_LEFT_BEHIND:
             raise TooManyCalls(f"{tool.name} hangs: {len(left_behind)} earlier calls of it have not ended yet")
@@ -64,7 +68,7 @@ class ToolThreads:
         answer: Future[str] = Future()
         thread = threading.Thread(
             target=copy_context().run,
-            args=(self._work, tool, arguments, read, answer),
+            args=(self._work, tool, arguments, read, turn, answer),
             name=f"tool-{tool.name}",
             daemon=True,
         )
@@ -75,10 +79,11 @@ class ToolThreads:
             left_behind.append(thread)
             raise
 
-    def _work(self, tool: BaseTool, arguments: Mapping[str, Any], read: Read, answer: Future[str]) -> None:
+    def _work(self, tool: BaseTool, arguments: Mapping[str, Any], read: Read, turn: Turn, answer: Future[str]) -> None:
         """What the thread does. Its caller may have gone: `answer` is cancelled then, and takes nothing."""
         try:
-            text = read(_no_coroutine(tool, tool.invoke(dict(arguments))))
+            with turn:
+                text = read(_no_coroutine(tool, tool.invoke(dict(arguments))))
         except BaseException as error:
             self._places.release()
             if answer.set_running_or_notify_cancel():
@@ -144,9 +149,10 @@ def is_async(tool: BaseTool) -> bool:
     return type(tool)._arun is not BaseTool._arun
 
 
-async def _called(tool: BaseTool, arguments: Mapping[str, Any], read: Read) -> str:
+async def _called(tool: BaseTool, arguments: Mapping[str, Any], read: Read, turn: Turn) -> str:
     try:
-        return read(await tool.ainvoke(dict(arguments)))
+        with turn:
+            return read(await tool.ainvoke(dict(arguments)))
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
         if task is not None and task.cancelling():

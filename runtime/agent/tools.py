@@ -6,18 +6,29 @@ restart, a branch or a second choice all find the state that their own steps led
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import ParamSpec, TypeVar
 
 from langchain_core.tools import BaseTool
 
-from policies.chat.chat_protocol import action_message, text_of
-from policies.types import Action, FinalAnswer, MalformedAction, Message, ToolSchema
+from policies.chat.chat_protocol import text_of
+from policies.types import Message, ToolSchema
 from runtime.agent.loop import ServerTools
+from runtime.agent.open_episode import OpenEpisode
 from runtime.store.episodes import Step
 from tools.bounds import ToolBounds
 from tools.schemas import schema_of
-from tools.worlds.world import World, WorldEpisode, is_of_world, task_named
+from tools.worlds.blame import blaming
+from tools.worlds.threads import WorldThreads
+from tools.worlds.world import World, is_of_world, task_named
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MAX_SCHEMAS = 1000
+"""That are remembered."""
 
 
 class Toolbox:
@@ -36,7 +47,9 @@ class Toolbox:
         self._bounds = bounds or {}
         self._tools = tuple(tools)
         self._world = world
-        self._schemas: dict[str, ToolSchema] = {}
+        self._schemas: dict[tuple[object, ...], ToolSchema] = {}
+        """By all that a tool's schema is made of."""
+        self._threads = WorldThreads(world.name if world else "")
 
     @property
     def has_tools(self) -> bool:
@@ -48,44 +61,58 @@ class Toolbox:
 
         A task of another world is kept as it is named: its client runs that world's tools itself.
         """
-        if task_id is not None:
-            if self._world is not None and is_of_world(task_id, self._world):
-                task_named(self._world, task_id)
+        if self._world is None:
             return task_id
-        task = self._world.find_task(messages) if self._world else None
-        return task.id if task else None
+        with blaming(self._world.name, "task" if task_id else "find_task"):
+            if task_id is not None:
+                if is_of_world(task_id, self._world):
+                    task_named(self._world, task_id)
+                return task_id
+            task = self._world.find_task(messages)
+            return task.id if task else None
 
     def example_request(self) -> str:
-        """Something a user could ask this server."""
-        if self._world is None:
-            return "Hello! What can you do?"
-        return text_of(self._world.task("heldout", 0).messages[-1])
+        """Something a user could ask this server. Raises WorldFailed where the world cannot open a task."""
+        if self._world is not None:
+            with blaming(self._world.name, "task"):
+                for split in ("heldout", "validation", "train"):
+                    if self._world.splits[split]:
+                        return text_of(self._world.task(split, 0).messages[-1])
+        return "Hello! What can you do?"
+
+    async def in_thread(self, timeout_s: float, work: Callable[P, T], *values: P.args, **more: P.kwargs) -> T:
+        """Do what asks the world in a thread that it may block. Raises WorldFailed where it takes longer."""
+        return await self._threads.ask(partial(work, *values, **more), timeout_s)
 
     def open(self, task_id: str | None, path: Sequence[Step]) -> tuple[tuple[ToolSchema, ...], ServerTools]:
-        """Schemas and tools for a run that continues `path`."""
-        tools, bounds, judge = list(self._tools), self._bounds, None
-        if task_id is not None and self._world is not None and is_of_world(task_id, self._world):
-            episode = self._world.open(task_named(self._world, task_id))
-            for step in path:
-                if not isinstance(step.action, MalformedAction):
-                    episode.play(action_message(step.action))
-            of_world = {tool.name for tool in episode.tools}
-            # The task's own tool is meant where another has its name.
-            tools = [*episode.tools, *(tool for tool in tools if tool.name not in of_world)]
-            bounds = {name: bound for name, bound in bounds.items() if name not in of_world}
-            judge = partial(_outcome_after, episode)
-        schemas = tuple(self._schema(tool) for tool in tools)
-        return schemas, ServerTools({tool.name: tool for tool in tools}, judge, bounds)
+        """Schemas and tools for a run that continues `path`.
+
+        Raises UnknownTask, and WorldFailed where the world cannot open the task."""
+        if task_id is None or self._world is None or not is_of_world(task_id, self._world):
+            return self._schemas_of(self._tools), ServerTools(
+                {tool.name: tool for tool in self._tools}, bounds=self._bounds
+            )
+        episode = OpenEpisode(self._world, task_id, path)
+        of_world = {tool.name for tool in episode.tools}
+        # The task's own tool is meant where another has its name.
+        tools = [*episode.tools, *(tool for tool in self._tools if tool.name not in of_world)]
+        bounds = {name: bound for name, bound in self._bounds.items() if name not in of_world}
+        with blaming(self._world.name, "tools"):
+            schemas = self._schemas_of(tools)
+        turns = dict.fromkeys(of_world, episode.turn)
+        by_name = {tool.name: tool for tool in tools}
+        return schemas, ServerTools(by_name, episode.outcome_after, bounds, turns, self._threads)
+
+    def _schemas_of(self, tools: Sequence[BaseTool]) -> tuple[ToolSchema, ...]:
+        return tuple(map(self._schema, tools))
 
     def _schema(self, tool: BaseTool) -> ToolSchema:
-        # A world's tools are made anew for each episode but look the same; converting their schemas is slow.
-        if tool.name not in self._schemas:
-            self._schemas[tool.name] = schema_of(tool)
-        return self._schemas[tool.name]
-
-
-def _outcome_after(episode: WorldEpisode, last: Action) -> float:
-    """How an episode ended. Its tools have acted on the world already; an answer is taken here."""
-    if isinstance(last, FinalAnswer):
-        episode.play(action_message(last))
-    return episode.outcome()
+        # A world's tools are made anew for each episode, and most look the same; converting their schemas is slow.
+        arguments = tool.args_schema
+        looks = json.dumps(arguments, default=repr) if isinstance(arguments, dict) else arguments
+        key = (type(tool), tool.name, tool.description, looks)
+        if key not in self._schemas:
+            if len(self._schemas) >= MAX_SCHEMAS:
+                self._schemas.clear()
+            self._schemas[key] = schema_of(tool)
+        return self._schemas[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 from policies.chat.grammars import (
     GrammarError,
@@ -32,7 +33,7 @@ from runtime.http.best_of import FIRST_DRAW, NOTHING_ASKED, Choosing, ChoosingAs
 from runtime.http.fields import FieldRefused
 from runtime.http.parts import Parts
 from runtime.http.schemas import ChatCompletionRequest
-from runtime.off_loop import in_world_thread, off_loop
+from runtime.off_loop import off_loop
 from runtime.store.episodes import Actor, Episode, Step, new_id
 from runtime.store.keys import Key
 from runtime.store.step_log import Whose
@@ -122,13 +123,14 @@ async def admit(
     if logged is not None:
         episode = logged
     elif request.metadata.task is not None:
-        episode = await in_world_thread(_new_episode, *new)
+        episode = await agent.toolbox.in_thread(parts.limits.deadline_s, _new_episode, *new)
     else:
         episode = await off_loop(is_large, _new_episode, *new)
     admitted = _Admitted(parts, agent, request, caller, policy, episode, logged is None, place, messages, choosing)
     opens_world = request.tools is None and episode.task is not None  # which may take its time to replay what was done
     if opens_world:
-        return [await in_world_thread(admitted.run, choice) for choice in range(request.n)]
+        in_thread = partial(agent.toolbox.in_thread, parts.limits.deadline_s)
+        return [await in_thread(admitted.run, choice) for choice in range(request.n)]
     is_large = is_large or len(place.path) > FEW_MESSAGES or request.asks_for_grammar or _has_large_tools(request)
     return [await off_loop(is_large, admitted.run, choice) for choice in range(request.n)]
 
@@ -297,7 +299,7 @@ class _Admitted:
         if asked == "client" or (asked is None and not toolbox.is_default):
             return (), None
         schemas, server_tools = toolbox.open(self.episode.task, self.place.path)
-        return schemas, server_tools if schemas else None
+        return schemas, server_tools if schemas or server_tools.judge else None
 
     def _sampling(self, choice: int, offered: tuple[ToolSchema, ...]) -> SamplingParams:
         limits = self.parts.engine.limits

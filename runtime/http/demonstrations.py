@@ -22,7 +22,6 @@ from runtime.http.pages import episode_page, page
 from runtime.http.parts import Parts
 from runtime.http.schemas import DemonstrationsRequest, WithdrawalRequest
 from runtime.http.strict_json import StrictJsonRoute
-from runtime.off_loop import in_world_thread
 from runtime.store.damage import Damaged
 from runtime.store.episodes import Actor, Withdrawal, new_id
 from runtime.store.keys import Key
@@ -102,7 +101,9 @@ async def import_demonstration(parts: Parts, agent: ServedAgent, demonstration: 
     if demonstration.task is None:
         task = agent.toolbox.task_of(None, demonstration.messages)
     else:
-        task = await in_world_thread(agent.toolbox.task_of, demonstration.task, demonstration.messages)
+        task = await agent.toolbox.in_thread(
+            parts.limits.deadline_s, agent.toolbox.task_of, demonstration.task, demonstration.messages
+        )
     episode = replace(demonstrated_episode(demonstration), task=task, owner=key.name)
     # Templates of a long conversation take a while, and answers must go on meanwhile.
     max_context_tokens = parts.engine.limits.max_context_tokens

@@ -131,6 +131,7 @@ def as_api_error(error: Exception) -> ApiError:
         case EngineError():
             return ApiError(503, f"the engine could not answer: {error}", "engine_error")
         case WorldFailed():
+            logger.warning("the world could not open a task: %s", error, exc_info=error.__cause__)
             return ApiError(503, f"the world could not open the task: {error}", "world_error")
         case LearnerBusy():
             return ApiError(409, str(error), "learner_busy")

@@ -40,6 +40,12 @@ class Metrics:
         self._malformed = Counter(
             "stepagent_malformed_actions", "Actions that could not be read.", ["agent"], registry=self._registry
         )
+        self._unjudged = Counter(
+            "stepagent_unjudged_episodes",
+            "Ends of episodes whose world failed to give an outcome; the log says why.",
+            ["agent"],
+            registry=self._registry,
+        )
         self._latency = Histogram(
             "stepagent_step_seconds", "Seconds from prompt to last token.", buckets=_SECONDS, registry=self._registry
         )
@@ -69,6 +75,10 @@ class Metrics:
         self._first.observe(step.first_token_ms / 1000)
         for result in step.tool_results:
             self._tool.observe(result.latency_ms / 1000)
+
+    def count_unjudged(self, is_unjudged: bool, agent: str = "") -> None:
+        """A step that ended an episode which its world could not judge."""
+        self._unjudged.labels(agent).inc(is_unjudged)
 
     def show_cycles(self, cycles: LearningReader) -> None:
         """Also tell of the learner, from now on."""

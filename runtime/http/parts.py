@@ -42,6 +42,8 @@ class Parts:
     """Of the server's own agent."""
     limits: RunLimits
     metrics: Metrics
+    example: str = "Hello! What can you do?"
+    """Something a user could ask; the server shows it when it is up."""
     keys: KeyRing = field(default_factory=KeyRing)
     cors_origins: tuple[str, ...] = ()
     """Of web pages that may use this server."""

@@ -35,6 +35,7 @@ class RunEvents:
         if isinstance(event, StepTaken):
             num_beside = sum(len(each.completion_token_ids) for each in event.candidates if not each.is_chosen)
             self._metrics.count_step(event.step, self._agent, num_beside)
+            self._metrics.count_unjudged(event.is_unjudged, self._agent)
             self._load.count(self._key, event.step, num_beside)
         return event
 

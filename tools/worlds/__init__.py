@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from os.path import expanduser
 from pathlib import Path
-from typing import Any
 
+from tools.worlds.own import own_world
 from tools.worlds.world import World
 
 
@@ -53,7 +53,7 @@ def load_world(name: str) -> World:
     head, _, rest = name.partition(":")
     listing = WORLDS.get(head)
     if listing is None and rest:
-        return _made(head, rest, name)
+        return own_world(name)
     if listing is None:
         raise ValueError(f"no world is called {name!r}; there are: {', '.join(sorted(WORLDS))}, and module:Class")
     if listing.takes_file != bool(rest):
@@ -61,22 +61,11 @@ def load_world(name: str) -> World:
         raise ValueError(f"the world {name!r} is to be written {form}; docs/WORLDS.md says more")
     module, _, attribute = listing.place.partition(":")
     try:
-        return _made(module, attribute, name, *([Path(expanduser(rest))] if listing.takes_file else []))
+        kind = getattr(import_module(module), attribute)
+        return kind(*([Path(expanduser(rest))] if listing.takes_file else []))
     except ImportError as error:
         if not listing.package:
             raise
         raise ValueError(
             f"the world {head} needs the package {listing.package}, and {error}: run `make setup-worlds`"
         ) from error
-
-
-def _made(module_name: str, attribute: str, name: str, *arguments: Any) -> World:
-    try:
-        module = import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise
-        raise ValueError(f"the world {name!r} is to be module:Class, and there is no module {error.name!r}") from error
-    if not hasattr(module, attribute):
-        raise ValueError(f"the world {name!r} is to be module:Class, and {module_name} has no {attribute!r}")
-    return getattr(module, attribute)(*arguments)

@@ -6,6 +6,7 @@ replaying and comparing are here. A world may do without and fulfil the protocol
 
 from __future__ import annotations
 
+import asyncio
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -25,25 +26,32 @@ ToolSchema = Mapping[str, Any]
 
 
 class WorldTool(BaseTool):
-    """A world's tool, bound to an episode. The world reads the arguments, so that its own words tell a mistake."""
+    """A world's tool, bound to an episode. The world reads the arguments, so that its own words tell a mistake.
+
+    A call may block: whoever runs tools gives it a thread, and runs those of one episode one after the other."""
 
     run_call: Callable[[str, Any], str] = Field(exclude=True)
 
     @classmethod
     def of(cls, schema: ToolSchema, run_call: Callable[[str, Any], str]) -> WorldTool:
-        return cls(
-            name=schema["name"],
-            description=schema["description"],
-            args_schema={"title": schema["name"], **schema["parameters"]},
-            run_call=run_call,
-        )
+        """Raises ValueError for what does not say what a tool looks like."""
+        name, description, parameters = _read(schema)
+        arguments = {"title": name, "type": "object", "properties": {}, **parameters}
+        return cls(name=name, description=description, args_schema=arguments, run_call=run_call)
 
     def _run(self, **arguments: Any) -> str:
         return self.run_call(self.name, arguments)
 
-    # The default would hop to a thread for a call of microseconds, and calls of one step would overtake each other.
-    async def _arun(self, **arguments: Any) -> str:
-        return self.run_call(self.name, arguments)
+
+def _read(schema: ToolSchema) -> tuple[str, str, Mapping[str, Any]]:
+    """Name, description and parameters. Raises ValueError where one is missing or something else."""
+    if not isinstance(schema, Mapping):
+        raise ValueError(f"schemas() must give a mapping for each tool: name, description, parameters; not {schema!r}")
+    for key, kind in {"name": str, "description": str, "parameters": Mapping}.items():
+        if not isinstance(schema.get(key), kind) or (key == "name" and not schema[key]):
+            what = "a JSON schema, such as {'type': 'object', 'properties': {}}" if kind is Mapping else "a text"
+            raise ValueError(f"the tool {schema.get('name')!r} of schemas() needs {key!r}: {what}")
+    return schema["name"], schema["description"], schema["parameters"]
 
 
 def read_call(call: Message) -> tuple[str, Any]:
@@ -81,6 +89,26 @@ def shown(text: str) -> str:
     return f"{text[:LONGEST_OBSERVATION]}\n[cut here: the whole observation has {len(text)} characters]"
 
 
+def said_by(error: BaseException) -> str:
+    """What an exception says; what a package ends the program with says its kind, too."""
+    try:
+        said = str(error)
+    except Exception:  # an exception of foreign code may not even say what it is
+        said = ""
+    return said if isinstance(error, Exception) and said else f"{type(error).__name__} {said}".strip()
+
+
+def observed(given: Any) -> str:
+    """What `run` gave back, as an observation: a text as it is, a dict or list as JSON. What is neither is told as a
+    mistake of the world's; the call has been made all the same."""
+    if isinstance(given, str):
+        return shown(given)
+    if isinstance(given, dict | list):
+        return shown(json.dumps(given, ensure_ascii=False, default=str))
+    kind = type(given).__name__
+    return f"The call was made, but what it led to is unknown: `run` of the world must return text, not {kind}."
+
+
 class ToolEpisode(ABC):
     """An episode whose moves are tool calls and answers."""
 
@@ -98,8 +126,9 @@ class ToolEpisode(ABC):
         """The tools that may be called now."""
 
     @abstractmethod
-    def run(self, name: str, arguments: dict[str, Any]) -> str:
-        """Run a call of one of the tools; what is observed. It may raise for a call that it cannot read."""
+    def run(self, name: str, arguments: dict[str, Any]) -> str | dict[str, Any] | list[Any]:
+        """Run a call of one of the tools; what is observed: a text, or what is shown as JSON. It may raise for a call
+        that it cannot read."""
 
     def answer(self, text: str) -> str | None:
         """Take a final answer; the user's next message, or None where there is none."""
@@ -140,9 +169,11 @@ class ToolEpisode(ABC):
         if not isinstance(arguments, dict):
             return shown(f"Error: the arguments of {name} must be a JSON object")
         try:
-            return shown(self.run(name, arguments))
-        except Exception as error:  # a world's package raises whatever it likes for arguments that do not fit
-            return shown(f"Error: {error}")
+            return observed(self.run(name, arguments))
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            raise
+        except BaseException as error:  # a world's package raises whatever it likes for arguments that do not fit
+            return shown(f"Error: {said_by(error)}")
 
     def play(self, message: Message) -> list[Message]:
         """Run an assistant message's tool calls in order, or take its answer."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from tools.worlds.world import SPLITS, Message, Task, WorldEpisode, opening_of
+from tools.worlds.world import SPLITS, Message, Task, WorldEpisode, opening_of, require_messages
 
 Item = TypeVar("Item")
 
@@ -22,7 +22,9 @@ class ListedWorld(ABC, Generic[Item]):
         self._places: dict[str, tuple[str, int]] = {}
         for split, listed in self._items.items():
             for index, item in enumerate(listed):
-                self._places.setdefault(opening_of(self.messages_of(item)), (split, index))
+                messages = self.messages_of(item)
+                require_messages(messages)
+                self._places.setdefault(opening_of(messages), (split, index))
 
     @abstractmethod
     def messages_of(self, item: Item) -> tuple[Message, ...]:
@@ -38,7 +40,7 @@ class ListedWorld(ABC, Generic[Item]):
 
     def task(self, split: str, index: int) -> Task:
         """One task. Raises KeyError for an unknown split, IndexError for an index beyond its end."""
-        return Task(self.name, split, index, self.messages_of(self.item(split, index)))
+        return Task(self.name, split, index, tuple(self.messages_of(self.item(split, index))))
 
     def item(self, split: str, index: int) -> Item:
         """The item that a task is made of; raises as `task` does."""

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from langchain_core.tools import BaseTool
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tools.worlds.calls import answering, calling, read_call
+from tools.worlds.calls import answering, calling, read_call, shown
 from tools.worlds.world import Message, Task, opening_of
 
 # ------------------------------------------------------------------------------------------------- words
@@ -161,10 +161,6 @@ class _DeskTool(BaseTool):
     run_call: Callable[[str, dict[str, Any]], str] = Field(exclude=True)
 
     def _run(self, **arguments: Any) -> str:
-        return self.run_call(self.name, arguments)
-
-    # The default would hop to a thread for a call of microseconds.
-    async def _arun(self, **arguments: Any) -> str:
         return self.run_call(self.name, arguments)
 
 
@@ -391,7 +387,7 @@ class OrderDeskEpisode:
                 name=name,
                 description=arguments.__doc__ or "",
                 args_schema=arguments,
-                handle_validation_error=complain,
+                handle_validation_error=lambda error: shown(complain(error)),
                 run_call=self._call,
             )
             for name, arguments in ARGUMENTS.items()
@@ -436,7 +432,7 @@ class OrderDeskEpisode:
 
     def _call(self, name: str, arguments: Any) -> str:
         self.state, text = _transition(self.order, self.state, name, arguments)
-        return text
+        return shown(text)
 
 
 # ------------------------------------------------------------------------------------------------- world

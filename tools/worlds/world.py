@@ -24,6 +24,22 @@ SPLITS = ("train", "validation", "heldout")
 _TASK_ID = re.compile(r"([^/]+)/([^/]+)/(0|[1-9][0-9]{0,9})")
 
 
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def require_messages(said: object) -> None:
+    """Raises ValueError for what no conversation can begin with."""
+    form = "a conversation begins with messages, such as ({'role': 'user', 'content': 'Light the hall.'},)"
+    if not isinstance(said, list | tuple) or not said:
+        raise ValueError(f"{form}; not with {said!r:.300}")
+    for message in said:
+        is_message = isinstance(message, dict) and message.get("role") in _ROLES
+        if not is_message or not isinstance(message.get("content"), str | list):
+            raise ValueError(f"{form}; {message!r:.300} is no message")
+    if not any(message["role"] == "user" for message in said):
+        raise ValueError(f"{form}; there is none of the user's")
+
+
 @dataclass(frozen=True, slots=True)
 class TaskId:
     """The name of a task, written `world/split/index`."""
@@ -162,9 +178,9 @@ def task_named(world: World, task_id: str) -> Task:
     """The world's task of that id. Raises UnknownTask where there is none."""
     try:
         parsed = TaskId.parse(task_id)
-        if parsed.world == world.name:
-            return world.task(parsed.split, parsed.index)
-    except (ValueError, KeyError, IndexError):
-        pass
+    except ValueError:
+        parsed = None
+    if parsed is not None and parsed.world == world.name and parsed.index < world.splits.get(parsed.split, 0):
+        return world.task(parsed.split, parsed.index)
     splits = ", ".join(f"{name} 0..{size - 1}" for name, size in world.splits.items())
     raise UnknownTask(f"there is no task {task_id!r}; {world.name} has {splits}")

@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any, ClassVar
 
-from langchain_core.tools import BaseTool
-from pydantic import Field
-
-from tools.worlds.calls import WorldTool
 from tools.worlds.reading import Call, ReadingEpisode
 from tools.worlds.simulators.live import Frame, Settings
 from tools.worlds.simulators.pool import SimulatorPool
-
-
-class _SlowTool(WorldTool):
-    """A tool that waits on a thread, and after the calls before it: those of one step must not overtake each other."""
-
-    turn: Any = Field(exclude=True)
-
-    async def _arun(self, **arguments: Any) -> str:
-        async with self.turn:
-            return await asyncio.to_thread(self.run_call, self.name, arguments)
 
 
 class SimulatedEpisode(ReadingEpisode):
@@ -34,16 +19,6 @@ class SimulatedEpisode(ReadingEpisode):
         super().__init__()
         self._pool, self._settings = pool, settings
         self._frame: Frame = pool.frame(settings, ())
-        self._turn = asyncio.Lock()
-
-    @property
-    def tools(self) -> list[BaseTool]:
-        tools: list[BaseTool] = []
-        for schema in self.schemas():
-            look = {"name": schema["name"], "description": schema["description"]}
-            arguments = {"title": schema["name"], **schema["parameters"]}
-            tools.append(_SlowTool(**look, args_schema=arguments, run_call=self.call, turn=self._turn))
-        return tools
 
     @property
     def is_done(self) -> bool:

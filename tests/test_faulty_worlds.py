@@ -1,0 +1,335 @@
+"""A user's own world that misbehaves: the server goes on, nothing that was done is lost, and the world is named."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from learner import practice
+from learner.practice import Attempt, PracticeOptions, practise
+from policies.chat.chat_protocol import ChatProtocol
+from runtime.agent.budget import RunLimits
+from runtime.agent.tools import Toolbox
+from tests.faulty_worlds import NUMBERS, NumbersEpisode, numbers, raising
+from tests.serving import MODEL, SayingEngine, Served, parts_of, served
+from tools.worlds.threads import MAX_LEFT_BEHIND, MAX_RUNNING
+
+CALL = '<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'
+TWO_CALLS = f"{CALL}\n{CALL}"
+LIMITS = RunLimits(deadline_s=1.5, tool_timeout_s=0.3)
+
+Serve = Callable[..., Served]
+
+
+@pytest.fixture
+def serve(protocol: ChatProtocol, tmp_path: Path) -> Iterator[Serve]:
+    """Starts a server with a world, whose policy says what it is told to."""
+    open_servers = []
+
+    def start(world: Any, *says: str, limits: RunLimits = LIMITS) -> Served:
+        parts = parts_of(SayingEngine(protocol, *says), protocol, tmp_path, toolbox=Toolbox((), world), limits=limits)
+        running = served(parts)
+        open_servers.append(running)
+        return running.__enter__()
+
+    yield start
+    for running in open_servers:
+        running.__exit__(None, None, None)
+
+
+def ask(server: Served, index: int | None = 0, episode_id: str = "") -> httpx.Response:
+    metadata = {"task": f"numbers/train/{index}"} if index is not None else {}
+    said = "And now?" if episode_id else "Go on."  # what was not said before continues the episode, and is replayed
+    body = {"model": MODEL, "messages": [{"role": "user", "content": said}], "metadata": metadata}
+    headers = {"x-episode-id": episode_id} if episode_id else {}
+    return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=20, headers=headers)
+
+
+def told(response: httpx.Response) -> str:
+    assert response.status_code == 503, response.text
+    error = response.json()["error"]
+    assert error["code"] == "world_error"
+    return error["message"]
+
+
+def outcomes(server: Served, response: httpx.Response) -> list[float]:
+    assert response.status_code == 200, response.text
+    return [outcome.value for outcome in server.parts.log.outcomes(response.headers["x-episode-id"])]
+
+
+def observations(server: Served, response: httpx.Response) -> list[str]:
+    assert response.status_code == 200, response.text
+    steps = server.parts.log.steps(response.headers["x-episode-id"])
+    return [result.content for step in steps for result in step.tool_results]
+
+
+def is_up(server: Served) -> bool:
+    return httpx.get(f"{server.url}/health", timeout=5).status_code == 200
+
+
+# ------------------------------------------------------------------------------------------ what it raises
+
+
+class Ends(BaseException):
+    """No Exception: it would end the thread it is raised in."""
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), Ends("kaput"), RuntimeError("kaput"), ValueError("kaput")])
+@pytest.mark.parametrize("method", ["open_item", "schemas"])
+def test_what_a_task_is_opened_with_may_raise_anything(serve: Serve, method: str, error: BaseException) -> None:
+    server = serve(numbers(**{method: raising(error)}))
+    message = told(ask(server))
+    assert "of the world numbers" in message
+    assert f"raised {type(error).__name__}" in message
+    assert "faulty_worlds.py" in message
+    assert "the fault is the world's" in message
+    assert is_up(server)
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), Ends("kaput"), RuntimeError("kaput"), StopIteration()])
+@pytest.mark.parametrize("method", ["outcome", "answer"])
+def test_a_step_is_logged_though_its_end_cannot_be_judged(serve: Serve, method: str, error: BaseException) -> None:
+    server = serve(numbers(**{method: raising(error)}), "Done.")
+    response = ask(server)
+    assert outcomes(server, response) == []
+    assert len(server.parts.log.steps(response.headers["x-episode-id"])) == 1
+    assert 'stepagent_unjudged_episodes_total{agent=""} 1.0' in httpx.get(f"{server.url}/metrics").text
+    assert is_up(server)
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), Ends("kaput")])
+def test_a_call_that_would_end_the_thread_is_an_observation_and_can_be_replayed(
+    serve: Serve, error: BaseException
+) -> None:
+    server = serve(numbers(run=raising(error)), CALL, "Done.")
+    response = ask(server)
+    assert observations(server, response) == [f"Error: {type(error).__name__} {error}"]
+    again = ask(server, None, response.headers["x-episode-id"])
+    assert outcomes(server, again) == [1.0, 1.0]
+    assert [step.index for step in server.parts.log.steps(response.headers["x-episode-id"])] == [0, 1, 2]
+
+
+# --------------------------------------------------------------------------------------- what it gives back
+
+
+@pytest.mark.parametrize("value", [None, "yes", float("nan"), float("inf"), 7, -1.0, [1.0]])
+def test_an_outcome_that_is_no_number_from_0_to_1_is_none(serve: Serve, value: object) -> None:
+    server = serve(numbers(outcome=lambda _: value), "Done.")
+    response = ask(server)
+    assert outcomes(server, response) == []
+    assert len(server.parts.log.steps(response.headers["x-episode-id"])) == 1
+
+
+@pytest.mark.parametrize(("value", "logged"), [(True, 1.0), (0, 0.0), (0.25, 0.25)])
+def test_other_numbers_are_outcomes(serve: Serve, value: object, logged: float) -> None:
+    server = serve(numbers(outcome=lambda _: value), "Done.")
+    assert outcomes(server, ask(server)) == [logged]
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ({"a": 1}, '{"a": 1}'),
+        (["ä"], '["ä"]'),
+        (None, "`run` of the world must return text, not NoneType"),
+        (b"xx", "`run` of the world must return text, not bytes"),
+    ],
+)
+def test_what_run_gives_back_is_shown_or_told(serve: Serve, given: object, shown: str) -> None:
+    server = serve(numbers(run=lambda *_: given), CALL, "Done.")
+    (observation,) = observations(server, ask(server))
+    assert shown in observation
+
+
+@pytest.mark.parametrize(
+    ("schemas", "words"),
+    [
+        ([{"name": "count", "parameters": {}}], "the tool 'count' of schemas() needs 'description'"),
+        ([{"name": "count", "description": "Counts."}], "the tool 'count' of schemas() needs 'parameters'"),
+        ([{"description": "Counts.", "parameters": {}}], "needs 'name'"),
+        (["count"], "schemas() must give a mapping"),
+        (2 * [{"name": "count", "description": "Counts.", "parameters": {}}], "two tools with the name 'count'"),
+    ],
+)
+def test_a_tool_that_does_not_say_what_it_is_is_told(serve: Serve, schemas: Any, words: str) -> None:
+    server = serve(numbers(schemas=lambda _: schemas))
+    message = told(ask(server))
+    assert words in message
+    assert "the world numbers" in message
+
+
+def test_a_tool_without_arguments_needs_no_properties() -> None:
+    schemas = [{"name": "count", "description": "Counts.", "parameters": {}}]
+    offered, _ = Toolbox((), numbers(schemas=lambda _: schemas)).open("numbers/train/0", ())
+    assert offered[0]["function"]["parameters"] == {"type": "object", "properties": {}}
+
+
+# ------------------------------------------------------------------------------------------- tools by task
+
+
+def test_each_task_offers_the_schemas_of_its_own() -> None:
+    def schemas(episode: NumbersEpisode) -> list[dict[str, Any]]:
+        look = {"type": "object", "properties": {"of": {"type": "string", "enum": [f"item {episode.item}"]}}}
+        return [{"name": "look", "description": "Looks.", "parameters": look}]
+
+    toolbox = Toolbox((), numbers(schemas=schemas))
+    for index in (0, 1, 0):
+        offered, _ = toolbox.open(f"numbers/train/{index}", ())
+        item = NUMBERS["train"][index]
+        assert offered[0]["function"]["parameters"]["properties"]["of"]["enum"] == [f"item {item}"]
+
+
+def test_a_world_without_tools_is_judged(serve: Serve) -> None:
+    server = serve(numbers(schemas=lambda _: []), "It is five.")
+    assert outcomes(server, ask(server)) == [1.0]
+
+
+# ------------------------------------------------------------------------------------------------- hanging
+
+
+class Gate:
+    """Holds threads until it is opened."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def wait(self, *_: Any) -> Any:
+        self._event.wait(60)
+        return "late"
+
+    def open(self) -> None:
+        self._event.set()
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    gate = Gate()
+    yield gate
+    gate.open()
+
+
+def test_a_world_that_hangs_in_open_is_given_up_and_then_asked_no_more(serve: Serve, gate: Gate) -> None:
+    def open_item(world: Any, item: int) -> NumbersEpisode:
+        return gate.wait() if item == NUMBERS["train"][0] else NumbersEpisode(item)
+
+    server = serve(numbers(open_item=open_item), limits=RunLimits(deadline_s=0.5, tool_timeout_s=0.3))
+    assert "the world numbers did not answer within 0.5 seconds" in told(ask(server))
+    with ThreadPoolExecutor(MAX_RUNNING) as threads:
+        hanging = [threads.submit(ask, server) for _ in range(MAX_LEFT_BEHIND - 1)]
+        assert ask(server, None).status_code == 200  # without a task, no thread of the world's is needed
+    assert {each.result().status_code for each in hanging} == {503}
+    began = time.perf_counter()
+    message = told(ask(server, 1))
+    assert f"the world numbers hangs: {MAX_LEFT_BEHIND} earlier requests of it have not ended" in message
+    assert time.perf_counter() - began < 0.5
+    gate.open()
+    deadline = time.perf_counter() + 10
+    while (again := ask(server, 1)).status_code != 200 and time.perf_counter() < deadline:
+        time.sleep(0.05)
+    assert again.status_code == 200
+
+
+def test_an_outcome_that_hangs_ends_the_episode_without_one(serve: Serve, gate: Gate) -> None:
+    server = serve(numbers(outcome=gate.wait), "Done.")
+    began = time.perf_counter()
+    assert outcomes(server, ask(server)) == []
+    assert time.perf_counter() - began < 5
+    assert is_up(server)
+
+
+def test_a_replay_that_hangs_is_given_up(serve: Serve, gate: Gate) -> None:
+    server = serve(numbers(run=gate.wait), CALL, "Done.")
+    response = ask(server)
+    assert observations(server, response) == ["error: count took longer than 0.3 seconds"]
+    message = told(ask(server, None, response.headers["x-episode-id"]))
+    assert "the world numbers did not answer within 1.5 seconds" in message
+
+
+def test_after_a_call_that_hangs_an_episode_takes_no_other_and_has_no_outcome(serve: Serve, gate: Gate) -> None:
+    server = serve(numbers(run=gate.wait), TWO_CALLS, "Done.")
+    response = ask(server)
+    assert observations(server, response) == [
+        "error: count took longer than 0.3 seconds",
+        "error: an earlier call of this episode of the world numbers has not ended",
+    ]
+    assert outcomes(server, response) == []
+
+
+def test_a_call_that_hangs_holds_up_no_other_episode(serve: Serve, gate: Gate) -> None:
+    begun = threading.Event()
+
+    def run(episode: NumbersEpisode, *_: Any) -> str:
+        if episode.item == NUMBERS["train"][0]:
+            begun.set()
+            return gate.wait()
+        return "quick"
+
+    server = serve(numbers(run=run), CALL, limits=RunLimits(deadline_s=10, tool_timeout_s=2))
+    with ThreadPoolExecutor(1) as threads:
+        hanging = threads.submit(ask, server)
+        assert begun.wait(10)
+        server.parts.engine.says.append(CALL)  # type: ignore[attr-defined]
+        assert observations(server, ask(server, 1)) == ["quick"]
+        assert not hanging.done()
+        gate.open()
+    assert observations(server, hanging.result()) == ["late"]
+
+
+def test_calls_of_one_step_are_run_in_their_order(serve: Serve) -> None:
+    def run(episode: NumbersEpisode, *_: Any) -> str:
+        episode.num_calls += 1
+        number = episode.num_calls
+        time.sleep(0.05 / number)  # a later call would overtake an earlier one
+        return f"{number} then {episode.num_calls}"
+
+    server = serve(numbers(run=run), "\n".join([CALL] * 4), "Done.")
+    assert observations(server, ask(server)) == [f"{number} then {number}" for number in range(1, 5)]
+
+
+# ------------------------------------------------------------------------------------------------ practice
+
+
+def practised(server: Served, world: Any, num_tasks: int = 2) -> list[Attempt]:
+    tasks = [world.task("train", index) for index in range(num_tasks)]
+    return asyncio.run(practise(server.async_client(), world, tasks, PracticeOptions(MODEL, concurrency=num_tasks)))
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), Ends("kaput"), RuntimeError("kaput")])
+@pytest.mark.parametrize("method", ["open_item", "schemas", "answer", "outcome"])
+def test_in_practice_a_world_that_raises_ends_its_own_attempt(serve: Serve, method: str, error: BaseException) -> None:
+    def once(given: Any, *arguments: Any) -> Any:
+        item = arguments[0] if method == "open_item" else given.item
+        if item == NUMBERS["train"][0]:
+            raise error
+        return getattr(super(type(given), given), method)(*arguments)
+
+    world = numbers(**{method: once})
+    failed, done = practised(serve(world), world)
+    assert f"of the world numbers raised {type(error).__name__}" in failed.error
+    assert (done.error, done.outcome) == ("", 1.0)
+
+
+@pytest.mark.parametrize("value", [None, "yes", float("nan"), 7])
+def test_in_practice_an_outcome_that_is_none_is_told(serve: Serve, value: object) -> None:
+    world = numbers(outcome=lambda _: value)
+    (attempt,) = practised(serve(world), world, 1)
+    assert f"`outcome` of the world numbers gave {value!r}; it must be a number from 0 to 1" in attempt.error
+
+
+def test_in_practice_a_world_that_hangs_does_not_hold_up_the_end(
+    serve: Serve, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(practice, "WORLD_TIMEOUT_S", 0.3)
+    world = numbers(outcome=gate.wait)
+    began = time.perf_counter()
+    (attempt,) = practised(serve(world), world, 1)
+    assert attempt.error == "the world numbers did not answer within 0.3 seconds"
+    assert time.perf_counter() - began < 10

@@ -1,0 +1,66 @@
+"""A world may be anybody's code. What it does wrong is told to whoever asked it as the world's fault, in words."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from numbers import Real
+from pathlib import Path
+from traceback import extract_tb
+from typing import TYPE_CHECKING
+
+from tools.worlds.world import UnknownTask, WorldEpisode, WorldFailed
+
+if TYPE_CHECKING:
+    from langchain_core.tools import BaseTool
+
+MAX_SAID_CHARS = 300
+"""Of what an exception says."""
+
+
+@contextmanager
+def blaming(world: str, method: str) -> Iterator[None]:
+    """Raises WorldFailed, which names both, for whatever a world's method raises: SystemExit, too.
+
+    UnknownTask, and a WorldFailed of the world's own, pass as they are.
+    """
+    try:
+        yield
+    except (WorldFailed, UnknownTask, KeyboardInterrupt, asyncio.CancelledError):
+        raise
+    except BaseException as error:
+        raise WorldFailed(f"`{method}` of the world {world} {raised(error)}; the fault is the world's") from error
+
+
+def raised(error: BaseException) -> str:
+    """`raised KeyError: 'x' (lamps.py, line 12, in run)`: what and where, for who wrote the code."""
+    try:
+        said = str(error)[:MAX_SAID_CHARS]
+    except Exception:  # an exception of foreign code may not even say what it is
+        said = ""
+    frames = extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}, in {frames[-1].name})" if frames else ""
+    return f"raised {type(error).__name__}{f': {said}' if said else ''}{where}"
+
+
+def tools_of(world: str, episode: WorldEpisode) -> list[BaseTool]:
+    """The tools that may be called now. Raises WorldFailed where they are none that a policy could be offered."""
+    with blaming(world, "tools"):
+        tools = list(episode.tools)
+        names = [tool.name for tool in tools]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise WorldFailed(f"the world {world} has two tools with the name {twice[0]!r}; the fault is the world's")
+    return tools
+
+
+def outcome_of(world: str, episode: WorldEpisode) -> float:
+    """How good the end is, 0 to 1. Raises WorldFailed for an outcome that is no such number."""
+    with blaming(world, "outcome"):
+        value = episode.outcome()
+        is_outcome = isinstance(value, Real) and math.isfinite(value) and 0 <= value <= 1
+        shown = repr(value)[:MAX_SAID_CHARS]
+    if not is_outcome:
+        raise WorldFailed(f"`outcome` of the world {world} gave {shown}; it must be a number from 0 to 1")
+    return float(value)
