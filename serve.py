@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str]) -> None:
     settings = parse_settings(arguments)
+    require_learner_options(settings)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     print(f"loading {settings.model} ...", flush=True)
     run(settings)
@@ -237,6 +238,7 @@ def build_parts(settings: Settings) -> Parts:
     return Parts(
         served_name=served_name,
         named_agents=named_agents,
+        worlds=worlds,
         engine=engine,
         protocol=protocol,
         log=log,
@@ -354,11 +356,31 @@ def redactor_of(settings: Settings) -> Redactor | None:
     return Redactor(shapes, hooks) if hooks or shapes else None
 
 
+def require_learner_options(settings: Settings) -> None:
+    """Ends the process with a sentence for what the learner would not take: else every cycle would end at once."""
+    from learner.commands.once import OnceOptions
+    from policies.command_line import parse, refuse
+
+    named = {name: name.removeprefix("no-").replace("-", "_") for name in settings.learner_arg}
+    if given := [name for name in named if named[name] in SET_BY_THE_SERVER]:
+        refuse(f"learner_arg {name}: the server itself tells the learner, leave it out" for name in given)
+    if unknown := [name for name in named if named[name] not in OnceOptions.model_fields]:
+        refuse(f"learner_arg {name}: no such option; python -m learner once --help lists them" for name in unknown)
+    parse(OnceOptions, passed_on(settings), "serve.py --learner-arg")
+
+
+SET_BY_THE_SERVER = {"url", "state", "agent", "cycle", "server_pid"}
+"""Options of a learner that runs beside a server."""
+
+
 def learner_arguments(settings: Settings, folder: Path) -> list[str]:
     """What a learner that runs beside this server has to know of it."""
     template = ["--response-template", str(settings.response_template)] if settings.response_template else []
-    passed_on = [part for name, value in settings.learner_arg.items() for part in option(name, value)]
-    return ["--model", str(folder), "--world", settings.world_name, *template, *passed_on]
+    return ["--model", str(folder), "--world", settings.world_name, *template, *passed_on(settings)]
+
+
+def passed_on(settings: Settings) -> list[str]:
+    return [part for name, value in settings.learner_arg.items() for part in option(name, value)]
 
 
 def option(name: str, value: object) -> list[str]:

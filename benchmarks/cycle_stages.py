@@ -23,7 +23,8 @@ from typing import Any
 
 import httpx
 
-from benchmarks.demo import ENDINGS, server
+from benchmarks.demo import server
+from runtime.store.learning_log import ENDINGS
 
 TICKS = os.sysconf("SC_CLK_TCK")
 WEATHER: dict[str, Any] = {

@@ -34,11 +34,11 @@ from benchmarks.transcripts import first_steps
 from learner.client import Endpoint
 from learner.practice import Attempt, PracticeOptions, practise, success_interval
 from policies.types import BASE_ADAPTER, Message
+from runtime.store.learning_log import ENDINGS
 from tools.worlds.order_desk import OrderDesk, OrderDeskEpisode
 from tools.worlds.world import Task
 
 WORLD = OrderDesk()
-ENDINGS = ("promoted", "refused", "no_lesson", "failed")
 NUM_AGREEMENT_TASKS = 20
 """Held-out tasks at whose expert states the step agreement is taken."""
 

@@ -35,13 +35,14 @@ from openai import AsyncOpenAI
 from tqdm import tqdm
 
 from benchmarks.colleagues import Conversation
-from benchmarks.demo import ENDINGS, server
+from benchmarks.demo import server
 from benchmarks.transcripts import expert_conversations, first_steps, interval, states_of, tools_of
 from learner.client import Endpoint
 from learner.data.comparison import compare
 from learner.practice import PracticeOptions, practise, success_interval
 from policies.chat.chat_protocol import message_action
 from policies.types import BASE_ADAPTER
+from runtime.store.learning_log import ENDINGS
 from tools.worlds import load_world
 from tools.worlds.world import Message, World
 

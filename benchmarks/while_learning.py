@@ -36,13 +36,14 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from openai import AsyncOpenAI
 from tqdm import tqdm
 
-from benchmarks.demo import ENDINGS, WORLD, expert_states, write_demonstrations
+from benchmarks.demo import WORLD, expert_states, write_demonstrations
 from benchmarks.figures import percentile, spread
 from benchmarks.plain_http import PlainClient
 from benchmarks.swap import NAME, NOVICE_FOLDER, Answered, served, streamed
 from learner.__main__ import main as learner_command
 from learner.client import Endpoint
 from policies.types import BASE_ADAPTER
+from runtime.store.learning_log import ENDINGS
 
 NUM_USERS = 4
 NUM_DEMONSTRATIONS, NUM_DEMONSTRATIONS_OF_REAL, NUM_STEPS_OF_REAL = 24, 48, 2

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import httpx
 
+ENDINGS = ("promoted", "proposed", "refused", "no_lesson", "failed")
+"""Stages of a cycle that has ended; `proposed` waits for somebody's yes (python -m learner approve)."""
+
 
 def main(demonstrations: Path, base_url: str) -> dict:
     with httpx.Client(base_url=base_url, timeout=60) as server:
@@ -17,7 +20,7 @@ def main(demonstrations: Path, base_url: str) -> dict:
         imported = server.post("/demonstrations", json={"demonstrations": records}).raise_for_status().json()
         print(f"{imported['imported']} imported, {imported['already_known']} known, {len(imported['refused'])} refused")
         cycle = server.post("/learner/cycles", json={}).raise_for_status().json()
-        while cycle["stage"] not in ("promoted", "refused", "no_lesson", "failed"):
+        while cycle["stage"] not in ENDINGS:
             time.sleep(1)
             cycle = server.get(f"/learner/cycles/{cycle['id']}").raise_for_status().json()
         print(f"{cycle['stage']}: {cycle['message']}")

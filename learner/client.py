@@ -80,6 +80,10 @@ class Endpoint:
             name = parents[name]
         return [*chain, BASE_ADAPTER]
 
+    async def world(self) -> str:
+        """The name of the agent's world, as the server loads it; empty: it has none."""
+        return (await self._adapters()).get("world", "")
+
     async def canary(self) -> str | None:
         """The adapter that serves a share of the agent's new episodes, if one does."""
         listed = await self._adapters()

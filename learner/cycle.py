@@ -27,7 +27,7 @@ from learner.data.rewards import agreement_rewards
 from learner.data.training_data import TrainingData
 from learner.evaluation.fold_contest import TrainWithout
 from learner.evaluation.folds import left_out
-from learner.evaluation.judging import Verdict, best_of, judge
+from learner.evaluation.judging import Verdict, best_of, judge, num_earlier
 from learner.evaluation.trials import CycleTrials
 from learner.evaluation.twins import needed_later
 from learner.objectives.build import TAKES_OUTCOMES, NothingToLearn
@@ -139,7 +139,8 @@ def _look_ahead(
 ) -> CycleTrials:
     """The gate's trials, and in the report what they could show: said before anything is trained."""
     trials = CycleTrials.of_cycle(acting, collected, who, options.gate_tasks)
-    record.add(outlook=trials.outlook(len(options.objectives)).to_json())
+    num_candidates = len(options.objectives) + num_earlier(who, trials, acting)
+    record.add(outlook=trials.outlook(num_candidates).to_json())
     return trials
 
 

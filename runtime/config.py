@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from collections.abc import Iterator
 from functools import cached_property
 from ipaddress import ip_address
 from pathlib import Path
@@ -239,4 +241,27 @@ def parse_settings(arguments: list[str]) -> Settings:
     if "--version" in arguments:
         print(f"StepAgent {__version__}")
         raise SystemExit(0)
-    return parse(Settings, arguments, "python serve.py", os.environ.get("STEPAGENT_CONFIG", "stepagent.toml"))
+    source = os.environ.get("STEPAGENT_CONFIG", "stepagent.toml")
+    return parse(Settings, list(_with_whole_values(arguments)), "python serve.py", source)
+
+
+_OF_TABLES = ("--learner-arg", "--engine-arg")
+
+
+def _with_whole_values(arguments: list[str]) -> Iterator[str]:
+    """NAME=VALUE of a table as JSON: pydantic-settings splits it at commas otherwise, also those of the value."""
+    before = ""
+    for argument in arguments:
+        option, _, given = argument.partition("=")
+        if before in _OF_TABLES:
+            yield _as_json(argument)
+        elif option in _OF_TABLES and given:
+            yield f"{option}={_as_json(given)}"
+        else:
+            yield argument
+        before = argument
+
+
+def _as_json(given: str) -> str:
+    name, has_value, value = given.partition("=")
+    return json.dumps({name: value}) if has_value and not given.startswith("{") else given

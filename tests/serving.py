@@ -99,6 +99,7 @@ def parts_of(engine: Engine, protocol: ChatProtocol, folder: Path, **changes: An
         registry=registry,
         swap=swap,
         toolbox=Toolbox((), OrderDesk()),
+        worlds={"": "order_desk"},
         limits=RunLimits(),
         metrics=Metrics(engine),
         reward_models=RewardModels(engine, registry, network, swap.changes),

@@ -15,7 +15,7 @@ from torch import Tensor
 from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
 from learner.objectives.build import OBJECTIVES, NothingToLearn, objective_of
 from learner.objectives.objectives import Likelihood, Objective, PolicyGradient, StepPreference, TrajectoryPreference
-from learner.options import ObjectiveOptions
+from learner.options import OBJECTIVE_NAMES, ObjectiveOptions
 from learner.packing.prefix_tree import ScoredSequence, pack_sequences
 from learner.packing.scoring import SequenceLogprobs, score, to_batch
 from tests.networks import NETWORKS, plain_logprobs
@@ -24,6 +24,10 @@ torch.set_num_threads(1)
 
 OPTIONS = ObjectiveOptions()
 RIGHT, WRONG, WORSE = (7, 2), (8, 9, 2), (5, 2)
+
+
+def test_the_options_know_every_objective_by_name() -> None:
+    assert set(OBJECTIVE_NAMES) == OBJECTIVES.keys()
 
 
 def own(token_ids: tuple[int, ...], agrees: bool | None = None, num_versions_old: int = 0) -> PolicyAction:

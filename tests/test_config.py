@@ -13,7 +13,7 @@ import pytest
 from runtime.config import Settings, parse_settings
 from runtime.store.episodes import Role
 from runtime.store.keys import KeyStore
-from serve import spelled
+from serve import main, spelled
 
 ROOT = Path(__file__).parent.parent
 
@@ -122,6 +122,39 @@ def test_the_command_line_goes_before_the_environment_and_that_before_the_file(
 
 
 # -------------------------------------------------------------------------------------------- wrong values
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("foo=1", "learner_arg foo: no such option; python -m learner once --help lists them"),
+        ("epochs=abc", "epochs: Input should be a valid integer"),
+        ("rank=0", "rank: Input should be greater than or equal to 1"),
+        ("objectives=telepathy", "objectives: no objective is called 'telepathy'"),
+        ("expert-url=http://127.0.0.1:9/v1", "--expert-url and --expert-model go together"),
+        ("state=elsewhere", "learner_arg state: the server itself tells the learner"),
+        ("server-pid=1", "learner_arg server-pid: the server itself tells the learner"),
+    ],
+)
+def test_what_the_learner_would_not_take_is_refused_before_anything_is_served(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, given: str, said: str
+) -> None:
+    """The server started, and every cycle then died with exit code 2."""
+    monkeypatch.setattr("serve.run", lambda settings: pytest.fail("it is served"))
+    with pytest.raises(SystemExit) as ended:
+        main(["--learner-arg", given])
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert "loading" not in printed.out
+
+
+def test_what_the_learner_takes_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Settings] = []
+    monkeypatch.setattr("serve.run", served.append)
+    given = {"epochs": "3", "discriminator": "false", "no-implicit-rewards": "true", "objectives": "sft,rft"}
+    main([part for name, value in given.items() for part in ("--learner-arg", f"{name}={value}")])
+    assert served[0].learner_arg == given
 
 
 @pytest.mark.parametrize(
@@ -257,6 +290,16 @@ def test_engine_arguments_come_one_by_one_or_as_a_table(tmp_path: Path) -> None:
             "tensor_parallel_size": "2",
             "gpu_memory_utilization": "0.5",
         }
+
+
+def test_a_value_passed_on_may_hold_commas_and_equal_signs() -> None:
+    """The example in the option's own help, objectives=sft,implicit, could not be parsed."""
+    given = ["--learner-arg", "objectives=sft,implicit", "--learner-arg=epochs=3"]
+    assert parse_settings(given).learner_arg == {"objectives": "sft,implicit", "epochs": "3"}
+    given = ["--learner-arg", 'expert-url=http://127.0.0.1/?a=b,c="d"', "--engine-arg", "a=b,c=d"]
+    assert parse_settings(given).learner_arg == {"expert-url": 'http://127.0.0.1/?a=b,c="d"'}
+    assert parse_settings(given).engine_arg == {"a": "b,c=d"}
+    assert parse_settings(["--learner-arg", '{"epochs": 3}']).learner_arg == {"epochs": 3}
 
 
 def test_engine_arguments_in_a_table_may_be_lists_and_tables(tmp_path: Path) -> None:

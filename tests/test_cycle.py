@@ -11,6 +11,7 @@ from openai import APIConnectionError
 
 from learner.client import Endpoint
 from learner.data.experts import Corrections, ModelExpert
+from learner.evaluation.outlook import ERROR_RATE
 from learner.options import CollectionOptions, CycleOptions, TrainingOptions
 from policies.chat.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
@@ -141,6 +142,20 @@ def test_without_a_world_all_demonstrations_are_the_gate(
     assert status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED), status.message
     (decision,) = status.report["gate"].values()
     assert (decision["unit"], decision["num_planned"]) == ("demonstrations", 24)
+
+
+def test_after_a_refusal_the_outlook_is_that_of_the_stricter_gate(
+    engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    with served(parts_of(engine, protocol, tmp_path)) as server:
+        post(server, *(expert_demonstration(number) for number in range(4))).raise_for_status()
+        first = run(server, tmp_path, world=None, experts=())
+        second = run(server, tmp_path, "cycle_2", world=None, experts=())
+    assert (first.stage, second.stage) == (CycleStage.REFUSED, CycleStage.REFUSED)
+    (decision,) = second.report["gate"].values()
+    assert decision["level"] == ERROR_RATE / 2
+    for status, fewest in ((first, 6), (second, 7)):
+        assert f"a decision needs {fewest} at the least" in status.report["outlook"]["sentence"]
 
 
 def test_a_stronger_model_teaches_at_own_states(engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path) -> None:

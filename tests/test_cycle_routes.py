@@ -19,11 +19,9 @@ from learner.__main__ import main as learner
 from policies.chat.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.episodes import Actor, Episode, Purpose
-from runtime.store.learning_log import LearningReader
+from runtime.store.learning_log import ENDINGS, LearningReader
 from tests.demonstrations import expert_demonstration
 from tests.serving import MODEL, Served, parts_of, served, wait_until
-
-ENDINGS = {"promoted", "refused", "no_lesson", "failed"}
 
 
 @pytest.fixture

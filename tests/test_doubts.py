@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from learner.__main__ import main
-from learner.data.collect import LoggedEpisode, dealt_demonstrations
+from learner.data.collect import dealt_demonstrations
 from learner.data.doubts import Doubt, DoubtKind, doubts_of
 from learner.data.experts import Corrections, WorldExpert
 from learner.options import CollectionOptions
@@ -49,7 +49,7 @@ def mistaken(index: int) -> dict[str, Any]:
 
 def found(server: Served, *experts: Any) -> list[Doubt]:
     log = server.parts.log
-    demonstrations = sum(dealt_demonstrations(log, CollectionOptions(held_out_share=0.0)), list[LoggedEpisode]())
+    demonstrations = dealt_demonstrations(log, CollectionOptions(held_out_share=0.0)).demonstrations
     return asyncio.run(doubts_of(demonstrations, [Corrections(log), *experts], WORLD if experts else None))
 
 

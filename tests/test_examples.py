@@ -11,6 +11,7 @@ import pytest
 
 from policies.chat.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
+from runtime.store.learning_log import ENDINGS
 from tests.demonstrations import expert_demonstration
 from tests.serving import Served, parts_of, served
 
@@ -41,6 +42,11 @@ def test_the_servers_tools_and_each_step_as_it_is_taken(novice_server: Served) -
     steps, text = load("server_tools").main(f"{novice_server.url}/v1")
     assert steps[-1]["stop_reason"] == "final_answer"
     assert text == "Done: the miniature barometer is on its way to Cairo."
+
+
+def test_whoever_waits_for_a_cycle_knows_all_its_endings() -> None:
+    """With `--promote ask` the example waited for ever: it did not know that a cycle may end `proposed`."""
+    assert set(load("from_log_to_adapter").ENDINGS) == ENDINGS
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from learner.data.collaborators import Collaborators
 from learner.data.collect import collect
 from learner.evaluation.fold_contest import FoldContest
 from learner.evaluation.folds import NUM_FOLDS, left_out
-from learner.evaluation.gate import Contestants
+from learner.evaluation.gate import Contestants, NoContest
 from learner.evaluation.trials import CycleTrials
 from learner.evaluation.twins import Twin, as_evidence, needed_later, twins_of
 from learner.objectives.build import NothingToLearn
@@ -30,7 +30,7 @@ from policies.types import BASE_ADAPTER
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.adapter_registry import AdapterState
 from runtime.store.learning_log import CycleStage, LearningLog
-from tests.cycles import collaborators, practised, run
+from tests.cycles import QUICK, collaborators, practised, run
 from tests.demonstrations import expert_demonstration, post
 from tests.serving import SayingEngine, parts_of, served
 
@@ -88,8 +88,8 @@ def passed(house: House, name: str, twins: dict[int, Twin], promote: bool = True
     house.log.add_decision("cycle_1", name, BASE_ADAPTER, promote, "a test", as_evidence(twins))
 
 
-async def tried_under(contest: FoldContest, folds: Sequence[int | None]) -> list[Contestants | None]:
-    tried = list[Contestants | None]()
+async def tried_under(contest: FoldContest, folds: Sequence[int | None]) -> list[Contestants | NoContest]:
+    tried = list[Contestants | NoContest]()
     for fold in folds:
         async with contest.contest(fold) as contestants:
             tried.append(contestants)
@@ -123,7 +123,7 @@ async def test_a_fold_is_tried_by_the_acting_adapters_twin_and_what_goes_on_from
 
 async def test_a_fold_that_cannot_be_trained_has_no_contestants_and_says_why(house: House) -> None:
     contest = house.contest(BASE_ADAPTER)
-    assert await tried_under(contest, [2]) == [None]
+    assert await tried_under(contest, [2]) == [NoContest("no candidate could be trained without it: nothing is left")]
     assert contest.record.report.not_trained == {"sft-without-fold-2": "nothing is left"}
     assert contest.twins == {}
 
@@ -132,7 +132,8 @@ async def test_a_lost_twin_leaves_its_fold_out(house: House) -> None:
     passed(house, "agent-v0001", {0: Twin("agent-v0002")})
     house.server.refused = {"agent-v0002": "the adapter folder does not exist"}
     contest = house.contest("agent-v0001")
-    assert await tried_under(contest, [0, None]) == [None, Contestants("sft", "agent-v0001")]
+    why = "the server did not take in an adapter that was trained without it: the adapter folder does not exist"
+    assert await tried_under(contest, [0, None]) == [NoContest(why), Contestants("sft", "agent-v0001")]
     assert contest.record.report.not_registered == {"sft-without-fold-0": "the adapter folder does not exist"}
     assert house.begun_from == []
 
@@ -263,6 +264,23 @@ def test_twelve_demonstrations_and_no_world_promote_and_their_twins_judge_the_ne
             mine = set(left) - {acting, *(twin.adapter for twin in twins.values())}
             assert {left[name] for name in mine} == {AdapterState.REFUSED}
             assert [adapter.name for adapter in engine.loaded_adapters()] == [acting]
+
+
+def test_copies_of_one_transcript_end_with_what_is_missing_and_nothing_is_promoted(
+    engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    """The cycle ended with "none of 12 demonstrations was finished under the acting adapter"."""
+    copy = expert_demonstration(0)
+    with served(parts_of(engine, protocol, tmp_path)) as server:
+        clocks = [{"role": "system", "content": f"It is 12:{minute:02}."} for minute in range(12)]
+        copies = [{**copy, "messages": [clock, *copy["messages"]]} for clock in clocks]
+        post(server, *copies).raise_for_status()
+        status = run(server, tmp_path, options=QUICK, world=None, experts=())
+    assert status.stage is CycleStage.REFUSED
+    assert "1 of 1 demonstrated tasks could not be tried, those of fold" in status.message
+    assert "no candidate could be trained without it: " in status.message
+    assert status.message.endswith("; import demonstrations of other tasks")
+    assert status.report["outlook"]["sentence"].startswith("with 12 demonstrations of 1 task no gain can be shown")
 
 
 def judging_folds(found: Any) -> dict[str, int | None]:

@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
 from benchmarks.gate import Crowd, any_of, looking, rate
-from learner.evaluation.evidence import UNFINISHED, Pair, Trial, paired
-from learner.evaluation.gate import Contestants, Finding, GateDecision, judge, level_for, num_earlier
+from learner.evaluation.evidence import UNFINISHED, Pair, Trial, merged, paired
+from learner.evaluation.gate import Contestants, Finding, GateDecision, NoContest, judge, level_for, num_earlier
 from learner.evaluation.outlook import ERROR_RATE
 
 
@@ -45,8 +46,10 @@ def scores(candidate: Sequence[float], acting: Sequence[float], num_malformed: i
     return [ScriptedUnit(Trial(new, num_malformed), Trial(old, 0)) for new, old in zip(candidate, acting, strict=True)]
 
 
-async def judged(units: Sequence[ScriptedUnit], anchors: Sequence[ScriptedUnit] = ()) -> GateDecision:
-    return await judge(ScriptedTrials(units, anchors), themselves)
+async def judged(
+    units: Sequence[ScriptedUnit], anchors: Sequence[ScriptedUnit] = (), kind: str = "tasks", **options: Any
+) -> GateDecision:
+    return await judge(ScriptedTrials(units, anchors, kind), themselves, **options)
 
 
 # ------------------------------------------------------------------------------------------------ its error rates
@@ -117,6 +120,74 @@ async def test_of_an_agent_that_succeeds_at_nothing_it_is_said_what_else_could_d
     assert "gate-tasks=0" not in of_demonstrations.reason
 
 
+async def test_few_pairs_of_a_test_that_was_given_up_are_not_told_to_be_too_few() -> None:
+    """Of 13 planned, six were tried: "no gain at all can be shown on fewer than 7"."""
+    given_up = (await judged(scores([0.0] * 13, [0.0] * 13), kind="demonstrations", level=ERROR_RATE / 4)).reason
+    assert "gain +0.0% on 8 of 13 demonstrations; stopped early, since the rest could hardly show a gain" in given_up
+    assert "fewer than" not in given_up
+    assert "lower bound" not in given_up
+    too_few = (await judged(scores([0.0] * 4, [0.0] * 4), level=ERROR_RATE / 4)).reason
+    assert "no gain at all can be shown on fewer than 8" in too_few
+    unfinished = [*scores([1.0] * 5, [0.0] * 5), *[ScriptedUnit(None, None)] * 8]
+    assert "no gain at all can be shown on fewer than 6" in (await judged(unfinished)).reason
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "remedy"),
+    [
+        (73.2, "perplexity after training is 73.2, so train longer, with a larger --learner-arg min-gradient-steps=N"),
+        (None, ": train longer, with a larger --learner-arg min-gradient-steps=N or another lr=X"),
+        (1.3, "it has learned its demonstrations (perplexity 1.3) and they do not carry over: import more, of other"),
+    ],
+)
+async def test_where_neither_acts_as_the_experts_do_it_is_said_what_to_do(
+    perplexity: float | None, remedy: str
+) -> None:
+    """A refusal said "gain +0.0%" and nothing else, though 68 actions could not be read."""
+    units = [ScriptedUnit(Trial(0.0, 5), Trial(0.0, 1))] * 12
+    decision = await judged(units, kind="demonstrations", perplexity=perplexity)
+    tried = decision.evidence["num_trials"]
+    unread = f"{5 * tried} of the candidate's actions cannot be read (the acting adapter's: {tried})"
+    assert f"neither acts once as the experts do, and {unread}: " in decision.reason
+    assert remedy in decision.reason
+
+
+async def test_of_an_ordinary_refusal_nothing_is_advised() -> None:
+    for new, old in ((0.5, 0.5), (0.4, 0.5), (0.0, 0.5)):
+        reason = (await judged(scores([new] * 12, [old] * 12), kind="demonstrations", perplexity=73.0)).reason
+        assert "perplexity" not in reason
+    unread = await judged(scores([0.5] * 12, [0.5] * 12, num_malformed=1), kind="demonstrations", perplexity=73.0)
+    assert "cannot be read (the acting adapter's: 0): perplexity after training is 73, so train" in unread.reason
+
+
+async def test_folds_that_were_not_tried_are_named_with_the_reason() -> None:
+    """Twelve copies of one transcript are of one fold: "none of 12 was finished under the acting adapter"."""
+
+    @asynccontextmanager
+    async def contest(fold: int | None) -> AsyncIterator[Contestants | NoContest]:
+        yield NoContest("no expert has acted") if fold == 2 else Contestants("candidate", "acting")
+
+    def in_fold(fold: int, number: int, is_finished: bool = True) -> list[ScriptedUnit]:
+        return [ScriptedUnit(Trial(0.6, 0), Trial(0.5, 0) if is_finished else None, fold)] * number
+
+    async def reason(*units: ScriptedUnit) -> str:
+        decision = await judge(ScriptedTrials(units, kind="demonstrations"), contest)
+        assert decision.evidence["untried"] == [[2, sum(unit.fold == 2 for unit in units), "no expert has acted"]]
+        return decision.reason
+
+    assert await reason(*in_fold(2, 12)) == (
+        "12 of 12 demonstrations could not be tried, those of fold 2: no expert has acted; "
+        "import demonstrations of other tasks"
+    )
+    some = await reason(*in_fold(0, 4), *in_fold(2, 8))
+    assert some.startswith("gain +10.0% on 4 of 12 demonstrations; no gain at all can be shown on fewer than 6; ")
+    assert some.endswith("8 of 12 demonstrations could not be tried, those of fold 2: no expert has acted")
+    assert await reason(*in_fold(0, 4, False), *in_fold(2, 8)) == (
+        "none of 4 demonstrations was finished under the acting adapter; "
+        "8 of 12 demonstrations could not be tried, those of fold 2: no expert has acted"
+    )
+
+
 async def test_no_trials_decide_nothing() -> None:
     assert not (await judged([])).promote
     decision = await judged([ScriptedUnit(Trial(1.0, 0), None)] * 10)
@@ -143,6 +214,16 @@ async def test_a_trial_that_only_the_candidate_could_not_finish_has_failed() -> 
     assert not decision.promote
     assert decision.evidence["candidate_unfinished"] > 0
     assert paired("unit", None, Trial(1.0, 0)) == Pair("unit", UNFINISHED, Trial(1.0, 0))
+
+
+def test_the_demonstrations_of_a_task_make_one_pair_by_their_mean() -> None:
+    parts = [Pair("a", Trial(1.0, 1), Trial(0.5, 0), 2), Pair("a", UNFINISHED, Trial(0.0, 3), 2)]
+    assert merged("a", parts) == Pair("a", Trial(0.5, 1), Trial(0.25, 3), 2)
+    assert merged("a", parts[1:]) is parts[1]
+    assert merged("a", []) is None
+    broken_off = merged("a", [parts[1], parts[1]])
+    assert broken_off is not None
+    assert broken_off.candidate is UNFINISHED
 
 
 async def test_a_candidate_that_forgets_what_went_well_is_refused_whatever_it_gains() -> None:

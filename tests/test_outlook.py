@@ -9,6 +9,7 @@ from learner.evaluation.folds import ENOUGH_HELD_OUT
 from learner.evaluation.outlook import (
     ERROR_RATE,
     POWER,
+    Demonstrated,
     detectable_gain,
     evidence_outlook,
     import_outlook,
@@ -56,10 +57,46 @@ def test_a_gain_that_can_be_shown_is_shown_about_as_often_as_is_said(number: int
 
 
 def test_after_an_import_all_demonstrations_judge_until_enough_are_held_out() -> None:
-    assert import_outlook(2, 8, 50, held_out_share=0.2).num_pairs == 10
-    many = import_outlook(ENOUGH_HELD_OUT, 100, 620, held_out_share=0.2)
+    assert import_outlook(Demonstrated(2, 2, 10), Demonstrated(8, 8, 40), held_out_share=0.2).num_pairs == 10
+    held_out, others = Demonstrated(ENOUGH_HELD_OUT, ENOUGH_HELD_OUT, 120), Demonstrated(100, 100, 500)
+    many = import_outlook(held_out, others, held_out_share=0.2)
     assert many.num_pairs == ENOUGH_HELD_OUT
     assert many.num_more == 5 * evidence_outlook(ENOUGH_HELD_OUT, 120).num_more
+
+
+def test_copies_of_one_transcript_are_one_piece_of_evidence() -> None:
+    """Twelve that differed by a clock alone were once said to show a gain of 30 points."""
+    copies, none = Demonstrated(1, 12, 36), Demonstrated(0, 0, 0)
+    outlook = import_outlook(none, copies, held_out_share=0.2)
+    assert (outlook.num_pairs, outlook.can_show) == (1, None)
+    assert outlook.sentence.startswith(
+        "with 12 demonstrations of 1 task no gain can be shown: 5 other tasks are needed before anything can be; "
+    )
+    assert outlook.sentence.endswith(f"; {outlook.num_more} more demonstrations of other tasks would show 30")
+    ten = evidence_outlook(10, 100, num_demonstrations=20)
+    assert ten.can_show == evidence_outlook(10, 100).can_show
+    assert ten.sentence.startswith("with 20 demonstrations of 10 tasks a gain of ")
+    assert evidence_outlook(10, 52, num_demonstrations=10) == evidence_outlook(10, 52)
+
+
+def test_of_a_worlds_tasks_the_gate_is_told_to_try_more_as_far_as_there_are_more() -> None:
+    """More demonstrations were recommended, which show nothing where tasks are tried."""
+    tasks = evidence_outlook(100, 0, "tasks")
+    number = 100 + tasks.num_more
+    assert tasks.num_more > 0
+    assert tasks.sentence.endswith(f"; {number} tasks (--learner-arg gate-tasks={number}) would show 10")
+    assert evidence_outlook(100, 0, "tasks", most=number) == tasks
+    assert evidence_outlook(100, 0, "tasks", most=number - 1).num_more == 0
+    assert "gate-tasks" not in evidence_outlook(100, 0, "tasks", most=100).sentence
+
+
+def test_what_can_be_shown_already_is_not_to_be_collected_for() -> None:
+    """30.4 points were told as 30, beside "1 more demonstration would show 30"."""
+    for number in range(6, 40):
+        for states in range(number, 12 * number):
+            outlook = evidence_outlook(number, states)
+            if outlook.num_more and outlook.can_show is not None:
+                assert round(100 * outlook.would_show) < round(100 * outlook.can_show), (number, states)
 
 
 def test_students_quantile_is_that_of_the_tables() -> None:

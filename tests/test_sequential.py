@@ -71,10 +71,25 @@ def test_the_lower_bound_is_above_zero_where_a_gain_is_shown_and_only_there() ->
             gains = list(np.clip(draw.normal(mean, 0.4, size=12), -1, 1))
             test = looked_at(gains)
             low = test.lower_bound(gains[: test.looks[-1]])
+            if low is None:
+                assert test.answer is Answer.GIVEN_UP
+                continue
             assert (low > 0) == (test.answer is Answer.SHOWN)
             assert -1 <= low <= np.mean(gains[: test.looks[-1]]) + 1e-6
             seen.add(test.answer)
     assert {Answer.SHOWN, Answer.NOT_SHOWN} <= seen
+
+
+def test_where_none_of_the_error_rate_was_spent_there_is_no_lower_bound() -> None:
+    """A test that was given up after six of 21 pairs was told to have a bound of -100 points."""
+    given_up = SequentialTest(21, 0.03)
+    given_up.look([0.2] * 6, False)
+    assert given_up.lower_bound([0.2] * 6) is None
+    too_few = looked_at([1.0] * 4, 0.03)
+    assert (too_few.answer, too_few.lower_bound([1.0] * 4)) == (Answer.NOT_SHOWN, None)
+    ended = SequentialTest(21, 0.03)
+    ended.look([-1.0] * 21, True)
+    assert ended.lower_bound([-1.0] * 21) == -1.0
 
 
 def test_the_lower_bound_covers_the_true_gain() -> None:
@@ -82,7 +97,8 @@ def test_the_lower_bound_covers_the_true_gain() -> None:
     for _ in range(500):
         gains = list(0.3 + draw.choice([-0.3, -0.1, 0.1, 0.3], size=16))
         test = looked_at(gains)
-        num_above += test.lower_bound(gains[: test.looks[-1]]) > 0.3
+        low = test.lower_bound(gains[: test.looks[-1]])
+        num_above += low is not None and low > 0.3
     assert num_above / 500 < 0.05 + 3 * 0.01
 
 

@@ -17,6 +17,7 @@ from learner.evaluation.folds import NUM_FOLDS, fold_of, left_out
 from learner.evaluation.gate import Contestants
 from learner.evaluation.state_trials import NUM_DRAWS
 from learner.evaluation.trials import CycleTrials, fitting_world
+from learner.evaluation.twins import Twin, as_evidence
 from learner.options import CollectionOptions
 from policies.chat.chat_protocol import ChatProtocol
 from policies.types import Adapter, SampledToken, SamplingParams
@@ -220,6 +221,51 @@ def test_few_demonstrations_all_judge_each_by_a_fold_that_was_not_trained_on_it(
     for fold in trials.folds:
         names = {unit.name for unit in trials.units if unit.fold == fold}
         assert names == left_out(fold, found.groups_of) & {each.episode.id for each in found.demonstrations}
+
+
+def clocked(number: int, copy: int, **said: Any) -> dict[str, Any]:
+    """A copy of a transcript whose system prompt differs by a clock."""
+    demonstration = expert_demonstration(number, **said)
+    clock = {"role": "system", "content": f"It is 12:{copy:02}."}
+    return {**demonstration, "messages": [clock, *demonstration["messages"]]}
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_copies_of_a_transcript_and_beginnings_of_it_are_one_piece_of_evidence(
+    protocol: ChatProtocol, tmp_path: Path, share: float
+) -> None:
+    """Two tasks, six copies each, were twelve pairs: so many pass by chance with one in four of what is no better."""
+    whole = expert_demonstration(0)
+    with served(parts_of(SayingEngine(protocol), protocol, tmp_path)) as server:
+        post(server, *(clocked(number, copy) for number in (0, 1) for copy in range(6))).raise_for_status()
+        post(server, {**whole, "messages": whole["messages"][:2]}).raise_for_status()
+        trials, found = trials_of(server, tmp_path, share), collected(server, share)
+        pairs = asyncio.run(trials.pairs(trials.units, BOTH_BASE))
+    demonstrations = found.demonstrations or found.held_out
+    assert len(demonstrations) == 13
+    assert sorted(len(unit.demonstrations) for unit in trials.units) == [6, 7]
+    assert sum(unit.num_states for unit in trials.units) == sum(len(each.path) for each in demonstrations)
+    assert [pair.unit for pair in pairs] == [unit.name for unit in trials.units]
+    assert {unit.name for unit in trials.units} <= {each.episode.id for each in demonstrations}
+    held = "held-out " if share else ""
+    assert trials.kind == f"{held}demonstrated tasks"
+    assert trials.outlook(1).num_pairs == 2
+    assert trials.outlook(1).sentence.startswith(
+        f"with 13 {held}demonstrations of 2 tasks no gain can be shown: 4 other"
+    )
+
+
+def test_a_task_of_which_a_twin_has_seen_any_demonstration_does_not_judge(
+    protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    with served(parts_of(SayingEngine(protocol), protocol, tmp_path)) as server:
+        post(server, *(clocked(number, copy) for number in range(4) for copy in range(2))).raise_for_status()
+        found, who = collected(server, 0.0), collaborators(server, tmp_path, world=None)
+        every = CycleTrials.of_cycle("base", found, who, 4).units
+        seen = every[0].demonstrations[-1].episode.id
+        twins = {fold: Twin("agent-v0002", frozenset({seen})) for fold in range(NUM_FOLDS)}
+        who.learning_log.add_decision("cycle_1", "agent-v0001", "base", True, "a test", as_evidence(twins))
+        assert CycleTrials.of_cycle("agent-v0001", found, who, 4).units == every[1:]
 
 
 FOLDS_OF_OLD = [1, 2, 0, 0, 0, 1, 0, 0]

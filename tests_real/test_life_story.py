@@ -25,9 +25,9 @@ from learner.options import TrainingOptions
 from learner.training.trainer import Trainer
 from policies.chat.chat_protocol import ChatProtocol
 from policies.types import ToolCall, ToolCalls
+from runtime.store.learning_log import ENDINGS
 from tests_real.server_process import ROOT, answer_to, client_of, required_call, serving
 
-ENDINGS = ("promoted", "refused", "no_lesson", "failed")
 NUM_TRANSCRIPTS = 10
 LEARNING = (
     "objectives=sft", "discriminator=false", "implicit-rewards=false", "min-gradient-steps=2", "epochs=1",

@@ -13,9 +13,10 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from benchmarks.demo import ENDINGS, write_demonstrations
+from benchmarks.demo import write_demonstrations
 from learner.__main__ import main as learner
 from policies.chat.chat_protocol import ChatProtocol
+from runtime.store.learning_log import ENDINGS
 from runtime.store.step_log import StepLog
 from tests.serving import NOVICE_FOLDER
 from tests_vllm.novice_adapters import NoviceAdapters

@@ -69,31 +69,28 @@ def _found(log: StepLog, options: DoubtsOptions) -> tuple[int, list[Doubt]]:
 
     world: World | None = load_world(options.world) if options.world else None
     everything = CollectionOptions(held_out_share=0.0, max_demonstrations=1_000_000)
-    kept, held_out = dealt_demonstrations(log, everything, options.agent)
-    demonstrations = [*kept, *held_out]
+    dealt = dealt_demonstrations(log, everything, options.agent)
+    demonstrations = [*dealt.demonstrations, *dealt.held_out]
     experts: list[Expert] = [Corrections(log), *([WorldExpert(world)] if world else [])]
     doubts = asyncio.run(doubts_of(demonstrations, experts, world))
     if options.cross_fit:
         known = {doubt.step_id for doubt in doubts}
-        doubts += [doubt for doubt in _unlikely(demonstrations, options) if doubt.step_id not in known]
+        doubts += [doubt for doubt in _unlikely(demonstrations, dealt.task_of, options) if doubt.step_id not in known]
     return sum(len(each.path) for each in demonstrations), doubts
 
 
-def _unlikely(demonstrations: list[LoggedEpisode], options: DoubtsOptions) -> list[Doubt]:
+def _unlikely(demonstrations: list[LoggedEpisode], task_of: dict[str, str], options: DoubtsOptions) -> list[Doubt]:
     """What networks that were trained on the others do not expect, the least expected first."""
     import os
 
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))  # before torch is imported
     from learner.data.doubts import DoubtKind, doubted
-    from learner.data.held_out import HeldOut
     from learner.data.inspection import as_logged
     from learner.options import TrainingOptions
     from learner.training.cross_fit import surprises
 
-    groups = HeldOut.among([each.conversation for each in demonstrations], None, 0.0)
-    names = {each.episode.id: min(groups.groups(each.conversation), default=each.episode.id) for each in demonstrations}
     trajectories = [as_logged(each) for each in demonstrations]
-    found = surprises(trajectories, names, options.model, TrainingOptions(), options.cross_fit)
+    found = surprises(trajectories, task_of, options.model, TrainingOptions(), options.cross_fit)
     states = {state.step.id: state for each in demonstrations for state in each.states()}
     return [
         doubted(states[each.step_id], DoubtKind.UNLIKELY, f"{each.nats:.1f} nats, where the others were trained on")

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import create_model, field_validator, model_validator
+from pydantic import Field, ValidationError, create_model, field_validator, model_validator
 from pydantic_settings import CliSuppress, NoDecode
 
-from learner.commands.server import ServerOptions, has_state
+from learner.commands.server import ServerOptions, ask, has_state
 from learner.options import CollectionOptions, CycleOptions, ObjectiveOptions, TrainingOptions
 from policies.command_line import split_commas
 from runtime.store.learner_lock import only_learner
@@ -57,8 +57,8 @@ class OnceOptions(_CycleFields):
     """The base model's folder."""
     response_template: Path | None = None
     """As the server was started with."""
-    world: str = "order_desk"
-    """The world that judges and knows the way; empty for none."""
+    world: str | None = None
+    """The world that judges and knows the way, empty for none; default: the agent's own, which the server tells."""
     expert_url: str = ""
     """A stronger model's OpenAI-compatible endpoint; its key is STEPAGENT_EXPERT_API_KEY."""
     expert_model: str = ""
@@ -68,7 +68,7 @@ class OnceOptions(_CycleFields):
     STEPAGENT_JUDGE_API_KEY."""
     judge_model: str = ""
     """The judge model's name there."""
-    threads: int = 1
+    threads: int = Field(1, ge=1)
     """Threads of the learner's arithmetic on a CPU, beside the spare cores. OMP_NUM_THREADS bounds both."""
     server_pid: CliSuppress[int | None] = None
     """The server that started us: we give way to it, and end with it."""
@@ -87,6 +87,15 @@ class OnceOptions(_CycleFields):
             raise ValueError("--judge-url and --judge-model go together")
         return self
 
+    @model_validator(mode="after")
+    def _groups_are_whole(self) -> OnceOptions:
+        """What a group says of its fields together."""
+        try:
+            self.cycle_options()
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+        return self
+
     def cycle_options(self) -> CycleOptions:
         groups = {name: group(**self._values_of(group)) for name, group in GROUPS.items()}
         return CycleOptions(**self._values_of(CycleOptions), **groups)
@@ -96,24 +105,25 @@ class OnceOptions(_CycleFields):
 
 
 def run(options: OnceOptions) -> int:
-    """Exit code 0 however the cycle was decided, 1 where it failed, 3 beside another cycle."""
+    """Exit code 0 however the cycle was decided, 1 where it failed or the server does not answer, 3 beside another
+    cycle."""
     if options.server_pid is not None:
         _live_beside(options.server_pid)  # before the slow imports: they too give way to the server, and end with it
     _limit_threads(options)  # before torch is imported
     from learner.commands.status import StatusOptions
     from learner.commands.status import run as show_status
-    from learner.objectives.build import OBJECTIVES
     from runtime.store.learning_log import CycleStage
 
-    if unknown := set(options.cycle_options().objectives) - OBJECTIVES.keys():
-        print(f"no objective is called {min(unknown)!r}; there are: {', '.join(OBJECTIVES)}", file=sys.stderr)
-        return 1
     if not has_state(options):
         return 1
     with only_learner(options.state) as is_alone:
         if not is_alone:
             print(f"another cycle runs on {options.state}: wait for its end", file=sys.stderr)
             return 3
+        if options.world is None:
+            options.world = ask(options, lambda server: server.world())
+        if options.world is None:
+            return 1
         stage = asyncio.run(_clear_up_and_run(options))
         show_status(StatusOptions(state=options.state, limit=1))
     return 1 if stage is CycleStage.FAILED else 0

@@ -96,7 +96,8 @@ class Collected:
     last_step_id: str | None
     """The log was read up to this step."""
     groups_of: dict[str, frozenset[str]] = field(default_factory=dict)
-    """By an episode, the names of the demonstrated tasks that it is of: what a fold keeps together."""
+    """By an episode, the names of the demonstrated tasks that it is of, one for a demonstration: what a fold keeps
+    together, and what is one piece of evidence."""
     counts: dict[str, int] = field(default_factory=dict)
     """Of episodes: collected, replayed, and left out by reason."""
 
@@ -139,20 +140,31 @@ def collect(
         (own_held_out if apart.covers(each.conversation) else trained).append(each)
     counts |= own_counts | {"own_held_out": len(own_held_out), "anchors": len(anchors) + len(anchor_tasks)}
     counts |= {"damaged_rows": len(log.damage)} if len(log.damage) else {}
-    groups_of = {each.episode.id: apart.groups(each.conversation) for each in (*demonstrations, *trained)}
+    grouped = (*demonstrations, *held_out, *trained)
+    groups_of = {each.episode.id: apart.groups(each.conversation) for each in grouped}
     return Collected(
         demonstrations, held_out, trained, own_held_out, anchors, anchor_tasks, last_step_id, groups_of, counts
     )
 
 
-def dealt_demonstrations(
-    log: StepLog, options: CollectionOptions, agent: str = ""
-) -> tuple[list[LoggedEpisode], list[LoggedEpisode]]:
-    """(to train on, held out) of an agent's cycle without a world and anchors."""
+@dataclass(frozen=True, slots=True)
+class Dealt:
+    """The demonstrations of a cycle without a world and anchors."""
+
+    demonstrations: list[LoggedEpisode]
+    """Those to train on."""
+    held_out: list[LoggedEpisode]
+    task_of: dict[str, str]
+    """By episode, a name of the task that is demonstrated."""
+
+
+def dealt_demonstrations(log: StepLog, options: CollectionOptions, agent: str = "") -> Dealt:
+    """Those of an agent."""
     experts = _experts(log, agent)
     apart = HeldOut.among([expert.conversation for expert in experts], None, options.held_out_share)
     demonstrations, held_out, _ = _dealt(experts, apart, options, seed=0)
-    return demonstrations, held_out
+    task_of = {each.episode.id: min(apart.groups(each.conversation)) for each in (*demonstrations, *held_out)}
+    return Dealt(demonstrations, held_out, task_of)
 
 
 def _experts(log: StepLog, agent: str) -> list[LoggedEpisode]:

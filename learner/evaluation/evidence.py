@@ -1,7 +1,8 @@
 """What the gate judges by: the same trial under the candidate and under the acting adapter, as a pair.
 
-A pair is one task of a world, or one demonstration with all its states. The states of a demonstration share its
-difficulty, so that they are no independent evidence: the demonstration is the unit (cluster), whatever its length.
+A pair is one task of a world, or one demonstrated task with all its demonstrations and their states. These share the
+task's difficulty, so that they are no independent evidence: the task is the unit (cluster), however often it was
+demonstrated.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
+
+TASKS = "tasks"
+"""What a unit is where a world's tasks are tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +35,7 @@ class Pair:
     """One trial under both adapters."""
 
     unit: str
-    """What was tried: a task's id, or a demonstration's episode."""
+    """What was tried: a task's id, or the episode of a demonstrated task's oldest demonstration."""
     candidate: Trial
     acting: Trial
     fold: int | None = None
@@ -54,6 +58,20 @@ def paired(unit: str, candidate: Trial | None, acting: Trial | None, fold: int |
     would be judged by what it can do.
     """
     return None if acting is None else Pair(unit, candidate or UNFINISHED, acting, fold)
+
+
+def merged(unit: str, pairs: Sequence[Pair]) -> Pair | None:
+    """One pair of the pairs of a unit's parts: their mean score, and all actions that could not be read."""
+    if len(pairs) < 2:
+        return pairs[0] if pairs else None
+    candidate, acting = _mean([pair.candidate for pair in pairs]), _mean([pair.acting for pair in pairs])
+    return Pair(unit, candidate, acting, pairs[0].fold)
+
+
+def _mean(trials: Sequence[Trial]) -> Trial:
+    if all(trial is UNFINISHED for trial in trials):
+        return UNFINISHED
+    return Trial(fmean(trial.score for trial in trials), sum(trial.num_malformed for trial in trials))
 
 
 def gains(pairs: Sequence[Pair]) -> list[float]:

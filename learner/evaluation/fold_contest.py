@@ -15,7 +15,7 @@ from pathlib import Path
 from openai import APIStatusError
 
 from learner.data.collaborators import Collaborators
-from learner.evaluation.gate import Contestants
+from learner.evaluation.gate import Contestants, NoContest
 from learner.evaluation.twins import Twin, twins_of
 from learner.objectives.build import NothingToLearn
 from learner.report import CycleRecord
@@ -45,7 +45,7 @@ class FoldContest:
     """The candidate is in the engine."""
 
     @asynccontextmanager
-    async def contest(self, fold: int | None) -> AsyncIterator[Contestants | None]:
+    async def contest(self, fold: int | None) -> AsyncIterator[Contestants | NoContest]:
         """See `learner.evaluation.gate.Contest`."""
         await self._make_way(is_up=fold is None)
         if fold is None:
@@ -62,8 +62,8 @@ class FoldContest:
             await self._serve(self.candidate.folder, self.acting, self.candidate.objective)
         self.is_up = is_up
 
-    async def _without(self, fold: int, unloading: AsyncExitStack) -> Contestants | None:
-        """Both contestants, served; None, and why is noted, where they cannot be had."""
+    async def _without(self, fold: int, unloading: AsyncExitStack) -> Contestants | NoContest:
+        """Both contestants, served; or why they cannot be had, which is noted, too."""
         twin, objective = twins_of(self.acting, self.who.learning_log)[fold], self.candidate.objective
         folder = self.candidate.folder.with_name(f"{objective}-without-fold-{fold}")
         acting, title = BASE_ADAPTER, folder.name
@@ -77,10 +77,10 @@ class FoldContest:
             unloading.push_async_callback(self.who.endpoint.unload, name)
         except (NothingToLearn, TrainingFailed) as reason:
             self.record.add(not_trained={title: str(reason)})
-            return None
+            return NoContest(f"no candidate could be trained without it: {reason}")
         except APIStatusError as error:
             self.record.add(not_registered={title: error.message})
-            return None
+            return NoContest(f"the server did not take in an adapter that was trained without it: {error.message}")
         self.twins[fold] = Twin(name, twin.has_seen | has_seen)
         return Contestants(name, acting)
 

@@ -15,6 +15,7 @@ from itertools import groupby
 from statistics import fmean
 from typing import Any, Protocol, TypeVar
 
+from learner.evaluation.advice import advice
 from learner.evaluation.evidence import Pair, gains, summary
 from learner.evaluation.outlook import ERROR_RATE
 from learner.evaluation.sequential import Answer, SequentialTest
@@ -57,17 +58,30 @@ class Contestants:
     acting: str
 
 
-TASKS = "tasks"
-"""What a unit is where the world's tasks are tried."""
-SUCCEEDS_AT_NONE = (
-    "the acting adapter succeeds at none, so whole tasks say little: --learner-arg gate-tasks=0 lets demonstrations "
-    "decide, step by step"
-)
+@dataclass(frozen=True, slots=True)
+class NoContest:
+    """Why a fold has no contestants: its units are not tried."""
 
-Contest = Callable[[int | None], AbstractAsyncContextManager[Contestants | None]]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Untried:
+    """Units that were not tried."""
+
+    fold: int | None
+    number: int
+    reason: str
+
+    def words(self, num_planned: int, kind: str) -> str:
+        of_fold = "" if self.fold is None else f", those of fold {self.fold}"
+        others = "; import demonstrations of other tasks" if self.number == num_planned else ""
+        return f"{self.number} of {num_planned} {kind} could not be tried{of_fold}: {self.reason}{others}"
+
+
+Contest = Callable[[int | None], AbstractAsyncContextManager[Contestants | NoContest]]
 """Makes the contestants of a fold ready for as long as it is entered; of None: candidate and acting adapter themselves.
-A fold's are both trained without it. It is entered once a fold, and only while the answer is not known. It gives None
-for a fold that has no contestants: its units are not tried."""
+A fold's are both trained without it. It is entered once a fold, and only while the answer is not known."""
 
 
 class Tried(Protocol):
@@ -104,18 +118,25 @@ class Trials(Protocol[UnitT]):
 
 
 async def judge(
-    trials: Trials[Any], contest: Contest, level: float = ERROR_RATE, on_done: Callable[[], object] = lambda: None
+    trials: Trials[Any],
+    contest: Contest,
+    level: float = ERROR_RATE,
+    on_done: Callable[[], object] = lambda: None,
+    perplexity: float | None = None,
 ) -> GateDecision:
     """Try until the answer is known; `on_done` is called after each unit.
 
-    `level`: the error rate, from `level_for`.
+    `level`: the error rate, from `level_for`. `perplexity`: of the candidate after training, for advice.
     """
     test, pairs, num_tried = SequentialTest(len(trials.units), level), list[Pair](), 0
+    untried = list[Untried]()
     looks = test.planned_looks()
-    for fold, units in groupby(trials.units, key=lambda unit: unit.fold):
+    for fold, units in ((fold, list(group)) for fold, group in groupby(trials.units, key=lambda unit: unit.fold)):
         async with contest(fold) as contestants:
+            if isinstance(contestants, NoContest):
+                untried.append(Untried(fold, len(units), contestants.reason))
             for block in _until_each(looks, num_tried, units):
-                pairs += await trials.pairs(block, contestants) if contestants else []
+                pairs += [] if isinstance(contestants, NoContest) else await trials.pairs(block, contestants)
                 num_tried += len(block)
                 for _ in block:
                     on_done()
@@ -126,8 +147,8 @@ async def judge(
     anchors = list[Pair]()
     if test.answer is Answer.SHOWN and trials.anchors:
         async with contest(None) as contestants:
-            anchors = await trials.pairs(trials.anchors, contestants) if contestants else []
-    return decide(test, pairs, anchors, trials.kind)
+            anchors = [] if isinstance(contestants, NoContest) else await trials.pairs(trials.anchors, contestants)
+    return decide(test, pairs, anchors, trials.kind, untried, perplexity)
 
 
 def _until_each(looks: Sequence[int], num_tried: int, units: Iterable[UnitT]) -> Iterable[list[UnitT]]:
@@ -143,27 +164,50 @@ def _until_each(looks: Sequence[int], num_tried: int, units: Iterable[UnitT]) ->
         yield block
 
 
-def decide(test: SequentialTest, pairs: Sequence[Pair], anchors: Sequence[Pair], kind: str) -> GateDecision:
+def decide(
+    test: SequentialTest,
+    pairs: Sequence[Pair],
+    anchors: Sequence[Pair],
+    kind: str,
+    untried: Sequence[Untried] = (),
+    perplexity: float | None = None,
+) -> GateDecision:
     """What the pairs say, when the last look has been taken. The guards are asked only where a gain is shown."""
     evidence: dict[str, Any] = {
         "unit": kind, "num_planned": test.num_pairs, "level": test.level, "looks": list(test.looks),
         **summary(pairs), "anchors": summary(anchors),
+        "untried": [[each.fold, each.number, each.reason] for each in untried],
     }  # fmt: skip
+    not_tried = [each.words(test.num_pairs, kind) for each in untried]
     if not pairs:
-        none = f"none of {test.num_pairs} {kind} was finished under the acting adapter"
-        words = none if test.num_pairs else f"there are no {kind} to try it on"
-        return GateDecision(Finding.UNDECIDED, words, evidence)
+        return GateDecision(Finding.UNDECIDED, "; ".join([*_why_none(test, kind, untried), *not_tried]), evidence)
     gain, low = fmean(gains(pairs)), test.lower_bound(gains(pairs))
     evidence |= {"gain_low": low, "answer": test.answer.value}
-    words = f"gain {gain:+.1%} on {len(pairs)} of {test.num_pairs} {kind}, lower bound {low:+.1%}"
+    bound = "" if low is None else f", lower bound {low:+.1%}"
+    words = f"gain {gain:+.1%} on {len(pairs)} of {test.num_pairs} {kind}{bound}"
     if test.answer is Answer.SHOWN:
         return GateDecision(*_guarded(words, evidence, pairs, anchors), evidence)
-    if len(pairs) < fewest_pairs(test.level):
-        words += f"; no gain at all can be shown on fewer than {fewest_pairs(test.level)}"
-    if kind == TASKS and not evidence["acting_score"]:
-        words += f"; {SUCCEEDS_AT_NONE}"
+    words = "; ".join(
+        [words, *_why_not_shown(test, len(pairs)), *not_tried, *filter(None, [advice(evidence, perplexity)])]
+    )
     is_open = gain > 0 and test.answer is Answer.NOT_SHOWN
     return GateDecision(Finding.UNDECIDED if is_open else Finding.NOT_BETTER, words, evidence)
+
+
+def _why_none(test: SequentialTest, kind: str, untried: Sequence[Untried]) -> list[str]:
+    """Why there are no pairs, beside what was not tried."""
+    if not test.num_pairs:
+        return [f"there are no {kind} to try it on"]
+    num_tried = test.num_pairs - sum(each.number for each in untried)
+    return [f"none of {num_tried} {kind} was finished under the acting adapter"] if num_tried else []
+
+
+def _why_not_shown(test: SequentialTest, num_pairs: int) -> list[str]:
+    """Judged by what was planned: a test that was given up could have tried more."""
+    fewest = fewest_pairs(test.level)
+    if test.num_pairs < fewest or (test.is_ended and num_pairs < fewest):
+        return [f"no gain at all can be shown on fewer than {fewest}"]
+    return ["stopped early, since the rest could hardly show a gain"] if test.answer is Answer.GIVEN_UP else []
 
 
 def _guarded(

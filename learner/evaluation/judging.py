@@ -55,8 +55,7 @@ async def judge(
     that passes is taken: each further one would cost a training a fold.
     """
     verdicts, best, problem = list[Verdict](), None, None
-    num_earlier = gate.num_earlier(who.learning_log.evidence_against(acting, who.agent), len(trials.units))
-    level = gate.level_for(len(candidates), num_earlier)
+    level = gate.level_for(len(candidates), num_earlier(who, trials, acting))
     for candidate in candidates:
         with record.counted(CycleStage.GATE, candidate.objective, len(trials.units)) as count:
             try:
@@ -67,7 +66,8 @@ async def judge(
                 record.add(not_registered={candidate.objective: error.message})
                 continue
             contests = FoldContest(record, who, candidate, name, acting, train_without)
-            decision = await gate.judge(trials, contests.contest, level, count)
+            perplexity = record.report.diagnostics.get(candidate.objective, {}).get("perplexity")
+            decision = await gate.judge(trials, contests.contest, level, count, perplexity)
             decision.evidence.update(as_evidence(contests.twins))
         verdict = Verdict(candidate, name, decision)
         _log(record, who, verdict, acting)
@@ -78,6 +78,11 @@ async def judge(
     if problem is not None and not verdicts:
         raise problem
     return verdicts
+
+
+def num_earlier(who: Collaborators, trials: CycleTrials, acting: str) -> int:
+    """How many candidates were held against the acting adapter before, on about as much evidence."""
+    return gate.num_earlier(who.learning_log.evidence_against(acting, who.agent), len(trials.units))
 
 
 def best_of(verdicts: Sequence[Verdict]) -> Verdict:

@@ -73,11 +73,14 @@ class SequentialTest:
             self.answer = Answer.GIVEN_UP
         return self.answer
 
-    def lower_bound(self, gains: Sequence[float]) -> float:
+    def lower_bound(self, gains: Sequence[float]) -> float | None:
         """The least mean gain that these looks do not refuse: a repeated confidence bound (Jennison, Turnbull 1989).
 
-        At least zero where, and only where, a gain is shown. At least -1.
+        At least zero where, and only where, a gain is shown. At least -1. None where these looks refuse nothing,
+        whatever the gains: a test that is given up early has spent none of its error rate.
         """
+        if not self._passes([1.0] * len(gains)):
+            return None
         low, high = (0.0, 1.0) if self._passes(gains) else (-1.0, 0.0)
         for _ in range(_BOUND_STEPS):
             middle = (low + high) / 2

@@ -1,7 +1,8 @@
 """What a cycle's gate tries: tasks of the server's world, or demonstrations, and what must not be forgotten.
 
 Tasks where the demonstrations are of that world, and demonstrations where they are of something else: doing well at
-tasks that nobody teaches would decide nothing.
+tasks that nobody teaches would decide nothing. Demonstrations of one task are one piece of evidence: counted each for
+itself, six copies of a transcript once promoted what had learned nothing else.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from learner.data.collaborators import Collaborators
 from learner.data.collect import Collected, LoggedEpisode
 from learner.data.inspection import most_tokens
-from learner.evaluation.evidence import Pair, Trial, paired
+from learner.evaluation.evidence import TASKS, Pair, Trial, merged, paired
 from learner.evaluation.folds import fold_of, needs_folds
-from learner.evaluation.gate import TASKS, Contestants
+from learner.evaluation.gate import Contestants
 from learner.evaluation.outlook import Outlook, evidence_outlook
 from learner.evaluation.past_trials import PastTrials
 from learner.evaluation.state_trials import score, try_states
@@ -28,25 +30,35 @@ from tools.worlds.world import Task, World
 
 TEMPERATURE = 1.0
 """The policy itself is judged, as users sample from it by default."""
+DEMONSTRATIONS = "demonstrations"
+"""What a unit is where no world's tasks are tried, and each demonstration is of a task of its own."""
+DEMONSTRATED_TASKS = "demonstrated tasks"
+"""What a unit is where some tasks were demonstrated more than once."""
 SEED = 0
 """Of tasks, at which both adapters have the same luck."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A task, or a demonstration with all its states: one piece of evidence."""
+    """A world's task, or all demonstrations of one task with their states: one piece of evidence."""
 
-    subject: Task | LoggedEpisode
+    subject: Task | tuple[LoggedEpisode, ...]
+    """Demonstrations: the oldest first."""
     fold: int | None = None
     """None: nobody was trained on it, and the candidate itself tries it."""
 
     @property
     def name(self) -> str:
-        return self.subject.id if isinstance(self.subject, Task) else self.subject.episode.id
+        return self.subject.id if isinstance(self.subject, Task) else self.subject[0].episode.id
+
+    @property
+    def demonstrations(self) -> tuple[LoggedEpisode, ...]:
+        """Empty for a world's task."""
+        return () if isinstance(self.subject, Task) else self.subject
 
     @property
     def num_states(self) -> int:
-        return 0 if isinstance(self.subject, Task) else len(self.subject.path)
+        return sum(len(each.path) for each in self.demonstrations)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +72,8 @@ class CycleTrials:
     past: PastTrials
     max_task_tokens: int | None = None
     """Most tokens of a step in a task, by what experts write; None: nobody has shown."""
+    most_tasks: int | None = None
+    """So many the world has; None where demonstrations are tried."""
 
     @classmethod
     def of_cycle(cls, acting: str, collected: Collected, who: Collaborators, num_tasks: int) -> CycleTrials:
@@ -68,24 +82,28 @@ class CycleTrials:
         """
         world = who.world
         fitting = fitting_world(world, [*collected.demonstrations, *collected.held_out]) if num_tasks else None
-        anchors = [Unit(anchor) for anchor in collected.anchors]
+        anchors = [Unit((anchor,)) for anchor in collected.anchors]
         anchors += [Unit(task_named(name, world)) for name in collected.anchor_tasks if world]
-        if fitting is None:
+        most_tasks = fitting.splits["validation"] if fitting else None
+        if fitting is None or most_tasks is None:
             units = _demonstrations(collected, twins_of(acting, who.learning_log))
         else:
-            size = fitting.splits["validation"]
-            places = random.Random(acting).sample(range(size), min(num_tasks, size))
+            places = random.Random(acting).sample(range(most_tasks), min(num_tasks, most_tasks))
             units = [Unit(fitting.task("validation", place)) for place in places]
         shown = [step for each in (*collected.demonstrations, *collected.held_out) for step in each.path]
         max_task_tokens = max(map(most_tokens, shown), default=None)
         past = PastTrials(who.log, world, who.agent)
-        return cls(who, tuple(units), tuple(anchors), past, max_task_tokens)
+        return cls(who, tuple(units), tuple(anchors), past, max_task_tokens, most_tasks)
 
     @property
     def kind(self) -> str:
+        is_repeated = any(len(unit.demonstrations) > 1 for unit in self.units)
+        return self._kind(DEMONSTRATED_TASKS if is_repeated else DEMONSTRATIONS)
+
+    def _kind(self, demonstrated: str) -> str:
         if any(isinstance(unit.subject, Task) for unit in self.units):
             return TASKS
-        return "demonstrations" if any(unit.fold is not None for unit in self.units) else "held-out demonstrations"
+        return demonstrated if self.folds else f"held-out {demonstrated}"
 
     @property
     def folds(self) -> list[int]:
@@ -93,14 +111,22 @@ class CycleTrials:
         return sorted({unit.fold for unit in self.units if unit.fold is not None})
 
     def outlook(self, num_candidates: int, spread: float | None = None) -> Outlook:
-        """What they could show. `spread`: of the gain from pair to pair, where an earlier gate has seen it."""
-        num_states = sum(unit.num_states for unit in self.units)
-        return evidence_outlook(len(self.units), num_states, self.kind, num_candidates=num_candidates, spread=spread)
+        """What they could show. `num_candidates`: those before on the same evidence included. `spread`: of the gain
+        from pair to pair, where an earlier gate has seen it."""
+        return evidence_outlook(
+            len(self.units),
+            sum(unit.num_states for unit in self.units),
+            self._kind(DEMONSTRATIONS),
+            num_demonstrations=sum(len(unit.demonstrations) for unit in self.units),
+            num_candidates=num_candidates,
+            spread=spread,
+            most=self.most_tasks,
+        )
 
     async def pairs(self, units: Sequence[Unit], contestants: Contestants) -> list[Pair]:
         """Try units under both adapters; those that the acting adapter could not finish are left out."""
         tasks = [unit for unit in units if isinstance(unit.subject, Task)]
-        demonstrations = [unit for unit in units if not isinstance(unit.subject, Task)]
+        demonstrations = [unit for unit in units if unit.demonstrations]
         pairs = await self._try_tasks(tasks, contestants) + await self._try_demonstrations(demonstrations, contestants)
         return [pair for pair in pairs if pair is not None]
 
@@ -127,13 +153,15 @@ class CycleTrials:
         return [trials[task.id] for task in tasks]
 
     async def _try_demonstrations(self, units: Sequence[Unit], contestants: Contestants) -> list[Pair | None]:
-        subjects = [unit.subject for unit in units if not isinstance(unit.subject, Task)]
-        states = [state for subject in subjects for state in subject.states()]
+        states = [state for unit in units for each in unit.demonstrations for state in each.states()]
         candidate, acting = await try_states(states, contestants, self.who, self.past)
         pairs, begin = list[Pair | None](), 0
         for unit in units:
-            own = slice(begin, begin := begin + unit.num_states)
-            pairs.append(paired(unit.name, score(candidate[own]), score(acting[own]), unit.fold))
+            parts = list[Pair | None]()
+            for each in unit.demonstrations:
+                own = slice(begin, begin := begin + len(each.path))
+                parts.append(paired(unit.name, score(candidate[own]), score(acting[own]), unit.fold))
+            pairs.append(merged(unit.name, [part for part in parts if part is not None]))
         return pairs
 
 
@@ -144,19 +172,30 @@ def task_named(name: str, world: World) -> Task:
 
 
 def _demonstrations(collected: Collected, twins: Mapping[int, Twin]) -> list[Unit]:
-    """Those held out; and by folds the others, where these are too few, as far as the fold's twin has not seen them."""
-    units = sorted((Unit(each) for each in collected.held_out), key=_order)
+    """Those held out, by task; and by folds the others, where these are too few, as far as the fold's twin has seen
+    none of the task's."""
+    units = sorted((Unit(each) for each in _by_task(collected.held_out, collected.groups_of).values()), key=_order)
     if needs_folds(len(units)):
-        folds = [(each, _fold(each, collected)) for each in collected.demonstrations]
-        has_seen = {fold: twin.has_seen for fold, twin in twins.items()}
-        judging = [Unit(each, fold) for each, fold in folds if fold in twins and each.episode.id not in has_seen[fold]]
+        tasks = _by_task(collected.demonstrations, collected.groups_of)
+        in_folds = [(fold_of(task), each) for task, each in tasks.items()]
+        judging = [Unit(each, fold) for fold, each in in_folds if fold in twins and _is_new(each, twins[fold])]
         units += sorted(judging, key=lambda unit: (unit.fold, _order(unit)))
     return units
 
 
-def _fold(demonstration: LoggedEpisode, collected: Collected) -> int:
-    (group,) = collected.groups_of[demonstration.episode.id]
-    return fold_of(group)
+def _by_task(
+    demonstrations: Iterable[LoggedEpisode], groups_of: Mapping[str, frozenset[str]]
+) -> dict[str, tuple[LoggedEpisode, ...]]:
+    """The demonstrations of each task, the oldest first."""
+    tasks: defaultdict[str, list[LoggedEpisode]] = defaultdict(list)
+    for each in sorted(demonstrations, key=lambda each: (each.episode.created_at, each.episode.id)):
+        (task,) = groups_of[each.episode.id]
+        tasks[task].append(each)
+    return {task: tuple(found) for task, found in tasks.items()}
+
+
+def _is_new(demonstrations: Sequence[LoggedEpisode], twin: Twin) -> bool:
+    return twin.has_seen.isdisjoint(each.episode.id for each in demonstrations)
 
 
 def _order(unit: Unit) -> str:

@@ -64,7 +64,7 @@ def _outlook(state: Path, agent: str) -> str | None:
     from learner.data.collect import dealt_demonstrations
     from learner.data.doubts import doubts_of
     from learner.data.experts import Corrections
-    from learner.evaluation.outlook import import_outlook
+    from learner.evaluation.outlook import Demonstrated, import_outlook
     from learner.options import CollectionOptions
     from runtime.store.step_log import StepLog, StepLogError
 
@@ -73,10 +73,10 @@ def _outlook(state: Path, agent: str) -> str | None:
     except StepLogError:  # the server runs elsewhere, or keeps its state elsewhere
         return None
     collection = CollectionOptions()
-    demonstrations, held_out = dealt_demonstrations(log, collection, agent)
-    num_states = sum(len(each.path) for each in (*demonstrations, *held_out))
-    outlook = import_outlook(len(held_out), len(demonstrations), num_states, collection.held_out_share)
-    doubts = asyncio.run(doubts_of([*demonstrations, *held_out], [Corrections(log)], None))
+    dealt = dealt_demonstrations(log, collection, agent)
+    held_out, others = (Demonstrated.of(side, dealt.task_of) for side in (dealt.held_out, dealt.demonstrations))
+    outlook = import_outlook(held_out, others, collection.held_out_share)
+    doubts = asyncio.run(doubts_of([*dealt.demonstrations, *dealt.held_out], [Corrections(log)], None))
     told = f"{state}: where no world's tasks judge, {outlook.sentence}"
     if doubts:
         told += f"\n{len(doubts)} of the steps are contradicted: python -m learner doubts --state {state}"

@@ -44,14 +44,16 @@ def adapter_routes(parts: Parts) -> APIRouter:
 
     @router.get("")
     async def list_adapters(agent: str | None = None) -> dict[str, Any]:
-        """Every version that was ever registered (for an agent), oldest first, with its history."""
+        """Every version that was ever registered (for an agent), oldest first, with its history; of one agent also the
+        name of its world, empty for none, which its learner has to know."""
         wanted = None if agent is None else agent_named(parts, agent).name
 
         def listed() -> dict[str, Any]:
             damaged = list[Damaged]()
             asked = [each for each in registry.adapters(damaged) if wanted in (None, each.agent)]
             adapters = registry.damage.sound(asked, record, damaged)
-            return {"object": "list", "data": list(adapters)} | left_out(damaged)
+            world = {} if wanted is None else {"world": parts.worlds.get(wanted, "")}
+            return {"object": "list", "data": list(adapters)} | world | left_out(damaged)
 
         return await asyncio.to_thread(listed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from policies.chat.chat_protocol import ChatProtocol
@@ -67,6 +68,8 @@ class Parts:
     retention: Retention | None = None
     """None: all is kept."""
     named_agents: tuple[ServedAgent, ...] = ()
+    worlds: Mapping[str, str] = field(default_factory=dict)
+    """By agent, what its world is called; none or empty: it has none."""
     """Beside the server's own; of each name one."""
 
     @property
