@@ -226,6 +226,40 @@ def test_a_call_that_cannot_be_read_is_refused(server: Served, arguments: str) -
     assert "arguments of check_item" in reason(server, {"messages": [HELLO[0], calling]})
 
 
+LOOK = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "parameters": {"type": "object", "properties": {"where": {"type": "string"}}, "required": ["where"]},
+    },
+}
+
+
+def looking(name: str, arguments: str) -> Message:
+    call = {"id": "call_0", "type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        (looking("listen", "{}"), "message 1 calls 'listen', which is not among its tools: look"),
+        ({"role": "assistant", "content": "\n"}, "message 1 says nothing and calls nothing"),
+        ({"role": "assistant", "content": None, "refusal": "no"}, "message 1 is a refusal"),
+        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, "message 1 is a refusal"),
+    ],
+)
+def test_what_no_expert_does_is_refused_as_the_importer_refuses_it(server: Served, message: Message, why: str) -> None:
+    assert why in reason(server, {"messages": [HELLO[0], message], "tools": [LOOK]})
+
+
+def test_arguments_that_a_tool_refused_are_part_of_a_transcript(server: Served) -> None:
+    """Experts do err, are told so, and do better: the whole is read, as it was."""
+    told = {"role": "tool", "tool_call_id": "call_0", "content": "error: argument where: Field required"}
+    messages = [HELLO[0], looking("look", "{}"), told, looking("look", '{"where": "here"}')]
+    assert len(imported(server, {"messages": messages, "tools": [LOOK]})) == 2
+
+
 def test_a_mark_in_an_experts_text_is_learned_as_its_letters(server: Served, protocol: ChatProtocol) -> None:
     text = "A<|im_end|>B"
     (step,) = imported(server, {"messages": [HELLO[0], {"role": "assistant", "content": text}]})

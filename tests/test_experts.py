@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import httpx
+import pytest
 
 from learner.data.collect import LoggedState, main_line
 from learner.data.experts import Corrections, ModelExpert, WorldExpert, ask, open_at, same_effect_at
@@ -127,6 +129,66 @@ def test_a_correction_that_cannot_be_is_refused_in_words(serve_scripted: ServeSc
         assert (reply.status_code, words in reply.json()["error"]["message"]) == (status, True), reply.text
     assert server.parts.log.corrections(step_id) == []
     assert httpx.post(f"{server.url}/v1/episodes/ep_none/promote").status_code == 404
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "parameters": {
+            "type": "object",
+            "properties": {"where": {"enum": ["here", "there"]}, "times": {"type": "integer"}},
+            "required": ["where"],
+        },
+    },
+}
+
+
+def calling(name: str, arguments: str) -> dict[str, Any]:
+    call = {"id": "c", "type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (calling("listen", "{}"), "the correction calls 'listen', which is not among its tools: look"),
+        (calling("look", "{}"), "the correction calls look wrongly: argument 'where' is missing"),
+        (calling("look", '{"where": "nowhere"}'), "must be 'here' or 'there', not 'nowhere'"),
+        (calling("look", '{"where": "here", "times": "two"}'), "argument 'times' must be integer, not string"),
+        (calling("look", '{"where": "here", "colour": "red"}'), "argument 'colour' is not taken"),
+        ({"role": "assistant", "content": " "}, "the correction says nothing and calls nothing"),
+        ({"role": "assistant", "content": "word " * 4000}, "but the model's context holds 2048"),
+        ({"role": "assistant", "content": None, "refusal": "no"}, "the correction is a refusal"),
+        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, "the correction is a refusal"),
+    ],
+)
+def test_a_correction_that_nobody_should_learn_is_refused_with_the_reason(
+    serve_scripted: ServeScripted, message: dict[str, Any], words: str
+) -> None:
+    server = serve_scripted("Hello.")
+    answer = server.client().chat.completions.with_raw_response.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Hi"}],
+        tools=[TOOL],  # type: ignore[list-item]
+    )
+    url = f"{server.url}/v1/episodes/{answer.headers['x-episode-id']}/corrections"
+    step_id = answer.headers["x-step-id"]
+    reply = httpx.post(url, json={"step_id": step_id, "message": message})
+    assert (reply.status_code, words in reply.json()["error"]["message"]) == (400, True), reply.text
+    assert server.parts.log.corrections(step_id) == []
+    good = {"step_id": step_id, "message": calling("look", '{"where": "there", "times": 2}')}
+    assert httpx.post(url, json=good).status_code == 201
+
+
+def test_a_correction_may_not_call_where_no_tools_were_offered(serve_scripted: ServeScripted) -> None:
+    server = serve_scripted("Hello.")
+    answer = server.client().chat.completions.with_raw_response.create(
+        model=MODEL, messages=[{"role": "user", "content": "Hi"}]
+    )
+    body = {"step_id": answer.headers["x-step-id"], "message": calling("look", "{}")}
+    reply = httpx.post(f"{server.url}/v1/episodes/{answer.headers['x-episode-id']}/corrections", json=body)
+    assert (reply.status_code, "was offered no tools" in reply.text) == (400, True), reply.text
 
 
 def test_the_worlds_judgement_counts_at_a_demonstrations_states(novice_server: Served) -> None:

@@ -15,12 +15,12 @@ from functools import cached_property
 from typing import Any
 
 from policies.chat.chat_protocol import ChatProtocol, action_message, message_action
+from policies.chat.learnable import unfit_arguments, unlearnable
 from policies.chat.read_back import misreading
 from policies.types import (
     Action,
     FinalAnswer,
     FinishReason,
-    MalformedAction,
     Message,
     SamplingParams,
     TokenIds,
@@ -110,12 +110,10 @@ def demonstrated_steps(
         parent, place = steps[-1] if steps else None, index + len(demonstration.opening)
         action = message_action(demonstration.messages[index])
         prompt, completion = _in_tokens(demonstration, protocol, parent, seen, place, action)
-        _require_learnable(protocol, completion, action, demonstration.tools, index)
-        if len(prompt) + len(completion) > max_context_tokens:
-            raise DemonstrationRefused(
-                f"message {index} ends at token {len(prompt) + len(completion)}, "
-                f"but the model's context holds {max_context_tokens}"
-            )
+        try:
+            _require_learnable(protocol, prompt, completion, action, demonstration.tools, max_context_tokens)
+        except DemonstrationRefused as refused:
+            raise DemonstrationRefused(f"message {index} {refused}") from refused
         new_messages = demonstration.told[seen:place]
         steps.append(_step(demonstration, parent, new_messages, prompt, completion, action))
         seen = place + 1
@@ -137,18 +135,20 @@ def _in_tokens(
 def promoted_episode(episode: Episode, path: Sequence[Step], expert: str) -> Demonstration:
     """A logged episode, from its first step to the last of `path`, as a demonstration that `expert` vouches for.
 
-    Actions that could not be read are kept as they were said, and are not learned. Raises DemonstrationRefused where
-    nothing else is there.
+    Actions that could not be read, or that no tool took, are kept as they were said, and are not learned. Raises
+    DemonstrationRefused where nothing else is there.
     """
     messages: list[Message] = []
     learned = []
     for step in path:
         messages.extend(step.new_messages)
-        if not isinstance(step.action, MalformedAction):
+        if not (unlearnable(step.action, step.tools) or unfit_arguments(step.action, step.tools)):
             learned.append(len(messages))
         messages.append(action_message(step.action))
     if not learned:
-        raise DemonstrationRefused(f"episode {episode.id} has no action that could be read: there is nothing to learn")
+        raise DemonstrationRefused(
+            f"episode {episode.id} has no action that could be read and that its tools take: there is nothing to learn"
+        )
     return Demonstration(
         messages=tuple(messages),
         tools=path[-1].tools,
@@ -160,24 +160,44 @@ def promoted_episode(episode: Episode, path: Sequence[Step], expert: str) -> Dem
     )
 
 
-def correction_in_tokens(protocol: ChatProtocol, path: Sequence[Step], action: Action) -> TokenIds:
-    """What should have been said at the last step of a path, as the policy would have to write it.
+def correction_in_tokens(
+    protocol: ChatProtocol, path: Sequence[Step], action: Action, max_context_tokens: int
+) -> TokenIds:
+    """What should have been done at the last step of a path, as the policy would have to write it.
 
-    Raises DemonstrationRefused where it would be read back as something else, and ChatProtocolError.
+    A person's word is learned as it is: it must be a call that its tools take, or an answer. Raises
+    DemonstrationRefused where it is not, or would be read back as something else; and ChatProtocolError.
     """
     said = [message for step in path[:-1] for message in (*step.new_messages, action_message(step.action))]
-    messages = [*said, *path[-1].new_messages]
-    _, completion = protocol.completion_of(messages, action, path[-1].tools)
-    _require_learnable(protocol, completion, action, path[-1].tools, len(messages))
+    messages, tools = [*said, *path[-1].new_messages], path[-1].tools
+    if isinstance(action, ToolCalls) and not tools:
+        raise DemonstrationRefused(f"the correction calls {action.calls[0].name!r}, but its step was offered no tools")
+    _, completion = protocol.completion_of(messages, action, tools)
+    try:
+        _require_learnable(protocol, path[-1].prompt_token_ids, completion, action, tools, max_context_tokens)
+    except DemonstrationRefused as refused:
+        raise DemonstrationRefused(f"the correction {refused}") from refused
+    if problem := unfit_arguments(action, tools):
+        raise DemonstrationRefused(f"the correction {problem}")
     return completion
 
 
 def _require_learnable(
-    protocol: ChatProtocol, completion: TokenIds, action: Action, tools: Sequence[ToolSchema], index: int
+    protocol: ChatProtocol,
+    prompt: TokenIds,
+    completion: TokenIds,
+    action: Action,
+    tools: Sequence[ToolSchema],
+    max_context_tokens: int,
 ) -> None:
-    """Raises DemonstrationRefused where the model, saying just this, would have been understood otherwise."""
-    if problem := misreading(protocol, completion, action, tools):
-        raise DemonstrationRefused(f"message {index} {problem}")
+    """Raises DemonstrationRefused where an action does nothing that its tools know, the model, saying just this, would
+    have been understood otherwise, or it ends behind the context; the reason goes on after the name of the message."""
+    if problem := unlearnable(action, tools) or misreading(protocol, completion, action, tools):
+        raise DemonstrationRefused(problem)
+    if len(prompt) + len(completion) > max_context_tokens:
+        raise DemonstrationRefused(
+            f"ends at token {len(prompt) + len(completion)}, but the model's context holds {max_context_tokens}"
+        )
 
 
 def _step(
