@@ -9,25 +9,36 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from policies.chat.chat_protocol import ChatProtocol, action_message, message_action
 from policies.chat.learnable import unfit_arguments, unlearnable
+from policies.chat.meaning import meaning
 from policies.chat.read_back import misreading
 from policies.types import (
     Action,
     FinalAnswer,
     FinishReason,
+    MalformedAction,
     Message,
     SamplingParams,
     TokenIds,
     ToolCalls,
     ToolSchema,
 )
-from runtime.store.episodes import Actor, Episode, Purpose, Step, StopReason, demonstration_digest, new_id
+from runtime.store.episodes import (
+    Actor,
+    Episode,
+    Purpose,
+    Step,
+    StopReason,
+    demonstration_digest,
+    new_id,
+    new_messages_along,
+)
 
 
 class DemonstrationRefused(ValueError):
@@ -132,32 +143,51 @@ def _in_tokens(
     return prompt, completion
 
 
-def promoted_episode(episode: Episode, path: Sequence[Step], expert: str) -> Demonstration:
+def promoted_episode(
+    episode: Episode, path: Sequence[Step], corrections: Mapping[str, Action], expert: str
+) -> Demonstration:
     """A logged episode, from its first step to the last of `path`, as a demonstration that `expert` vouches for.
 
-    Actions that could not be read, or that no tool took, are kept as they were said, and are not learned. Raises
-    DemonstrationRefused where nothing else is there.
+    `corrections`, by a step's id, are what should have been done there: the first that differs from what was done
+    stands in its place, and ends the demonstration, for what follows came after something else. Actions that could not
+    be read, or that no tool took, are kept as they were said, and are not learned. Raises DemonstrationRefused where
+    nothing else is there.
     """
     messages: list[Message] = []
     learned = []
-    for step in path:
-        messages.extend(step.new_messages)
-        if not (unlearnable(step.action, step.tools) or unfit_arguments(step.action, step.tools)):
+    kept, last_action = _up_to_a_correction(path, corrections)
+    for step, new_messages in new_messages_along(kept):
+        action = last_action if step is kept[-1] else step.action
+        messages.extend(new_messages)
+        if not (unlearnable(action, step.tools) or unfit_arguments(action, step.tools)):
             learned.append(len(messages))
-        messages.append(action_message(step.action))
+        messages.append(action_message(action))
     if not learned:
-        raise DemonstrationRefused(
-            f"episode {episode.id} has no action that could be read and that its tools take: there is nothing to learn"
-        )
+        raise DemonstrationRefused(f"episode {episode.id} has no action that its tools take: there is nothing to learn")
     return Demonstration(
         messages=tuple(messages),
-        tools=path[-1].tools,
+        tools=kept[-1].tools,
         asked_indices=tuple(learned),
         expert=expert,
         task=episode.task,
         provenance={"promoted_from": episode.id},
         agent=episode.agent,
     )
+
+
+def _up_to_a_correction(path: Sequence[Step], corrections: Mapping[str, Action]) -> tuple[Sequence[Step], Action]:
+    """(the steps up to the first that was corrected, what should have been done there); all of them where none was."""
+    for number, step in enumerate(path):
+        corrected = corrections.get(step.id)
+        if corrected is not None and not _means_the_same(corrected, step.action):
+            return path[: number + 1], corrected
+    return path, path[-1].action
+
+
+def _means_the_same(one: Action, other: Action) -> bool:
+    if isinstance(one, MalformedAction) or isinstance(other, MalformedAction):
+        return False
+    return meaning(one) == meaning(other)
 
 
 def correction_in_tokens(
@@ -168,8 +198,7 @@ def correction_in_tokens(
     A person's word is learned as it is: it must be a call that its tools take, or an answer. Raises
     DemonstrationRefused where it is not, or would be read back as something else; and ChatProtocolError.
     """
-    said = [message for step in path[:-1] for message in (*step.new_messages, action_message(step.action))]
-    messages, tools = [*said, *path[-1].new_messages], path[-1].tools
+    messages, tools = _seen_at_the_last(path), path[-1].tools
     if isinstance(action, ToolCalls) and not tools:
         raise DemonstrationRefused(f"the correction calls {action.calls[0].name!r}, but its step was offered no tools")
     _, completion = protocol.completion_of(messages, action, tools)
@@ -180,6 +209,16 @@ def correction_in_tokens(
     if problem := unfit_arguments(action, tools):
         raise DemonstrationRefused(f"the correction {problem}")
     return completion
+
+
+def _seen_at_the_last(path: Sequence[Step]) -> list[Message]:
+    """The conversation before the last step of a path."""
+    messages: list[Message] = []
+    for step, new_messages in new_messages_along(path):
+        messages.extend(new_messages)
+        if step is not path[-1]:
+            messages.append(action_message(step.action))
+    return messages
 
 
 def _require_learnable(
