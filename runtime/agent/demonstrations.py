@@ -20,6 +20,7 @@ from policies.chat.meaning import meaning
 from policies.chat.read_back import misreading
 from policies.types import (
     Action,
+    EngineLimits,
     FinalAnswer,
     FinishReason,
     MalformedAction,
@@ -108,9 +109,7 @@ def demonstrated_episode(demonstration: Demonstration) -> Episode:
     )
 
 
-def demonstrated_steps(
-    demonstration: Demonstration, protocol: ChatProtocol, max_context_tokens: int
-) -> tuple[Step, ...]:
+def demonstrated_steps(demonstration: Demonstration, protocol: ChatProtocol, limits: EngineLimits) -> tuple[Step, ...]:
     """One step for each message that is learned from; what lies between is the later step's observation.
 
     Raises DemonstrationRefused, ChatProtocolError, or ValueError for a tool call that cannot be read.
@@ -122,7 +121,7 @@ def demonstrated_steps(
         action = message_action(demonstration.messages[index])
         prompt, completion = _in_tokens(demonstration, protocol, parent, seen, place, action)
         try:
-            _require_learnable(protocol, prompt, completion, action, demonstration.tools, max_context_tokens)
+            _require_learnable(protocol, prompt, completion, action, demonstration.tools, limits)
         except DemonstrationRefused as refused:
             raise DemonstrationRefused(f"message {index} {refused}") from refused
         new_messages = demonstration.told[seen:place]
@@ -191,7 +190,7 @@ def _means_the_same(one: Action, other: Action) -> bool:
 
 
 def correction_in_tokens(
-    protocol: ChatProtocol, path: Sequence[Step], action: Action, max_context_tokens: int
+    protocol: ChatProtocol, path: Sequence[Step], action: Action, limits: EngineLimits
 ) -> TokenIds:
     """What should have been done at the last step of a path, as the policy would have to write it.
 
@@ -203,7 +202,7 @@ def correction_in_tokens(
         raise DemonstrationRefused(f"the correction calls {action.calls[0].name!r}, but its step was offered no tools")
     _, completion = protocol.completion_of(messages, action, tools)
     try:
-        _require_learnable(protocol, path[-1].prompt_token_ids, completion, action, tools, max_context_tokens)
+        _require_learnable(protocol, path[-1].prompt_token_ids, completion, action, tools, limits)
     except DemonstrationRefused as refused:
         raise DemonstrationRefused(f"the correction {refused}") from refused
     if problem := unfit_arguments(action, tools):
@@ -227,16 +226,14 @@ def _require_learnable(
     completion: TokenIds,
     action: Action,
     tools: Sequence[ToolSchema],
-    max_context_tokens: int,
+    limits: EngineLimits,
 ) -> None:
     """Raises DemonstrationRefused where an action does nothing that its tools know, the model, saying just this, would
     have been understood otherwise, or it ends behind the context; the reason goes on after the name of the message."""
     if problem := unlearnable(action, tools) or misreading(protocol, completion, action, tools):
         raise DemonstrationRefused(problem)
-    if len(prompt) + len(completion) > max_context_tokens:
-        raise DemonstrationRefused(
-            f"ends at token {len(prompt) + len(completion)}, but the model's context holds {max_context_tokens}"
-        )
+    if (num_tokens := len(prompt) + len(completion)) > limits.max_context_tokens:
+        raise DemonstrationRefused(f"ends at token {num_tokens}, but {limits.context}")
 
 
 def _step(

@@ -302,7 +302,7 @@ class _Admitted:
 
     def _sampling(self, choice: int, offered: tuple[ToolSchema, ...]) -> SamplingParams:
         limits = self.parts.engine.limits
-        sampling = self.body.sampling(limits.max_context_tokens, _grammar(self.parts, self.body, offered))
+        sampling = self.body.sampling(limits, _grammar(self.parts, self.body, offered))
         _require_possible(sampling, limits)
         sampling = replace(sampling, best_of=self.choosing.num_draws)
         return sampling if self.body.seed is None else replace(sampling, seed=self.body.seed + choice)

@@ -150,8 +150,8 @@ def episode_routes(parts: Parts) -> APIRouter:
         path = await asyncio.to_thread(log.path_to, body.step_id)
         if not path or path[-1].episode_id != episode.id:
             raise ApiError(404, f"episode {episode.id!r} has no step {body.step_id!r}", "step_not_found", "step_id")
-        action, most = message_action(body.message.as_message()), parts.engine.limits.max_context_tokens
-        token_ids = await asyncio.to_thread(correction_in_tokens, parts.protocol, path, action, most)
+        action = message_action(body.message.as_message())
+        token_ids = await asyncio.to_thread(correction_in_tokens, parts.protocol, path, action, parts.engine.limits)
         correction = Correction(new_id("corr"), body.step_id, action, token_ids, body.source, key=key.name)
         await log.commit(correction)
         return {"object": "correction", "id": correction.id, "step_id": body.step_id, "source": body.source}

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
-from policies.types import Message, SamplingParams, ToolSchema
+from policies.types import EngineLimits, Message, SamplingParams, ToolSchema
 from runtime.agent.conversation import LEGACY_CALL_ID
 from runtime.agent.demonstrations import Demonstration, DemonstrationRefused
 from runtime.http.fields import CHAT_FIELDS, check_fields
@@ -445,13 +445,13 @@ class ChatCompletionRequest(WireModel):
     def asked_max_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
-    def sampling(self, max_context_tokens: int, grammar: str | None) -> SamplingParams:
+    def sampling(self, limits: EngineLimits, grammar: str | None) -> SamplingParams:
         """Raises ValueError where more tokens are asked for than the context could ever hold."""
         asked = self.asked_max_tokens
-        if asked and asked > max_context_tokens:
-            raise ValueError(f"{asked} tokens are asked for, but the model's context holds {max_context_tokens}")
+        if asked and asked > limits.max_context_tokens:
+            raise ValueError(f"{asked} tokens are asked for, but {limits.context}")
         return SamplingParams(
-            max_tokens=asked or max_context_tokens,
+            max_tokens=asked or limits.max_context_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=max(self.top_k, 0),
