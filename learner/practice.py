@@ -26,6 +26,7 @@ from openai import AsyncOpenAI, OpenAIError
 from tqdm import tqdm
 
 from learner.api_key import api_key
+from learner.endpoint_url import endpoint_url
 from policies.command_line import refuse_keys
 from tools.schemas import schema_of
 from tools.worlds import WORLDS, load_world
@@ -263,7 +264,7 @@ async def _main(arguments: argparse.Namespace) -> int:
         return 2
     known = [record.attempts[task.id] for task in tasks if task.id in record.attempts] if record else []
     missing = [task for task in tasks if record is None or task.id not in record.attempts]
-    client = AsyncOpenAI(base_url=arguments.url, api_key=api_key(arguments.api_key_file), max_retries=1)
+    client = AsyncOpenAI(base_url=endpoint_url(arguments.url), api_key=api_key(arguments.api_key_file), max_retries=1)
 
     def done(attempt: Attempt) -> None:
         bar.update()

@@ -221,6 +221,14 @@ class EngineLimits:
     supports_grammar: bool
     logprob_tolerance: float
     """Nats by which its logprobs may differ from another engine's: precision (`policies/adapters/probe.py`)."""
+    context_cut: str = ""
+    """Why the context is shorter than the network could read, and what to do; empty where it is not."""
+
+    @property
+    def context(self) -> str:
+        """The context in words, with what bounds it where that is not the model."""
+        holds = f"the model's context holds {self.max_context_tokens}"
+        return f"{holds} ({self.context_cut})" if self.context_cut else holds
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,7 +117,8 @@ class Settings(Options):
     """Most of them that a request may ask for."""
     best_of_by: Literal["auto", "discriminator", "mean_logprob", "majority"] = "auto"
     """What chooses: the reward model of the cycle that made the acting adapter, how sure the policy was, or how many
-    draws mean the same; auto: the first of these that there is."""
+    draws mean the same; auto: the first of these that there is. Where there is no reward model yet, discriminator
+    chooses as auto, and says so in the log."""
     learn_every: int = Field(200, ge=0)
     """Start a learning cycle by itself after so many new episodes; 0: only when asked."""
     promote: Literal["auto", "canary", "ask"] = "auto"
@@ -207,6 +208,15 @@ class Settings(Options):
             raise ValueError(f"api_key_file {self.api_key_file} cannot be read: {error}") from error
         if not key:
             raise ValueError(f"api_key_file {self.api_key_file} is empty: write the key into it")
+        return self
+
+    @model_validator(mode="after")
+    def _check_best_of(self) -> Settings:
+        if "best_of_most" in self.model_fields_set and self.best_of_most < self.best_of:
+            raise ValueError(
+                f"best_of_most {self.best_of_most} is below best_of {self.best_of}: a request that says nothing draws "
+                "more than one may ask for"
+            )
         return self
 
     @model_validator(mode="after")

@@ -379,6 +379,38 @@ async def test_a_stop_text_is_not_looked_for_in_a_tool_call(stage: StageMaker) -
     assert isinstance(step.action, ToolCalls)
 
 
+@pytest.mark.parametrize(
+    ("says", "stop", "left"),
+    [
+        (f"I will look.\n{LOOK}", "look", "I will "),
+        (f"I will see.\n{LOOK}", "look", 'I will see.\n<tool_call>\n{"name": "'),
+        (LOOK, "</tool_call>", LOOK.removesuffix("</tool_call>")),
+        (LOOK, "nowhere", LOOK),
+    ],
+)
+async def test_a_stop_text_ends_what_is_shown_of_a_call_that_nobody_offered(
+    stage: StageMaker, says: str, stop: str, left: str
+) -> None:
+    it = stage(says)
+    turn = it.turn(tools=(), may_call=False, stop=(stop,))
+    assert await text_of(Run(0, it.policy, turn, True, None).events(it.log, UNLIMITED)) == left
+    assert it.logged[0].finish_reason is FinishReason.STOP
+
+
+@pytest.mark.parametrize("stop", ["look", "!"])
+async def test_a_stop_text_ends_what_is_shown_of_a_call_that_cannot_be_read(stage: StageMaker, stop: str) -> None:
+    it = stage(BROKEN)
+    assert await text_of(it.step_events(stop=(stop,))) == BROKEN.partition(stop)[0]
+
+
+async def test_a_step_that_ran_out_of_tokens_after_a_stop_text_was_stopped_by_it(stage: StageMaker) -> None:
+    it = stage(f"{LOOK}{LOOK}")
+    turn = it.turn(tools=(), may_call=False, stop=("name",), sampling=SamplingParams(max_tokens=20))
+    assert await text_of(Run(0, it.policy, turn, True, None).events(it.log, UNLIMITED)) == '<tool_call>\n{"'
+    assert it.logged[0].finish_reason is FinishReason.STOP
+    assert len(it.logged[0].completion_token_ids) == 20
+
+
 async def test_the_stop_tokens_are_the_protocols_own(stage: StageMaker, protocol: ChatProtocol) -> None:
     it = stage("A globe.")
     await it.step()

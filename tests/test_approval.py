@@ -14,7 +14,7 @@ from runtime.adapters.approval import Approval, PromotionMode, PromotionTerms
 from runtime.adapters.swap import Swap, SwapError
 from runtime.http.parts import Parts
 from runtime.store.adapter_registry import AdapterRegistry, AdapterState
-from runtime.store.learning_log import LearningLog
+from runtime.store.learning_log import CycleStage, LearningLog
 from tests.scripted_engine import ScriptedEngine
 from tests.serving import parts_of, served
 from tests.tiny_adapters import TinyNetwork, faithful_script
@@ -122,7 +122,10 @@ def test_over_http_and_by_command_with_its_evidence(
     approval = Approval(swap, parts.registry, PromotionTerms(PromotionMode.ASK))
     log = LearningLog(tmp_path / "c")
     log.add_decision("c1", candidate.name, "base", True, "gain +10 %", {"gain": 0.1})
+    report = {"proposed": candidate.name}
+    log.note("c1", CycleStage.PROPOSED, f"{candidate.name} waits for somebody's yes", report=report)
     log.close()
+    status = ["status", "--state", str(tmp_path / "c")]
     from dataclasses import replace
 
     with served(replace(parts, swap=swap, approval=approval)) as server:
@@ -131,6 +134,8 @@ def test_over_http_and_by_command_with_its_evidence(
         assert not record["is_acting"]
         assert record["proposal"]["decisions"][0]["evidence"] == {"gain": 0.1}
         assert record["proposal"]["expires_at"] > record["proposal"]["created_at"]
+        assert learner_command(status) == 0
+        assert f"{candidate.name} waits for somebody's yes" in capsys.readouterr().out
         url = ["--url", f"{server.url}/v1"]
         assert learner_command(["approve", "agent-v0009", *url]) == 1
         assert candidate.name in capsys.readouterr().out
@@ -138,3 +143,5 @@ def test_over_http_and_by_command_with_its_evidence(
         assert httpx.get(f"{server.url}/v1/adapters").json()["data"][0]["is_acting"]
         assert learner_command(["approve", *url]) == 1
         assert "nothing waits" in capsys.readouterr().out
+        assert learner_command(status) == 0
+        assert f"{candidate.name} waited for somebody's yes, and is acting since" in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from policies.chat.chat_protocol import ChatProtocol
 from policies.types import Draw, EngineError, FinalAnswer, MalformedAction, SamplingParams, ToolCall, ToolCalls
-from runtime.agent.scorers import ChosenBy, Majority, MeanLogprob, best
+from runtime.agent.scorers import ChosenBy, Majority, MeanLogprob, _warn_once, best
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.http.best_of import Choosing, ChoosingAsked, ChoosingLimits
 from runtime.http.fields import FieldRefused
@@ -99,6 +100,21 @@ def test_what_cannot_be_asked_for_is_refused_in_a_sentence(
         answer = ask(server, best_of=best_of, by=by)  # type: ignore[arg-type]
     assert answer.status_code == 400
     assert words in answer.json()["error"]["message"]
+
+
+def test_a_servers_own_discriminator_falls_back_until_there_is_one_and_the_log_says_so_once(
+    protocol: ChatProtocol, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _warn_once.cache_clear()
+    parts = parts_of(SayingEngine(protocol), protocol, tmp_path)
+    parts = replace(parts, choosing=ChoosingLimits(Choosing(2, ChosenBy.DISCRIMINATOR)))
+    with served(parts) as server:
+        assert said(ask(server)) == said(ask(server, best_of=3)) == "All done."
+        step = server.parts.log.steps(server.parts.log.episodes()[0].id)[0]
+        assert {each.scorer for each in server.parts.log.candidates(step.id)} == {"mean_logprob"}
+        refused = ask(server, by="discriminator")
+    assert (refused.status_code, "no reward model" in refused.json()["error"]["message"]) == (400, True)
+    assert sum("--best-of-by discriminator" in record.message for record in caplog.records) == 1
 
 
 # -------------------------------------------------------------------------------------- a served answer

@@ -66,6 +66,11 @@ def test_lists_are_repeated_or_separated_by_commas(monkeypatch: pytest.MonkeyPat
     assert parse_settings([]).tools == wanted
 
 
+def test_more_draws_than_requests_may_ask_for_by_default_are_no_contradiction() -> None:
+    assert parse_settings(["--best-of", "16"]).best_of == 16
+    assert parse_settings(["--best-of", "4", "--best-of-most", "4"]).best_of_most == 4
+
+
 def test_options_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEPAGENT_PORT", "9")
     monkeypatch.setenv("STEPAGENT_TOOL_TIMEOUT", "1.5")
@@ -172,6 +177,7 @@ def test_what_the_learner_takes_is_passed_on(monkeypatch: pytest.MonkeyPatch) ->
         (["--kv-memory", "much"], "kv_memory"),
         (["--kv-memory", "0"], "kv_memory"),
         (["--precision", "float8"], "precision"),
+        (["--best-of", "4", "--best-of-most", "3"], "best_of_most 3 is below best_of 4"),
         (["--no-such-option", "1"], "no-such-option"),
         (["stray"], "stray"),
         (["--port"], "port"),

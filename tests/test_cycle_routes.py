@@ -147,6 +147,12 @@ def test_a_learner_that_cannot_even_start_is_told(server: Served, tmp_path: Path
     assert (told["stage"], "learner.log" in told["message"]) == ("failed", True)
     assert (tmp_path / "learner.log").read_text()
     assert asks_well(server)
+    process._arguments = ()
+    newer = start(server).json()["id"]
+    ended(server, newer)
+    listed = httpx.get(f"{server.url}/v1/learner/cycles", timeout=30).json()["data"]
+    assert [each["id"] for each in listed] == [newer, name], "in the order in which they were started"
+    assert listed[1]["message"] == told["message"], "its exit code is known still"
 
 
 def test_a_learner_by_hand_and_one_of_the_servers_do_not_meet(server: Served, tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,7 +18,7 @@ from policies.types import EngineLimits, FinalAnswer, Message, ToolCalls
 from runtime.agent.conversation import history_of
 from runtime.store.episodes import Actor, Step, StopReason, demonstration_digest
 from tests.demonstrations import expert_demonstration, post
-from tests.serving import MODEL, VOCAB_SIZE, SayingEngine, Served, parts_of, served
+from tests.serving import LIMITS, MODEL, VOCAB_SIZE, SayingEngine, Served, parts_of, served
 from tools.worlds.order_desk import OrderDesk
 
 WORLD = OrderDesk()
@@ -224,6 +226,63 @@ def test_a_call_that_cannot_be_read_is_refused(server: Served, arguments: str) -
     call = {"id": "call_0", "type": "function", "function": {"name": "check_item", "arguments": arguments}}
     calling = {"role": "assistant", "tool_calls": [call]}
     assert "arguments of check_item" in reason(server, {"messages": [HELLO[0], calling]})
+
+
+def test_a_context_that_memory_bounds_is_told_so_to_requests_corrections_and_imports(
+    protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    cut = "1.0 MiB for keys and values hold 300 tokens; this network could read 2,048: give more --kv-memory"
+    limits = replace(LIMITS, max_context_tokens=300, context_cut=cut)
+    long = {"role": "user", "content": "Hi " * 400}
+    with served(parts_of(SayingEngine(protocol, limits=limits), protocol, tmp_path)) as server:
+        url = f"{server.url}/v1/chat/completions"
+        answer = httpx.post(url, json={"model": MODEL, "messages": HELLO[:1]}).raise_for_status()
+        told = [
+            httpx.post(url, json={"model": MODEL, "messages": [long]}),
+            httpx.post(url, json={"model": MODEL, "messages": HELLO[:1], "max_tokens": 301}),
+            httpx.post(
+                f"{server.url}/v1/episodes/{answer.headers['x-episode-id']}/corrections",
+                json={"step_id": answer.headers["x-step-id"], "message": {**long, "role": "assistant"}},
+            ),
+        ]
+        assert [each.status_code for each in told] == [400] * 3
+        words = [each.json()["error"]["message"] for each in told]
+        words.append(reason(server, {"messages": [long, HELLO[1]]}))
+    assert all(f"the model's context holds 300 ({cut})" in each for each in words), words
+
+
+LOOK = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "parameters": {"type": "object", "properties": {"where": {"type": "string"}}, "required": ["where"]},
+    },
+}
+
+
+def looking(name: str, arguments: str) -> Message:
+    call = {"id": "call_0", "type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        (looking("listen", "{}"), "message 1 calls 'listen', which is not among its tools: look"),
+        ({"role": "assistant", "content": "\n"}, "message 1 says nothing and calls nothing"),
+        ({"role": "assistant", "content": None, "refusal": "no"}, "message 1 is a refusal"),
+        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, "message 1 is a refusal"),
+    ],
+)
+def test_what_no_expert_does_is_refused_as_the_importer_refuses_it(server: Served, message: Message, why: str) -> None:
+    assert why in reason(server, {"messages": [HELLO[0], message], "tools": [LOOK]})
+
+
+def test_arguments_that_a_tool_refused_are_part_of_a_transcript(server: Served) -> None:
+    """Experts do err, are told so, and do better: the whole is read, as it was."""
+    told = {"role": "tool", "tool_call_id": "call_0", "content": "error: argument where: Field required"}
+    messages = [HELLO[0], looking("look", "{}"), told, looking("look", '{"where": "here"}')]
+    assert len(imported(server, {"messages": messages, "tools": [LOOK]})) == 2
 
 
 def test_a_mark_in_an_experts_text_is_learned_as_its_letters(server: Served, protocol: ChatProtocol) -> None:

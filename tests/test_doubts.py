@@ -102,6 +102,26 @@ def test_a_correction_and_an_outcome_speak_against_a_demonstration_until_they_ar
     assert [each.episode_id for each in found(server)] == [second.id]
 
 
+def test_a_correction_of_an_episode_speaks_against_what_was_promoted_from_it(serve_scripted: ServeScripted) -> None:
+    server = serve_scripted("It is here.")
+    answer = server.client().chat.completions.with_raw_response.create(
+        model="novice", messages=[{"role": "user", "content": "Where is it?"}]
+    )
+    url = f"{server.url}/v1/episodes/{answer.headers['x-episode-id']}"
+    promoted = httpx.post(f"{url}/promote").raise_for_status().json()["id"]
+    assert found(server) == []
+    message = {"role": "assistant", "content": "I do not know."}
+    body = {"step_id": answer.headers["x-step-id"], "message": message}
+    httpx.post(f"{url}/corrections", json=body).raise_for_status()
+    (doubt,) = found(server)
+    assert (doubt.episode_id, doubt.kind) == (promoted, DoubtKind.EXPERT)
+    assert doubt.reason.startswith("correction would do this")
+    corrected = httpx.post(f"{url}/promote").raise_for_status().json()["id"]
+    doubts = {(each.episode_id, each.kind) for each in found(server)}
+    assert corrected != promoted
+    assert doubts == {(promoted, DoubtKind.EXPERT), (corrected, DoubtKind.PEERS)}
+
+
 def test_the_command_lists_them_and_says_what_of(
     serve_scripted: ServeScripted, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import httpx
+import pytest
 
 from learner.data.collect import LoggedState, main_line
 from learner.data.experts import Corrections, ModelExpert, WorldExpert, ask, open_at, same_effect_at
@@ -106,6 +108,71 @@ def test_a_promoted_episode_is_a_demonstration_once(novice_server: Served) -> No
     assert [step.completion_token_ids for step in learned] == [step.completion_token_ids for step in state.path]
 
 
+def lived(server: Served) -> tuple[str, list[Step]]:
+    """An episode of three steps that the client went on with."""
+    question = {"role": "user", "content": "What is there?"}
+    messages: list[Any] = [question]
+    headers: dict[str, str] = {}
+    for _ in range(3):
+        answer = server.client().chat.completions.with_raw_response.create(
+            model=MODEL,
+            messages=messages,
+            tools=[TOOL],  # type: ignore[list-item]
+            extra_headers=headers,
+        )
+        headers = {"x-episode-id": answer.headers["x-episode-id"]}
+        said = answer.parse().choices[0].message.model_dump(exclude_none=True)
+        results = [{"role": "tool", "tool_call_id": c["id"], "content": "A cat."} for c in said.get("tool_calls", ())]
+        messages += [said, *results]
+    episode_id = headers["x-episode-id"]
+    return episode_id, list(main_line(server.parts.log.steps(episode_id)))
+
+
+def told(where: str) -> str:
+    return f'<tool_call>\n{{"name": "look", "arguments": {{"where": "{where}"}}}}\n</tool_call>'
+
+
+def correct(server: Served, step: Step, message: dict[str, Any]) -> None:
+    url = f"{server.url}/v1/episodes/{step.episode_id}/corrections"
+    httpx.post(url, json={"step_id": step.id, "message": message}).raise_for_status()
+
+
+def promote(server: Served, episode_id: str) -> dict[str, Any]:
+    return httpx.post(f"{server.url}/v1/episodes/{episode_id}/promote").raise_for_status().json()
+
+
+def test_a_promoted_episode_ends_with_its_first_corrected_step_as_it_was_corrected(
+    serve_scripted: ServeScripted,
+) -> None:
+    server = serve_scripted(told("here"), told("here"), "A cat.")
+    episode_id, steps = lived(server)
+    correct(server, steps[0], calling("look", '{"where": "here"}'))  # it says what was done
+    correct(server, steps[1], calling("look", '{"where": "there"}'))
+    learned = server.parts.log.steps(promote(server, episode_id)["id"])
+    assert [step.action.calls[0].arguments for step in learned if isinstance(step.action, ToolCalls)] == [
+        {"where": "here"}, {"where": "there"},
+    ]  # fmt: skip
+    assert len(learned) == 2
+
+
+def test_of_a_promoted_episode_calls_that_its_tools_do_not_take_are_not_learned(serve_scripted: ServeScripted) -> None:
+    server = serve_scripted(told("nowhere"), told("there"), "A cat.")
+    episode_id, _ = lived(server)
+    learned = server.parts.log.steps(promote(server, episode_id)["id"])
+    assert [type(step.action) for step in learned] == [ToolCalls, FinalAnswer]
+    assert isinstance(learned[0].action, ToolCalls)
+    assert learned[0].action.calls[0].arguments == {"where": "there"}
+
+
+def test_to_promote_what_is_said_to_have_failed_is_a_persons_word_and_warned_of(serve_scripted: ServeScripted) -> None:
+    server = serve_scripted(told("here"), told("there"), "A cat.")
+    episode_id, _ = lived(server)
+    assert promote(server, episode_id)["warnings"] == []
+    httpx.post(f"{server.url}/v1/episodes/{episode_id}/outcome", json={"value": 0.0}).raise_for_status()
+    (warning,) = promote(server, episode_id)["warnings"]
+    assert "ended with outcome 0" in warning
+
+
 A_CALL = '<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call>'
 """In the letters that the novice writes its own calls with."""
 
@@ -127,6 +194,66 @@ def test_a_correction_that_cannot_be_is_refused_in_words(serve_scripted: ServeSc
         assert (reply.status_code, words in reply.json()["error"]["message"]) == (status, True), reply.text
     assert server.parts.log.corrections(step_id) == []
     assert httpx.post(f"{server.url}/v1/episodes/ep_none/promote").status_code == 404
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "parameters": {
+            "type": "object",
+            "properties": {"where": {"enum": ["here", "there"]}, "times": {"type": "integer"}},
+            "required": ["where"],
+        },
+    },
+}
+
+
+def calling(name: str, arguments: str) -> dict[str, Any]:
+    call = {"id": "c", "type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (calling("listen", "{}"), "the correction calls 'listen', which is not among its tools: look"),
+        (calling("look", "{}"), "the correction calls look wrongly: argument 'where' is missing"),
+        (calling("look", '{"where": "nowhere"}'), "must be 'here' or 'there', not 'nowhere'"),
+        (calling("look", '{"where": "here", "times": "two"}'), "argument 'times' must be integer, not string"),
+        (calling("look", '{"where": "here", "colour": "red"}'), "argument 'colour' is not taken"),
+        ({"role": "assistant", "content": " "}, "the correction says nothing and calls nothing"),
+        ({"role": "assistant", "content": "word " * 4000}, "but the model's context holds 2048"),
+        ({"role": "assistant", "content": None, "refusal": "no"}, "the correction is a refusal"),
+        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, "the correction is a refusal"),
+    ],
+)
+def test_a_correction_that_nobody_should_learn_is_refused_with_the_reason(
+    serve_scripted: ServeScripted, message: dict[str, Any], words: str
+) -> None:
+    server = serve_scripted("Hello.")
+    answer = server.client().chat.completions.with_raw_response.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Hi"}],
+        tools=[TOOL],  # type: ignore[list-item]
+    )
+    url = f"{server.url}/v1/episodes/{answer.headers['x-episode-id']}/corrections"
+    step_id = answer.headers["x-step-id"]
+    reply = httpx.post(url, json={"step_id": step_id, "message": message})
+    assert (reply.status_code, words in reply.json()["error"]["message"]) == (400, True), reply.text
+    assert server.parts.log.corrections(step_id) == []
+    good = {"step_id": step_id, "message": calling("look", '{"where": "there", "times": 2}')}
+    assert httpx.post(url, json=good).status_code == 201
+
+
+def test_a_correction_may_not_call_where_no_tools_were_offered(serve_scripted: ServeScripted) -> None:
+    server = serve_scripted("Hello.")
+    answer = server.client().chat.completions.with_raw_response.create(
+        model=MODEL, messages=[{"role": "user", "content": "Hi"}]
+    )
+    body = {"step_id": answer.headers["x-step-id"], "message": calling("look", "{}")}
+    reply = httpx.post(f"{server.url}/v1/episodes/{answer.headers['x-episode-id']}/corrections", json=body)
+    assert (reply.status_code, "was offered no tools" in reply.text) == (400, True), reply.text
 
 
 def test_the_worlds_judgement_counts_at_a_demonstrations_states(novice_server: Served) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import runtime.engines.embedded.kv_memory as kv_memory
-from runtime.engines.embedded.kv_budget import kv_budget
+from runtime.engines.embedded.kv_budget import context_cut, kv_budget, named
 from runtime.engines.embedded.kv_memory import MIN_KEPT_TOKENS, CachedSequence, KvMemory, KvShape
 
 SHAPE = KvShape(num_layers=2, num_heads=1, head_dim=1, dtype=torch.float32, device=torch.device("cpu"))
@@ -158,6 +158,25 @@ def test_memory_bounds_the_context_and_the_context_the_memory():
     assert kv_budget(SHAPE, 100 * per_token, None, 8192, 4) == (100 * per_token, 100)
     assert kv_budget(SHAPE, 5000 * per_token, None, 8192, 4) == (5000 * per_token, 4096)
     assert kv_budget(SHAPE, None, 512, 8192, max_rows=4) == (2 * 4 * 512 * per_token, 512)
+
+
+def test_a_context_that_memory_cuts_short_is_told_with_the_numbers():
+    per_token = SHAPE.bytes_per_token
+    assert context_cut(SHAPE, 100 * per_token, 100, None, 8192) == (
+        f"{named(100 * per_token)} for keys and values hold 100 tokens; this network could read 4,096: "
+        "give more --kv-memory"
+    )
+    assert "could read 2,048" in context_cut(SHAPE, 100 * per_token, 100, None, 2048)
+    assert context_cut(SHAPE, 5000 * per_token, 4096, None, 8192) == ""
+    assert context_cut(SHAPE, 5000 * per_token, 512, 512, 8192) == ""
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "words"),
+    [(1, "1 byte"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (1 << 20, "1.0 MiB"), (3 << 29, "1.5 GiB")],
+)
+def test_memory_is_named_in_a_unit_of_which_there_is_a_whole_one(num_bytes: int, words: str):
+    assert named(num_bytes) == words
 
 
 @pytest.mark.parametrize(("num_bytes", "context"), [(1600, 200), (100, None)])

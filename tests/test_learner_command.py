@@ -16,6 +16,8 @@ import pytest
 from learner.__main__ import main
 from learner.commands.once import OnceOptions
 from learner.commands.server import ServerOptions
+from runtime.store.learning_log import CycleStage, LearningLog
+from runtime.store.step_log import StepLog
 from tests.conftest import ServeScripted
 from tests.demonstrations import expert_demonstration
 from tests.serving import wait_until
@@ -243,6 +245,36 @@ def test_the_status_lists_cycles(
     capfd.readouterr()
     assert main(["status", "--state", str(tmp_path)]) == 0
     assert "no_lesson" in capfd.readouterr().out
+
+
+def test_the_status_says_of_a_cycle_whose_learner_is_gone_that_it_failed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    StepLog(tmp_path / "agent.db").close()
+    log = LearningLog(tmp_path)
+    log.note("cycle_1", CycleStage.TRAIN)
+    log.close()
+    assert main(["status", "--state", str(tmp_path)]) == 0
+    shown = capfd.readouterr().out
+    assert "failed" in shown
+    assert "the learner ended while it was in stage train" in shown
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("http://host:8741", "http://host:8741/v1"),
+        ("http://host:8741/", "http://host:8741/v1"),
+        ("http://host:8741/v1", "http://host:8741/v1"),
+        ("https://host/behind/a/proxy/v1", "https://host/behind/a/proxy/v1"),
+    ],
+)
+def test_the_address_of_the_server_alone_means_its_endpoint(
+    monkeypatch: pytest.MonkeyPatch, written: str, meant: str
+) -> None:
+    assert ServerOptions(url=written).url == meant
+    monkeypatch.setenv("STEPAGENT_URL", written)
+    assert ServerOptions().url == meant
 
 
 def test_a_learner_ends_with_the_server_that_started_it(serve_scripted: ServeScripted, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from policies.chat.read_back import misreading
 from policies.types import Action, FinalAnswer, FinishReason, Message, SamplingParams, ToolCall, ToolCalls, ToolSchema
 from runtime.agent.demonstrations import Demonstration, DemonstrationRefused, demonstrated_steps
 from runtime.store.episodes import Step, new_id
+from tests.serving import LIMITS
 
 QUESTION: Message = {"role": "user", "content": "Is it raining?"}
 TOOL: ToolSchema = {
@@ -45,7 +46,7 @@ def test_an_action_that_reads_back_otherwise_is_refused_everywhere(protocol: Cha
     if isinstance(action, FinalAnswer):
         demonstration = Demonstration((QUESTION, {"role": "assistant", "content": action.text}), (TOOL,))
         with pytest.raises(DemonstrationRefused, match="message 1"):
-            demonstrated_steps(demonstration, protocol, 4096)
+            demonstrated_steps(demonstration, protocol, LIMITS)
 
 
 @pytest.mark.parametrize("action", SAID_SO, ids=repr)

@@ -117,10 +117,23 @@ def test_a_broken_one_is_refused_and_the_adapter_beside_it_acts(house: House, br
     write_reward_card(made / REWARD_FOLDER, CARD)
     (made / REWARD_FOLDER / broken).write_bytes(b'{"bias": "NaN"}')
     adapter = house.registry.register(made)
-    with pytest.raises(NoRewardModel):
+    with pytest.raises(NoRewardModel) as refused:
         asyncio.run(house.models.find(adapter))
+    assert str(house.folder) not in str(refused.value)
     asyncio.run(house.swap.bring_up(adapter.name))
     assert house.loaded() == [adapter.name]
+
+
+@pytest.mark.parametrize("lost", [".", PROBE_FILE, WEIGHTS_FILE, "adapter_config.json", "reward.json"])
+def test_what_is_gone_is_told_without_the_servers_folders(house: House, lost: str) -> None:
+    """Clients are told why the discriminator does not choose."""
+    adapter = house.register()
+    folder = adapter.path / REWARD_FOLDER
+    shutil.rmtree(folder) if lost == "." else (folder / lost).unlink()
+    with pytest.raises(NoRewardModel) as refused:
+        asyncio.run(house.models.find(adapter))
+    assert str(house.folder) not in str(refused.value)
+    assert "/" not in str(refused.value).replace("its folder/", "")
 
 
 def test_an_engine_that_scores_otherwise_than_the_trainer_chooses_by_nothing(house: House) -> None:

@@ -9,10 +9,11 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from learner.api_key import api_key
+from learner.endpoint_url import endpoint_url
 from policies.command_line import Options
 
 if TYPE_CHECKING:
@@ -27,14 +28,21 @@ class ServerOptions(Options):
 
     model_config = SettingsConfigDict(env_prefix="STEPAGENT_LEARNER_")
 
-    url: str = Field(default_factory=lambda: os.environ.get("STEPAGENT_URL", "http://127.0.0.1:8000/v1"))
-    """The endpoint; default: STEPAGENT_URL, or the server's own default."""
+    url: str = Field(
+        default_factory=lambda: os.environ.get("STEPAGENT_URL", "http://127.0.0.1:8000/v1"), validate_default=True
+    )
+    """The endpoint; default: STEPAGENT_URL, or the server's own default. /v1 may be left out."""
     api_key_file: Path | None = None
     """File that holds the server's API key; default: STEPAGENT_API_KEY."""
     state: Path = Path("state")
     """The server's state folder."""
     agent: str = ""
     """The agent that it is about, by its name in agents.toml; default: the server's own, or all in a list."""
+
+    @field_validator("url")
+    @classmethod
+    def _of_the_endpoint(cls, url: str) -> str:
+        return endpoint_url(url)
 
     def endpoint(self) -> Endpoint:
         from openai import AsyncOpenAI

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from learner.commands.server import ServerOptions, has_state
-from runtime.store.learning_log import LearningReader
+from runtime.store.learning_log import CycleStage, CycleStatus, LearningReader, cut_off_message
 
 
 class StatusOptions(ServerOptions):
@@ -16,10 +16,23 @@ class StatusOptions(ServerOptions):
 def run(options: StatusOptions) -> int:
     if not has_state(options):
         return 1
-    cycles = LearningReader(options.state).cycles(options.limit, agent=options.agent or None)
+    log = LearningReader(options.state)
+    cycles = log.cycles(options.limit, agent=options.agent or None)
+    is_alive = log.is_learner_alive()
     print(f"{len(cycles)} cycles" + (", newest first" if len(cycles) > 1 else ""))
     for status in cycles:
         seconds = status.created_at - status.started_at
         whose = f"{status.agent}  " if status.agent else ""
-        print(f"{status.cycle}  {whose}{status.stage}  {seconds:.0f} s  {status.message}")
+        stage, message = _as_of_now(status, log, is_alive)
+        print(f"{status.cycle}  {whose}{stage}  {seconds:.0f} s  {message}")
     return 0
+
+
+def _as_of_now(status: CycleStatus, log: LearningReader, is_alive: bool) -> tuple[CycleStage, str]:
+    """(stage, message), where what was written of a cycle no longer holds."""
+    if not status.has_ended and not is_alive:  # it was cut off; the next learner will write it down
+        return CycleStage.FAILED, cut_off_message(status)
+    proposed = status.report.get("proposed") if status.stage is CycleStage.PROPOSED else None
+    if isinstance(proposed, str) and (state := log.judged_since(proposed)):
+        return status.stage, f"{proposed} waited for somebody's yes, and is {state} since"
+    return status.stage, status.message

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,6 +18,8 @@ from learner.data.collect import LoggedState
 from learner.data.comparison import SameEffect
 from policies.chat.chat_protocol import action_message, message_action, text_of
 from policies.types import Action, MalformedAction, Message
+from runtime.store.damage import Damaged
+from runtime.store.episodes import Actor, Correction, Step
 from runtime.store.step_log import StepLog
 from tools.worlds.world import UnknownTask, World, WorldEpisode, task_named
 
@@ -44,13 +46,37 @@ class Expert(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Corrections:
-    """What people said should have been done, as it was logged; the newest counts."""
+    """What people said should have been done, as it was logged; the newest counts.
+
+    What was said of an episode counts for the demonstration that it was promoted to.
+    """
 
     log: StepLog
 
     async def answer(self, state: LoggedState) -> ExpertAnswer | None:
-        corrections = self.log.corrections(state.step.id)
+        corrections = self.log.corrections(state.step.id) or self._where_it_came_from(state)
         return ExpertAnswer(corrections[-1].action, CORRECTION) if corrections else None
+
+    def _where_it_came_from(self, state: LoggedState) -> list[Correction]:
+        """Corrections of the step that a promoted step stems from: the one at which the same was said before."""
+        try:
+            episode = self.log.episode(state.step.episode_id)
+            if episode is None or episode.actor is not Actor.EXPERT:  # a client may say anything of its own
+                return []
+            same = [step for step in self._corrected(episode.metadata.get("promoted_from")) if _is_at(state, step[1])]
+        except Damaged:
+            return []
+        return same[-1][0] if same else []
+
+    def _corrected(self, episode_id: Any) -> Iterator[tuple[list[Correction], list[Step]]]:
+        """(its corrections, the path to it) of each corrected step of an episode."""
+        for step in self.log.steps(episode_id) if isinstance(episode_id, str) else ():
+            if corrections := self.log.corrections(step.id):
+                yield corrections, self.log.path_to(step.id)
+
+
+def _is_at(state: LoggedState, path: Sequence[Step]) -> bool:
+    return LoggedState(state.task, tuple(path)).messages == state.messages
 
 
 @dataclass(frozen=True, slots=True)

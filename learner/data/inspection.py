@@ -20,8 +20,9 @@ from learner.data.comparison import ComparedState, compare_state, report_on
 from learner.data.experts import CORRECTION, ask, same_effect_at
 from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
 from policies.chat.chat_protocol import ChatProtocol, ChatProtocolError
+from policies.chat.learnable import unlearnable
 from policies.chat.read_back import misreading
-from policies.types import Action, MalformedAction, TokenIds
+from policies.types import Action, TokenIds
 from runtime.store.episodes import Actor, Step
 
 
@@ -174,7 +175,7 @@ async def _inspect_policy_states(
 
 def _in_tokens(protocol: ChatProtocol, place: LoggedState, action: Action) -> TokenIds | None:
     """An expert's action as the policy would have to write it; None where it cannot be written, or reads otherwise."""
-    if isinstance(action, MalformedAction):
+    if unlearnable(action, place.step.tools):
         return None
     try:
         _, completion = protocol.completion_of(place.messages, action, place.step.tools)

@@ -115,13 +115,13 @@ def weights_digest(path: Path) -> str:
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
-        raise AdapterRefused(f"the adapter folder {path} does not exist")
+        raise AdapterRefused(f"the adapter folder {path.name} does not exist")
     try:
         config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise AdapterRefused(f"the adapter folder has no {CONFIG_FILE}") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterRefused(f"{CONFIG_FILE} cannot be read: {error}") from error
+        raise AdapterRefused(f"{CONFIG_FILE} cannot be read: {_problem(error)}") from error
     if not isinstance(config, dict):
         raise AdapterRefused(f"{CONFIG_FILE} is not a JSON object")
     return config
@@ -133,7 +133,12 @@ def _read_weights(path: Path) -> bytes:
     except FileNotFoundError as error:
         raise AdapterRefused(f"the adapter folder has no {WEIGHTS_FILE}") from error
     except OSError as error:
-        raise AdapterRefused(f"{WEIGHTS_FILE} cannot be read: {error}") from error
+        raise AdapterRefused(f"{WEIGHTS_FILE} cannot be read: {_problem(error)}") from error
+
+
+def _problem(error: Exception) -> str:
+    """In words, without the path that the system adds: clients may be told."""
+    return str(error.strerror if isinstance(error, OSError) else error)
 
 
 def _parse_weights(weights: bytes) -> dict[str, _Tensor]:
@@ -155,7 +160,7 @@ def _read_probe(path: Path, limits: EngineLimits) -> Probe:
             "whether the served adapter is the trained one"
         ) from error
     except (OSError, ValueError) as error:
-        raise AdapterRefused(str(error)) from error
+        raise AdapterRefused(_problem(error)) from error
     for prompt in probe.prompts:
         if len(prompt.prompt_token_ids) + len(prompt.continuation) > limits.max_context_tokens:
             raise AdapterRefused(

@@ -25,20 +25,21 @@ SMALLEST_FRACTION = 1e-9
 """A number whose schema bounds it in no way lies within these."""
 
 
-def closed(schema: Any) -> Any:
-    """The schema, closed and bounded throughout."""
-    return _Closing(schema).close(schema) if isinstance(schema, dict) else schema
+def closed(schema: Any, *, is_bounded: bool = True) -> Any:
+    """The schema, closed and bounded throughout; with `is_bounded` False, closed alone."""
+    return _Closing(schema, is_bounded).close(schema) if isinstance(schema, dict) else schema
 
 
 class _Closing:
-    def __init__(self, root: dict[str, Any]) -> None:
+    def __init__(self, root: dict[str, Any], is_bounded: bool) -> None:
         self._root = root
+        self._is_bounded = is_bounded
 
     def close(self, schema: Any) -> Any:
         if not isinstance(schema, dict):
             return schema
         inner = {key: self._inner(key, value) for key, value in schema.items()}
-        return self._with_own_keys(schema, _bounded(inner))
+        return self._with_own_keys(schema, _bounded(inner) if self._is_bounded else inner)
 
     def _inner(self, key: str, value: Any) -> Any:
         match key, value:

@@ -69,7 +69,8 @@ class RewardModels:
             try:
                 self._sound[reward.name] = await asyncio.to_thread(self._validated, reward)
             except AdapterRefused as error:
-                raise self._refusal(reward.name, str(error)) from error
+                # Clients are told of it, and are to learn nothing of the server's folders.
+                raise self._refusal(reward.name, str(error).replace(str(reward.path), "its folder")) from error
         return self._sound[reward.name]
 
     async def expert_likelihoods(

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from policies.chat.chat_protocol import ChatProtocol, action_message, message_action
+from policies.chat.learnable import unfit_arguments, unlearnable
+from policies.chat.meaning import meaning
 from policies.chat.read_back import misreading
 from policies.types import (
     Action,
+    EngineLimits,
     FinalAnswer,
     FinishReason,
     MalformedAction,
@@ -27,7 +30,16 @@ from policies.types import (
     ToolCalls,
     ToolSchema,
 )
-from runtime.store.episodes import Actor, Episode, Purpose, Step, StopReason, demonstration_digest, new_id
+from runtime.store.episodes import (
+    Actor,
+    Episode,
+    Purpose,
+    Step,
+    StopReason,
+    demonstration_digest,
+    new_id,
+    new_messages_along,
+)
 
 
 class DemonstrationRefused(ValueError):
@@ -97,9 +109,7 @@ def demonstrated_episode(demonstration: Demonstration) -> Episode:
     )
 
 
-def demonstrated_steps(
-    demonstration: Demonstration, protocol: ChatProtocol, max_context_tokens: int
-) -> tuple[Step, ...]:
+def demonstrated_steps(demonstration: Demonstration, protocol: ChatProtocol, limits: EngineLimits) -> tuple[Step, ...]:
     """One step for each message that is learned from; what lies between is the later step's observation.
 
     Raises DemonstrationRefused, ChatProtocolError, or ValueError for a tool call that cannot be read.
@@ -110,12 +120,10 @@ def demonstrated_steps(
         parent, place = steps[-1] if steps else None, index + len(demonstration.opening)
         action = message_action(demonstration.messages[index])
         prompt, completion = _in_tokens(demonstration, protocol, parent, seen, place, action)
-        _require_learnable(protocol, completion, action, demonstration.tools, index)
-        if len(prompt) + len(completion) > max_context_tokens:
-            raise DemonstrationRefused(
-                f"message {index} ends at token {len(prompt) + len(completion)}, "
-                f"but the model's context holds {max_context_tokens}"
-            )
+        try:
+            _require_learnable(protocol, prompt, completion, action, demonstration.tools, limits)
+        except DemonstrationRefused as refused:
+            raise DemonstrationRefused(f"message {index} {refused}") from refused
         new_messages = demonstration.told[seen:place]
         steps.append(_step(demonstration, parent, new_messages, prompt, completion, action))
         seen = place + 1
@@ -134,24 +142,30 @@ def _in_tokens(
     return prompt, completion
 
 
-def promoted_episode(episode: Episode, path: Sequence[Step], expert: str) -> Demonstration:
+def promoted_episode(
+    episode: Episode, path: Sequence[Step], corrections: Mapping[str, Action], expert: str
+) -> Demonstration:
     """A logged episode, from its first step to the last of `path`, as a demonstration that `expert` vouches for.
 
-    Actions that could not be read are kept as they were said, and are not learned. Raises DemonstrationRefused where
+    `corrections`, by a step's id, are what should have been done there: the first that differs from what was done
+    stands in its place, and ends the demonstration, for what follows came after something else. Actions that could not
+    be read, or that no tool took, are kept as they were said, and are not learned. Raises DemonstrationRefused where
     nothing else is there.
     """
     messages: list[Message] = []
     learned = []
-    for step in path:
-        messages.extend(step.new_messages)
-        if not isinstance(step.action, MalformedAction):
+    kept, last_action = _up_to_a_correction(path, corrections)
+    for step, new_messages in new_messages_along(kept):
+        action = last_action if step is kept[-1] else step.action
+        messages.extend(new_messages)
+        if not (unlearnable(action, step.tools) or unfit_arguments(action, step.tools)):
             learned.append(len(messages))
-        messages.append(action_message(step.action))
+        messages.append(action_message(action))
     if not learned:
-        raise DemonstrationRefused(f"episode {episode.id} has no action that could be read: there is nothing to learn")
+        raise DemonstrationRefused(f"episode {episode.id} has no action that its tools take: there is nothing to learn")
     return Demonstration(
         messages=tuple(messages),
-        tools=path[-1].tools,
+        tools=kept[-1].tools,
         asked_indices=tuple(learned),
         expert=expert,
         task=episode.task,
@@ -160,24 +174,66 @@ def promoted_episode(episode: Episode, path: Sequence[Step], expert: str) -> Dem
     )
 
 
-def correction_in_tokens(protocol: ChatProtocol, path: Sequence[Step], action: Action) -> TokenIds:
-    """What should have been said at the last step of a path, as the policy would have to write it.
+def _up_to_a_correction(path: Sequence[Step], corrections: Mapping[str, Action]) -> tuple[Sequence[Step], Action]:
+    """(the steps up to the first that was corrected, what should have been done there); all of them where none was."""
+    for number, step in enumerate(path):
+        corrected = corrections.get(step.id)
+        if corrected is not None and not _means_the_same(corrected, step.action):
+            return path[: number + 1], corrected
+    return path, path[-1].action
 
-    Raises DemonstrationRefused where it would be read back as something else, and ChatProtocolError.
+
+def _means_the_same(one: Action, other: Action) -> bool:
+    if isinstance(one, MalformedAction) or isinstance(other, MalformedAction):
+        return False
+    return meaning(one) == meaning(other)
+
+
+def correction_in_tokens(
+    protocol: ChatProtocol, path: Sequence[Step], action: Action, limits: EngineLimits
+) -> TokenIds:
+    """What should have been done at the last step of a path, as the policy would have to write it.
+
+    A person's word is learned as it is: it must be a call that its tools take, or an answer. Raises
+    DemonstrationRefused where it is not, or would be read back as something else; and ChatProtocolError.
     """
-    said = [message for step in path[:-1] for message in (*step.new_messages, action_message(step.action))]
-    messages = [*said, *path[-1].new_messages]
-    _, completion = protocol.completion_of(messages, action, path[-1].tools)
-    _require_learnable(protocol, completion, action, path[-1].tools, len(messages))
+    messages, tools = _seen_at_the_last(path), path[-1].tools
+    if isinstance(action, ToolCalls) and not tools:
+        raise DemonstrationRefused(f"the correction calls {action.calls[0].name!r}, but its step was offered no tools")
+    _, completion = protocol.completion_of(messages, action, tools)
+    try:
+        _require_learnable(protocol, path[-1].prompt_token_ids, completion, action, tools, limits)
+    except DemonstrationRefused as refused:
+        raise DemonstrationRefused(f"the correction {refused}") from refused
+    if problem := unfit_arguments(action, tools):
+        raise DemonstrationRefused(f"the correction {problem}")
     return completion
 
 
+def _seen_at_the_last(path: Sequence[Step]) -> list[Message]:
+    """The conversation before the last step of a path."""
+    messages: list[Message] = []
+    for step, new_messages in new_messages_along(path):
+        messages.extend(new_messages)
+        if step is not path[-1]:
+            messages.append(action_message(step.action))
+    return messages
+
+
 def _require_learnable(
-    protocol: ChatProtocol, completion: TokenIds, action: Action, tools: Sequence[ToolSchema], index: int
+    protocol: ChatProtocol,
+    prompt: TokenIds,
+    completion: TokenIds,
+    action: Action,
+    tools: Sequence[ToolSchema],
+    limits: EngineLimits,
 ) -> None:
-    """Raises DemonstrationRefused where the model, saying just this, would have been understood otherwise."""
-    if problem := misreading(protocol, completion, action, tools):
-        raise DemonstrationRefused(f"message {index} {problem}")
+    """Raises DemonstrationRefused where an action does nothing that its tools know, the model, saying just this, would
+    have been understood otherwise, or it ends behind the context; the reason goes on after the name of the message."""
+    if problem := unlearnable(action, tools) or misreading(protocol, completion, action, tools):
+        raise DemonstrationRefused(problem)
+    if (num_tokens := len(prompt) + len(completion)) > limits.max_context_tokens:
+        raise DemonstrationRefused(f"ends at token {num_tokens}, but {limits.context}")
 
 
 def _step(

@@ -24,6 +24,7 @@ from runtime.agent.conversation import Digests
 from runtime.agent.rendering import SMALL_LETTERS, num_letters, rendered
 from runtime.agent.shown import Shown
 from runtime.agent.step import Delta, Progress, SampledStep
+from runtime.agent.stop_texts import StopTexts
 from runtime.agent.tool_calls import run_tool_calls
 from runtime.agent.turn import Policy, Turn
 from runtime.off_loop import off_loop
@@ -101,7 +102,8 @@ async def _client_step(run: Run, log: StepLog) -> AsyncGenerator[RunEvent, None]
         async for progress in stream:
             yield shown.add(progress)
     sampled = sampler.sampled
-    if rest := _unshown(sampled, shown, run.policy.protocol):
+    sampled, rest = _up_to_a_stop(sampled, shown, _unshown(sampled, shown, run.policy.protocol))
+    if rest:
         yield shown.add(Progress(run.choice, (), (rest,)))
     digests = await _digests(turn, shown.message(sampled.action, turn.shows_call_ids))
     step = sampled.led_to(_client_stop(sampled), digests)
@@ -174,6 +176,15 @@ def _unshown(sampled: SampledStep, shown: Shown, protocol: ChatProtocol) -> Delt
     at = sampled.action.text.find(shown.text)
     rest = sampled.action.text[at + len(shown.text) :] if at >= 0 else ""
     return TextDelta("text", rest) if rest else None
+
+
+def _up_to_a_stop(sampled: SampledStep, shown: Shown, rest: Delta | None) -> tuple[SampledStep, Delta | None]:
+    """The text that is shown of what could not be read ends at a stop text, too; the step has ended there, then."""
+    if not isinstance(rest, TextDelta):
+        return sampled, rest
+    text, is_reached = StopTexts.cut_whole(sampled.turn.stop, shown.text + rest.text)
+    rest = TextDelta("text", text[len(shown.text) :])
+    return (replace(sampled, finish_reason=FinishReason.STOP) if is_reached else sampled), rest if rest.text else None
 
 
 class _Transcript:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import orjson
 
 from policies.chat.chat_protocol import ChatProtocol, text_of
-from policies.types import Message, TokenIds, ToolSchema
+from policies.types import EngineLimits, Message, TokenIds, ToolSchema
 from runtime.agent.step import ContextFull
 from runtime.agent.turn import Policy, Turn
 from runtime.off_loop import off_loop
@@ -48,21 +48,20 @@ def are_large(tools: Iterable[ToolSchema]) -> bool:
 
 
 def _render(turn: Turn, policy: Policy, letters: int) -> TokenIds:
-    limit = policy.engine.limits.max_context_tokens
-    if letters > limit * _LETTERS_PER_TOKEN:
-        _require_not_far_too_long(turn.messages, policy.protocol, limit)
+    limits = policy.engine.limits
+    if letters > limits.max_context_tokens * _LETTERS_PER_TOKEN:
+        _require_not_far_too_long(turn.messages, policy.protocol, limits)
     return turn.prompt(policy.protocol)
 
 
-def _require_not_far_too_long(messages: Iterable[Message], protocol: ChatProtocol, limit: int) -> None:
+def _require_not_far_too_long(messages: Iterable[Message], protocol: ChatProtocol, limits: EngineLimits) -> None:
     """Count tokens until there are too many: of what templates keep, whatever else they drop (an answer's thinking)."""
     num_tokens = 0
     for message in messages:
         text = "" if message["role"] == "assistant" else text_of(message)
         for start in range(0, len(text), _PIECE):
             num_tokens += len(protocol.encode(text[start : start + _PIECE]))
-            if num_tokens > limit:
+            if num_tokens > limits.max_context_tokens:
                 raise ContextFull(
-                    f"the conversation is more than {num_tokens} tokens long and the model's context holds {limit}; "
-                    "shorten it"
+                    f"the conversation is more than {num_tokens} tokens long and {limits.context}; shorten it"
                 )

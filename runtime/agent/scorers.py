@@ -7,14 +7,18 @@ to the policy's: neither was much better than chance in choosing.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 
 from policies.chat.meaning import meaning
 from policies.types import Adapter, Draw, MalformedAction, Scorer, TokenIds
 from runtime.adapters.reward_models import NoRewardModel, RewardModel, RewardModels
+
+_log = logging.getLogger(__name__)
 
 
 class ChosenBy(StrEnum):
@@ -60,9 +64,14 @@ class ByReward:
         return await self.models.expert_likelihoods(self.reward, prompt_token_ids, draws)
 
 
-async def scorer_of(chosen_by: ChosenBy, adapter: Adapter | None, models: RewardModels | None) -> Scorer:
-    """Who chooses among an adapter's draws. Raises NoRewardModel where the discriminator is asked for by name and
-    there is none."""
+async def scorer_of(
+    chosen_by: ChosenBy, adapter: Adapter | None, models: RewardModels | None, may_fall_back: bool = False
+) -> Scorer:
+    """Who chooses among an adapter's draws.
+
+    Where the discriminator is asked for and there is none, raises NoRewardModel; `may_fall_back`: the policy's sureness
+    chooses then, as for `auto`, and the log says so once for each reason.
+    """
     if chosen_by is ChosenBy.MAJORITY:
         return Majority()
     if chosen_by is ChosenBy.MEAN_LOGPROB:
@@ -72,9 +81,16 @@ async def scorer_of(chosen_by: ChosenBy, adapter: Adapter | None, models: Reward
             raise NoRewardModel("this server keeps no reward models")
         return ByReward(models, await models.find(adapter))
     except NoRewardModel as problem:
-        if chosen_by is ChosenBy.AUTO:
-            return MeanLogprob()
-        raise NoRewardModel(f"{problem}; ask for {ChosenBy.MEAN_LOGPROB} or {ChosenBy.MAJORITY}") from problem
+        if chosen_by is ChosenBy.DISCRIMINATOR and not may_fall_back:
+            raise NoRewardModel(f"{problem}; ask for {ChosenBy.MEAN_LOGPROB} or {ChosenBy.MAJORITY}") from problem
+        if chosen_by is ChosenBy.DISCRIMINATOR:
+            _warn_once(str(problem))
+        return MeanLogprob()
+
+
+@cache
+def _warn_once(problem: str) -> None:
+    _log.warning("--best-of-by discriminator: %s; the mean logprob chooses", problem)
 
 
 def best(draws: Sequence[Draw], scores: Sequence[float]) -> int:

@@ -223,9 +223,8 @@ class StepSampler:
 def _within_context(sampling: SamplingParams, policy: Policy, prompt: TokenIds) -> SamplingParams:
     room = policy.room_after(prompt)
     if room < 1:
-        limit = policy.engine.limits.max_context_tokens
         raise ContextFull(
-            f"the conversation is {len(prompt)} tokens long and the model's context holds {limit}; shorten it"
+            f"the conversation is {len(prompt)} tokens long and {policy.engine.limits.context}; shorten it"
         )
     stops = sampling.stop_token_ids or policy.protocol.stop_token_ids
     return replace(sampling, max_tokens=min(sampling.max_tokens, room), stop_token_ids=stops)

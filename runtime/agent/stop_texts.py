@@ -32,6 +32,13 @@ class StopTexts:
         self.text += passed
         return (*kept, TextDelta("text", passed)) if passed else tuple(kept)
 
+    @classmethod
+    def cut_whole(cls, stops: tuple[str, ...], text: str) -> tuple[str, bool]:
+        """(a text up to its first stop text, whether there is one)."""
+        ending = cls(stops)
+        ending.cut([TextDelta("text", text)], is_last=True)
+        return (ending.text if stops else text), ending.is_reached
+
     def _pass(self, is_last: bool) -> str:
         found = [(at + len(stop), at) for stop in self.stops if (at := self._held.find(stop)) >= 0]
         self.is_reached = bool(found)

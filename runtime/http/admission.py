@@ -117,7 +117,8 @@ async def admit(
     leased = parts.swap.lease(episode_id, began_with=began_with, pinned=pinned, agent=agent.name)
     adapter = await lease.enter_async_context(leased)
     protocol = await off_loop(bool(request.template_options), parts.protocol.with_options, request.template_options)
-    scorer = None if choosing.num_draws == 1 else await scorer_of(choosing.by, adapter, parts.reward_models)
+    who = (choosing.by, adapter, parts.reward_models, choosing.may_fall_back)
+    scorer = None if choosing.num_draws == 1 else await scorer_of(*who)
     policy, is_assigned = Policy(parts.engine, protocol, adapter, scorer), pinned is None
     new = (agent, request, episode_id, policy, messages, caller.key, is_assigned)
     if logged is not None:
@@ -303,7 +304,7 @@ class _Admitted:
 
     def _sampling(self, choice: int, offered: tuple[ToolSchema, ...]) -> SamplingParams:
         limits = self.parts.engine.limits
-        sampling = self.body.sampling(limits.max_context_tokens, _grammar(self.parts, self.body, offered))
+        sampling = self.body.sampling(limits, _grammar(self.parts, self.body, offered))
         _require_possible(sampling, limits)
         sampling = replace(sampling, best_of=self.choosing.num_draws)
         return sampling if self.body.seed is None else replace(sampling, seed=self.body.seed + choice)

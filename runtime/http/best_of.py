@@ -22,6 +22,8 @@ class Choosing:
 
     num_draws: int = 1
     by: ChosenBy = ChosenBy.AUTO
+    may_fall_back: bool = True
+    """Nobody asked for `by` by name: where it cannot choose, another may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,9 @@ class ChoosingLimits:
         """
         own = self.default if purpose is Purpose.SERVE else FIRST_DRAW
         num_draws = own.num_draws if asked.num_draws is None else asked.num_draws
-        if num_draws > max(self.most, self.default.num_draws):
-            raise FieldRefused(NUM_HEADER, f"this server draws at most {self.most} actions at a step (--best-of-most)")
-        return Choosing(1 if temperature == 0.0 else num_draws, asked.by or self.default.by)
+        if num_draws > (most := max(self.most, self.default.num_draws)):
+            raise FieldRefused(NUM_HEADER, f"this server draws at most {most} actions at a step (--best-of-most)")
+        return Choosing(1 if temperature == 0.0 else num_draws, asked.by or self.default.by, asked.by is None)
 
 
 def asked_in_headers(headers: Headers) -> ChoosingAsked:

@@ -106,8 +106,7 @@ async def import_demonstration(parts: Parts, agent: ServedAgent, demonstration: 
         )
     episode = replace(demonstrated_episode(demonstration), task=task, owner=key.name)
     # Templates of a long conversation take a while, and answers must go on meanwhile.
-    max_context_tokens = parts.engine.limits.max_context_tokens
-    steps = await asyncio.to_thread(demonstrated_steps, demonstration, parts.protocol, max_context_tokens)
+    steps = await asyncio.to_thread(demonstrated_steps, demonstration, parts.protocol, parts.engine.limits)
     try:
         await parts.log.commit(episode, *steps)
     except StepLogError:

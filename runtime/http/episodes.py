@@ -126,16 +126,21 @@ def episode_routes(parts: Parts) -> APIRouter:
     async def promote_episode(
         episode_id: str, request: Request, body: Annotated[PromotionRequest, Body()] = _BY_A_USER
     ) -> dict[str, Any]:
-        """Make a demonstration of an episode: whoever asks vouches for every step of it. Twice adds nothing."""
+        """Make a demonstration of an episode: whoever asks vouches for every step of it. Twice adds nothing.
+
+        It ends with the first step that was corrected, as it was corrected. `warnings` say what else speaks against it.
+        """
         key = asking_key(request)
         episode = _known(parts, key, episode_id)
         steps = await asyncio.to_thread(log.steps, episode.id)
         if not steps:
             raise ApiError(409, f"episode {episode.id!r} has no steps yet", "episode_empty")
         path = await asyncio.to_thread(log.path_to, steps[-1].id)
-        demonstration = promoted_episode(episode, path, body.expert)
+        corrections = {step.id: found[-1].action for step in path if (found := log.corrections(step.id))}
+        demonstration = promoted_episode(episode, path, corrections, body.expert)
         is_new = await import_demonstration(parts, agent_named(parts, episode.agent), demonstration, key)
-        return {"object": "demonstration", "id": demonstration.episode_id, "is_new": is_new}
+        warnings = _against(log, episode.id)
+        return {"object": "demonstration", "id": demonstration.episode_id, "is_new": is_new, "warnings": warnings}
 
     @router.post("/{episode_id}/corrections", status_code=201)
     async def correct_step(episode_id: str, body: CorrectionRequest, request: Request) -> dict[str, Any]:
@@ -145,10 +150,8 @@ def episode_routes(parts: Parts) -> APIRouter:
         path = await asyncio.to_thread(log.path_to, body.step_id)
         if not path or path[-1].episode_id != episode.id:
             raise ApiError(404, f"episode {episode.id!r} has no step {body.step_id!r}", "step_not_found", "step_id")
-        if body.message.role != "assistant":
-            raise ApiError(400, "a correction is an assistant's message", None, "message.role")
         action = message_action(body.message.as_message())
-        token_ids = await asyncio.to_thread(correction_in_tokens, parts.protocol, path, action)
+        token_ids = await asyncio.to_thread(correction_in_tokens, parts.protocol, path, action, parts.engine.limits)
         correction = Correction(new_id("corr"), body.step_id, action, token_ids, body.source, key=key.name)
         await log.commit(correction)
         return {"object": "correction", "id": correction.id, "step_id": body.step_id, "source": body.source}
@@ -176,6 +179,14 @@ def _known(parts: Parts, key: Key, episode_id: str) -> Episode:
     if episode is None or not key.sees(episode.owner):
         raise ApiError(404, f"there is no episode {episode_id!r}; GET /v1/episodes lists them", "episode_not_found")
     return episode
+
+
+def _against(log: StepLog, episode_id: str) -> list[str]:
+    """What whoever promotes an episode may not have meant."""
+    outcomes = log.outcomes(episode_id)
+    if not outcomes or outcomes[-1].value == 1.0:
+        return []
+    return [f"the episode is said to have ended with outcome {outcomes[-1].value:g}; it is learned all the same"]
 
 
 def _rewards(newest: Mapping[RewardSource, StepReward]) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
-from policies.types import Message, SamplingParams, ToolSchema
+from policies.types import EngineLimits, Message, SamplingParams, ToolSchema
 from runtime.agent.conversation import LEGACY_CALL_ID
-from runtime.agent.demonstrations import Demonstration
+from runtime.agent.demonstrations import Demonstration, DemonstrationRefused
 from runtime.http.fields import CHAT_FIELDS, check_fields
 from runtime.store.episodes import Purpose, Role
 
@@ -150,6 +150,12 @@ class ChatMessage(WireModel):
         if self.reasoning_content and role == "assistant":
             message["reasoning_content"] = self.reasoning_content
         return message
+
+    @property
+    def is_refusal(self) -> bool:
+        """It says why it does nothing, in the place that OpenAI's form has for that."""
+        parts = self.content if isinstance(self.content, list) else []
+        return bool(self.refusal) or any(part.type == "refusal" for part in parts)
 
     def _content(self) -> Any:
         if self.content is None:
@@ -439,13 +445,13 @@ class ChatCompletionRequest(WireModel):
     def asked_max_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
-    def sampling(self, max_context_tokens: int, grammar: str | None) -> SamplingParams:
+    def sampling(self, limits: EngineLimits, grammar: str | None) -> SamplingParams:
         """Raises ValueError where more tokens are asked for than the context could ever hold."""
         asked = self.asked_max_tokens
-        if asked and asked > max_context_tokens:
-            raise ValueError(f"{asked} tokens are asked for, but the model's context holds {max_context_tokens}")
+        if asked and asked > limits.max_context_tokens:
+            raise ValueError(f"{asked} tokens are asked for, but {limits.context}")
         return SamplingParams(
-            max_tokens=asked or max_context_tokens,
+            max_tokens=asked or limits.max_context_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=max(self.top_k, 0),
@@ -489,6 +495,9 @@ class OutcomeRequest(WireModel):
 # ---------------------------------------------------------------------------------------- demonstrations
 
 
+_IS_A_REFUSAL = "is a refusal, which nobody is to learn; write what an expert would say as content"
+
+
 class DemonstrationEntry(WireModel):
     """One expert's conversation."""
 
@@ -510,6 +519,10 @@ class DemonstrationEntry(WireModel):
         return given
 
     def as_demonstration(self) -> Demonstration:
+        """Raises DemonstrationRefused where a refusal is to be learned from."""
+        for index, message in enumerate(self.messages):
+            if message.is_refusal and (self.learn_from is None or index in self.learn_from):
+                raise DemonstrationRefused(f"message {index} {_IS_A_REFUSAL}")
         return Demonstration(
             messages=tuple(message.as_message() for message in self.messages),
             tools=tuple(tool.model_dump() for tool in self.tools),
@@ -557,6 +570,15 @@ class CorrectionRequest(WireModel):
     message: ChatMessage
     """The assistant's message that an expert would have written there."""
     source: str = Field("user", pattern=_NAME)
+
+    @field_validator("message")
+    @classmethod
+    def _is_an_action(cls, message: ChatMessage) -> ChatMessage:
+        if message.role != "assistant":
+            raise ValueError("a correction is an assistant's message")
+        if message.is_refusal:
+            raise ValueError(f"the correction {_IS_A_REFUSAL}")
+        return message
 
 
 # ----------------------------------------------------------------------------------------------- learner

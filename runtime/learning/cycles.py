@@ -20,13 +20,16 @@ class Cycles:
     def newest(
         self, limit: int, damaged: list[Damaged] | None = None, agent: str | None = None
     ) -> list[dict[str, Any]]:
-        """Newest first, of all agents or of one; what was started and has logged nothing yet stands before all. Those
-        whose rows are damaged are added to `damaged` instead."""
+        """Newest first, of all agents or of one, what was started and has logged nothing among them. Those whose rows
+        are damaged are added to `damaged` instead."""
         unlogged = self._process.unlogged()  # before the log is read: one that begins meanwhile is found in either
         logged = [self._shown(status) for status in self._log.cycles(limit, damaged, agent)]
         known = {cycle["id"] for cycle in logged}
         waiting = [cycle for cycle in unlogged if cycle["id"] not in known and agent in (None, cycle["agent"])]
-        return [*waiting, *logged][:limit]
+        for cycle in waiting:
+            place = next((number for number, each in enumerate(logged) if each["id"] < cycle["id"]), len(logged))
+            logged.insert(place, cycle)
+        return logged[:limit]
 
     def cycle(self, name: str) -> dict[str, Any] | None:
         """One cycle, with the gate's decisions and a summary of its step rewards; None for one nobody started."""

@@ -52,6 +52,8 @@ class LearnerProcess:
         self._starting = asyncio.Lock()
         self._started: deque[tuple[str, str]] = deque(maxlen=50)
         """The cycles that we started last, oldest first, each with its agent."""
+        self._exit_codes: dict[str, int | None] = {}
+        """Of the processes before the present one, by their cycle."""
 
     @property
     def running(self) -> str | None:
@@ -74,6 +76,8 @@ class LearnerProcess:
             raise LearnerBusy(f"cycle {self.running} runs already; wait for its end")
         if self._cycles.is_learner_alive():
             raise LearnerBusy("a learner that was started by hand runs a cycle already; wait for its end")
+        if self._process is not None and self._running is not None:
+            self._exit_codes[self._running] = self._process.returncode
         cycle = self._running = new_id("cycle")
         self._started.append((cycle, agent))
         where = ("--url", f"{self.url}/v1", "--state", str(self._state), "--server-pid", str(os.getpid()))
@@ -103,7 +107,8 @@ class LearnerProcess:
         """Why a cycle of ours has ended without a line in the log; empty while its process runs."""
         if cycle == self.running:
             return ""
-        code = self._process.returncode if self._process is not None and cycle == self._running else None
+        is_last = self._process is not None and cycle == self._running
+        code = self._process.returncode if self._process is not None and is_last else self._exit_codes.get(cycle)
         return f"the learner ended before its cycle began (exit code {code}): see {LOG_FILE}"
 
     def unlogged(self) -> list[dict[str, Any]]:

@@ -364,6 +364,15 @@ class LearningReader:
         rows = self._rows("SELECT DISTINCT episode_id FROM cycle_episodes WHERE cycle = ?", [cycle])
         return [row["episode_id"] for row in rows]
 
+    def judged_since(self, adapter: str) -> str | None:
+        """`acting`, `canary` or `refused`: what an adapter that waited for somebody's yes is since; None: it waits."""
+        rows = self._rows(
+            "SELECT state FROM adapter_events WHERE adapter = ? AND state IN ('acting', 'canary', 'refused') "
+            "ORDER BY id DESC LIMIT 1",
+            [adapter],
+        )
+        return rows[0]["state"] if rows else None
+
     def is_learner_alive(self) -> bool:
         """Whether a learner works on this state folder now, whoever started it."""
         return is_learner_alive(self.state)

@@ -33,7 +33,7 @@ from runtime.engines.checks import check_loaded, check_place, check_request, che
 from runtime.engines.embedded.adapter_weights import read_adapter
 from runtime.engines.embedded.batch import Batch
 from runtime.engines.embedded.grammar import Grammars
-from runtime.engines.embedded.kv_budget import kv_budget
+from runtime.engines.embedded.kv_budget import context_cut, kv_budget
 from runtime.engines.embedded.kv_memory import KvMemory, KvShape
 from runtime.engines.embedded.lora import LoraRows, LoraWeights
 from runtime.engines.embedded.network import load_network
@@ -86,6 +86,9 @@ class EmbeddedEngine:
         num_bytes, longest = kv_budget(
             shape, kv_memory_bytes, max_context_tokens, config.max_position_embeddings, max_batch_size
         )
+        cut = context_cut(shape, num_bytes, longest, max_context_tokens, config.max_position_embeddings)
+        if cut:
+            logger.warning("the context is short: %s", cut)
         self._limits = EngineLimits(
             max_context_tokens=longest,
             max_adapters=max_adapters,
@@ -93,6 +96,7 @@ class EmbeddedEngine:
             vocab_size=config.vocab_size,
             supports_grammar=tokenizer is not None,
             logprob_tolerance=tolerance_in(self._network.dtype),
+            context_cut=cut,
         )
         self._grammars = Grammars(tokenizer, config.vocab_size) if tokenizer is not None else None
         self._lora_rows = LoraRows(self._network)

@@ -13,7 +13,7 @@ SEQUENCES_PER_ROW = 2
 """Full contexts that are of use for each row of the batch: its own, and a kept prefix."""
 DEFAULT_MAX_CONTEXT = 4096
 MIN_CONTEXT = 16
-GIB, MIB = 1 << 30, 1 << 20
+GIB, MIB, KIB = 1 << 30, 1 << 20, 1 << 10
 
 
 def kv_budget(
@@ -40,8 +40,23 @@ def kv_budget(
     return num_bytes, min(wanted, fits)
 
 
+def context_cut(shape: KvShape, num_bytes: int, longest: int, max_context: int | None, most_context: int) -> str:
+    """Why the longest sequence is shorter than wanted, and what to do; empty where it is not. As in `kv_budget`."""
+    wanted = max_context or min(most_context, DEFAULT_MAX_CONTEXT)
+    if longest >= wanted:
+        return ""
+    return (
+        f"{named(num_bytes)} for keys and values hold {num_bytes // shape.bytes_per_token:,} tokens; this network "
+        f"could read {wanted:,}: give more --kv-memory"
+    )
+
+
 def named(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.1f} MiB"
+    """In the largest unit of which there is a whole one."""
+    for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes} byte" + ("" if num_bytes == 1 else "s")
 
 
 def free_on(device: torch.device) -> int:

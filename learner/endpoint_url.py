@@ -1,0 +1,10 @@
+"""The address of the endpoint, as people write it and as clients want it."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+
+def endpoint_url(url: str) -> str:
+    """With /v1 behind a server's address that has nothing behind it: what clients are served lies there."""
+    return f"{url.rstrip('/')}/v1" if urlsplit(url).path in ("", "/") else url
