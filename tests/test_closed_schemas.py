@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
-from policies.chat.closed_schemas import closed
-from policies.chat.grammars import json_grammar
+from policies.chat.closed_schemas import SchemaMaze, closed
+from policies.chat.grammars import GrammarError, json_grammar
 from tests.families import protocol_of
 from tests.grammar_checks import admits
 
@@ -77,3 +79,29 @@ def test_a_number_ends_some_time(schema: dict[str, Any], fits: str, does_not: st
 @pytest.mark.parametrize("schema", [{"properties": 3}, {"anyOf": 3}, {"required": "a", "properties": {}}, {"$ref": 7}])
 def test_a_schema_that_is_wrong_is_left_to_whoever_says_so(schema: dict[str, Any]) -> None:
     closed(schema)
+
+
+def _diamonds(number: int) -> dict[str, Any]:
+    """Each part is put together of the next one, twice."""
+    parts = {f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(number)}
+    return {"allOf": [{"$ref": "#/$defs/d0"}], "$defs": {**parts, f"d{number}": {"properties": {"a": {}}}}}
+
+
+@pytest.mark.parametrize(
+    "maze",
+    [{"allOf": [{"$ref": "#"}] * 3}, _diamonds(25), {"anyOf": [{"$ref": "#"}] * 4, "properties": {"a": {}}}],
+    ids=["circle", "diamonds", "union"],
+)
+def test_a_maze_is_given_up_soon(maze: dict[str, Any]) -> None:
+    began = time.perf_counter()
+    with suppress(SchemaMaze):
+        closed(maze)
+    assert time.perf_counter() - began < 5.0
+    with pytest.raises(SchemaMaze):
+        closed({"allOf": [{"$ref": "#"}] * 3})
+
+
+def test_a_part_that_holds_itself_in_a_whole_is_a_schema_that_no_grammar_is_made_of() -> None:
+    circle = {"properties": {"a": {"allOf": [{"$ref": "#"}, {"$ref": "#"}], "properties": {}}}}
+    with pytest.raises(GrammarError, match="refer to each other"):
+        json_grammar(protocol_of("smollm2"), circle)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from policies.chat.argument_types import resolved
-from policies.chat.closed_schemas import closed
+from policies.chat.closed_schemas import SchemaMaze, closed
 
 _MOST_LOOKS = 10_000
 """So many pairs of a value and a schema are compared for one call."""
@@ -36,12 +36,8 @@ def argument_problem(arguments: dict[str, Any], parameters: Any) -> str | None:
     try:
         schema = closed(parameters, is_bounded=False)
         return next(_Check(schema).problems(arguments, schema, ""), None)
-    except (RecursionError, TypeError, _LooksUsedUp):  # a maze, or no JSON schema: it says nothing
+    except (RecursionError, TypeError, SchemaMaze):  # a maze, or no JSON schema: it says nothing
         return None
-
-
-class _LooksUsedUp(Exception):
-    """The schema is a maze: its parts refer to each other over and over."""
 
 
 class _Check:
@@ -53,7 +49,7 @@ class _Check:
         """What is wrong with a value; `where` is its path of names and places, empty for the arguments as a whole."""
         self._looks_left -= 1
         if self._looks_left < 0:
-            raise _LooksUsedUp
+            raise SchemaMaze("the schema's parts refer to each other over and over")
         if schema is False:
             yield f"{_named(where)} is not taken"
         if not isinstance(schema, dict) or (value is None and schema.get("nullable")):

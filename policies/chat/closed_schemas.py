@@ -18,6 +18,8 @@ _CONDITIONS = ("if", "then", "else", "not", "dependentSchemas")
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _MAX_DEPTH = 40
 """References that lead deeper are left as they are: they go in a circle."""
+_MOST_LOOKS = 50_000
+"""So many parts are looked at: two references in each of forty parts make a billion."""
 
 LARGEST_INTEGER = 10**18
 LARGEST_NUMBER = 1e15
@@ -25,8 +27,12 @@ SMALLEST_FRACTION = 1e-9
 """A number whose schema bounds it in no way lies within these."""
 
 
+class SchemaMaze(ValueError):
+    """A schema whose parts refer to each other over and over: to follow them all would take for ever."""
+
+
 def closed(schema: Any, *, is_bounded: bool = True) -> Any:
-    """The schema, closed and bounded throughout; with `is_bounded` False, closed alone."""
+    """The schema, closed and bounded throughout; with `is_bounded` False, closed alone. Raises SchemaMaze."""
     return _Closing(schema, is_bounded).close(schema) if isinstance(schema, dict) else schema
 
 
@@ -34,10 +40,12 @@ class _Closing:
     def __init__(self, root: dict[str, Any], is_bounded: bool) -> None:
         self._root = root
         self._is_bounded = is_bounded
+        self._looks_left = _MOST_LOOKS
 
     def close(self, schema: Any) -> Any:
         if not isinstance(schema, dict):
             return schema
+        self._look()
         inner = {key: self._inner(key, value) for key, value in schema.items()}
         return self._with_own_keys(schema, _bounded(inner) if self._is_bounded else inner)
 
@@ -78,8 +86,14 @@ class _Closing:
         target = resolved(part, self._root) if "$ref" in part else part
         return {key: self._inner(key, value) for key, value in target.items()}
 
+    def _look(self) -> None:
+        self._looks_left -= 1
+        if self._looks_left < 0:
+            raise SchemaMaze("the schema's parts refer to each other over and over")
+
     def _names(self, schema: Any, depth: int) -> list[str] | None:
         """The keys that a schema and its parts name; None where one of them is open, or none names any."""
+        self._look()
         if depth <= 0 or not isinstance(schema, dict):
             return None
         if any(key in schema for key in _OPENERS):

@@ -16,7 +16,7 @@ from typing import Any
 from llguidance import LLMatcher
 
 from policies.chat.chat_protocol import ChatProtocol
-from policies.chat.closed_schemas import closed
+from policies.chat.closed_schemas import SchemaMaze, closed
 from policies.chat.messages import ARGUMENT_KEYS
 from policies.types import FinalAnswer, ToolCall, ToolCalls, ToolSchema
 
@@ -194,7 +194,11 @@ def _call_rules(protocol: ChatProtocol, tools: Sequence[ToolSchema]) -> list[str
 def _json_rule(schema: dict[str, Any]) -> str:
     # One spelling of white space, the one that chat templates' `tojson` writes and the policy has learned.
     spelling = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    for held in (closed(schema), schema):  # as it is, where it cannot be closed: by llguidance's bounds, say
+    try:
+        as_meant = closed(schema)
+    except (SchemaMaze, RecursionError) as error:
+        raise GrammarError("the schema's parts refer to each other over and over") from error
+    for held in (as_meant, schema):  # as it is, where it cannot be closed: by llguidance's bounds, say
         rule = "%json " + json.dumps({**held, "x-guidance": spelling})
         if not LLMatcher.validate_grammar(f"start: {rule}"):
             break
