@@ -2,7 +2,7 @@
 
 Tasks where the demonstrations are of that world, and demonstrations where they are of something else: doing well at
 tasks that nobody teaches would decide nothing. Demonstrations of one task are one piece of evidence: counted each for
-itself, six copies of a transcript once promoted what had learned nothing else.
+itself, six copies of a transcript would be six.
 """
 
 from __future__ import annotations
