@@ -237,6 +237,25 @@ def test_a_world_that_hangs_in_open_is_given_up_and_then_asked_no_more(serve: Se
     assert again.status_code == 200
 
 
+def test_a_world_that_hangs_where_it_looks_for_a_task_holds_up_nothing_else(serve: Serve, gate: Gate) -> None:
+    begun = threading.Event()
+
+    def find_task(*_: Any) -> None:
+        begun.set()
+        gate.wait()
+
+    server = serve(numbers(find_task=find_task), "Hello.", limits=RunLimits(deadline_s=0.5, tool_timeout_s=0.3))
+    with ThreadPoolExecutor(1) as threads:
+        hanging = threads.submit(ask, server, None)
+        assert begun.wait(5)
+        began = time.perf_counter()
+        assert is_up(server)
+        assert time.perf_counter() - began < 0.3
+        assert "the world numbers did not answer within 0.5 seconds" in told(hanging.result())
+    gate.open()
+    assert ask(server, None).status_code == 200
+
+
 def test_an_outcome_that_hangs_ends_the_episode_without_one(serve: Serve, gate: Gate) -> None:
     server = serve(numbers(outcome=gate.wait), "Done.")
     began = time.perf_counter()

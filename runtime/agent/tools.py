@@ -50,6 +50,8 @@ class Toolbox:
         self._schemas: dict[tuple[object, ...], ToolSchema] = {}
         """By all that a tool's schema is made of."""
         self._threads = WorldThreads(world.name if world else "")
+        self._finding = WorldThreads(world.name if world else "")
+        """Apart: a world that hangs where it is opened does not hold up conversations that are about no task."""
 
     @property
     def has_tools(self) -> bool:
@@ -70,6 +72,12 @@ class Toolbox:
                 return task_id
             task = self._world.find_task(messages)
             return task.id if task else None
+
+    async def find_task(self, timeout_s: float, task_id: str | None, messages: Sequence[Message]) -> str | None:
+        """`task_of`, in a thread that the world may block. Raises WorldFailed where it takes longer."""
+        if self._world is None:
+            return task_id
+        return await self._finding.ask(partial(self.task_of, task_id, messages), timeout_s)
 
     def example_request(self) -> str:
         """Something a user could ask this server. Raises WorldFailed where the world cannot open a task."""

@@ -120,13 +120,10 @@ async def admit(
     who = (choosing.by, adapter, parts.reward_models, choosing.may_fall_back)
     scorer = None if choosing.num_draws == 1 else await scorer_of(*who)
     policy, is_assigned = Policy(parts.engine, protocol, adapter, scorer), pinned is None
-    new = (agent, request, episode_id, policy, messages, caller.key, is_assigned)
-    if logged is not None:
-        episode = logged
-    elif request.metadata.task is not None:
-        episode = await agent.toolbox.in_thread(parts.limits.deadline_s, _new_episode, *new)
-    else:
-        episode = await off_loop(is_large, _new_episode, *new)
+    episode = logged
+    if episode is None:
+        task = await agent.toolbox.find_task(parts.limits.deadline_s, request.metadata.task, messages)
+        episode = _new_episode(agent, request, episode_id, policy, task, caller.key, is_assigned)
     admitted = _Admitted(parts, agent, request, caller, policy, episode, logged is None, place, messages, choosing)
     opens_world = request.tools is None and episode.task is not None  # which may take its time to replay what was done
     if opens_world:
@@ -231,7 +228,7 @@ def _new_episode(
     request: ChatCompletionRequest,
     episode_id: str,
     policy: Policy,
-    messages: tuple[Message, ...],
+    task: str | None,
     key: Key,
     is_assigned: bool,
 ) -> Episode:
@@ -241,7 +238,7 @@ def _new_episode(
         actor=Actor.POLICY,
         purpose=metadata.purpose,
         adapter=policy.adapter_name,
-        task=agent.toolbox.task_of(metadata.task, messages),
+        task=task,
         metadata=metadata.model_extra or {},
         owner=key.name,
         is_assigned=is_assigned,

@@ -98,12 +98,7 @@ async def import_demonstration(parts: Parts, agent: ServedAgent, demonstration: 
     """Log one; False where it is known already. Raises ValueError where it is refused."""
     if parts.log.episode(demonstration.episode_id) is not None:
         return False
-    if demonstration.task is None:
-        task = agent.toolbox.task_of(None, demonstration.messages)
-    else:
-        task = await agent.toolbox.in_thread(
-            parts.limits.deadline_s, agent.toolbox.task_of, demonstration.task, demonstration.messages
-        )
+    task = await agent.toolbox.find_task(parts.limits.deadline_s, demonstration.task, demonstration.messages)
     episode = replace(demonstrated_episode(demonstration), task=task, owner=key.name)
     # Templates of a long conversation take a while, and answers must go on meanwhile.
     steps = await asyncio.to_thread(demonstrated_steps, demonstration, parts.protocol, parts.engine.limits)
