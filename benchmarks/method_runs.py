@@ -58,6 +58,8 @@ class Axis:
     rank: int = 16
     judged_share: float = 1.0
     """Of own episodes whose outcome somebody tells."""
+    traffic: int = 1
+    """So many times as many own episodes a cycle."""
     is_narrow: bool = False
     """Taught, and practised, is only what the expert does in few steps; tried is the rest: what is forgotten there."""
 
@@ -72,6 +74,7 @@ AXES = {
         Axis("LoRA rank 1", rank=1),
         Axis("5 % judged", judged_share=0.05),
         Axis("25 % judged", judged_share=0.25),
+        Axis("4 x the traffic", traffic=4),
         Axis("short tasks taught, long ones tried", is_narrow=True),
     )
 }
@@ -340,7 +343,8 @@ class Run:
 
     def _played(self, number: int) -> list[Trajectory]:
         stage = self._stage
-        num_others = stage.scene.num_own_episodes - len(stage.demonstrated)
+        num_episodes = stage.scene.num_own_episodes * stage.scene.axis.traffic
+        num_others = num_episodes - len(stage.demonstrated)
         tasks = stage.demonstrated + stage.others[number * num_others : (number + 1) * num_others]
         return stage.rollouts.own_trajectories(self._network(), tasks, self._generator(number, 1), f"own/{number}")
 

@@ -172,6 +172,11 @@ def test_rarely_judged_episodes_have_an_outcome_seldom_and_the_others_none(tmp_p
     assert 0 < sum(outcome is not None for outcome in outcomes) < len(outcomes) / 2
 
 
+def test_more_traffic_is_more_own_episodes_of_tasks_that_are_all_different(tmp_path: Path) -> None:
+    tasks = [each.task for each in training_data("rft + sft", tmp_path, "4 x the traffic").policy_episodes]
+    assert len(set(tasks)) == len(tasks) == 4 * scene_of().num_own_episodes
+
+
 def test_only_states_that_nobody_judged_or_answered_are_sampled(tmp_path: Path) -> None:
     data = training_data("rft + sft + majority", tmp_path, "25 % judged")
     for each in data.policy_episodes:
