@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 ARGS ?=
 MODEL ?=
-PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+# Slow files come first (tests/conftest.py): none is left for the end, when the other process has nothing more to do.
+PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup serve demo demo-real quick test test-real check
 
