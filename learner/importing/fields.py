@@ -69,16 +69,18 @@ class Fields:
 
     def close(self, harmless: Collection[str] = ()) -> None:
         """Raises RefusedRecord where a key is left that is not known to be harmless."""
-        for name, value in self.left():
-            if name not in harmless and not is_harmless(name, value):
-                raise unknown(self.where, name)
+        strangers = [name for name, value in self.left() if name not in harmless and not is_harmless(name, value)]
+        if strangers:
+            raise unknown(self.where, *strangers)
 
 
-def unknown(where: str, name: str) -> RefusedRecord:
-    return RefusedRecord(
-        f"{where} has the key {name!r}, and nothing tells whether it changes what is learned: "
-        f"take it out, or say --ignore {name}"
-    )
+def unknown(where: str, *names: str) -> RefusedRecord:
+    """The refusal that names all unknown keys of an object: what is told one by one takes as many attempts."""
+    if len(names) == 1:
+        has, it = f"the key {names[0]!r}, and nothing tells whether it changes", "it"
+    else:
+        has, it = f"the keys {', '.join(map(repr, names))}, and nothing tells whether they change", "them"
+    return RefusedRecord(f"{where} has {has} what is learned: take {it} out, or say --ignore {','.join(names)}")
 
 
 def is_empty(value: Any) -> bool:

@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Any
 
 from learner.importing.agent_logs import is_smolagents_step, read_atif, read_inspect_sample, read_smolagents
-from learner.importing.fields import RefusedRecord, is_empty, kind
+from learner.importing.fields import RefusedRecord, is_empty, is_harmless, kind
 from learner.importing.json_lines import Record, Refusal
 from learner.importing.messages import is_langchain, is_message
 from learner.importing.pydantic_ai import is_pydantic_ai
@@ -90,7 +90,10 @@ def _read_object(record: dict[str, Any]) -> Draft:
     if any(name in record for name in ("input", "inputs", "request")):
         return read_trace(record, _trace_format(record))
     keys = ", ".join(map(repr, list(record)[:8])) or "none"
-    raise RefusedRecord(f"no known format: it has no messages, conversations or chosen; its keys are {keys}")
+    raise RefusedRecord(
+        f"no known format: it has no messages, conversations or chosen; its keys are {keys}. "
+        'Write each conversation as {"messages": [{"role": ..., "content": ...}], "tools": [...]}, one a line'
+    )
 
 
 def _is_whole_conversation(record: dict[str, Any]) -> bool:
@@ -186,8 +189,32 @@ def _contained(value: Any) -> Iterator[Any]:
         generations = [each for each in _objects(value, "observations") if each.get("type") == "GENERATION"]
         whole = {key: held for key, held in value.items() if key != "observations"}
         yield from ({**beside, **each} for each in generations) if generations else (whole,)
+    elif (rows := _rows_within(value)) is not None:
+        for each in rows:
+            yield from _contained(each)
     else:
         yield value
+
+
+_ROWS = ("data", "rows", "records", "examples", "items", "traces", "runs", "samples", "results")
+
+_OF_PAGES = ("features", "meta", "partial", "has_more")
+
+
+def _rows_within(value: Any) -> list[Any] | None:
+    """The records of an answer of an API: a list under one key, and beside it nothing but counts and pages."""
+    if not isinstance(value, dict):
+        return None
+    lists = [name for name, held in value.items() if isinstance(held, list) and held]
+    name = next((name for name in _ROWS if name in value), None)
+    beside = {key: held for key, held in value.items() if key not in (name, *_OF_PAGES) and not is_empty(held)}
+    is_one_list = name is not None and set(lists) - {"features"} == {name}
+    if not is_one_list or not all(is_harmless(key, held) for key, held in beside.items()):
+        return None
+    rows = value[name]
+    if not all(isinstance(each, dict) for each in rows) or is_message(rows[0]):
+        return None
+    return [each["row"] if "row_idx" in each and isinstance(each.get("row"), dict) else each for each in rows]
 
 
 def _objects(value: dict[str, Any], name: str) -> list[dict[str, Any]]:

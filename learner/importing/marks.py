@@ -114,9 +114,21 @@ _GROUPS_OF_BAD = frozenset(
 def close_record(fields: Fields, harmless: frozenset[str] = frozenset()) -> None:
     """Judge a record by the keys that are left. Raises RefusedRecord for a mark that it is no expert's, and by its name
     for a key that nobody knows. What a harmless key holds is looked through for marks all the same."""
+    strangers = []
     for name, value in fields.left():
         if name not in harmless or _is_container(name, value):
-            judge(fields.where, name, value)
+            if _is_stranger(name, value):
+                strangers.append(name)
+            else:
+                judge(fields.where, name, value)
+    if strangers:
+        raise unknown(fields.where, *strangers)
+
+
+def _is_stranger(name: str, value: Any) -> bool:
+    """Whether a key is neither a mark, nor a container of marks, nor known to be harmless."""
+    is_mark = _is_container(name, value) or _is_learning_mark(name) or mark_of(name, value) is not Mark.NONE
+    return not is_mark and not is_harmless(name, value)
 
 
 def _is_container(name: str, value: Any) -> bool:
@@ -285,9 +297,18 @@ def _mark_of_value(value: Any) -> Mark:
     if isinstance(value, list) and all(_is_number(each) for each in value):  # of the steps
         return Mark.GOOD if sum(value) > 0 else Mark.BAD
     if isinstance(value, dict):
-        value = value["value"] if "value" in value else list(value.values())
+        value = _scores_value(value)
+    if is_empty(value):
+        return Mark.NONE
     marks = {_mark_of_value(each) for each in (value if isinstance(value, list) else [value])}
     return next((mark for mark in (Mark.BAD, Mark.UNCLEAR) if mark in marks), Mark.GOOD)
+
+
+def _scores_value(score: dict[str, Any]) -> Any:
+    """What a score says: its value, or the word for it where it has none; of any other object, all that it holds."""
+    if "value" not in score:
+        return list(score.values())
+    return score.get("stringValue") if score["value"] is None else score["value"]
 
 
 def _number(text: str) -> float | None:
@@ -351,6 +372,7 @@ def close_message(fields: Fields, is_assistant: bool, harmless: frozenset[str] =
     What is not the assistant's is never learned, whatever stands at it.
     """
     is_learned = True
+    strangers = []
     for name, value in fields.left():
         if _is_container(name, value):
             is_learned &= _is_good_inside(value, f"{fields.where}: {name}", is_assistant)
@@ -362,10 +384,12 @@ def close_message(fields: Fields, is_assistant: bool, harmless: frozenset[str] =
             continue
         mark = mark_of(name, value)
         if mark is Mark.NONE:
-            raise unknown(fields.where, name)
+            strangers.append(name)
         if mark is Mark.UNCLEAR and is_assistant:
             raise RefusedRecord(f"{fields.where}: {name} is {_shown(value)}, and nothing tells whether that is good")
         is_learned &= mark is not Mark.BAD
+    if strangers:
+        raise unknown(fields.where, *strangers)
     return is_learned
 
 

@@ -77,7 +77,11 @@ def is_langchain(value: Any) -> bool:
     if not isinstance(value, dict) or "role" in value or "from" in value:
         return False
     has_type = isinstance(value.get("type"), str)
-    return "lc" in value or (has_type and "data" in value) or (has_type and value["type"].lower() in _LANGCHAIN_TYPES)
+    return (
+        "lc" in value
+        or (has_type and "data" in value)
+        or (has_type and value["type"].lower() in _LANGCHAIN_TYPES and "content" in value)
+    )
 
 
 def read_turns(messages: Any, name: str) -> tuple[list[Turn], list[Any]]:

@@ -88,8 +88,8 @@ def read_conversation(record: dict[str, Any], name: str) -> Draft:
     for key, text in repeated:
         if not is_empty(text) and not (isinstance(text, str) and any(text.strip() in turn.text for turn in turns)):
             raise unknown("the record", key)
+    turns = _read_written(turns)
     if any(isinstance(each, dict) and "from" in each for each in messages):
-        turns = _read_written(turns)
         source = SourceFormat.AGENTGYM if is_gym else SourceFormat.SHAREGPT
     elif any(is_langchain(each) for each in messages):
         source = SourceFormat.LANGCHAIN
@@ -167,7 +167,7 @@ def _tools(turns: Sequence[Turn], given: list[Any]) -> tuple[Any, ...]:
 
 
 def _read_written(turns: list[Turn]) -> list[Turn]:
-    """A ShareGPT conversation with the calls that are written out in the assistant's text."""
+    """A conversation with the calls that are written out in the assistant's text."""
     read: list[Turn] = []
     for number, turn in enumerate(turns, 1):
         where = f"message {number}"

@@ -30,6 +30,7 @@ OF_TRACES = frozenset(
 def read_trace(record: dict[str, Any], source: SourceFormat) -> Draft:
     """A run with what went in and what came out, under whatever names. Raises RefusedRecord."""
     fields = Fields(record, "the record")
+    _require_model(record)
     given = decoded(fields.take("inputs", "input", "request"))
     answer = decoded(fields.take("outputs", "output", "response", "expectedOutput", "expected_output"))
     settings = _settings(fields)
@@ -47,6 +48,32 @@ def read_trace(record: dict[str, Any], source: SourceFormat) -> Draft:
     if all(map(is_empty, tools)):
         tools = [tools_in_text(turn.text) for turn in turns if turn.role == "system"]
     return Draft(source, turns, read_tools(*tools), item_id)
+
+
+_OF_PROGRAMS = frozenset(
+    "tool retriever embedding parser prompt guardrail evaluator event reranker vector_store".split()
+)
+
+
+def _require_model(record: dict[str, Any]) -> None:
+    """Raises RefusedRecord for a run that no model answered: a tool's result must not be learned as an answer."""
+    kind = str(record.get("run_type") or record.get("type") or "").lower()
+    if kind in _OF_PROGRAMS:
+        raise RefusedRecord(f"it is a run of a {kind}, not of a model: export the model's runs alone")
+    is_inner = bool(record.get("parent_run_id") or record.get("parentObservationId"))
+    answer = decoded(next((record[name] for name in ("outputs", "output") if name in record), None))
+    if kind in ("chain", "span") and is_inner and not _holds_messages(answer):
+        raise RefusedRecord(
+            f"it is a {kind} within another run, and its output no message: export the model's runs alone"
+        )
+
+
+def _holds_messages(answer: Any) -> bool:
+    """Whether what came out is messages, under whatever names."""
+    if isinstance(answer, dict) and not is_message(answer):
+        held = next((answer[name] for name in ("messages", "message", "output") if name in answer), None)
+        return _holds_messages(held) if held is not None else bool({"choices", "generations", "role"} & set(answer))
+    return is_message(answer[-1] if isinstance(answer, list) and answer else answer)
 
 
 def decoded(value: Any) -> Any:

@@ -1,8 +1,9 @@
 """Thoughts and calls that a data set writes out within the assistant's text.
 
-What is read: `<think>` before an answer; Hermes's `<tool_call>` tags; ToolACE's `[name(key=value)]`; ToolBench's
-`Action:` and `Action Input:` lines, where tools answer them. Other texts stay texts: an action of ReAct that no tool
-answers is an answer, because every data set writes them its own way.
+What is read: `<think>` before an answer; Hermes's and Nemotron's tags around calls; ToolACE's `[name(key=value)]`;
+ToolBench's `Action:` and `Action Input:` lines, where tools answer them. Calls in marks of other models are refused.
+Other texts stay texts: an action of ReAct that no tool answers is an answer, because every data set writes them its
+own way.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ _THOUGHT = re.compile(
     r"\s*(?:<think>(.*?)</think>|\[THINK\](.*?)\[/THINK\]|<seed:think>(.*?)</seed:think>)\s*", re.DOTALL
 )
 _THOUGHT_MARKS = ("<think>", "[THINK]", "<seed:think>")
-_HERMES_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+_HERMES_CALL = re.compile(r"<(tool_call|TOOLCALL)>\s*(.*?)\s*</\1>", re.DOTALL)
+"""Nemotron's rows have the same tags in capitals, around a list."""
 _HERMES_RESULT = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
 _HERMES_TOOLS = re.compile(r"<tools>\s*(\[.*?\]|\{.*?\})\s*</tools>", re.DOTALL)
 _REACT = re.compile(r"(.*?)\bAction:[ \t]*([^\n]+?)[ \t]*\n\s*Action Input:[ \t]*(.*)", re.DOTALL)
@@ -136,9 +138,12 @@ def read_calls_text(text: str, where: str) -> tuple[Call, ...]:
 _OTHER_MARKS = (
     "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<functioncall>", "<function=", "<function_calls>", "<|tool_call",
     "<｜tool▁call", "<tool_use>", "<|tool_calls_section_begin|>",
-    "<|channel|>", "<|start|>", "<|message|>",
+    "<|channel|>", "<|start|>", "<|message|>", "<TOOLCALL>",
 )  # fmt: skip
 """How models of other makers begin a call, or a channel of their answer."""
+_CALL_BEHIND_WORDS = re.compile("(" + "|".join(map(re.escape, _OTHER_MARKS)) + r")[^\s{\[<]{0,40}\s*[{\[<]")
+"""A mark behind words begins a call where what follows looks like one: a text may also tell of such marks."""
+_FENCE = re.compile(r"```\w*\s*(.*?)\s*```", re.DOTALL)
 
 
 def require_no_other_call(text: str, where: str) -> None:
@@ -146,6 +151,21 @@ def require_no_other_call(text: str, where: str) -> None:
     begun = next((mark for mark in _OTHER_MARKS if text.lstrip().startswith(mark)), None)
     if begun is not None:
         raise RefusedRecord(f"{where} begins with {begun}: write the call as tool_calls")
+    if found := _CALL_BEHIND_WORDS.search(text):
+        raise RefusedRecord(f"{where} has a call behind {found[1]}: write the call as tool_calls")
+
+
+def called_in_text(text: str) -> set[str]:
+    """The tools that a text calls, where it is a call in JSON, or a list of such calls, and nothing else."""
+    fenced = _FENCE.fullmatch(text.strip())
+    try:
+        value = loads(fenced[1] if fenced else text)
+    except (ValueError, RecursionError):
+        return set()
+    values = value if isinstance(value, list) else [value]
+    calls = [each.get("function", each) for each in values if isinstance(each, dict)]
+    calls = [call for call in calls if isinstance(call, dict) and set(call) & set(ARGUMENT_NAMES)]
+    return {call["name"] for call in calls if isinstance(call.get("name"), str)}
 
 
 def split_tagged_calls(text: str, where: str) -> tuple[str, tuple[Call, ...]]:
@@ -153,7 +173,7 @@ def split_tagged_calls(text: str, where: str) -> tuple[str, tuple[Call, ...]]:
     found = list(_HERMES_CALL.finditer(text))
     if not found:
         return text, ()
-    calls = [call for each in found for call in read_calls_text(each[1], where)]
+    calls = [call for each in found for call in read_calls_text(each[2], where)]
     between = [text[a.end() : b.start()] for a, b in pairwise(found)]
     if "".join([*between, text[found[-1].end() :]]).strip():
         raise RefusedRecord(f"{where} has text behind its calls: a call ends what the assistant says")
