@@ -30,7 +30,7 @@ from learner.importing.rows import (
 )
 from learner.importing.sessions import read_session, session_format
 from learner.importing.telemetry import holds_conversation, is_span, read_span, spans_of_logs
-from learner.importing.traces import read_trace
+from learner.importing.traces import as_pair, read_trace
 from learner.importing.turns import Draft, SourceFormat
 
 _LANGSMITH = ("run_type", "dotted_order", "session_id", "app_path", "reference_example_id", "example_id", "dataset_id")
@@ -74,9 +74,18 @@ def _read_object(record: dict[str, Any]) -> Draft:
         return read_conversation(
             {**{k: v for k, v in record.items() if k not in _OF_STATES}, **record["values"]}, "messages"
         )
-    for name in ("messages", "conversations", "conversation", "dialogue", "trajectory"):
+    if _is_messages(record.get("history")):  # SWE-agent's: its trajectory says the same, step by step
+        return read_conversation({key: value for key, value in record.items() if key != "trajectory"}, "history")
+    if "messages" in record and (envelope := as_pair(record)) is not None:
+        return read_trace(envelope, SourceFormat.OPENAI)
+    for name in ("messages", "conversations", "conversation", "dialogue", "dialog", "trajectory", "traj"):
         if name in record:
             return read_conversation(record, name)
+    if (envelope := as_pair(record)) is not None:
+        return read_trace(envelope, SourceFormat.OPENAI)
+    if isinstance(record.get("body"), dict) and "messages" in record["body"]:  # a line of OpenAI's batches
+        beside = {key: value for key, value in record.items() if key not in ("body", "method")}
+        return read_conversation({**beside, **record["body"]}, "messages")
     if "contents" in record:
         return read_gemini(record)
     if isinstance(record.get("request"), dict) and "contents" in record["request"]:
@@ -89,11 +98,17 @@ def _read_object(record: dict[str, Any]) -> Draft:
         return read_conversation(record, "input")
     if any(name in record for name in ("input", "inputs", "request")):
         return read_trace(record, _trace_format(record))
+    if any(name in record for name in ("response", "result", "output", "outputs", "choices")):
+        raise RefusedRecord("it has an answer, and not what was asked: join each answer with its request first")
     keys = ", ".join(map(repr, list(record)[:8])) or "none"
     raise RefusedRecord(
         f"no known format: it has no messages, conversations or chosen; its keys are {keys}. "
         'Write each conversation as {"messages": [{"role": ..., "content": ...}], "tools": [...]}, one a line'
     )
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and is_message(value[0])
 
 
 def _is_whole_conversation(record: dict[str, Any]) -> bool:
@@ -189,6 +204,11 @@ def _contained(value: Any) -> Iterator[Any]:
         generations = [each for each in _objects(value, "observations") if each.get("type") == "GENERATION"]
         whole = {key: held for key, held in value.items() if key != "observations"}
         yield from ({**beside, **each} for each in generations) if generations else (whole,)
+    elif (
+        isinstance(value, dict) and isinstance(value.get("data"), dict) and _objects(value["data"], "spans")
+    ):  # MLflow's
+        spans = [span for span in _objects(value["data"], "spans") if is_span(span)]
+        yield from [span for span in spans if holds_conversation(span)] or spans
     elif (rows := _rows_within(value)) is not None:
         for each in rows:
             yield from _contained(each)

@@ -91,7 +91,7 @@ _BAD_WORDS = frozenset(
 )
 _ENDS = frozenset(
     "stop end_turn tool_use tool_calls tool-calls tool_call function_call stop_sequence eos eos_token finished final "
-    "submitted agent_finish stop_str end".split()
+    "submitted submit agent_finish stop_str end".split()
 )
 _CUT_OFF = frozenset(
     "length max_tokens max_output_tokens model_length content_filter content-filter safety recitation aborted abort "

@@ -14,13 +14,19 @@ from itertools import pairwise
 from typing import Any
 
 from learner.importing.exact_json import loads
-from learner.importing.fields import Fields, RefusedRecord, is_empty
+from learner.importing.fields import PART_TYPE_NAMES, Fields, RefusedRecord, is_empty
 from learner.importing.turns import Call
 
 _THOUGHT = re.compile(
-    r"\s*(?:<think>(.*?)</think>|\[THINK\](.*?)\[/THINK\]|<seed:think>(.*?)</seed:think>)\s*", re.DOTALL
+    r"\s*(?:<think>(.*?)</think>|\[THINK\](.*?)\[/THINK\]|<seed:think>(.*?)</seed:think>|◁think▷(.*?)◁/think▷"
+    r"|<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>|<\|START_THINKING\|>(.*?)<\|END_THINKING\|>)\s*",
+    re.DOTALL,
 )
-_THOUGHT_MARKS = ("<think>", "[THINK]", "<seed:think>")
+_THOUGHT_MARKS = ("<think>", "[THINK]", "<seed:think>", "◁think▷", "<|begin_of_thought|>", "<|START_THINKING|>")
+_ANSWER = re.compile(
+    r"<\|begin_of_solution\|>\s*(.*?)\s*<\|end_of_solution\|>\s*|<\|START_RESPONSE\|>(.*?)<\|END_RESPONSE\|>", re.DOTALL
+)
+"""What stands around the answer where such marks stand around the thought."""
 _HERMES_CALL = re.compile(r"<(tool_call|TOOLCALL)>\s*(.*?)\s*</\1>", re.DOTALL)
 """Nemotron's rows have the same tags in capitals, around a list."""
 _HERMES_RESULT = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
@@ -39,7 +45,10 @@ def split_thought(text: str, where: str) -> tuple[str, str]:
     thinking, so that only its end is written.
     """
     if found := _THOUGHT.match(text):
-        return next(thought for thought in found.groups() if thought is not None).strip(), text[found.end() :]
+        rest = text[found.end() :]
+        if answer := _ANSWER.fullmatch(rest):
+            rest = answer[1] if answer[1] is not None else answer[2]
+        return next(thought for thought in found.groups() if thought is not None).strip(), rest
     if begun := next((mark for mark in _THOUGHT_MARKS if text.lstrip().startswith(mark)), None):
         raise RefusedRecord(f"{where} ends within its thinking: {begun} is not closed")
     before, mark, rest = text.partition("</think>")
@@ -55,12 +64,13 @@ CALL_ID_NAMES = ("call_id", "tool_call_id", "toolCallId", "tool_use_id", "toolUs
 CALL_NAMES = ("name", "tool_name", "toolName", "function_name", "functionName", "tool", "api_name", "api")
 ARGUMENT_NAMES = (
     "arguments", "parameters", "input", "args", "kwargs", "params", "tool_input", "toolInput", "tool_arguments",
-    "action_input", "arguments_json", "arguments_text", "raw_arguments", "parameter", "argument",
+    "tool_kwargs", "action_input", "arguments_json", "arguments_text", "raw_arguments", "parameter", "argument",
 )  # fmt: skip
 _HARMLESS = frozenset(
     "parsed_arguments status view parse_error_type extra_content thought_signature thoughtSignature signature "
     "cache_control caller providerExecuted provider_executed providerOptions providerMetadata callProviderMetadata "
-    "namespace internal rawInput provider_data".split()
+    "namespace internal rawInput provider_data extra metadata index inner_content ai_model_id raw_representation "
+    "additional_properties exception".split()
 )
 
 
@@ -69,7 +79,7 @@ def read_call(value: Any, where: str) -> Call:
     fields = Fields(value, where)
     call_id = fields.take(*CALL_ID_NAMES)
     own_id = fields.take("id")
-    fields.take("type")
+    fields.take(*PART_TYPE_NAMES)
     if fields.take("parse_error", "error"):
         raise RefusedRecord(f"{where} has a call that its source could not read")
     arguments = fields.take(*ARGUMENT_NAMES)
