@@ -14,6 +14,7 @@ from typing import Any
 
 from learner.importing.agent_logs import is_smolagents_step, read_atif, read_inspect_sample, read_smolagents
 from learner.importing.fields import RefusedRecord, is_empty, is_harmless, kind
+from learner.importing.glaive import read_glaive
 from learner.importing.json_lines import Record, Refusal
 from learner.importing.messages import is_langchain, is_message
 from learner.importing.pydantic_ai import is_pydantic_ai
@@ -28,7 +29,7 @@ from learner.importing.rows import (
     read_preference,
     read_xlam,
 )
-from learner.importing.sessions import read_session, session_format
+from learner.importing.sessions import is_gemini_cli, read_gemini_cli, read_session, session_format
 from learner.importing.telemetry import holds_conversation, is_span, read_span, spans_of_logs
 from learner.importing.traces import as_pair, read_trace
 from learner.importing.turns import Draft, SourceFormat
@@ -68,6 +69,10 @@ def _read_object(record: dict[str, Any]) -> Draft:
         return read_openai_preference(record)
     if any(isinstance(record.get(name), str | list | dict) for name in CHOSEN_NAMES):
         return read_preference(record)
+    if isinstance(record.get("chat"), str) and "messages" not in record:
+        return read_glaive(record)
+    if is_gemini_cli(record):
+        return read_gemini_cli(record)
     if "messages" in record and "epoch" in record and "scores" in record:
         return read_inspect_sample(record)
     if isinstance(record.get("values"), dict) and "messages" in record["values"]:

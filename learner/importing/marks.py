@@ -250,11 +250,14 @@ def mark_of(name: str, value: Any) -> Mark:
         return _mark_of_failure(value)
     if words[-1] in _DEGREES and set(words) & _BAD:  # toxicity_score, error_rate: less is better
         return _mark_of_degree(value)
+    if words[-1] in ("reached", "exceeded", "hit") and _LIMITS & set(words):  # max_steps_reached: no goal
+        return _mark_of_failure(value)
     if snake in _GOOD or words[-1] in _GOOD or words[-2:] in (["success", "rate"], ["pass", "rate"]):
         return _mark_of_value(value)
     return Mark.NONE
 
 
+_LIMITS = frozenset("max maximum limit limits budget cap quota deadline timeout steps turns".split())
 _TIMES = ("at", "date", "time", "timestamp", "on", "by")
 _NUMBERS = ("count", "counts")
 _DEGREES = ("score", "scores", "rate", "probability", "prob")
