@@ -105,7 +105,7 @@ def read_turns(messages: Any, name: str) -> tuple[list[Turn], list[Any]]:
         where = f"message {number}"
         for each in as_messages(message, where) if is_pydantic_ai(message) else [message]:
             turns += read_message(each, where, tools)
-    if any(isinstance(message, dict) and is_item(message) for message in messages):
+    if any(isinstance(message, dict) and (is_item(message) or "channel" in message) for message in messages):
         turns = merge_items(turns)
     return turns, tools
 
@@ -118,6 +118,8 @@ def read_message(message: Any, where: str, tools: list[Any]) -> list[Turn]:
         message = {**message["data"], "type": message.get("type")}
     if isinstance(message, dict) and is_item(message):
         return _read_item(message, where)
+    if isinstance(message, dict) and isinstance(message.get("channel"), str):
+        return _read_harmony(message, where)
     if isinstance(message, dict) and {"agent", "message_type"} <= set(message):  # SWE-agent's, of one agent
         message = {key: held for key, held in message.items() if key not in ("agent", "message_type")}
     fields = Fields(message, where)
@@ -217,6 +219,34 @@ def _read_assistant(fields: Fields, is_calls_text: bool) -> list[Turn]:
         turn if turn.role != "assistant" else replace(turn, is_learned=is_learned)
         for turn in _completed(turns, calls, thinking, hides_thinking, where)
     ]
+
+
+def _read_harmony(message: dict[str, Any], where: str) -> list[Turn]:
+    """gpt-oss's messages: thoughts, calls and answers stand apart, by their channel and by whom they are for."""
+    fields = Fields(message, where)
+    channel, recipient = fields.take("channel"), fields.take("recipient") or "all"
+    fields.take("content_type")
+    rest = dict(fields.left())
+    if _role(Fields(message, where)) == "tool":
+        name = str(rest.pop("name", "")).removeprefix(_FUNCTIONS)
+        return [replace(turn, tool_name=name or None) for turn in read_message(rest, where, [])]
+    turns = read_message(rest, where, [])
+    if channel == "final" or _role(Fields(message, where)) != "assistant":
+        return turns
+    if len(turns) != 1 or turns[0].calls or turns[0].thinking:
+        raise RefusedRecord(f"{where} has a channel, and more than text")
+    if recipient not in ("all", "user"):
+        if not str(recipient).startswith(_FUNCTIONS):
+            raise RefusedRecord(f"{where} is for {recipient!r}; only calls of functions are read")
+        name = str(recipient).removeprefix(_FUNCTIONS)
+        return [replace(turns[0], text="", calls=(Call(name, turns[0].text),))]
+    if channel not in ("analysis", "commentary"):
+        raise RefusedRecord(f"{where}: the channel {channel!r} is not known")
+    return [replace(turns[0], text="", thinking=turns[0].text)] if channel == "analysis" else turns
+
+
+_FUNCTIONS = "functions."
+"""What gpt-oss writes before the names of the tools that it is given."""
 
 
 def _take_repeated_thought(fields: Fields) -> None:

@@ -218,7 +218,7 @@ def _json_rule(schema: dict[str, Any], leniency: dict[str, Any] | None = None) -
         as_meant = closed(schema)
     except (SchemaMaze, RecursionError) as error:
         raise GrammarError("the schema's parts refer to each other over and over") from error
-    problem = ""
+    rule = problem = ""
     attempts = [(as_meant, {}), (schema, {})]  # as it is, where it cannot be closed: by llguidance's bounds, say
     if leniency is not None:
         attempts += [(as_meant, leniency), (_without_look_around(as_meant), leniency)]
