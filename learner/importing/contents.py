@@ -32,9 +32,9 @@ _UNTYPED = (
 _HARMLESS = frozenset(
     "annotations citations cache_control logprobs phase providerMetadata providerOptions provider_options extras "
     "signature thoughtSignature thought_signature state callProviderMetadata resultProviderMetadata preliminary "
-    "is_error isError error structuredContent _meta format internal status title summary_index toolMetadata "
-    "provider_data extra additional_information num_tokens metadata inner_content ai_model_id raw_representation "
-    "additional_properties".split()
+    "is_error isError structuredContent _meta format internal status title summary_index toolMetadata "
+    "provider_data details extra additional_information num_tokens metadata inner_content ai_model_id "
+    "raw_representation additional_properties".split()
 )
 
 
@@ -217,6 +217,8 @@ def _result(part: Any, where: str) -> Turn:
     fields.take(*PART_TYPE_NAMES)
     origin = Fields(fields.take("origin") or {}, fields.where)  # Haystack's: the call again
     call_id = fields.take(*CALL_ID_NAMES) or origin.take("id")
+    if isinstance(dict(fields.left()).get("error"), bool):  # Haystack's: whether the result tells of an error
+        fields.take("error")
     own_id = fields.take("id")
     name = fields.take(*CALL_NAMES) or origin.take("tool_name")
     text = result_text(fields.take(*_RESULT_NAMES), where)

@@ -166,7 +166,8 @@ def _content(fields: Fields) -> Any:
     parts = fields.take("parts")
     if parts is not None:  # Vercel repeats them as content
         for repeated in ("content", "toolInvocations", "reasoning"):
-            fields.take(repeated)
+            if repeated != "reasoning" or _hold_reasoning(parts):
+                fields.take(repeated)
         return parts
     blocks = fields.take(*_PARTS)
     content = fields.take(*_WORDS)
@@ -175,6 +176,10 @@ def _content(fields: Fields) -> Any:
         content = _content(inner)
         inner.close(_HARMLESS)
     return content if blocks is None or not is_empty(content) else blocks
+
+
+def _hold_reasoning(parts: Any) -> bool:
+    return isinstance(parts, list) and any(isinstance(p, dict) and p.get("type") == "reasoning" for p in parts)
 
 
 def _from_constructor(message: dict[str, Any], where: str) -> dict[str, Any]:
@@ -195,7 +200,7 @@ def _read_assistant(fields: Fields, is_calls_text: bool) -> list[Turn]:
     where = fields.where
     _take_repeated_thought(fields)
     extra_calls, extra_thinking, is_learned_inside = _read_kwargs(fields)
-    if "parts" in fields:  # which hold the thinking, too
+    if _hold_reasoning(dict(fields.left()).get("parts")):  # again
         fields.take("reasoning")
     thinking, hides_thinking = _thinking(fields, extra_thinking)
     calls = _calls(fields) or extra_calls

@@ -70,7 +70,7 @@ _HARMLESS = frozenset(
     "parsed_arguments status view parse_error_type extra_content thought_signature thoughtSignature signature "
     "cache_control caller providerExecuted provider_executed providerOptions providerMetadata callProviderMetadata "
     "namespace internal rawInput provider_data extra metadata index inner_content ai_model_id raw_representation "
-    "additional_properties exception".split()
+    "additional_properties".split()
 )
 
 
