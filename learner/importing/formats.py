@@ -79,7 +79,8 @@ def _read_object(record: dict[str, Any]) -> Draft:
         return read_conversation(
             {**{k: v for k, v in record.items() if k not in _OF_STATES}, **record["values"]}, "messages"
         )
-    if _is_messages(record.get("history")):  # SWE-agent's: its trajectory says the same, step by step
+    is_answer = any(name in record for name in (*PROMPT_NAMES, *ANSWER_NAMES))
+    if _is_messages(record.get("history")) and not is_answer:  # SWE-agent's: its trajectory says the same, step by step
         return read_conversation({key: value for key, value in record.items() if key != "trajectory"}, "history")
     if "messages" in record and (envelope := as_pair(record)) is not None:
         return read_trace(envelope, SourceFormat.OPENAI)
@@ -213,7 +214,8 @@ def _contained(value: Any) -> Iterator[Any]:
         isinstance(value, dict) and isinstance(value.get("data"), dict) and _objects(value["data"], "spans")
     ):  # MLflow's
         spans = [span for span in _objects(value["data"], "spans") if is_span(span)]
-        yield from [span for span in spans if holds_conversation(span)] or spans
+        beside = {"info": value["info"]} if isinstance(value.get("info"), dict) else {}
+        yield from ({**span, **beside} for span in [span for span in spans if holds_conversation(span)] or spans)
     elif (rows := _rows_within(value)) is not None:
         for each in rows:
             yield from _contained(each)

@@ -26,7 +26,8 @@ from learner.importing.fields import (
 CONTAINERS = frozenset(
     "meta metadata meta_data info extra extras extra_info additional_info annotations custom attributes details "
     "extra_fields additional_fields custom_fields feedback feedback_stats evaluation eval judgement judgment metrics "
-    "response_metadata provider_specific_fields generation_info llm_output final_metrics verifier_result".split()
+    "response_metadata provider_specific_fields generation_info llm_output final_metrics verifier_result assessments "
+    "summary".split()
 )
 """Keys that hold whatever the source had beside the conversation: only marks are looked for in them."""
 

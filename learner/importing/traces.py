@@ -24,8 +24,8 @@ OF_TRACES = frozenset(
     "expectedOutput sourceTraceId sourceObservationId datasetId datasetName attributes kind flags links resource "
     "scope instrumentation_scope context spanId traceId parentSpanId traceState startTimeUnixNano endTimeUnixNano "
     "instrumentationScope spanKind span_kind droppedAttributesCount droppedEventsCount htmlPath unit traceName "
-    "traceTags inputPrice outputPrice totalPrice op_name display_name summary span_name span_type service_name "
-    "is_remote otel_scope_name assessments spans start_time_unix_nano "
+    "traceTags inputPrice outputPrice totalPrice op_name display_name span_name span_type service_name "
+    "is_remote otel_scope_name spans start_time_unix_nano "
     "end_time_unix_nano request_preview response_preview trace_metadata status_message".split()
 )
 
@@ -184,6 +184,9 @@ def read_asked(given: Any) -> tuple[list[Turn], list[Turn], list[Any]]:
         if isinstance(held := fields.take(name), dict):
             inner = Fields(held, name)
             more_system, more_tools, _ = take_beside(inner)
+            answer_format = inner.take("response_format")
+            if isinstance(answer_format, dict) and answer_format.get("type", "text") != "text":
+                raise RefusedRecord(f"{name}.response_format changes what the model may say, and cannot be kept")
             system, tools = [*system, *more_system], [*tools, *more_tools]
     close_record(fields, _OF_REQUESTS)
     turns, more_system, more_tools = read_asked(messages)
