@@ -152,6 +152,60 @@ def test_a_schema_that_no_answer_fits_is_a_grammar_error_in_one_line(
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"type": "array", "uniqueItems": True}, 'Unimplemented keys: ["uniqueItems"]'),
+        ({"type": "string", "pattern": "^(?!x)"}, "look-around, including look-ahead and look-behind"),
+        ({"type": "object", "required": None}, "Expected array for 'required', got null"),
+    ],
+)
+def test_what_no_answer_can_be_held_to_is_named(protocol: ChatProtocol, schema: dict[str, Any], words: str) -> None:
+    with pytest.raises(GrammarError, match="no answer can be held to this schema") as caught:
+        json_grammar(protocol, schema)
+    assert words in str(caught.value)
+    assert "%json" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {"type": "integer"}},
+        {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "integer"}, "uniqueItems": False}}},
+        {"type": "object", "properties": {"a": {"type": "string", "format": "email", "pattern": r"^(?!\.).+@.+$"}}},
+    ],
+)
+def test_what_asks_for_nothing_more_is_no_obstacle(protocol: ChatProtocol, schema: dict[str, Any]) -> None:
+    """Zod's records and mail addresses made every structured answer a 400."""
+    assert json_grammar(protocol, schema)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"uniqueItems": True, "type": "array"},
+        {"type": "object", "propertyNames": {"pattern": "^x"}},
+        {"not": {"type": "string"}},
+        {"type": "string", "pattern": "^(?!x)"},
+        {"if": {"type": "string"}, "then": {"minLength": 2}},
+    ],
+)
+def test_a_call_is_required_of_tools_whose_parameters_say_what_no_grammar_can(
+    protocol: ChatProtocol, more: dict[str, Any]
+) -> None:
+    """smolagents requires a call of every step: a set in one tool's parameters stopped the whole agent."""
+    parameters = {"type": "object", "properties": {"at": {"enum": ["door"]}, "more": more}, "required": ["at"]}
+    function = {"name": "look", "description": "", "parameters": parameters}
+    grammar = tool_call_grammar(protocol, ({"type": "function", "function": function},))
+    assert '"door"' in grammar
+
+
+def test_a_tool_whose_parameters_are_no_schema_is_named(protocol: ChatProtocol) -> None:
+    function = {"name": "look", "description": "", "parameters": {"type": "circle"}}
+    with pytest.raises(GrammarError, match="no call of look can be held to its parameters: Invalid type: circle"):
+        tool_call_grammar(protocol, ({"type": "function", "function": function},))
+
+
 def test_a_model_that_does_not_write_calls_as_json_objects_says_so() -> None:
     tokenizer = build_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE.replace("else call.arguments | tojson", "else call.arguments | length")

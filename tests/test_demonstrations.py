@@ -517,6 +517,13 @@ def test_good_records_between_bad_ones_are_imported_and_the_bad_ones_told_by_lin
         (b"[]", "the file holds no records"),
         (gzip.compress(lines(simple()).encode(), mtime=0), "gzip-compressed"),
         (b"PAR1\x15\x04", "a Parquet file"),
+        (b"\xff\xff\xff\xff\x10\0\0\0", "an Arrow stream"),
+        (b"\x80\x04\x95", "a Python pickle"),
+        (b"SQLite format 3\0", "an SQLite database"),
+        (b"BZh91AY&SY", "bzip2-compressed"),
+        (b"\xfd7zXZ\0", "xz-compressed"),
+        (lines(simple()).encode("utf-16-le"), "UTF-16"),
+        (lines(simple()).encode("utf-32"), "UTF-32"),
         (b"PK\x03\x04rest", "a zip archive"),
         (lines(simple()).encode("utf-16"), "UTF-16"),
         (b"abc\0def", "binary"),
@@ -589,7 +596,7 @@ def test_in_an_array_reading_ends_at_what_cannot_be_read_and_says_so(
 
 
 def test_a_file_in_which_nothing_is_a_record_is_given_up(tmp_path: Path) -> None:
-    report = imported_from(tmp_path, "name,city\n" * 50_000)
+    report = imported_from(tmp_path, '{"name": "city"}\n' * 50_000)
     assert len(report.refused) == 1001
     assert report.refused[-1] == Refusal(0, "given up: the first 1000 records were all refused")
 

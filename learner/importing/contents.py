@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from learner.importing.exact_json import dumps, holds_rounded
-from learner.importing.fields import Fields, RefusedRecord, is_empty, kind
+from learner.importing.fields import CACHE_MARK, PART_TYPE_NAMES, Fields, RefusedRecord, is_empty, kind
 from learner.importing.turns import Call, Turn
 from learner.importing.written_calls import CALL_ID_NAMES, CALL_NAMES, read_call
 
@@ -23,14 +23,18 @@ _RESULTS = frozenset(
 _STEP_STARTS = frozenset("step-start step_start finish-step step-finish".split())
 _SHOWN_ALONE = ("source-url", "source-document")
 """Vercel's parts for the screen, as are those whose type begins with `data-`: no model is sent them."""
-_UNTYPED = ("functionCall", "function_call", "functionResponse", "function_response", "toolUse", "toolResult")
-"""Gemini's and Bedrock's parts: the key tells the type."""
+_UNTYPED = (
+    "functionCall", "function_call", "functionResponse", "function_response", "toolUse", "toolResult",
+    "tool_call", "tool_call_result", "reasoning",
+)  # fmt: skip
+"""Gemini's, Bedrock's and Haystack's parts: the key tells the type."""
 
 _HARMLESS = frozenset(
     "annotations citations cache_control logprobs phase providerMetadata providerOptions provider_options extras "
     "signature thoughtSignature thought_signature state callProviderMetadata resultProviderMetadata preliminary "
     "is_error isError structuredContent _meta format internal status title summary_index toolMetadata "
-    "provider_data".split()
+    "provider_data details extra additional_information num_tokens metadata inner_content ai_model_id "
+    "raw_representation additional_properties".split()
 )
 
 
@@ -101,8 +105,11 @@ def _read_part(part: Any, speech: Speech) -> None:
     if isinstance(part, str):
         speech.say(part)
         return
+    if isinstance(part, dict) and set(part) == CACHE_MARK:
+        return
+    part = _with_plugins_name(part)
     fields = Fields(part, f"a part of {speech.where}")
-    name = fields.take("type", "part_kind", "kind")
+    name = fields.take(*PART_TYPE_NAMES)
     if name is None:
         name = next((key for key in _UNTYPED if key in fields), None)
         part = fields.take(name) if name else part
@@ -111,6 +118,10 @@ def _read_part(part: Any, speech: Speech) -> None:
         elif "reasoningContent" in fields:
             inner = fields.take("reasoningContent")
             part, name = inner.get("reasoningText", inner) if isinstance(inner, dict) else inner, "reasoning"
+        elif {"name", "arguments"} <= set(part):  # AutoGen's
+            name = "tool_call"
+        elif {"content", "call_id"} <= set(part):
+            name = "tool_result"
         else:
             name = "thinking" if fields.take("thought") is True else "text"
     if not isinstance(name, str):
@@ -131,6 +142,11 @@ def _read_part(part: Any, speech: Speech) -> None:
         if speech.text.strip() and not speech.calls:
             speech.end_turn()
         speech.results.append(_result(part, speech.where))
+    elif name == "tool-invocation":  # Vercel's, until version 4
+        invocation = Fields(fields.take("toolInvocation"), fields.where)
+        invocation.take("step")
+        fields.close(_HARMLESS)
+        _read_ui_tool(invocation, name, speech)
     elif name == "dynamic-tool" or (name.startswith("tool-") and "state" in fields):
         _read_ui_tool(fields, name, speech)
     elif name in _STEP_STARTS:
@@ -141,16 +157,26 @@ def _read_part(part: Any, speech: Speech) -> None:
         raise RefusedRecord(f"{speech.where}: its content has a part of type {name!r}; only text is read")
 
 
+def _with_plugins_name(part: Any) -> Any:
+    """Semantic Kernel tells a function's name whole, as the model was told it, and in its two halves."""
+    if not isinstance(part, dict) or not {"name", "plugin_name"} <= set(part):
+        return part
+    return {key: held for key, held in part.items() if key not in ("plugin_name", "function_name")}
+
+
 # ------------------------------------------------------------------------------------------------- thoughts
 
 
+_THOUGHT_TEXTS = ("thinking", "reasoning", "text", "content", "reasoning_content", "reasoning_text")
+
+
 def _think(fields: Fields, name: str, speech: Speech) -> None:
-    fields.take("type", "part_kind", "kind")
+    fields.take(*PART_TYPE_NAMES)
     fields.take("thought")
     is_redacted = fields.take("redacted") is True or name in ("redacted_thinking", "reasoning.encrypted")
     hidden = fields.take("encrypted_content", "data", "redactedContent", "signature", "thoughtSignature")
     summary = thought_text(fields.take("summary"), speech.where)
-    full = thought_text(fields.take("thinking", "reasoning", "text", "content", "reasoning_content"), speech.where)
+    full = thought_text(fields.take(*_THOUGHT_TEXTS), speech.where)
     if fields.take("closed") is False:  # Mistral's
         raise RefusedRecord(f"{speech.where} ends within its thinking: it is not closed")
     text = summary if is_redacted else full or summary
@@ -188,10 +214,13 @@ _RESULT_NAMES = ("content", "output", "result", "response", "tool_result", "valu
 
 def _result(part: Any, where: str) -> Turn:
     fields = Fields(part, f"a result of {where}")
-    fields.take("type", "part_kind", "kind")
-    call_id = fields.take(*CALL_ID_NAMES)
+    fields.take(*PART_TYPE_NAMES)
+    origin = Fields(fields.take("origin") or {}, fields.where)  # Haystack's: the call again
+    call_id = fields.take(*CALL_ID_NAMES) or origin.take("id")
+    if isinstance(dict(fields.left()).get("error"), bool):  # Haystack's: whether the result tells of an error
+        fields.take("error")
     own_id = fields.take("id")
-    name = fields.take(*CALL_NAMES)
+    name = fields.take(*CALL_NAMES) or origin.take("tool_name")
     text = result_text(fields.take(*_RESULT_NAMES), where)
     for unread in ("input", "args"):  # of the call, repeated
         fields.take(unread)
@@ -228,7 +257,9 @@ def result_text(value: Any, where: str) -> str:
 
 def _is_part(part: Any) -> bool:
     return isinstance(part, dict) and (
-        part.get("type") in _TEXTS or set(part) in ({"text"}, {"json"}) or _is_other_part(part)
+        any(part.get(name) in _TEXTS for name in PART_TYPE_NAMES)
+        or set(part) in ({"text"}, {"json"})
+        or _is_other_part(part)
     )
 
 
@@ -243,7 +274,16 @@ def _is_other_part(part: dict[str, Any]) -> bool:
 
 
 def _joined(parts: list[dict[str, Any]], where: str) -> str:
-    return "".join(dumps(part["json"]) if set(part) == {"json"} else plain_text([part], where) for part in parts)
+    return "".join(_text_of_part(part, where) for part in parts)
+
+
+def _text_of_part(part: dict[str, Any], where: str) -> str:
+    if set(part) == {"json"}:
+        return dumps(part["json"])
+    document = part.get("document")
+    if part.get("type") == "document" and isinstance(document, dict) and set(document) <= {"data", "id"}:  # Cohere's
+        return result_text(document.get("data"), where)
+    return plain_text([part], where)
 
 
 def _read_ui_tool(fields: Fields, name: str, speech: Speech) -> None:

@@ -21,7 +21,7 @@ from learner.importing.formats import read_draft, records_of
 from learner.importing.json_lines import Record, Refusal, read_values
 from learner.importing.tool_schemas import NAME_RULE, TOOL_NAME, holds_null, without_padding
 from learner.importing.turns import Call, Draft, SourceFormat, Turn
-from learner.importing.written_calls import ARGUMENT_NAMES
+from learner.importing.written_calls import ARGUMENT_NAMES, called_in_text
 from policies.types import Message, ToolSchema
 from runtime.store.episodes import demonstration_digest
 
@@ -211,6 +211,8 @@ class _Transcript:
             raise RefusedRecord("two messages of the assistant in a row: nothing was seen between them")
         if not turn.calls and not turn.text.strip():
             raise RefusedRecord("the assistant says nothing and calls nothing")
+        if not turn.calls and (called := called_in_text(turn.text) & set(self._schemas)):
+            raise RefusedRecord(f"the assistant calls {min(called)!r} in its text: write the call as tool_calls")
         message: Message = {"role": "assistant", "content": _sound(turn.text)}
         if turn.calls:
             message["tool_calls"] = [self._entry(call, number) for number, call in enumerate(turn.calls, 1)]

@@ -69,16 +69,18 @@ class Fields:
 
     def close(self, harmless: Collection[str] = ()) -> None:
         """Raises RefusedRecord where a key is left that is not known to be harmless."""
-        for name, value in self.left():
-            if name not in harmless and not is_harmless(name, value):
-                raise unknown(self.where, name)
+        strangers = [name for name, value in self.left() if name not in harmless and not is_harmless(name, value)]
+        if strangers:
+            raise unknown(self.where, *strangers)
 
 
-def unknown(where: str, name: str) -> RefusedRecord:
-    return RefusedRecord(
-        f"{where} has the key {name!r}, and nothing tells whether it changes what is learned: "
-        f"take it out, or say --ignore {name}"
-    )
+def unknown(where: str, *names: str) -> RefusedRecord:
+    """The refusal that names all unknown keys of an object: what is told one by one takes as many attempts."""
+    if len(names) == 1:
+        has, it = f"the key {names[0]!r}, and nothing tells whether it changes", "it"
+    else:
+        has, it = f"the keys {', '.join(map(repr, names))}, and nothing tells whether they change", "them"
+    return RefusedRecord(f"{where} has {has} what is learned: take {it} out, or say --ignore {','.join(names)}")
 
 
 def is_empty(value: Any) -> bool:
@@ -108,9 +110,13 @@ THINKING_NAMES = (
     "reasoning_content", "reasoning", "reasoning_details", "thinking", "thinking_blocks", "thinking_content", "thought",
     "thoughts", "reasoning_text", "think", "reasoningContent", "chain_of_thought", "cot", "thought_process",
     "thinking_process", "thinking_text", "thinking_trace", "reasoning_trace", "reasoning_summary", "inner_thoughts",
-    "inner_monologue", "internal_monologue", "scratchpad",
+    "inner_monologue", "internal_monologue", "scratchpad", "tool_plan",
 )  # fmt: skip
 """Beside an assistant's words: what it thought before it said them."""
+PART_TYPE_NAMES = ("type", "part_kind", "kind", "block_type", "content_type")
+"""What a part of a content is: pydantic-ai's, LlamaIndex's and Semantic Kernel's names, too."""
+CACHE_MARK = {"cachePoint"}
+"""The key of Bedrock's parts and tools that only say how far its cache of the prompt goes."""
 
 
 # ---------------------------------------------------------------------------------------------- harmless keys
@@ -127,7 +133,10 @@ _HARMLESS = frozenset(
     object system_fingerprint service_tier parallel_tool_calls tool_choice store user username session conversation
     thread trace run repo repository commit branch cwd hostname platform environment task_type data_source ability
     num turns rounds length size logprobs logit_bias reasoning_effort verbosity prompt_cache_key safety_identifier
-    generator teacher teacher_model model_name agent_name game_file file_name filename
+    generator teacher teacher_model model_name agent_name game_file file_name filename patch model_patch test_patch
+    generated_patch gold_patch trajectory_format exp_name subset_name trace_name project_name app_name dataset_name
+    provided_model_name last_updated turn trial
+    top_logprobs
     """.split()
 )
 """Names and places, dates, settings of the sampling, counts and costs: they say nothing of what was said or done."""

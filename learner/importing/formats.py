@@ -13,7 +13,8 @@ from itertools import chain
 from typing import Any
 
 from learner.importing.agent_logs import is_smolagents_step, read_atif, read_inspect_sample, read_smolagents
-from learner.importing.fields import RefusedRecord, is_empty, kind
+from learner.importing.fields import RefusedRecord, is_empty, is_harmless, kind
+from learner.importing.glaive import read_glaive
 from learner.importing.json_lines import Record, Refusal
 from learner.importing.messages import is_langchain, is_message
 from learner.importing.pydantic_ai import is_pydantic_ai
@@ -28,9 +29,9 @@ from learner.importing.rows import (
     read_preference,
     read_xlam,
 )
-from learner.importing.sessions import read_session, session_format
+from learner.importing.sessions import is_gemini_cli, read_gemini_cli, read_session, session_format
 from learner.importing.telemetry import holds_conversation, is_span, read_span, spans_of_logs
-from learner.importing.traces import read_trace
+from learner.importing.traces import as_pair, read_trace
 from learner.importing.turns import Draft, SourceFormat
 
 _LANGSMITH = ("run_type", "dotted_order", "session_id", "app_path", "reference_example_id", "example_id", "dataset_id")
@@ -68,15 +69,29 @@ def _read_object(record: dict[str, Any]) -> Draft:
         return read_openai_preference(record)
     if any(isinstance(record.get(name), str | list | dict) for name in CHOSEN_NAMES):
         return read_preference(record)
+    if isinstance(record.get("chat"), str) and "messages" not in record:
+        return read_glaive(record)
+    if is_gemini_cli(record):
+        return read_gemini_cli(record)
     if "messages" in record and "epoch" in record and "scores" in record:
         return read_inspect_sample(record)
     if isinstance(record.get("values"), dict) and "messages" in record["values"]:
         return read_conversation(
             {**{k: v for k, v in record.items() if k not in _OF_STATES}, **record["values"]}, "messages"
         )
-    for name in ("messages", "conversations", "conversation", "dialogue", "trajectory"):
+    is_answer = any(name in record for name in (*PROMPT_NAMES, *ANSWER_NAMES))
+    if _is_messages(record.get("history")) and not is_answer:  # SWE-agent's: its trajectory says the same, step by step
+        return read_conversation({key: value for key, value in record.items() if key != "trajectory"}, "history")
+    if "messages" in record and (envelope := as_pair(record)) is not None:
+        return read_trace(envelope, SourceFormat.OPENAI)
+    for name in ("messages", "conversations", "conversation", "dialogue", "dialog", "trajectory", "traj"):
         if name in record:
             return read_conversation(record, name)
+    if (envelope := as_pair(record)) is not None:
+        return read_trace(envelope, SourceFormat.OPENAI)
+    if isinstance(record.get("body"), dict) and "messages" in record["body"]:  # a line of OpenAI's batches
+        beside = {key: value for key, value in record.items() if key not in ("body", "method")}
+        return read_conversation({**beside, **record["body"]}, "messages")
     if "contents" in record:
         return read_gemini(record)
     if isinstance(record.get("request"), dict) and "contents" in record["request"]:
@@ -89,8 +104,17 @@ def _read_object(record: dict[str, Any]) -> Draft:
         return read_conversation(record, "input")
     if any(name in record for name in ("input", "inputs", "request")):
         return read_trace(record, _trace_format(record))
+    if any(name in record for name in ("response", "result", "output", "outputs", "choices")):
+        raise RefusedRecord("it has an answer, and not what was asked: join each answer with its request first")
     keys = ", ".join(map(repr, list(record)[:8])) or "none"
-    raise RefusedRecord(f"no known format: it has no messages, conversations or chosen; its keys are {keys}")
+    raise RefusedRecord(
+        f"no known format: it has no messages, conversations or chosen; its keys are {keys}. "
+        'Write each conversation as {"messages": [{"role": ..., "content": ...}], "tools": [...]}, one a line'
+    )
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and is_message(value[0])
 
 
 def _is_whole_conversation(record: dict[str, Any]) -> bool:
@@ -186,8 +210,38 @@ def _contained(value: Any) -> Iterator[Any]:
         generations = [each for each in _objects(value, "observations") if each.get("type") == "GENERATION"]
         whole = {key: held for key, held in value.items() if key != "observations"}
         yield from ({**beside, **each} for each in generations) if generations else (whole,)
+    elif (
+        isinstance(value, dict) and isinstance(value.get("data"), dict) and _objects(value["data"], "spans")
+    ):  # MLflow's
+        spans = [span for span in _objects(value["data"], "spans") if is_span(span)]
+        beside = {"info": value["info"]} if isinstance(value.get("info"), dict) else {}
+        yield from ({**span, **beside} for span in [span for span in spans if holds_conversation(span)] or spans)
+    elif (rows := _rows_within(value)) is not None:
+        for each in rows:
+            yield from _contained(each)
     else:
         yield value
+
+
+_ROWS = ("data", "rows", "records", "examples", "items", "traces", "runs", "samples", "results")
+
+_OF_PAGES = ("features", "meta", "partial", "has_more")
+
+
+def _rows_within(value: Any) -> list[Any] | None:
+    """The records of an answer of an API: a list under one key, and beside it nothing but counts and pages."""
+    if not isinstance(value, dict):
+        return None
+    lists = [name for name, held in value.items() if isinstance(held, list) and held]
+    name = next((name for name in _ROWS if name in value), None)
+    beside = {key: held for key, held in value.items() if key not in (name, *_OF_PAGES) and not is_empty(held)}
+    is_one_list = name is not None and set(lists) - {"features"} == {name}
+    if not is_one_list or not all(is_harmless(key, held) for key, held in beside.items()):
+        return None
+    rows = value[name]
+    if not all(isinstance(each, dict) for each in rows) or is_message(rows[0]):
+        return None
+    return [each["row"] if "row_idx" in each and isinstance(each.get("row"), dict) else each for each in rows]
 
 
 def _objects(value: dict[str, Any], name: str) -> list[dict[str, Any]]:

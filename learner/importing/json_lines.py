@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, BinaryIO
 
 from learner.importing.exact_json import DECODER, loads
@@ -26,10 +26,24 @@ _OTHER_TYPES = {
     b"PK\x03\x04": "a zip archive; unpack it first, and an .eval log with `inspect log convert --to json`",
     b"PAR1": "a Parquet file; write it out as JSONL first",
     b"ARROW1": "an Arrow file; write it out as JSONL first",
-    b"\xff\xfe": "UTF-16 text; save it as UTF-8",
+    b"\xff\xff\xff\xff": "an Arrow stream; write it out as JSONL first",
+    b"\x80\x04": "a Python pickle; write it out as JSONL first",
+    b"\x80\x05": "a Python pickle; write it out as JSONL first",
+    b"SQLite format 3": "an SQLite database; write its conversations out as JSONL first",
+    b"BZh": "bzip2-compressed; unpack it first",
+    b"\xfd7zXZ": "xz-compressed; unpack it first",
+    b"7z\xbc\xaf": "a 7z archive; unpack it first",
+    b"\xff\xfe": "UTF-16 or UTF-32 text; save it as UTF-8",
     b"\xfe\xff": "UTF-16 text; save it as UTF-8",
+    b"{\0": "UTF-16 text; save it as UTF-8",
+    b"[\0": "UTF-16 text; save it as UTF-8",
+    b"\0{": "UTF-16 text; save it as UTF-8",
+    b"\0[": "UTF-16 text; save it as UTF-8",
+    b"version https://git-lfs": "a pointer of Git LFS and not the data: fetch it with `git lfs pull`",
 }
 """How files begin that are often taken for JSON."""
+_LOOKED_AT = 20
+"""Lines of a file's beginning: where none of them begins as JSON does, the file is something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +67,28 @@ class Refusal:
 def read_values(stream: BinaryIO) -> Iterator[Record | Refusal]:
     """The values of a file in their order, an array's one by one. Raises OSError where the stream does."""
     lines = _lines(stream)
-    first = next(lines, None)
-    if first is None:
+    beginning = list(islice(lines, 1))
+    if not beginning:
         yield Refusal(0, "the file is empty")
-    elif problem := _other_type(first[1]):
+        return
+    first = beginning[0]
+    if problem := _other_type(first[1]):
         yield Refusal(0, f"the file is {problem}")
+        return
+    if not _begins_as_json(first[1]):
+        beginning += islice(lines, _LOOKED_AT - 1)
+    lines = chain(beginning[1:], lines)
+    if not any(_begins_as_json(text) for _, text in beginning):
+        yield Refusal(0, "the file is text, and not JSON (CSV, YAML and Markdown are not read): write it as JSONL")
     elif _is_written_out(first[1]) and isinstance(_read_line(*first), Refusal):
         yield from _read_written_out(chain(_chunks(BytesIO(first[1])), _chunks(stream)), first[0])
     else:
         for line, text in chain([first], lines):
             yield _read_line(line, text)
+
+
+def _begins_as_json(text: bytes) -> bool:
+    return text.lstrip().startswith((b"{", b"[")) or isinstance(_read_line(0, text), Record)
 
 
 def _other_type(text: bytes) -> str | None:

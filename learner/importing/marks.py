@@ -26,7 +26,8 @@ from learner.importing.fields import (
 CONTAINERS = frozenset(
     "meta metadata meta_data info extra extras extra_info additional_info annotations custom attributes details "
     "extra_fields additional_fields custom_fields feedback feedback_stats evaluation eval judgement judgment metrics "
-    "response_metadata provider_specific_fields generation_info llm_output final_metrics verifier_result".split()
+    "response_metadata provider_specific_fields generation_info llm_output final_metrics verifier_result assessments "
+    "summary".split()
 )
 """Keys that hold whatever the source had beside the conversation: only marks are looked for in them."""
 
@@ -91,7 +92,7 @@ _BAD_WORDS = frozenset(
 )
 _ENDS = frozenset(
     "stop end_turn tool_use tool_calls tool-calls tool_call function_call stop_sequence eos eos_token finished final "
-    "submitted agent_finish stop_str end".split()
+    "submitted submit agent_finish stop_str end".split()
 )
 _CUT_OFF = frozenset(
     "length max_tokens max_output_tokens model_length content_filter content-filter safety recitation aborted abort "
@@ -114,9 +115,21 @@ _GROUPS_OF_BAD = frozenset(
 def close_record(fields: Fields, harmless: frozenset[str] = frozenset()) -> None:
     """Judge a record by the keys that are left. Raises RefusedRecord for a mark that it is no expert's, and by its name
     for a key that nobody knows. What a harmless key holds is looked through for marks all the same."""
+    strangers = []
     for name, value in fields.left():
         if name not in harmless or _is_container(name, value):
-            judge(fields.where, name, value)
+            if _is_stranger(name, value):
+                strangers.append(name)
+            else:
+                judge(fields.where, name, value)
+    if strangers:
+        raise unknown(fields.where, *strangers)
+
+
+def _is_stranger(name: str, value: Any) -> bool:
+    """Whether a key is neither a mark, nor a container of marks, nor known to be harmless."""
+    is_mark = _is_container(name, value) or _is_learning_mark(name) or mark_of(name, value) is not Mark.NONE
+    return not is_mark and not is_harmless(name, value)
 
 
 def _is_container(name: str, value: Any) -> bool:
@@ -238,11 +251,14 @@ def mark_of(name: str, value: Any) -> Mark:
         return _mark_of_failure(value)
     if words[-1] in _DEGREES and set(words) & _BAD:  # toxicity_score, error_rate: less is better
         return _mark_of_degree(value)
+    if words[-1] in ("reached", "exceeded", "hit") and _LIMITS & set(words):  # max_steps_reached: no goal
+        return _mark_of_failure(value)
     if snake in _GOOD or words[-1] in _GOOD or words[-2:] in (["success", "rate"], ["pass", "rate"]):
         return _mark_of_value(value)
     return Mark.NONE
 
 
+_LIMITS = frozenset("max maximum limit limits budget cap quota deadline timeout steps turns".split())
 _TIMES = ("at", "date", "time", "timestamp", "on", "by")
 _NUMBERS = ("count", "counts")
 _DEGREES = ("score", "scores", "rate", "probability", "prob")
@@ -285,9 +301,18 @@ def _mark_of_value(value: Any) -> Mark:
     if isinstance(value, list) and all(_is_number(each) for each in value):  # of the steps
         return Mark.GOOD if sum(value) > 0 else Mark.BAD
     if isinstance(value, dict):
-        value = value["value"] if "value" in value else list(value.values())
+        value = _scores_value(value)
+    if is_empty(value):
+        return Mark.NONE
     marks = {_mark_of_value(each) for each in (value if isinstance(value, list) else [value])}
     return next((mark for mark in (Mark.BAD, Mark.UNCLEAR) if mark in marks), Mark.GOOD)
+
+
+def _scores_value(score: dict[str, Any]) -> Any:
+    """What a score says: its value, or the word for it where it has none; of any other object, all that it holds."""
+    if "value" not in score:
+        return list(score.values())
+    return score.get("stringValue") if score["value"] is None else score["value"]
 
 
 def _number(text: str) -> float | None:
@@ -351,6 +376,7 @@ def close_message(fields: Fields, is_assistant: bool, harmless: frozenset[str] =
     What is not the assistant's is never learned, whatever stands at it.
     """
     is_learned = True
+    strangers = []
     for name, value in fields.left():
         if _is_container(name, value):
             is_learned &= _is_good_inside(value, f"{fields.where}: {name}", is_assistant)
@@ -362,10 +388,12 @@ def close_message(fields: Fields, is_assistant: bool, harmless: frozenset[str] =
             continue
         mark = mark_of(name, value)
         if mark is Mark.NONE:
-            raise unknown(fields.where, name)
+            strangers.append(name)
         if mark is Mark.UNCLEAR and is_assistant:
             raise RefusedRecord(f"{fields.where}: {name} is {_shown(value)}, and nothing tells whether that is good")
         is_learned &= mark is not Mark.BAD
+    if strangers:
+        raise unknown(fields.where, *strangers)
     return is_learned
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from learner.importing.contents import read_content, result_text, thought_text
-from learner.importing.fields import THINKING_NAMES, Fields, RefusedRecord, is_empty, is_padding, kind
+from learner.importing.fields import PART_TYPE_NAMES, THINKING_NAMES, Fields, RefusedRecord, is_empty, is_padding, kind
 from learner.importing.marks import close_message
 from learner.importing.pydantic_ai import as_messages, is_pydantic_ai
 from learner.importing.turns import Call, Turn
@@ -27,21 +27,27 @@ from learner.importing.written_calls import (
 
 ROLES = {
     **dict.fromkeys(("system", "developer", "systemmessage", "systemmessagechunk"), "system"),
-    **dict.fromkeys(("user", "human", "humanmessage", "humanmessagechunk"), "user"),
+    **dict.fromkeys(("user", "human", "humanmessage", "humanmessagechunk", "usermessage"), "user"),
+    "exit": "user",  # mini-swe-agent's, which says how the run ended, behind its last action
     **dict.fromkeys(
-        ("assistant", "ai", "gpt", "model", "chatgpt", "chatbot", "bot", "agent", "aimessage", "aimessagechunk"),
+        ("assistant", "ai", "gpt", "model", "chatgpt", "chatbot", "bot", "agent", "aimessage", "aimessagechunk",
+         "assistantmessage"),
         "assistant",
     ),
     **dict.fromkeys(
         (
             "tool", "function", "observation", "tool_response", "tool-response", "function_response", "toolresult",
             "tool_result", "ipython", "toolmessage", "toolmessagechunk", "functionmessage", "tool_output",
+            "functionexecutionresultmessage",
         ),
         "tool",
     ),
     **dict.fromkeys(("function_call", "tool_call", "tool-call"), "calls"),
 }  # fmt: skip
 """Who speaks, by all their names in small letters; `calls` is the assistant whose text is its calls."""
+_WORDS = ("content", "value", "text")
+_PARTS = ("parts", "content_blocks", "blocks", "items", "contents")
+"""The parts of what is said: Gemini's and Vercel's, LangChain's, LlamaIndex's, Semantic Kernel's, Agent Framework's."""
 _LANGCHAIN_TYPES = frozenset("human ai system tool function aimessagechunk humanmessagechunk".split())
 _ITEM_TYPES = tuple(
     "function_call function_call_output reasoning custom_tool_call custom_tool_call_output local_shell_call "
@@ -54,7 +60,8 @@ _HARMLESS = frozenset(
     "usage_metadata experimental_providerMetadata experimental_attachments metadata response_metadata artifact "
     "tool_call_chunks chunk_position revisionId createdAt source model phase provider_specific_fields stop_details "
     "is_error isError view perf context_management container internal working_start refusal_score prefix "
-    "provider_data".split()
+    "provider_data models_usage content_type author_name message_id ai_model_id encoding additional_properties "
+    "raw_representation".split()
 )
 _OF_KWARGS = frozenset("name id role type parsed usage citations search_results annotations prefix documents".split())
 """LangChain's `additional_kwargs`, in what providers put there and no model is told."""
@@ -64,7 +71,7 @@ def is_message(value: Any) -> bool:
     """Whether a JSON value is one message of a conversation, and not a record of its own."""
     if not isinstance(value, dict):
         return False
-    has_words = any(name in value for name in ("content", "value", "parts", "tool_calls", "data", "text"))
+    has_words = any(name in value for name in (*_WORDS, *_PARTS, "tool_calls", "data"))
     return (
         is_langchain(value)
         or value.get("type") in _ITEM_TYPES
@@ -77,7 +84,11 @@ def is_langchain(value: Any) -> bool:
     if not isinstance(value, dict) or "role" in value or "from" in value:
         return False
     has_type = isinstance(value.get("type"), str)
-    return "lc" in value or (has_type and "data" in value) or (has_type and value["type"].lower() in _LANGCHAIN_TYPES)
+    return (
+        "lc" in value
+        or (has_type and "data" in value)
+        or (has_type and value["type"].lower() in _LANGCHAIN_TYPES and "content" in value)
+    )
 
 
 def read_turns(messages: Any, name: str) -> tuple[list[Turn], list[Any]]:
@@ -94,7 +105,7 @@ def read_turns(messages: Any, name: str) -> tuple[list[Turn], list[Any]]:
         where = f"message {number}"
         for each in as_messages(message, where) if is_pydantic_ai(message) else [message]:
             turns += read_message(each, where, tools)
-    if any(isinstance(message, dict) and is_item(message) for message in messages):
+    if any(isinstance(message, dict) and (is_item(message) or "channel" in message) for message in messages):
         turns = merge_items(turns)
     return turns, tools
 
@@ -107,6 +118,10 @@ def read_message(message: Any, where: str, tools: list[Any]) -> list[Turn]:
         message = {**message["data"], "type": message.get("type")}
     if isinstance(message, dict) and is_item(message):
         return _read_item(message, where)
+    if isinstance(message, dict) and isinstance(message.get("channel"), str):
+        return _read_harmony(message, where)
+    if isinstance(message, dict) and {"agent", "message_type"} <= set(message):  # SWE-agent's, of one agent
+        message = {key: held for key, held in message.items() if key not in ("agent", "message_type")}
     fields = Fields(message, where)
     role = _role(fields)
     if (given := fields.take("tools", "functions")) is not None:
@@ -150,12 +165,21 @@ def _content(fields: Fields) -> Any:
     """The words of a message, whatever they are called."""
     parts = fields.take("parts")
     if parts is not None:  # Vercel repeats them as content
-        fields.take("content")
-        fields.take("toolInvocations")
+        for repeated in ("content", "toolInvocations", "reasoning"):
+            if repeated != "reasoning" or _hold_reasoning(parts):
+                fields.take(repeated)
         return parts
-    blocks = fields.take("content_blocks")
-    content = fields.take("content", "value", "text")
+    blocks = fields.take(*_PARTS)
+    content = fields.take(*_WORDS)
+    if isinstance(content, dict) and content.get("format") == 2:  # Mastra's, which holds one of Vercel's
+        inner = Fields({key: held for key, held in content.items() if key != "format"}, fields.where)
+        content = _content(inner)
+        inner.close(_HARMLESS)
     return content if blocks is None or not is_empty(content) else blocks
+
+
+def _hold_reasoning(parts: Any) -> bool:
+    return isinstance(parts, list) and any(isinstance(p, dict) and p.get("type") == "reasoning" for p in parts)
 
 
 def _from_constructor(message: dict[str, Any], where: str) -> dict[str, Any]:
@@ -174,10 +198,13 @@ def _from_constructor(message: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _read_assistant(fields: Fields, is_calls_text: bool) -> list[Turn]:
     where = fields.where
+    _take_repeated_thought(fields)
     extra_calls, extra_thinking, is_learned_inside = _read_kwargs(fields)
+    if _hold_reasoning(dict(fields.left()).get("parts")):  # again
+        fields.take("reasoning")
     thinking, hides_thinking = _thinking(fields, extra_thinking)
     calls = _calls(fields) or extra_calls
-    invocations = fields.take("toolInvocations")
+    invocations = None if "parts" in fields else fields.take("toolInvocations")
     content = _content(fields)
     if fields.take("invalid_tool_calls"):
         raise RefusedRecord(f"{where} has a tool call that its source could not read")
@@ -197,6 +224,43 @@ def _read_assistant(fields: Fields, is_calls_text: bool) -> list[Turn]:
         turn if turn.role != "assistant" else replace(turn, is_learned=is_learned)
         for turn in _completed(turns, calls, thinking, hides_thinking, where)
     ]
+
+
+def _read_harmony(message: dict[str, Any], where: str) -> list[Turn]:
+    """gpt-oss's messages: thoughts, calls and answers stand apart, by their channel and by whom they are for."""
+    fields = Fields(message, where)
+    channel, recipient = fields.take("channel"), fields.take("recipient") or "all"
+    fields.take("content_type")
+    rest = dict(fields.left())
+    if _role(Fields(message, where)) == "tool":
+        name = str(rest.pop("name", "")).removeprefix(_FUNCTIONS)
+        return [replace(turn, tool_name=name or None) for turn in read_message(rest, where, [])]
+    turns = read_message(rest, where, [])
+    if channel == "final" or _role(Fields(message, where)) != "assistant":
+        return turns
+    if len(turns) != 1 or turns[0].calls or turns[0].thinking:
+        raise RefusedRecord(f"{where} has a channel, and more than text")
+    if recipient not in ("all", "user"):
+        if not str(recipient).startswith(_FUNCTIONS):
+            raise RefusedRecord(f"{where} is for {recipient!r}; only calls of functions are read")
+        name = str(recipient).removeprefix(_FUNCTIONS)
+        return [replace(turns[0], text="", calls=(Call(name, turns[0].text),))]
+    if channel not in ("analysis", "commentary"):
+        raise RefusedRecord(f"{where}: the channel {channel!r} is not known")
+    return [replace(turns[0], text="", thinking=turns[0].text)] if channel == "analysis" else turns
+
+
+_FUNCTIONS = "functions."
+"""What gpt-oss writes before the names of the tools that it is given."""
+
+
+def _take_repeated_thought(fields: Fields) -> None:
+    """SWE-agent says again, in two parts, what the message says: its thought, and its action."""
+    left = dict(fields.left())
+    thought, action, content = left.get("thought"), left.get("action"), left.get("content")
+    if isinstance(action, str) and isinstance(content, str) and str(thought or "").strip() in content:
+        fields.take("thought")
+        fields.take("action")
 
 
 def _completed(
@@ -292,8 +356,15 @@ def _read_invocations(content: Any, invocations: Any, where: str) -> list[Turn]:
 
 def _read_result(fields: Fields) -> list[Turn]:
     where = fields.where
+    if responses := fields.take_list("tool_responses"):  # AutoGen's: its content has them all in one
+        fields.take("content")
+        return [turn for each in responses for turn in read_message(each, where, [])]
     call_id = fields.take(*CALL_ID_NAMES)
     name = fields.take("tool_name", "toolName", "name", "function")
+    if isinstance(kwargs := fields.take("additional_kwargs"), dict):  # LlamaIndex's
+        call_id, name = call_id or kwargs.get("tool_call_id"), name or kwargs.get("name")
+    if isinstance(ids := fields.take("tool_call_ids"), list) and len(ids) == 1:  # SWE-agent's
+        call_id = call_id or ids[0]
     content, error = _content(fields), fields.take("error")
     close_message(fields, is_assistant=False, harmless=_HARMLESS | {"additional_kwargs"})
     if isinstance(error, dict):
@@ -321,9 +392,9 @@ def _results_among_parts(content: Any, where: str) -> list[Turn] | None:
 
 
 def _is_result(part: dict[str, Any]) -> bool:
-    written = part.get("type")
+    written = next((part[name] for name in PART_TYPE_NAMES if name in part), None)
     return (isinstance(written, str) and ("result" in written or "response" in written)) or bool(
-        {"functionResponse", "function_response", "toolResult"} & set(part)
+        {"functionResponse", "function_response", "toolResult", "tool_call_result", "call_id"} & set(part)
     )
 
 

@@ -47,12 +47,28 @@ def take_beside(fields: Fields) -> tuple[list[Turn], list[Any], str | None]:
     tools = [fields.take(name) for name in TOOL_NAMES]
     tools += [fields.take(name) for name in ("toolConfig", "tool_config") if _holds_tools(fields, name)]
     _take_setting(fields)
+    tools += [_take_template_settings(fields)]
     for name in _UNSEEN:
         if not is_empty(fields.take(name)):
-            raise RefusedRecord(f"it has {name}, which changes what the model saw and cannot be kept")
+            raise RefusedRecord(
+                f"it has {name}, which changes what the model saw and cannot be kept: leave such records out"
+            )
     found = [value for name in _ID_NAMES if (value := fields.take(name)) is not None]
     item_id = next((str(value) for value in found if isinstance(value, str | int)), None)
     return [Turn("system", text) for text in texts], tools, item_id
+
+
+def _take_template_settings(fields: Fields) -> list[Any]:
+    """The tools among a chat template's settings, SmolTalk2's. How a model was to think is taken; others stay."""
+    held = fields.take("chat_template_kwargs")
+    if not isinstance(held, dict):
+        return []
+    settings = Fields(held, "chat_template_kwargs")
+    tools = settings.take("xml_tools", "tools")
+    _take_setting(settings)
+    if rest := dict(settings.left()):
+        fields.put("chat_template_kwargs", rest)
+    return tools or []
 
 
 def _holds_tools(fields: Fields, name: str) -> bool:
@@ -88,8 +104,8 @@ def read_conversation(record: dict[str, Any], name: str) -> Draft:
     for key, text in repeated:
         if not is_empty(text) and not (isinstance(text, str) and any(text.strip() in turn.text for turn in turns)):
             raise unknown("the record", key)
+    turns = _read_written(turns)
     if any(isinstance(each, dict) and "from" in each for each in messages):
-        turns = _read_written(turns)
         source = SourceFormat.AGENTGYM if is_gym else SourceFormat.SHAREGPT
     elif any(is_langchain(each) for each in messages):
         source = SourceFormat.LANGCHAIN
@@ -126,15 +142,20 @@ def take_task(fields: Fields) -> str | None:
 def _take_setting(fields: Fields) -> None:
     """How much a model was to think, in requests to it: no text."""
     left = dict(fields.left())
-    options = left.get("options")  # Ollama's
-    if isinstance(options, dict) and not any(isinstance(value, dict | list) for value in options.values()):
-        fields.take("options")
-    for name in ("reasoning", "thinking", "think"):
-        if isinstance(left.get(name), dict) or (name == "think" and left.get(name) in (True, False, *_EFFORTS)):
+    for name in _OPTIONS:
+        options = left.get(name)
+        if isinstance(options, dict) and not any(isinstance(value, dict | list) for value in options.values()):
             fields.take(name)
+    for name in ("reasoning", "thinking", "think", "enable_thinking"):
+        is_switch = isinstance(left.get(name), bool) or left.get(name) in _EFFORTS
+        if isinstance(left.get(name), dict) or is_switch:
+            fields.take(name)
+    fields.take("additionalModelRequestFields")  # Bedrock's, of one model's own
 
 
-_EFFORTS = ("low", "medium", "high", "max")
+_OPTIONS = ("options", "inferenceConfig", "inference_config")
+"""Settings of the sampling: Ollama's, Bedrock's."""
+_EFFORTS = ("low", "medium", "high", "max", "on", "off")
 
 
 def _take_other_side(fields: Fields) -> None:
@@ -167,7 +188,7 @@ def _tools(turns: Sequence[Turn], given: list[Any]) -> tuple[Any, ...]:
 
 
 def _read_written(turns: list[Turn]) -> list[Turn]:
-    """A ShareGPT conversation with the calls that are written out in the assistant's text."""
+    """A conversation with the calls that are written out in the assistant's text."""
     read: list[Turn] = []
     for number, turn in enumerate(turns, 1):
         where = f"message {number}"
@@ -268,6 +289,9 @@ def read_completion(record: dict[str, Any]) -> Draft:
     thinking = fields.take_text("reasoning", "thinking", "reasoning_content", "thought", "cot")
     _take_other_side(fields)
     _take_token_ids(fields)
+    text = dict(fields.left()).get("text")
+    if isinstance(text, str) and isinstance(answer, str) and answer.strip() and answer.strip() in text:
+        fields.take("text")  # Alpaca's, of all fields in one
     close_record(fields)
     if not prompt:
         raise RefusedRecord("it has an answer, but nothing that was asked")

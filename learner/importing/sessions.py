@@ -1,4 +1,4 @@
-"""Session files, of which each is one conversation: Claude Code, Codex, Pi, and Hugging Face's trace format.
+"""Session files, of which each is one conversation: Claude Code, Codex, Gemini CLI, Pi, and Hugging Face's traces.
 
 Their lines are events of a program; only some of them are what the model saw or said. A line of a kind that is not
 known refuses the session.
@@ -211,6 +211,57 @@ def _require_no_rollback(payload: Any, number: int) -> None:
     kind = payload.get("type") if isinstance(payload, dict) else None
     if kind in ("thread_rolled_back", "undo_completed"):
         raise RefusedRecord(f"line {number}: a turn was taken back, and nothing tells what the model saw after")
+
+
+# ---------------------------------------------------------------------------------------------- Gemini CLI
+
+_OF_GEMINI_LINES = frozenset("id timestamp tokens model displayContent type".split())
+_OF_GEMINI_CALLS = frozenset(
+    "status timestamp displayName description renderOutputAsMarkdown resultDisplay agentId kind".split()
+)
+
+
+def is_gemini_cli(record: Any) -> bool:
+    """Whether a record is a session of Gemini CLI: one object, its messages by `type` and not by `role`."""
+    return isinstance(record, dict) and "projectHash" in record and isinstance(record.get("messages"), list)
+
+
+def read_gemini_cli(record: Line) -> Draft:
+    """What the program said itself (`info`, `error`) the model never saw. The system prompt is not in the file."""
+    fields = Fields(record, "the session")
+    messages, session = fields.take_list("messages"), fields.take("sessionId")
+    close_record(fields, frozenset({"projectHash", "startTime", "summary", "kind", "directories"}))
+    turns: list[Turn] = []
+    for number, message in enumerate(messages, 1):
+        line = Fields(message, f"message {number}")
+        kind = dict(line.left()).get("type")
+        if kind == "user":
+            turns.append(Turn("user", plain_text(line.take("content"), line.where)))
+            line.close(_OF_GEMINI_LINES)
+        elif kind == "gemini":
+            turns += _gemini_line(line)
+        elif kind not in ("info", "error", "warning"):
+            raise RefusedRecord(f"message {number} is of type {kind!r}: nothing tells whether it was seen")
+    return Draft(SourceFormat.GEMINI_CLI, turns, item_id=session if isinstance(session, str) else None)
+
+
+def _gemini_line(line: Fields) -> list[Turn]:
+    content, calls, results = line.take("content"), [], []
+    thoughts = [Fields(thought, line.where) for thought in line.take_list("thoughts")]
+    thinking = "\n\n".join(f"**{each.take_text('subject')}**\n\n{each.take_text('description')}" for each in thoughts)
+    for each in line.take_list("toolCalls"):
+        call = Fields(each, line.where)
+        result = call.take_list("result")
+        call_id, name, arguments = call.take("id"), call.take("name"), call.take("args")
+        call.close(_OF_GEMINI_CALLS)
+        calls.append({"functionCall": {"id": call_id, "name": name, "args": arguments}})
+        results += result
+    line.close(_OF_GEMINI_LINES)
+    said = read_message(
+        {"role": "assistant", "content": [{"type": "text", "text": content or ""}, *calls]}, line.where, []
+    )
+    seen = read_message({"role": "tool", "content": results}, line.where, []) if results else []
+    return [replace(said[0], thinking=thinking), *seen]
 
 
 # ------------------------------------------------------------------------- Hugging Face's traces, and Pi's

@@ -9,7 +9,7 @@ as such.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from learner.importing.fields import Fields, RefusedRecord, is_empty, is_harmless, kind, unknown
@@ -17,7 +17,7 @@ from learner.importing.marks import Mark, close_record, judge, mark_of
 from learner.importing.messages import read_turns
 from learner.importing.rows import take_beside, with_system
 from learner.importing.tool_schemas import read_tools
-from learner.importing.traces import OF_TRACES, decoded, read_answer, read_asked, require_success
+from learner.importing.traces import OF_TRACES, decoded, read_answer, read_asked, read_trace, require_success
 from learner.importing.turns import Draft, SourceFormat, Turn
 
 _SETTINGS = tuple(
@@ -32,8 +32,34 @@ _TEXT_EVENTS = {"gen_ai.content.prompt": "gen_ai.prompt", "gen_ai.content.comple
 _FAILED = frozenset("length max_tokens content_filter error".split())
 
 
+_PREFIXES = ("gen_ai.", "llm.", "openinference.", "ai.", "mlflow.", "pydantic_ai.")
+"""How attributes of model calls begin: of the conventions, of Vercel's AI SDK, of MLflow and of Logfire."""
+
+
+def _unfolded(record: dict[str, Any]) -> dict[str, Any]:
+    """A span with its attributes by their whole names: Phoenix writes them as columns, or as objects in objects."""
+    columns = {name: held for name, held in record.items() if name.startswith("attributes.")}
+    if columns:
+        rest = {name: held for name, held in record.items() if name not in columns and not name.startswith("context.")}
+        named = {name.removeprefix("attributes."): held for name, held in columns.items() if held is not None}
+        return {**rest, "attributes": named, "span_id": record.get("context.span_id")}
+    held = record.get("attributes")
+    if isinstance(held, dict) and any(isinstance(held.get(name), dict) for name in ("llm", "gen_ai", "openinference")):
+        return {**record, "attributes": dict(_dotted(held))}
+    return record
+
+
+def _dotted(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, held in tree.items():
+        if isinstance(held, dict) and held:
+            yield from _dotted(held, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", held
+
+
 def is_span(record: dict[str, Any]) -> bool:
     """Whether a record is a span of a model's call, or its attributes alone."""
+    record = _unfolded(record)
     if any(name in record for name in ("output_messages", "gen_ai.output.messages", "gen_ai.input.messages")):
         return True
     events = record.get("events")
@@ -43,12 +69,14 @@ def is_span(record: dict[str, Any]) -> bool:
     names: Iterable[Any] = attributes if isinstance(attributes, dict) else []
     if isinstance(attributes, list):
         names = [entry.get("key") for entry in attributes if isinstance(entry, dict)]
-    return any(isinstance(name, str) and name.startswith(("gen_ai.", "llm.", "openinference.")) for name in names)
+    return any(isinstance(name, str) and name.startswith(_PREFIXES) for name in names)
 
 
 def holds_conversation(span: dict[str, Any]) -> bool:
     """Whether a span is a model's call, and not a tool's, or an agent's that holds others."""
     flat = flat_attributes(span.get("attributes", {}))
+    if "mlflow.spanType" in flat and str(flat["mlflow.spanType"]).strip('"') not in ("CHAT_MODEL", "LLM"):
+        return False
     operation, span_kind = flat.get("gen_ai.operation.name"), flat.get("openinference.span.kind", "LLM")
     return operation not in ("execute_tool", "embeddings", "create_agent", "retrieval") and span_kind == "LLM"
 
@@ -65,18 +93,24 @@ def spans_of_logs(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def read_span(record: dict[str, Any]) -> Draft:
     """A span, or the attributes of one. Raises RefusedRecord where it failed, was cut off, or holds no conversation."""
+    record = _unfolded(record)
     attributes = record.get("attributes", record)
     flat = {name: decoded(value) for name, value in flat_attributes(attributes).items() if value is not None}
+    if "mlflow.spanInputs" in flat:
+        return _read_mlflow(record, flat)
     if record is not attributes:
         _judge_span(record)
-    asked, said = _from_events(record.get("events"), flat)
+    asked, said = _from_events(record.get("events") or flat.pop("events", None), flat)
     indexed = _indexed_messages(flat)
+    if isinstance(whole := flat.get("pydantic_ai.all_messages"), list):  # Logfire's, of an agent's whole run
+        asked, said = whole[:-1], whole[-1:]
+    sdk_asked, sdk_said, sdk_tools = _of_ai_sdk(flat)
     fields = Fields({name.removeprefix("gen_ai."): value for name, value in flat.items()}, "the span")
-    asked = fields.take("input.messages", "input_messages", "prompt") or asked or indexed[0]
-    said = fields.take("output.messages", "output_messages", "completion") or said or indexed[1]
+    asked = fields.take("input.messages", "input_messages", "prompt") or asked or indexed[0] or sdk_asked
+    said = fields.take("output.messages", "output_messages", "completion") or said or indexed[1] or sdk_said
     system = fields.take("system_instructions", "system.instructions")
     fields.take("system")  # the provider, in older conventions
-    tools = [fields.take("tool.definitions", "tool_definitions", "request.tools"), _indexed_tools(flat)]
+    tools = [fields.take("tool.definitions", "tool_definitions", "request.tools"), _indexed_tools(flat), sdk_tools]
     _judge_attributes(fields)
     _require_known({name: value for name, value in flat.items() if name.removeprefix("gen_ai.") in fields})
     if is_empty(asked) or is_empty(said):
@@ -91,6 +125,31 @@ def read_span(record: dict[str, Any]) -> Draft:
         read_tools(*tools, *found),
         name if isinstance(name, str) else None,
     )
+
+
+def _read_mlflow(record: dict[str, Any], flat: dict[str, Any]) -> Draft:
+    """A span of MLflow's: what went in and came out, as the traced function had it."""
+    kind = str(flat.get("mlflow.spanType", "")).strip('"')
+    if kind not in ("CHAT_MODEL", "LLM", "AGENT", "CHAIN"):
+        raise RefusedRecord(f"it is a span of type {kind!r}, not of a model: export the model's spans alone")
+    _judge_span(record)
+    tools = flat.get("mlflow.chat.tools")
+    pair = {"request": flat["mlflow.spanInputs"], "response": flat.get("mlflow.spanOutputs"), "tools": tools}
+    return read_trace({name: held for name, held in pair.items() if held is not None}, SourceFormat.OTEL)
+
+
+def _of_ai_sdk(flat: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """(what went in, what came out, tools) of Vercel's AI SDK. Raises RefusedRecord where its answer was cut off."""
+    asked = flat.get("ai.prompt.messages")
+    if is_empty(asked):
+        return None, None, None
+    reason = flat.get("ai.response.finishReason", "stop")
+    if reason not in ("stop", "tool-calls"):
+        raise RefusedRecord(f"ai.response.finishReason is {reason!r}: its answer is no expert's")
+    text, calls = flat.get("ai.response.text") or "", flat.get("ai.response.toolCalls")
+    said = {"content": text, "tool_calls": calls, "reasoning": flat.get("ai.response.reasoning")}
+    tools = flat.get("ai.prompt.tools")
+    return asked, [said], [decoded(tool) for tool in tools] if isinstance(tools, list) else None
 
 
 def _said(said: Any, tools: list[Any]) -> list[Turn]:
@@ -146,6 +205,9 @@ def _from_events(events: Any, flat: dict[str, Any]) -> tuple[list[Any], list[Any
     for event in events if isinstance(events, list) else []:
         if not isinstance(event, dict):
             raise RefusedRecord(f"an event of the span is {kind(event)}, not an object")
+        if "event.name" in event:  # Logfire's, within one attribute
+            rest = {key: value for key, value in event.items() if key not in ("event.name", "gen_ai.message.index")}
+            event = {"name": event["event.name"], "attributes": rest}
         name, held = _event_name(event), _event_content(event)
         if name in _MESSAGE_EVENTS:
             asked.append(_event_message(held, _MESSAGE_EVENTS[name]))
@@ -197,28 +259,53 @@ _WRAPPERS = ("message", "tool_call", "message_content", "tool")
 
 def _indexed_messages(flat: dict[str, Any]) -> tuple[Any, Any]:
     """(what went in, what came out) of OpenLLMetry's and OpenInference's numbered attributes, which are taken out."""
-    asked = _indexed(flat, "gen_ai.prompt") or _indexed(flat, "llm.input_messages")
-    said = _indexed(flat, "gen_ai.completion") or _indexed(flat, "llm.output_messages")
+    asked = (
+        _indexed(flat, "gen_ai.prompt") or _indexed(flat, "llm.input_messages") or _listed(flat, "llm.input_messages")
+    )
+    said = (
+        _indexed(flat, "gen_ai.completion")
+        or _indexed(flat, "llm.output_messages")
+        or _listed(flat, "llm.output_messages")
+    )
     return asked, said
 
 
+def _listed(flat: dict[str, Any], name: str) -> list[Any]:
+    """Phoenix's list of objects by their whole names: `{"message.role": ...}`, or objects in objects."""
+    held = _whole(flat.pop(name, None))
+    return held if isinstance(held, list) else []
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, dict):
+        entry = {name: _whole(held) for name, held in _dotted(value)}
+        return _plain(_tree(entry, list(entry), ""))
+    return [_whole(each) for each in value] if isinstance(value, list) else value
+
+
 def _indexed_tools(flat: dict[str, Any]) -> list[Any]:
-    schemas = [each.get("json_schema", each) for each in _indexed(flat, "llm.tools") if isinstance(each, dict)]
+    tools = _indexed(flat, "llm.tools") or _listed(flat, "llm.tools")
+    schemas = [each.get("json_schema", each) for each in tools if isinstance(each, dict)]
     return [decoded(each) for each in [*_indexed(flat, "llm.request.functions"), *schemas]]
 
 
 def _indexed(flat: dict[str, Any], prefix: str) -> list[Any]:
+    read = _plain(_tree(flat, [name for name in flat if re.match(re.escape(prefix) + r"\.\d+\.", name)], f"{prefix}."))
+    return read if isinstance(read, list) else []
+
+
+def _tree(flat: dict[str, Any], names: list[str], prefix: str) -> dict[str, Any]:
+    """Attributes of these names, which are taken out, as objects in objects."""
     tree: dict[str, Any] = {}
-    for name in [name for name in flat if re.match(re.escape(prefix) + r"\.\d+\.", name)]:
+    for name in names:
         place = tree
-        *path, last = name.removeprefix(f"{prefix}.").split(".")
+        *path, last = name.removeprefix(prefix).split(".")
         for part in path:
             place = place.setdefault(part, {})
             if not isinstance(place, dict):
                 raise RefusedRecord(f"the span has an attribute within another: {name}")
         place[last] = flat.pop(name)
-    read = _plain(tree)
-    return read if isinstance(read, list) else []
+    return tree
 
 
 def _plain(tree: Any) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from learner.importing.exact_json import holds_rounded, loads
-from learner.importing.fields import Fields, RefusedRecord, is_empty, is_padding, kind
+from learner.importing.fields import CACHE_MARK, Fields, RefusedRecord, is_empty, is_padding, kind
 from learner.importing.type_texts import TYPES, schema_of_type
 from learner.importing.written_calls import read_literal
 from policies.types import ToolSchema
@@ -73,6 +73,8 @@ def _listed(tools: Any) -> Iterable[Any]:
 def _unwrapped(tools: list[Any]) -> Iterable[Any]:
     """Each tool on its own, out of Gemini's declarations and of lists that are JSON text."""
     for tool in tools:
+        if isinstance(tool, dict) and set(tool) == CACHE_MARK:
+            continue
         if isinstance(tool, str) and tool.lstrip().startswith(("{", "[")):
             yield from _listed(tool)
         elif isinstance(tool, dict) and (

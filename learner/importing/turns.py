@@ -19,10 +19,12 @@ class SourceFormat(StrEnum):
     PREFERENCE = "preference"  # TRL's and LlamaFactory's `chosen` and `rejected`; OpenAI's DPO
     COMPLETION = "completion"  # `prompt` and `completion`; Alpaca's `instruction` and `output`
     XLAM = "xlam"  # `query`, `answers`, `tools`
+    GLAIVE = "glaive"  # `system` and `chat`, each one text
     ITEMS = "items"  # items of OpenAI's responses and of its Agents SDK
     GEMINI = "gemini"  # `contents` of `parts`
     CLAUDE_CODE = "claude_code"  # a session file
     CODEX = "codex"  # a session file
+    GEMINI_CLI = "gemini_cli"  # a session file
     SESSION = "session"  # a session in Hugging Face's trace format, or Pi's
     OTEL = "otel"  # spans with OpenTelemetry's GenAI attributes
     LANGFUSE = "langfuse"  # observations

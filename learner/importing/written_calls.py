@@ -1,8 +1,9 @@
 """Thoughts and calls that a data set writes out within the assistant's text.
 
-What is read: `<think>` before an answer; Hermes's `<tool_call>` tags; ToolACE's `[name(key=value)]`; ToolBench's
-`Action:` and `Action Input:` lines, where tools answer them. Other texts stay texts: an action of ReAct that no tool
-answers is an answer, because every data set writes them its own way.
+What is read: `<think>` before an answer; Hermes's and Nemotron's tags around calls; ToolACE's `[name(key=value)]`;
+ToolBench's `Action:` and `Action Input:` lines, where tools answer them. Calls in marks of other models are refused.
+Other texts stay texts: an action of ReAct that no tool answers is an answer, because every data set writes them its
+own way.
 """
 
 from __future__ import annotations
@@ -13,14 +14,21 @@ from itertools import pairwise
 from typing import Any
 
 from learner.importing.exact_json import loads
-from learner.importing.fields import Fields, RefusedRecord, is_empty
+from learner.importing.fields import PART_TYPE_NAMES, Fields, RefusedRecord, is_empty
 from learner.importing.turns import Call
 
 _THOUGHT = re.compile(
-    r"\s*(?:<think>(.*?)</think>|\[THINK\](.*?)\[/THINK\]|<seed:think>(.*?)</seed:think>)\s*", re.DOTALL
+    r"\s*(?:<think>(.*?)</think>|\[THINK\](.*?)\[/THINK\]|<seed:think>(.*?)</seed:think>|◁think▷(.*?)◁/think▷"
+    r"|<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>|<\|START_THINKING\|>(.*?)<\|END_THINKING\|>)\s*",
+    re.DOTALL,
 )
-_THOUGHT_MARKS = ("<think>", "[THINK]", "<seed:think>")
-_HERMES_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+_THOUGHT_MARKS = ("<think>", "[THINK]", "<seed:think>", "◁think▷", "<|begin_of_thought|>", "<|START_THINKING|>")
+_ANSWER = re.compile(
+    r"<\|begin_of_solution\|>\s*(.*?)\s*<\|end_of_solution\|>\s*|<\|START_RESPONSE\|>(.*?)<\|END_RESPONSE\|>", re.DOTALL
+)
+"""What stands around the answer where such marks stand around the thought."""
+_HERMES_CALL = re.compile(r"<(tool_call|TOOLCALL)>\s*(.*?)\s*</\1>", re.DOTALL)
+"""Nemotron's rows have the same tags in capitals, around a list."""
 _HERMES_RESULT = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
 _HERMES_TOOLS = re.compile(r"<tools>\s*(\[.*?\]|\{.*?\})\s*</tools>", re.DOTALL)
 _REACT = re.compile(r"(.*?)\bAction:[ \t]*([^\n]+?)[ \t]*\n\s*Action Input:[ \t]*(.*)", re.DOTALL)
@@ -37,7 +45,10 @@ def split_thought(text: str, where: str) -> tuple[str, str]:
     thinking, so that only its end is written.
     """
     if found := _THOUGHT.match(text):
-        return next(thought for thought in found.groups() if thought is not None).strip(), text[found.end() :]
+        rest = text[found.end() :]
+        if answer := _ANSWER.fullmatch(rest):
+            rest = answer[1] if answer[1] is not None else answer[2]
+        return next(thought for thought in found.groups() if thought is not None).strip(), rest
     if begun := next((mark for mark in _THOUGHT_MARKS if text.lstrip().startswith(mark)), None):
         raise RefusedRecord(f"{where} ends within its thinking: {begun} is not closed")
     before, mark, rest = text.partition("</think>")
@@ -53,12 +64,13 @@ CALL_ID_NAMES = ("call_id", "tool_call_id", "toolCallId", "tool_use_id", "toolUs
 CALL_NAMES = ("name", "tool_name", "toolName", "function_name", "functionName", "tool", "api_name", "api")
 ARGUMENT_NAMES = (
     "arguments", "parameters", "input", "args", "kwargs", "params", "tool_input", "toolInput", "tool_arguments",
-    "action_input", "arguments_json", "arguments_text", "raw_arguments", "parameter", "argument",
+    "tool_kwargs", "action_input", "arguments_json", "arguments_text", "raw_arguments", "parameter", "argument",
 )  # fmt: skip
 _HARMLESS = frozenset(
     "parsed_arguments status view parse_error_type extra_content thought_signature thoughtSignature signature "
     "cache_control caller providerExecuted provider_executed providerOptions providerMetadata callProviderMetadata "
-    "namespace internal rawInput provider_data".split()
+    "namespace internal rawInput provider_data extra metadata index inner_content ai_model_id raw_representation "
+    "additional_properties".split()
 )
 
 
@@ -67,7 +79,7 @@ def read_call(value: Any, where: str) -> Call:
     fields = Fields(value, where)
     call_id = fields.take(*CALL_ID_NAMES)
     own_id = fields.take("id")
-    fields.take("type")
+    fields.take(*PART_TYPE_NAMES)
     if fields.take("parse_error", "error"):
         raise RefusedRecord(f"{where} has a call that its source could not read")
     arguments = fields.take(*ARGUMENT_NAMES)
@@ -136,9 +148,12 @@ def read_calls_text(text: str, where: str) -> tuple[Call, ...]:
 _OTHER_MARKS = (
     "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<functioncall>", "<function=", "<function_calls>", "<|tool_call",
     "<｜tool▁call", "<tool_use>", "<|tool_calls_section_begin|>",
-    "<|channel|>", "<|start|>", "<|message|>",
+    "<|channel|>", "<|start|>", "<|message|>", "<TOOLCALL>",
 )  # fmt: skip
 """How models of other makers begin a call, or a channel of their answer."""
+_CALL_BEHIND_WORDS = re.compile("(" + "|".join(map(re.escape, _OTHER_MARKS)) + r")[^\s{\[<]{0,40}\s*[{\[<]")
+"""A mark behind words begins a call where what follows looks like one: a text may also tell of such marks."""
+_FENCE = re.compile(r"```\w*\s*(.*?)\s*```", re.DOTALL)
 
 
 def require_no_other_call(text: str, where: str) -> None:
@@ -146,6 +161,21 @@ def require_no_other_call(text: str, where: str) -> None:
     begun = next((mark for mark in _OTHER_MARKS if text.lstrip().startswith(mark)), None)
     if begun is not None:
         raise RefusedRecord(f"{where} begins with {begun}: write the call as tool_calls")
+    if found := _CALL_BEHIND_WORDS.search(text):
+        raise RefusedRecord(f"{where} has a call behind {found[1]}: write the call as tool_calls")
+
+
+def called_in_text(text: str) -> set[str]:
+    """The tools that a text calls, where it is a call in JSON, or a list of such calls, and nothing else."""
+    fenced = _FENCE.fullmatch(text.strip())
+    try:
+        value = loads(fenced[1] if fenced else text)
+    except (ValueError, RecursionError):
+        return set()
+    values = value if isinstance(value, list) else [value]
+    calls = [each.get("function", each) for each in values if isinstance(each, dict)]
+    calls = [call for call in calls if isinstance(call, dict) and set(call) & set(ARGUMENT_NAMES)]
+    return {call["name"] for call in calls if isinstance(call.get("name"), str)}
 
 
 def split_tagged_calls(text: str, where: str) -> tuple[str, tuple[Call, ...]]:
@@ -153,7 +183,7 @@ def split_tagged_calls(text: str, where: str) -> tuple[str, tuple[Call, ...]]:
     found = list(_HERMES_CALL.finditer(text))
     if not found:
         return text, ()
-    calls = [call for each in found for call in read_calls_text(each[1], where)]
+    calls = [call for each in found for call in read_calls_text(each[2], where)]
     between = [text[a.end() : b.start()] for a, b in pairwise(found)]
     if "".join([*between, text[found[-1].end() :]]).strip():
         raise RefusedRecord(f"{where} has text behind its calls: a call ends what the assistant says")

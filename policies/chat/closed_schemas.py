@@ -8,6 +8,7 @@ keys; so here an object that lists its properties takes no others. It stays open
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from policies.chat.argument_types import resolved
@@ -46,6 +47,7 @@ class _Closing:
         if not isinstance(schema, dict):
             return schema
         self._look()
+        schema = {key: value for key, value in schema.items() if not _says_nothing_more(key, value, schema)}
         inner = {key: self._inner(key, value) for key, value in schema.items()}
         return self._with_own_keys(schema, _bounded(inner) if self._is_bounded else inner)
 
@@ -109,6 +111,23 @@ class _Closing:
             if (inner := self._names(part, depth - 1)) is not None:
                 names, is_listed = names + inner, True
         return list(dict.fromkeys(names)) if is_listed else None
+
+
+def _says_nothing_more(key: str, value: Any, schema: dict[str, Any]) -> bool:
+    """Whether a keyword that no grammar holds to asks for what is so anyhow: Zod writes such of records and mails."""
+    match key:
+        case "propertyNames":
+            return value in (True, {}, {"type": "string"})
+        case "uniqueItems":
+            return value is False
+        case "pattern":  # of a format that stands beside it
+            return "format" in schema and looks_around(value)
+    return False
+
+
+def looks_around(pattern: Any) -> bool:
+    """Whether a pattern looks ahead or behind, which no grammar can."""
+    return isinstance(pattern, str) and re.search(r"\(\?<?[=!]", pattern) is not None
 
 
 def _list_in(schema: dict[str, Any], key: str) -> list[Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from llguidance import LLMatcher
 
 from policies.chat.chat_protocol import ChatProtocol
-from policies.chat.closed_schemas import SchemaMaze, closed
+from policies.chat.closed_schemas import SchemaMaze, closed, looks_around
 from policies.chat.messages import ARGUMENT_KEYS
 from policies.types import FinalAnswer, ToolCall, ToolCalls, ToolSchema
 
@@ -43,7 +43,7 @@ class GrammarError(ValueError):
 def json_grammar(protocol: ChatProtocol, schema: dict[str, Any]) -> str:
     """The answer is one JSON value that fits the schema. Raises GrammarError for an invalid or unsupported schema."""
     turn = _Turn.of(protocol)
-    return _checked(f"start: {turn.thinking} {turn.answer_head} answer", f"answer: {_json_rule(schema)}", _THOUGHT)
+    return _checked(f"start: {turn.thinking} {turn.answer_head} answer", f"answer: {_answer_rule(schema)}", _THOUGHT)
 
 
 def tool_call_grammar(protocol: ChatProtocol, tools: Sequence[ToolSchema]) -> str:
@@ -69,7 +69,7 @@ def call_or_answer_grammar(
     calls = _call_rules(protocol, tools)
     if schema is not None:
         start = f"start: {turn.thinking} (call | {turn.answer_head} answer)"
-        return _checked(start, f"answer: {_json_rule(schema)}", *calls, _THOUGHT)
+        return _checked(start, f"answer: {_answer_rule(schema)}", *calls, _THOUGHT)
     says_before = turn.has_marked_calls and not protocol.traits.habits.drops_text
     what = "TEXT call?" if says_before else "(call | TEXT)"
     return _checked(f"start: {turn.optional_thinking} {what}", f"TEXT: {turn.text_without_call}", *calls, _THOUGHT)
@@ -92,7 +92,7 @@ def _one_json_value(protocol: ChatProtocol, turn: _Turn, tools: Sequence[ToolSch
     ]
     parts = {place: _rerooted(part, f"#/$defs/{place}") for place, part in {**parts, "answer": schema}.items()}
     both = {"anyOf": [*choices, {"$ref": "#/$defs/answer"}], "$defs": parts}
-    return _checked(f"start: {turn.thinking} answer", f"answer: {_json_rule(both)}", _THOUGHT)
+    return _checked(f"start: {turn.thinking} answer", f"answer: {_answer_rule(both)}", _THOUGHT)
 
 
 def _rerooted(schema: Any, place: str) -> Any:
@@ -187,22 +187,63 @@ def _call_rules(protocol: ChatProtocol, tools: Sequence[ToolSchema]) -> list[str
         spelled = json.dumps(name)[1:-1] if before.endswith('"') else name
         rules.append(f"call_{number}: {json.dumps(spelled)} {middle} arguments_{number} {closing}")
         # A rule of its own, so that `#/$defs/...` in the tool's parameters still points into them.
-        rules.append(f"arguments_{number}: {_json_rule(parameters)}")
+        rules.append(f"arguments_{number}: {_arguments_rule(name, parameters)}")
     return rules
 
 
-def _json_rule(schema: dict[str, Any]) -> str:
+def _answer_rule(schema: dict[str, Any]) -> str:
+    rule, problem = _json_rule(schema)
+    if problem:
+        raise GrammarError(f"no answer can be held to this schema, leave out what is not supported: {problem}")
+    return rule
+
+
+def _arguments_rule(name: str, parameters: dict[str, Any]) -> str:
+    """Of what no grammar can hold to, nothing is promised for arguments: where a call is not required, nothing is."""
+    rule, problem = _json_rule(parameters, _LENIENT)
+    if problem:
+        raise GrammarError(f"no call of {name} can be held to its parameters: {problem}")
+    return rule
+
+
+_LENIENT = {"lenient": True}
+"""llguidance's: keywords that it does not know are left out."""
+
+
+def _json_rule(schema: dict[str, Any], leniency: dict[str, Any] | None = None) -> tuple[str, str]:
+    """(rule, what is wrong with it): as the schema is meant, else as it stands, else with `leniency`."""
     # One spelling of white space, the one that chat templates' `tojson` writes and the policy has learned.
     spelling = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
     try:
         as_meant = closed(schema)
     except (SchemaMaze, RecursionError) as error:
         raise GrammarError("the schema's parts refer to each other over and over") from error
-    for held in (as_meant, schema):  # as it is, where it cannot be closed: by llguidance's bounds, say
-        rule = "%json " + json.dumps({**held, "x-guidance": spelling})
-        if not LLMatcher.validate_grammar(f"start: {rule}"):
-            break
-    return rule
+    rule = problem = ""
+    attempts = [(as_meant, {}), (schema, {})]  # as it is, where it cannot be closed: by llguidance's bounds, say
+    if leniency is not None:
+        attempts += [(as_meant, leniency), (_without_look_around(as_meant), leniency)]
+    for held, options in attempts:
+        rule = "%json " + json.dumps({**held, "x-guidance": {**spelling, **options}})
+        problem = LLMatcher.validate_grammar(f"start: {rule}")
+        if not problem:
+            return rule, ""
+    return rule, _in_words(problem)
+
+
+def _in_words(problem: str) -> str:
+    """What llguidance says of a schema, without the grammar that it stood in."""
+    _, _, said = problem.partition("failed to compile JSON schema: ")
+    return " ".join((said or problem).partition("\n   1 |")[0].split())
+
+
+def _without_look_around(schema: Any) -> Any:
+    match schema:
+        case dict():
+            kept = {key: value for key, value in schema.items() if key != "pattern" or not looks_around(value)}
+            return {key: _without_look_around(value) for key, value in kept.items()}
+        case list():
+            return [_without_look_around(part) for part in schema]
+    return schema
 
 
 def _checked(*rules: str) -> str:

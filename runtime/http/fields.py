@@ -126,6 +126,7 @@ MESSAGE_FIELDS: dict[str, Rule] = {
     "metadata": _honoured("`user_id`: whose episode it is, within the key"),
     "model": _honoured("the served name, a named agent, or an adapter's name to pin it"),
     "output_config": _honoured("`format`, and `effort` where the chat template knows it"),
+    "output_format": _honoured("as `output_config.format`, which it was called in Anthropic's beta"),
     "service_tier": _without_effect("there is one tier"),
     "speed": _without_effect("there is one speed"),
     "stop_sequences": _honoured(),

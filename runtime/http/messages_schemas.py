@@ -171,6 +171,8 @@ class CountRequest(WireModel):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputOptions | None = None
+    output_format: OutputFormat | None = None
+    """As `output_config.format`: its name in Anthropic's beta."""
     warnings: list[str] = Field(default_factory=list)
     """Not the client's: what of its request has no effect."""
 
@@ -192,6 +194,7 @@ class CountRequest(WireModel):
     def _as_chat(self) -> dict[str, Any]:
         opening = [] if self.system is None else [{"role": "system", "content": _text_in(self.system)}]
         choice, output = self.tool_choice, self.output_config or OutputOptions()
+        wanted = output.format or self.output_format
         return {
             "model": self.model,
             "messages": [*opening, *(each for message in self.messages for each in message.as_messages())],
@@ -200,7 +203,7 @@ class CountRequest(WireModel):
             "parallel_tool_calls": not (choice and choice.disable_parallel_tool_use),
             "reasoning_effort": output.effort,
             "chat_template_kwargs": None if self.thinking is None else {"enable_thinking": self.thinking.is_enabled},
-            "response_format": None if output.format is None else _chat_format(output.format),
+            "response_format": None if wanted is None else _chat_format(wanted),
         }
 
 

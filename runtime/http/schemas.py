@@ -103,6 +103,8 @@ class ChatMessage(WireModel):
     def _one_name_for_thoughts(cls, message: Any) -> Any:
         if isinstance(message, dict) and message.get("audio"):
             raise ValueError("only text is understood here, not audio; send what was said as content")
+        if isinstance(message, dict) and (message.get("prefix") is True or message.get("partial") is True):
+            raise ValueError("an answer cannot be begun for the model here (prefix, partial): leave such a message out")
         if isinstance(message, dict) and isinstance(message.get("reasoning"), str):
             return {"reasoning_content": message["reasoning"], **message}
         return message
