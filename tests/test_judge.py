@@ -77,6 +77,8 @@ def test_scores_become_outcomes_where_nobody_has_said_one() -> None:
         '{"scores": [{"id": "1", "score": 0.5}, {"id": "2", "score": NaN}]}',
         '{"scores": {"1": 0.5, "2": 0.5}}',
         "[" * 100_000,
+        '{"a":' * 20_000,
+        '{"scores": [{"id": "1", "score": 0.5}, {"id": "2", "score": 1' + "0" * 400 + "}]}",
         "}{",
     ],
 )
@@ -98,6 +100,11 @@ def test_a_judge_that_is_not_there_is_a_problem_and_no_error() -> None:
     judge = Judge(AsyncOpenAI(base_url="http://127.0.0.1:9/v1", api_key="none", max_retries=0), "nobody")
     assert asyncio.run(judge.scores(episodes("desk/1", "desk/1"))) == {}
     assert next(iter(judge.problems)).startswith("APIConnectionError")
+
+
+def test_a_judge_may_think_aloud_before_it_answers() -> None:
+    thought = '<think>Is {"scores": [{"id": "1", "score": 1}]} right? {No.</think>'
+    assert read_scores(f"{thought} {scored(0.25, 0.75)}", 2) == [0.25, 0.75]
 
 
 def test_there_is_a_limit_to_what_a_judge_is_asked() -> None:
