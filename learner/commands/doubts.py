@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from learner.commands.server import ServerOptions, step_log_of
+from learner.terminal import plain
 from runtime.store.step_log import StepLog
 
 if TYPE_CHECKING:
@@ -51,11 +52,11 @@ def run(options: DoubtsOptions) -> int:
             return 1
     if options.as_json:
         for doubt in doubts:
-            print(json.dumps(doubt.to_json(), ensure_ascii=False))
+            print(json.dumps(doubt.to_json()))
         return 0
     print(f"{len(doubts)} of {num_steps} steps of demonstrations are doubted")
     for doubt in doubts:
-        print(f"{doubt.episode_id} step {doubt.index}: {doubt.action}\n    {doubt.kind}: {doubt.reason}")
+        print(f"{doubt.episode_id} step {doubt.index}: {doubt.action}\n    {doubt.kind}: {plain(doubt.reason)}")
     return 0
 
 
