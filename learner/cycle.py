@@ -82,7 +82,7 @@ async def _run(record: CycleRecord, who: Collaborators, options: CycleOptions) -
     inspection = await _inspect(record, who, options, collected, parents[0])
     training_data = await _ask_judge(record, who, collected, inspection.training_data)
     _require_something_new(options, inspection, training_data)
-    discriminator = _reward(record, who, options, training_data)
+    discriminator = _reward(record, who, options, collected, training_data)
     try:
         with _candidate_folders(who.state) as folders:
             await _renew_reward(record, who, parents[0], discriminator, training_data, folders)
@@ -186,7 +186,7 @@ def _require_something_new(options: CycleOptions, inspection: Inspection, traini
 
 
 def _reward(
-    record: CycleRecord, who: Collaborators, options: CycleOptions, training_data: TrainingData
+    record: CycleRecord, who: Collaborators, options: CycleOptions, collected: Collected, training_data: TrainingData
 ) -> Discriminator | None:
     """Discriminator rewards; those of agreement are there since the inspection, the implicit ones come with a trained
     policy."""
@@ -196,7 +196,9 @@ def _reward(
             return None
         settings = DiscriminatorOptions(training=options.training)
         try:
-            discriminator = discriminate(training_data, who.base, options.objective, settings, options.device)
+            discriminator = discriminate(
+                training_data, who.base, options.objective, settings, options.device, collected.groups_of
+            )
             rewards = discriminator.rewards_of(record.cycle, training_data)
         except (NothingToLearn, TrainingFailed) as reason:
             record.add(no_discriminator=str(reason))
