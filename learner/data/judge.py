@@ -127,18 +127,19 @@ def _outcome(score: float) -> float:
     return 1.0 if score >= AS_GOOD_AS_SUCCESS else score
 
 
-def _groups(episodes: Sequence[LoggedEpisode]) -> list[list[LoggedEpisode]]:
+def _groups(episodes: Sequence[LoggedEpisode]) -> list[Sequence[LoggedEpisode]]:
     """Own episodes at one task, where two or more were; a large group is cut."""
     by_task: dict[str, list[LoggedEpisode]] = {}
     for each in episodes:
         if each.path:
             by_task.setdefault(each.episode.task or state_key(each.states()[0]), []).append(each)
-    cut = [
-        group[start : start + MOST_IN_GROUP]
-        for group in by_task.values()
-        for start in range(0, len(group), MOST_IN_GROUP)
-    ]
-    return [group for group in cut if len(group) > 1]
+    return [part for group in by_task.values() if len(group) > 1 for part in _parted(group)]
+
+
+def _parted(group: Sequence[LoggedEpisode]) -> list[Sequence[LoggedEpisode]]:
+    """In parts of about one size, so that none is left alone."""
+    num_parts = -(-len(group) // MOST_IN_GROUP)
+    return [group[part::num_parts] for part in range(num_parts)]
 
 
 def _shown(number: int, logged: LoggedEpisode) -> dict[str, Any]:
