@@ -28,14 +28,15 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.figures import spread
+from benchmarks.figures import counts, interval, spread
 from benchmarks.lockstep import MAX_ACTION_TOKENS, load_policy
+from benchmarks.methods import Row, Rows
 from benchmarks.rollouts import Attempt, Rollouts
 from benchmarks.students import first_unseen, student
 from learner.data.comparison import compare
@@ -59,8 +60,6 @@ NUM_SAMPLES = 2
 """Of the policy at each state of a demonstration, as a cycle takes by default."""
 NUM_OWN_EPISODES = 24
 MOST_AT_ONCE = 32
-STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 8: 2.36, 10: 2.26}
-"""Two-sided 95 %, by the number of seeds."""
 
 
 # ------------------------------------------------------------------------------------------------ students
@@ -312,7 +311,10 @@ class FinishedCells:
     def __init__(self, path: Path) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text("utf-8").splitlines() if path.exists() else []
+        lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
+        if lines and not lines[-1].endswith("\n"):  # a process that was killed while it wrote: the cell is run again
+            path.write_text("".join(lines[:-1]), "utf-8")
+            lines.pop()
         self._found = {json.dumps(row["cell"], sort_keys=True): row["result"] for row in map(json.loads, lines)}
 
     def result(self, cell: Cell, base: Path) -> dict[str, Any]:
@@ -326,12 +328,6 @@ class FinishedCells:
 
 
 # ---------------------------------------------------------------------------------------------------- report
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval over seeds (Student's t)."""
-    half = STUDENT_T[len(values)] * stdev(values) / len(values) ** 0.5 if len(values) in STUDENT_T else float("nan")
-    return fmean(values), half
 
 
 def table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -380,34 +376,26 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 AXIS = "best-of-4"
 
 
-def rows_of(cell: Cell, result: dict[str, Any], student: str) -> list[dict[str, Any]]:
+def rows_of(cell: Cell, result: dict[str, Any], student: str) -> list[Row]:
     """A cell as rows of the table of methods: success in %, CPU seconds of trying the tasks (not of training)."""
     arms = result["arms"]
     return [
-        {
-            "method": "sft" if name == "T=1" else f"sft, best of {NUM_DRAWS} by {name}",
-            "world": cell.world,
-            "student": student,
-            "seed": cell.seed,
-            "demonstrations": cell.num_demonstrations,
-            "axis": AXIS,
-            "success_t1": round(100 * arm["success"], 1),
-            "success_greedy": round(100 * arms["greedy"]["success"], 1) if name == "T=1" else None,
-            "cpu_seconds": round(arm["cpu_seconds"], 1),
-            "is_default": False,
-        }
+        Row(
+            "sft" if name == "T=1" else f"sft, best of {NUM_DRAWS} by {name}",
+            cell.world,
+            student,
+            cell.seed,
+            cell.num_demonstrations,
+            AXIS,
+            success_t1=round(100 * arm["success"], 1),
+            success_greedy=round(100 * arms["greedy"]["success"], 1) if name == "T=1" else None,
+            cpu_seconds=round(arm["cpu_seconds"], 1),
+            is_default=False,
+            tasks=cell.num_tasks,
+        )
         for name, arm in arms.items()
         if name != "greedy"
     ]
-
-
-def put_rows(path: Path, axis: str, worlds: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    """Put the rows of one axis and these worlds into the file, instead of those that were there; others stay."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    held = json.loads(path.read_text("utf-8")) if path.exists() else []
-    others = [row for row in held if row["axis"] != axis or row["world"] not in worlds]
-    text = ",\n".join(json.dumps(row) for row in [*others, *rows])
-    path.write_text(f"[\n{text}\n]\n", "utf-8")
 
 
 def student_of(world: str) -> tuple[str, Path]:
@@ -420,7 +408,7 @@ def student_of(world: str) -> tuple[str, Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--world", default="order_desk")
-    parser.add_argument("--demonstrations", default="4,8", help="how many, with commas (default 4,8)")
+    parser.add_argument("--demonstrations", type=counts, default="4,8", help="how many, with commas (default 4,8)")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
     parser.add_argument("--tasks", type=int, default=100, help="held-out tasks (default 100)")
     parser.add_argument("--no-trials", action="store_true", help="tell the AUC on held-out steps alone")
@@ -430,8 +418,8 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     name, base = student_of(options.world)
-    cells, rows = FinishedCells(options.cells), list[dict[str, Any]]()
-    for number in map(int, options.demonstrations.split(",")):
+    cells, rows = FinishedCells(options.cells), list[Row]()
+    for number in options.demonstrations:
         results = []
         for seed in range(1, options.seeds + 1):
             cell = Cell(options.world, number, seed, options.tasks, is_tried=not options.no_trials)
@@ -446,7 +434,7 @@ def main() -> None:
         print("AUC on held-out steps:", held_out_steps(results))
         print("accuracy on the pairs that the cycle held out:", [result["accuracy"] for result in results], flush=True)
     if options.rows:
-        put_rows(options.rows, AXIS, [options.world], rows)
+        Rows(options.rows).add(*rows, instead_of=lambda row: row.cell)  # an arm may have another name than before
 
 
 if __name__ == "__main__":

@@ -18,15 +18,16 @@ import argparse
 import fcntl
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 import torch
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.figures import counts, each_of, from_to, interval
 from benchmarks.method_runs import AXES, Run, Scene, Stage
 from benchmarks.recipes import CONTROL, DEFAULT, METHODS
 from policies.novice.build import NOVICE_PATH
@@ -49,15 +50,22 @@ class Row:
     """None: the plain setting."""
     success_t1: float
     """%, at temperature 1."""
-    success_greedy: float
+    success_greedy: float | None
+    """None: it was not tried so."""
     cpu_seconds: float
     """Of all cycles, measuring left out."""
     is_default: bool
     """The learner's default recipe."""
+    tasks: int | None = None
+    """How many were tried; None: the run did not note it."""
+
+    @property
+    def cell(self) -> tuple[str, str, int, int, str | None]:
+        return self.world, self.student, self.seed, self.demonstrations, self.axis
 
     @property
     def key(self) -> tuple[str, str, str, int, int, str | None]:
-        return self.method, self.world, self.student, self.seed, self.demonstrations, self.axis
+        return self.method, *self.cell
 
 
 class Rows:
@@ -70,11 +78,12 @@ class Rows:
         """What is there now."""
         return [Row(**row) for row in json.loads(self._path.read_text("utf-8"))] if self._path.exists() else []
 
-    def add(self, row: Row) -> None:
-        """Beside what other processes have added."""
+    def add(self, *rows: Row, instead_of: Callable[[Row], Hashable] = lambda row: row.key) -> None:
+        """Beside what other processes have added, instead of rows for which `instead_of` is the same."""
         with self._locked():
-            rows = {each.key: each for each in self.read()} | {row.key: row}
-            ordered = sorted(rows.values(), key=lambda each: json.dumps(each.key))
+            replaced = {instead_of(row) for row in rows}
+            held = [each for each in self.read() if instead_of(each) not in replaced]
+            ordered = sorted([*held, *rows], key=lambda each: json.dumps(each.key))
             text = ",\n".join(json.dumps(asdict(each)) for each in ordered)
             half_written = self._path.with_suffix(".part")
             half_written.write_text(f"[\n{text}\n]\n", "utf-8")
@@ -102,12 +111,11 @@ def base_of(world: str) -> tuple[str, Path]:
 
 def scenes_of(options: argparse.Namespace) -> Iterator[Scene]:
     """What is asked for, one after the other."""
-    first, last = map(int, options.seeds.split("-"))
     for world in options.worlds.split(","):
         student, base = (options.model.name, options.model) if options.model else base_of(world)
-        for axis in options.axes.split(";"):
-            for number in map(int, options.demonstrations.split(",")):
-                for seed in range(first, last + 1):
+        for axis in options.axes:
+            for number in options.demonstrations:
+                for seed in options.seeds:
                     yield Scene(
                         world, student, base, seed, number, AXES[axis or None],
                         num_tasks=options.tasks, device=options.device,
@@ -115,9 +123,14 @@ def scenes_of(options: argparse.Namespace) -> Iterator[Scene]:
 
 
 def run_scene(rows: Rows, scene: Scene, methods: Sequence[str]) -> None:
-    """Those of the methods that the rows do not have yet."""
+    """Those of the methods that the rows do not have yet. Ends the process where they were tried on other tasks."""
     place = scene.world, scene.student, scene.seed, scene.demonstrations, scene.axis.name
-    finished = {row.key for row in rows.read()}
+    finished = {row.key: row for row in rows.read()}
+    of_scene = [row for row in finished.values() if row.cell[:2] + row.cell[3:] == place[:2] + place[3:]]
+    if others := {row.tasks for row in of_scene} - {None, scene.num_tasks}:
+        raise SystemExit(
+            f"runs of {place} were tried on {others.pop()} tasks, not {scene.num_tasks}: take --results FILE"
+        )
     missing = [name for name in methods if (name, *place) not in finished]
     if not missing:
         return
@@ -133,6 +146,7 @@ def run_scene(rows: Rows, scene: Scene, methods: Sequence[str]) -> None:
                     round(result.success_greedy, 2),
                     round(result.cpu_seconds, 2),
                     name == DEFAULT,
+                    scene.num_tasks,
                 )
             )
             notes = f" ({result.notes[0]})" if result.notes else ""
@@ -144,15 +158,6 @@ def run_scene(rows: Rows, scene: Scene, methods: Sequence[str]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ table
-
-STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-"""Two-sided 95 %, by the number of seeds."""
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean over seeds, and half the width of its 95 % interval (Student's t); NaN for one seed."""
-    half = STUDENT_T[len(values)] * stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return fmean(values), half
 
 
 def report(rows: Sequence[Row]) -> None:
@@ -177,8 +182,8 @@ def scene_table(rows: Sequence[Row]) -> list[list[str]]:
                 ", ".join(METHODS[name].takes) or "-",
                 _rate([row.success_t1 for row in by_seed.values()]),
                 _gain([one.success_t1 - other.success_t1 for one, other in paired]),
-                _rate([row.success_greedy for row in by_seed.values()]),
-                _gain([one.success_greedy - other.success_greedy for one, other in paired]),
+                _rate(_known(row.success_greedy for row in by_seed.values())),
+                _gain(_known(_less(one.success_greedy, other.success_greedy) for one, other in paired)),
                 f"{fmean(row.cpu_seconds for row in by_seed.values()):.1f}",
                 str(len(by_seed)),
             ]
@@ -186,7 +191,17 @@ def scene_table(rows: Sequence[Row]) -> list[list[str]]:
     return table
 
 
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _less(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one - other
+
+
 def _rate(values: Sequence[float]) -> str:
+    if not values:
+        return ""
     mean, half = interval(values)
     return f"{mean:.1f} ± {half:.1f}" if len(values) > 1 else f"{mean:.1f}"
 
@@ -210,10 +225,17 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--worlds", default="order_desk", help="which, with commas (default order_desk)")
-    parser.add_argument("--methods", default=";".join(METHODS), help="which, with semicolons (default: all)")
-    parser.add_argument("--demonstrations", default="4,8", help="how many, with commas (default 4,8)")
-    parser.add_argument("--axes", default="", help="what is made harder, with semicolons (default: nothing)")
-    parser.add_argument("--seeds", default="1-5", help="from-to (default 1-5)")
+    parser.add_argument(
+        "--methods", type=each_of(METHODS, ";"), default=";".join(METHODS), help="which, with semicolons (default: all)"
+    )
+    parser.add_argument("--demonstrations", type=counts, default="4,8", help="how many, with commas (default 4,8)")
+    parser.add_argument(
+        "--axes",
+        type=each_of([name or "" for name in AXES], ";"),
+        default="",
+        help="what is made harder, with semicolons (default: nothing)",
+    )
+    parser.add_argument("--seeds", type=from_to, default="1-5", help="from-to (default 1-5)")
     parser.add_argument("--tasks", type=int, default=200, help="tasks, each tried greedy and at T=1 (default 200)")
     parser.add_argument("--model", type=Path, help="a real model's folder, instead of the worlds' small students")
     parser.add_argument("--device", default="cpu", help="where the policy is sampled and trained (default cpu)")
@@ -227,7 +249,7 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     for scene in scenes_of(options):
-        run_scene(rows, scene, options.methods.split(";"))
+        run_scene(rows, scene, options.methods)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from learner.terminal import printing
 from policies.command_line import parse, refuse
 
 COMMANDS = {
@@ -41,7 +42,7 @@ def main(arguments: list[str]) -> int:
         arguments[1:] if arguments[:1] == [name] else arguments,
         f"python -m learner {name}",
     )
-    return module.run(options)
+    return printing(lambda: module.run(options))
 
 
 def _help() -> str:

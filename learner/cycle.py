@@ -81,7 +81,8 @@ async def _run(record: CycleRecord, who: Collaborators, options: CycleOptions) -
     trials = _look_ahead(record, who, options, collected, parents[0])
     inspection = await _inspect(record, who, options, collected, parents[0])
     training_data = await _ask_judge(record, who, collected, inspection.training_data)
-    discriminator = _reward(record, who, options, training_data)
+    _require_something_new(options, inspection, training_data)
+    discriminator = _reward(record, who, options, collected, training_data)
     try:
         with _candidate_folders(who.state) as folders:
             await _renew_reward(record, who, parents[0], discriminator, training_data, folders)
@@ -154,18 +155,7 @@ async def _inspect(
         record.add(inspection=inspection.report(), expert_problems=dict(sum(problems, Counter[str]())))
         record.measure("training_data", inspection.measures())
         who.learning_log.add_rewards(agreement_rewards(record.cycle, inspection.training_data))
-    compared = inspection.at_expert_states + inspection.at_policy_states
-    if _can_learn_from_outcomes(options, collected):
-        return inspection
-    if compared and all(state.drop_reason is DropReason.MASTERED for state in compared):
-        raise NothingToLearn(f"the policy does what the experts do at all {len(compared)} states where they answered")
     return inspection
-
-
-def _can_learn_from_outcomes(options: CycleOptions, collected: Collected) -> bool:
-    """Own episodes teach then, though the policy has all demonstrations by heart."""
-    judged = any(each.outcome is not None for each in collected.policy_episodes)
-    return judged and not TAKES_OUTCOMES.isdisjoint(options.objectives)
 
 
 async def _ask_judge(
@@ -184,8 +174,19 @@ async def _ask_judge(
     return with_judged_outcomes(training_data, scores)
 
 
+def _require_something_new(options: CycleOptions, inspection: Inspection, training_data: TrainingData) -> None:
+    """Raises NothingToLearn where the policy has all that experts showed by heart, and no outcome of own episodes,
+    whoever said it, teaches more."""
+    judged = any(each.outcome is not None for each in training_data.policy_episodes)
+    if judged and not TAKES_OUTCOMES.isdisjoint(options.objectives):
+        return
+    compared = inspection.at_expert_states + inspection.at_policy_states
+    if compared and all(state.drop_reason is DropReason.MASTERED for state in compared):
+        raise NothingToLearn(f"the policy does what the experts do at all {len(compared)} states where they answered")
+
+
 def _reward(
-    record: CycleRecord, who: Collaborators, options: CycleOptions, training_data: TrainingData
+    record: CycleRecord, who: Collaborators, options: CycleOptions, collected: Collected, training_data: TrainingData
 ) -> Discriminator | None:
     """Discriminator rewards; those of agreement are there since the inspection, the implicit ones come with a trained
     policy."""
@@ -195,11 +196,14 @@ def _reward(
             return None
         settings = DiscriminatorOptions(training=options.training)
         try:
-            discriminator = discriminate(training_data, who.base, options.objective, settings, options.device)
+            discriminator = discriminate(
+                training_data, who.base, options.objective, settings, options.device, collected.groups_of
+            )
+            rewards = discriminator.rewards_of(record.cycle, training_data)
         except (NothingToLearn, TrainingFailed) as reason:
             record.add(no_discriminator=str(reason))
             return None
-        who.learning_log.add_rewards(discriminator.rewards_of(record.cycle, training_data))
+        who.learning_log.add_rewards(rewards)
         record.measure("discriminator", discriminator.measures())
         return discriminator
 

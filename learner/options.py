@@ -49,7 +49,8 @@ class CollectionOptions:
     max_own_episodes: Count = 256
     """Most of the policy's own episodes; the newest count."""
     replay_share: Share = 0.25
-    """Share of `max_own_episodes` that is kept for episodes which an earlier cycle has read already."""
+    """Share of `max_own_episodes` that is kept for episodes which an earlier cycle has read already; first for those
+    of which somebody has said since how they ended."""
     max_versions_old: Count = 2
     """What an adapter did that is further behind the acting one is left out."""
     anchors: tuple[str, ...] = ()

@@ -14,6 +14,8 @@ import pytest
 from policies.chat.chat_protocol import ChatProtocol
 from policies.types import Draw, EngineError, FinalAnswer, MalformedAction, SamplingParams, ToolCall, ToolCalls
 from runtime.agent.scorers import ChosenBy, Majority, MeanLogprob, _warn_once, best
+from runtime.agent.served_agent import ServedAgent
+from runtime.agent.tools import Toolbox
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.http.best_of import Choosing, ChoosingAsked, ChoosingLimits
 from runtime.http.fields import FieldRefused
@@ -190,6 +192,16 @@ def test_without_it_one_draw_is_made_and_nothing_is_logged_beside_the_step(
     with served(parts_of(engine, protocol, tmp_path)) as server:
         assert said(ask(server)) == "Yes."
         assert len(engine.prompts) == 1
+        assert server.parts.log.counts()["step_candidates"] == 0
+
+
+def test_at_an_agents_own_temperature_0_one_draw_is_made(protocol: ChatProtocol, tmp_path: Path) -> None:
+    """Where the request does not say: as many draws were made as asked for, all the same."""
+    engine = SayingEngine(protocol, "Yes.")
+    greedy = ServedAgent("clerk", "clerk", Toolbox(), None, {"temperature": 0.0})
+    with served(parts_of(engine, protocol, tmp_path, named_agents=(greedy,))) as server:
+        assert said(ask(server, best_of=4, by="discriminator", model="clerk")) == "Yes."
+        assert [each.temperature for each in engine.samplings] == [0.0]
         assert server.parts.log.counts()["step_candidates"] == 0
 
 

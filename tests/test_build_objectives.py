@@ -296,6 +296,7 @@ def test_own_actions_of_too_old_a_policy_are_left_out(name: str) -> None:
 
 # ------------------------------------------------------------------------------- nothing to learn
 
+UNSAMPLED = demonstration("b", ())
 MASTERED = TrainingData(
     (demonstration("a", (own(RIGHT, True),), task="t1"),), (attempt("c", 1.0, [own(RIGHT)], task="t1"),)
 )
@@ -311,6 +312,8 @@ MASTERED = TrainingData(
             "no expert has acted or answered at any state",
         ),
         ("implicit", MASTERED, "did what the experts do at all 1 states"),
+        ("implicit", TrainingData((demonstration("a", ()),)), "nobody knows what the policy does at the 1 states"),
+        ("implicit", TrainingData((*MASTERED.demonstrations, UNSAMPLED)), "at all 1 states .* not sampled at 1 more"),
         ("inverse", TrainingData((demonstration("a", ()),)), "no own action"),
         ("eto", MASTERED, "no own episode failed on a demonstrated task: 1 own episodes, 1 succeeded, 0 failed"),
         (
@@ -328,6 +331,13 @@ MASTERED = TrainingData(
         ("pivot", MASTERED, "no pivot among 1 states"),
         ("pivot", TrainingData((demonstration("a", (own(WRONG, False), own(WORSE, False))),)), "no pivot among 1"),
         ("ppo", MASTERED, "the outcomes of all own episodes are equal: 1 own episodes, 1 succeeded"),
+        (
+            "ppo",  # each was chosen among several draws
+            TrainingData(
+                (), tuple(attempt(of, float(of == "c"), [replace(own(RIGHT), behavior_logprobs=())]) for of in "cd")
+            ),
+            "no step of the 2 own episodes with an outcome is fresh enough and was drawn",
+        ),
         ("ppo", TrainingData((demonstration("a", ()),)), "the outcomes of all own episodes are equal: 0 own episodes"),
     ],
 )

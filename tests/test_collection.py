@@ -52,6 +52,23 @@ def test_new_episodes_are_collected_and_a_share_of_the_old_ones_is_replayed(log:
     assert second.counts == wanted | {"demonstrations": 0, "held_out": 0, "anchors": 0}
 
 
+def test_what_is_said_of_an_episode_after_it_was_read_is_learned_first(log: StepLog) -> None:
+    """Users say on the next day how it went: of a busy server's episodes such a one was hardly ever read again."""
+    old = [episode(log) for _ in range(40)]
+    elsewhere = episode(log, "agent-v0002")  # of another line
+    first = collect(log, None, LINEAGE, OPTIONS, seed=0)
+    told = old[7]
+    for each, value in ((told, 0.0), (elsewhere, 1.0), (told, 1.0)):
+        log.append(Outcome(new_id("out"), each, value, "user")).result()
+    for seed in range(5):
+        second = collect(log, first.last_step_id, LINEAGE, OPTIONS, seed)
+        replayed = {each.episode.id: each.outcome for each in second.policy_episodes}
+        assert replayed[told] == 1.0
+        assert (len(replayed), second.counts["own_replayed"]) == (2, 2)
+    none = collect(log, first.last_step_id, LINEAGE, replace(OPTIONS, replay_share=0.0), seed=0)
+    assert none.policy_episodes == []
+
+
 def test_an_episode_that_goes_on_is_new_again(log: StepLog) -> None:
     going_on = episode(log)
     first = collect(log, None, LINEAGE, OPTIONS, seed=0)

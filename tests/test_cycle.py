@@ -11,6 +11,7 @@ from openai import APIConnectionError
 
 from learner.client import Endpoint
 from learner.data.experts import Corrections, ModelExpert
+from learner.data.judge import Judge
 from learner.evaluation.outlook import ERROR_RATE
 from learner.options import CollectionOptions, CycleOptions, TrainingOptions
 from policies.chat.chat_protocol import ChatProtocol
@@ -20,7 +21,7 @@ from runtime.store.episodes import Actor, Outcome, Purpose, new_id
 from runtime.store.learning_log import CycleStage, RewardSource
 from tests.cycles import QUICK, collaborators, practised, run
 from tests.demonstrations import expert_demonstration, post
-from tests.serving import MODEL, SayingEngine, Served, parts_of, served
+from tests.serving import LIMITS, MODEL, SayingEngine, Served, parts_of, served
 
 
 def test_a_log_with_nothing_in_it_ends_with_a_reason(
@@ -74,6 +75,41 @@ def test_own_successes_teach_a_policy_that_has_mastered_every_demonstrated_state
         status = run(server, tmp_path, "cycle_2", options=replace(QUICK, objectives=("sft_rft",)))
     assert "sft_rft" in status.report["diagnostics"], status.message
     assert status.report["diagnostics"]["sft_rft"]["perplexity"] > 0
+
+
+def test_so_do_those_that_a_judge_alone_calls_successes(protocol: ChatProtocol, tmp_path: Path) -> None:
+    """The judge was asked only after the cycle had ended for want of outcomes."""
+    scores = '{"scores": [{"id": "1", "score": 1}, {"id": "2", "score": 0.2}]}'
+    saying = SayingEngine(protocol, scores, limits=replace(LIMITS, max_context_tokens=65536))
+    with (
+        served(parts_of(SayingEngine(protocol, *["All done."] * 100), protocol, tmp_path / "agent")) as server,
+        served(parts_of(saying, protocol, tmp_path / "judge")) as judge_server,
+    ):
+        question = {"role": "user", "content": "Hi"}
+        post(server, {"messages": [question, {"role": "assistant", "content": "All done."}]}).raise_for_status()
+        for seed in (1, 2):
+            server.client().chat.completions.create(
+                model=MODEL, messages=[{"role": "user", "content": "And now?"}], seed=seed, max_tokens=24
+            )
+        options = replace(QUICK, objectives=("sft_rft",), discriminator=False, implicit_rewards=False)
+        judge = Judge(judge_server.async_client(), MODEL)
+        status = run(server, tmp_path / "agent", options=options, judge=judge)
+    assert status.report["judge"]["scored"] == 2
+    assert "sft_rft" in status.report["diagnostics"], status.message
+
+
+def test_anchors_that_are_demonstrations_are_rewarded_and_not_learned(protocol: ChatProtocol, tmp_path: Path) -> None:
+    """A cycle reads them; `learner steps` said that none had."""
+    with served(parts_of(SayingEngine(protocol, *["All done."] * 100), protocol, tmp_path)) as server:
+        for asked in ("Hi", "And now?"):
+            question = {"role": "user", "content": asked}
+            post(server, {"messages": [question, {"role": "assistant", "content": "All done."}]}).raise_for_status()
+        first, second = server.parts.log.episodes(limit=10, actor=Actor.EXPERT)
+        collection = CollectionOptions(held_out_share=0.0, anchors=(first.id,))
+        run(server, tmp_path, options=replace(QUICK, collection=collection))
+        rewards = collaborators(server, tmp_path).learning_log.rewards("cycle_1")
+        of_experts = {step.id for each in (first, second) for step in server.parts.log.steps(each.id)}
+        assert of_experts <= {reward.step_id for reward in rewards}
 
 
 def test_one_cycle_rewards_every_own_action_from_every_source_and_answers_own_states(

@@ -165,6 +165,16 @@ def test_tasks_are_held_out_as_a_whole(training_data: TrainingData) -> None:
     assert some.num_pairs == sum(number for number, kept in zip(pairs_of, is_kept, strict=True) if kept)
 
 
+def test_transcripts_without_a_task_are_held_out_by_what_they_demonstrate(training_data: TrainingData) -> None:
+    """Copies of one transcript were as many tasks, and its accuracy that at states it had learned of."""
+    nameless = TrainingData(tuple(replace(each, task=None) for each in training_data.demonstrations))
+    quick = replace(OPTIONS, training=replace(TRAINING, epochs=1), held_out_share=0.5)
+    one_task = {each.episode_id: frozenset({"one task"}) for each in nameless.demonstrations}
+    told = discriminate(nameless, NOVICE_FOLDER, LESSONS, quick, groups_of=one_task)
+    assert told.accuracy is None
+    assert discriminate(nameless, NOVICE_FOLDER, LESSONS, quick).accuracy is not None
+
+
 def test_where_too_few_would_be_left_nothing_is_held_out(training_data: TrainingData) -> None:
     one_task = TrainingData(training_data.demonstrations[:1])
     quick = replace(TRAINING, epochs=1)

@@ -59,6 +59,14 @@ def test_attempts_at_one_task_are_scored_against_each_other_and_a_lonely_one_is_
     assert len(steps) == 8
 
 
+def test_of_a_large_group_none_is_left_alone(protocol: ChatProtocol, tmp_path: Path) -> None:
+    """Of nine attempts eight were judged, and the last one had no company."""
+    says = [scored(0.1, 0.2, 0.3, 0.4, 0.5), scored(0.6, 0.7, 0.8, 0.9)]
+    scores, problems, _ = judged(tmp_path, protocol, says, episodes(*["desk/1"] * 9))
+    assert not problems
+    assert sorted(scores.values()) == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+
+
 def test_scores_become_outcomes_where_nobody_has_said_one() -> None:
     training_data = TrainingData((), (Trajectory("a", ()), Trajectory("b", ()), Trajectory("c", (), None, 0.0)))
     told = with_judged_outcomes(training_data, {"a": 0.95, "b": 0.4, "c": 1.0})
@@ -77,6 +85,8 @@ def test_scores_become_outcomes_where_nobody_has_said_one() -> None:
         '{"scores": [{"id": "1", "score": 0.5}, {"id": "2", "score": NaN}]}',
         '{"scores": {"1": 0.5, "2": 0.5}}',
         "[" * 100_000,
+        '{"a":' * 20_000,
+        '{"scores": [{"id": "1", "score": 0.5}, {"id": "2", "score": 1' + "0" * 400 + "}]}",
         "}{",
     ],
 )
@@ -98,6 +108,11 @@ def test_a_judge_that_is_not_there_is_a_problem_and_no_error() -> None:
     judge = Judge(AsyncOpenAI(base_url="http://127.0.0.1:9/v1", api_key="none", max_retries=0), "nobody")
     assert asyncio.run(judge.scores(episodes("desk/1", "desk/1"))) == {}
     assert next(iter(judge.problems)).startswith("APIConnectionError")
+
+
+def test_a_judge_may_think_aloud_before_it_answers() -> None:
+    thought = '<think>Is {"scores": [{"id": "1", "score": 1}]} right? {No.</think>'
+    assert read_scores(f"{thought} {scored(0.25, 0.75)}", 2) == [0.25, 0.75]
 
 
 def test_there_is_a_limit_to_what_a_judge_is_asked() -> None:

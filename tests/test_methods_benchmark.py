@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import best_of
 from benchmarks.desk_rollouts import WORLD, Desk, load_policy
 from benchmarks.experience import experience
+from benchmarks.figures import interval
 from benchmarks.graphed_lockstep import GraphedLockstep
 from benchmarks.harder_worlds import ErringExpert, PermutingExpert, Resumed
 from benchmarks.lockstep import Lockstep
@@ -27,6 +30,7 @@ from benchmarks.method_runs import (
     with_hard_negatives,
 )
 from benchmarks.methods import Row, Rows, run_scene, scene_table
+from benchmarks.methods import main as methods_main
 from benchmarks.own_choice import majority, raft
 from benchmarks.recipes import CONTROL, DEFAULT, METHODS
 from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
@@ -337,6 +341,77 @@ def test_the_table_pairs_by_seed() -> None:
     assert (best[0], best[2], best[3]) == ("rft + sft", "70.0 ± 127.1", "+10.0 ± 0.0")
     assert control[:4] == [CONTROL, "-", "60.0 ± 127.1", ""]
     assert len(heading) == len(best)
+
+
+def finished(method: str, seed: int = 1, tasks: int | None = 4, **changes: Any) -> Row:
+    row = Row(method, "order_desk", "novice", seed, 2, None, 50.0, 40.0, 1.0, False, tasks)
+    return replace(row, **changes)
+
+
+def test_a_row_that_was_not_tried_greedily_is_no_zero_in_the_table() -> None:
+    rows = [finished(CONTROL), finished("rft", success_t1=60.0, success_greedy=None)]
+    assert [row[4:6] for row in scene_table(rows)[1:]] == [["", ""], ["40.0", ""]]
+
+
+def test_runs_on_other_tasks_are_neither_taken_for_finished_nor_put_beside(tmp_path: Path) -> None:
+    """A run of a few tasks, tried quickly, was the row that a whole one was never run for."""
+    rows = Rows(tmp_path / "methods.json")
+    rows.add(finished("untrained", tasks=200))
+    with pytest.raises(SystemExit, match="tried on 200 tasks, not 4: take --results FILE"):
+        run_scene(rows, scene_of(), ["untrained"])
+    rows.add(finished("untrained", tasks=None))  # of a release that did not note it
+    run_scene(rows, scene_of(), ["untrained"])
+    assert rows.read() == [finished("untrained", tasks=None)]
+
+
+def test_rows_of_one_cell_take_the_place_of_those_and_of_no_other(tmp_path: Path) -> None:
+    """best_of put its rows in the place of all of its world, also of numbers of demonstrations not asked for."""
+    rows = Rows(tmp_path / "methods.json")
+    kept = [finished("sft", demonstrations=8, axis="best-of-4"), finished("sft")]
+    rows.add(*kept, finished("sft, best of 4 by an older name", axis="best-of-4"), finished("sft", axis="best-of-4"))
+    new = finished("sft", axis="best-of-4", success_t1=70.0)
+    rows.add(new, instead_of=lambda row: row.cell)
+    assert sorted(rows.read(), key=str) == sorted([*kept, new], key=str)
+
+
+def test_a_cell_that_was_half_written_is_run_again_and_the_others_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+
+    def run(cell: best_of.Cell, base: Path) -> dict[str, Any]:
+        ran.append(cell.seed)
+        return {"seed": cell.seed}
+
+    monkeypatch.setattr(best_of, "run", run)
+    first, second = (best_of.Cell("order_desk", 4, seed, 2) for seed in (1, 2))
+    cells = best_of.FinishedCells(tmp_path / "cells.jsonl")
+    for cell in (first, second):
+        cells.result(cell, NOVICE_PATH)
+    whole = (tmp_path / "cells.jsonl").read_text()
+    (tmp_path / "cells.jsonl").write_text(whole[:-9])
+    for _ in range(2):
+        again = best_of.FinishedCells(tmp_path / "cells.jsonl")
+        assert [again.result(cell, NOVICE_PATH) for cell in (first, second)] == [{"seed": 1}, {"seed": 2}]
+    assert (tmp_path / "cells.jsonl").read_text() == whole
+    assert ran == [1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("num", "t"), [(2, 12.71), (7, 2.45), (9, 2.31), (11, 2.228), (19, 2.101), (20, 2.093), (40, 2.023)]
+)
+def test_an_interval_is_students_for_any_number_of_seeds(num: int, t: float) -> None:
+    """Of 7 or 9 seeds best_of told none; with 11 the table of methods could not be made."""
+    mean, half = interval([0.0] * (num - 1) + [float(num)])
+    assert (mean, half) == (1.0, pytest.approx(t, rel=0.005))  # the deviation of these is the root of their number
+
+
+@pytest.mark.parametrize("wrong", ["--methods=sfft", "--axes=noise", "--seeds=5-1", "--seeds=x", "--demonstrations=0"])
+def test_options_are_checked_before_anything_runs(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["methods", wrong])
+    with pytest.raises(SystemExit) as ended:
+        methods_main()
+    assert ended.value.code == 2
 
 
 def test_the_default_of_the_table_is_the_learner_s() -> None:

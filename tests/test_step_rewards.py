@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from learner.__main__ import main
-from learner.data.explanation import Evidence, JudgedStep, lost_at
+from learner.data.explanation import Evidence, JudgedStep, lost_at, short, to_compare
 from learner.data.rewards import agreement_rewards, logged_actions_of
 from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
-from policies.types import FinalAnswer, MalformedAction, ToolCall, ToolCalls
+from learner.terminal import width
+from policies.types import Action, FinalAnswer, MalformedAction, ToolCall, ToolCalls
 from runtime.store.episodes import Actor, Correction, Episode, Outcome, Step, new_id
 from runtime.store.learning_log import LearningLog, RewardSource, StepReward
 from runtime.store.step_log import StepLog
@@ -85,6 +90,43 @@ def test_a_correction_that_confirms_the_step_is_no_evidence() -> None:
     assert lost_at([JudgedStep(step.step, {}, (same,))], outcome=0.0) is None
 
 
+def test_of_several_corrections_the_newest_counts() -> None:
+    """A correction that was taken back by a newer one was still the step that lost the episode."""
+    (step,) = judged((None, None))
+    better, same = (
+        Correction(new_id("corr"), step.step.id, action, (1,), who)
+        for action, who in ((FinalAnswer("better"), "ann"), (step.step.action, "bob"))
+    )
+    assert lost_at([JudgedStep(step.step, {}, (better, same))], outcome=0.0) is None
+    found = lost_at([JudgedStep(step.step, {}, (same, better))], outcome=0.0)
+    assert found is not None
+    assert found.evidence is Evidence.CORRECTED
+
+
+def test_learned_rewards_are_held_against_those_of_one_cycle_and_agreement_is_the_newest() -> None:
+    """A cycle that reads an episode for a correction reads the way to it: its rewards have a scale of their own."""
+    steps = [each.step for each in judged((None, None), (None, None), (None, None))]
+    given = [
+        reward(step, RewardSource.DISCRIMINATOR, value) for step, value in zip(steps, (1.0, -2.0, 0.5), strict=True)
+    ]
+    given += [
+        reward(step, RewardSource.DISCRIMINATOR, value, "cycle_2")
+        for step, value in zip(steps, (5.0, 4.0), strict=False)
+    ]
+    given += [
+        reward(steps[0], RewardSource.EXPERT_AGREEMENT, 0.0),
+        reward(steps[0], RewardSource.EXPERT_AGREEMENT, 1.0, "cycle_2"),
+    ]
+    found = to_compare(given)
+    assert [found[step.id][RewardSource.DISCRIMINATOR].value for step in steps] == [1.0, -2.0, 0.5]
+    assert found[steps[0].id][RewardSource.EXPERT_AGREEMENT].value == 1.0
+    lost = lost_at([JudgedStep(step, found[step.id]) for step in steps], outcome=0.0)
+    assert lost is not None
+    assert (lost.index, lost.evidence) == (1, Evidence.UNLIKE_EXPERT)
+    again = [reward(step, RewardSource.DISCRIMINATOR, -9.0, "cycle_3") for step in steps]
+    assert {each[RewardSource.DISCRIMINATOR].cycle for each in to_compare([*given, *again]).values()} == {"cycle_3"}
+
+
 def test_without_an_expert_the_discriminators_lowest_is_where_to_look() -> None:
     found = lost_at(judged((None, 1.0), (None, -2.0), (None, 0.0)), outcome=0.0)
     assert found is not None
@@ -150,4 +192,80 @@ def test_an_experts_episode_and_an_unknown_one_are_answered_in_sentences(
     assert "no cycle has rewarded these steps yet" in said
     assert "nothing speaks against any step: nobody has said how it ended" in said
     assert main(["steps", "ep_none", "--state", str(tmp_path)]) == 1
-    assert "there is no episode 'ep_none'" in capfd.readouterr().err
+    assert "the episode 'ep_none' is not in" in capfd.readouterr().err
+
+
+def said_of(tmp_path: Path, capfd: pytest.CaptureFixture[str], *actions: Action, task: str | None = None) -> list[str]:
+    """What is printed of an episode of these actions: the table, and as JSON."""
+    log, episode, steps = StepLog(tmp_path / "agent.db"), make_episode(task=task), list[Step]()
+    for action in actions:
+        steps.append(make_step(episode, steps[-1] if steps else None, action=action))
+    log.append(episode, *steps, Outcome(new_id("out"), episode.id, 0.0, "world")).result()
+    log.close()
+    LearningLog(tmp_path).close()
+    said = []
+    for more in ([], ["--json"]):
+        assert main(["steps", episode.id, "--state", str(tmp_path), *more]) == 0
+        said.append(capfd.readouterr().out)
+    return said
+
+
+def test_what_a_policy_or_a_user_writes_cannot_speak_to_the_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    call = ToolCalls((ToolCall("a", "na\x1b[31mme\n", {"k\n\x1b[2J": "\u202ev"}),))
+    broken = MalformedAction("<x", "the arguments\nof \x1b[8m are none")
+    table, told = said_of(tmp_path, capfd, call, broken, task="desk\n\x1b]0;owned\x07")
+    assert table.replace("\n", "").isprintable()
+    assert len(table.splitlines()) == 6, "a line a step"
+    assert "it cannot be read as an action: the arguments\\nof \\x1b[8m are none" in table
+    assert json.loads(told)["task"] == "desk\n\x1b]0;owned\x07"
+
+
+def test_letters_of_any_width_stand_in_columns_and_half_ones_are_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    table, told = said_of(tmp_path, capfd, FinalAnswer("日本語の答え" * 30), FinalAnswer("e\u0301\ud800"))
+    rows = table.splitlines()[1:4]
+    places = [width(row[: row.rindex("  -")]) if "  -" in row else None for row in rows]
+    assert places[1] == places[2]
+    assert "says 'e\u0301\\ud800'" in rows[2]
+    assert told.isascii()
+    assert json.loads(told)["steps"][1]["action"]["content"] == "e\u0301\ud800"
+
+
+def test_on_a_narrow_terminal_an_action_is_cut_shorter(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    table, _ = said_of(tmp_path, capfd, FinalAnswer("x" * 1_000_000))
+    assert max(map(len, table.splitlines()[1:3])) <= 80
+    assert len(short(FinalAnswer("x" * 1_000_000))) == 72
+
+
+def test_a_reader_who_has_had_enough_and_one_with_few_letters_are_no_errors(tmp_path: Path) -> None:
+    log, episode = StepLog(tmp_path / "agent.db"), make_episode()
+    steps = make_chain(episode, 400)
+    log.append(episode, make_step(episode, action=FinalAnswer("größer 日本 😀")), *steps).result()
+    log.close()
+    LearningLog(tmp_path).close()
+    command = f"{sys.executable} -m learner steps {episode.id} --state {tmp_path}"
+    few = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run(
+        f"{command} | head -1; {command} --json | head -c 5", shell=True, capture_output=True, env=few
+    )
+    assert (ended.stderr, ended.stdout[:3]) == (b"", b"ep_")
+
+
+def test_a_damaged_step_is_told_in_a_sentence(
+    failed: tuple[Episode, list[Step]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    episode, steps = failed
+    db = sqlite3.connect(tmp_path / "agent.db")
+    db.execute("DROP TRIGGER steps_refuse_update")
+    db.execute("UPDATE steps SET action = '{' WHERE id = ?", [steps[1].id])
+    db.commit()
+    db.close()
+    assert main(["steps", episode.id, "--state", str(tmp_path)]) == 1
+    said = capfd.readouterr()
+    assert (said.out, f"{steps[1].id} is damaged" in said.err) == ("", True)

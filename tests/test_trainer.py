@@ -285,6 +285,8 @@ def test_weights_that_are_no_numbers_are_not_written(rows: list[ScoredSequence],
     trainer.train(Likelihood("sft", tuple(rows)))
     weights = next(each for name, each in trainer.network.named_parameters() if "lora_" in name)
     weights.data.fill_(math.inf)
+    with pytest.raises(TrainingFailed, match=r"the log probability of an action .* not finite"):
+        trainer.logprobs(rows)
     with pytest.raises(TrainingFailed, match=r"lora_.* not finite"):
         trainer.save(tmp_path / "adapter", [rows[0].token_ids[:20]], "card")
     assert list(tmp_path.iterdir()) == []

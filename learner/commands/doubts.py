@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from learner.commands.server import ServerOptions, step_log_of
+from learner.terminal import plain
 from runtime.store.step_log import StepLog
 
 if TYPE_CHECKING:
@@ -51,16 +52,17 @@ def run(options: DoubtsOptions) -> int:
             return 1
     if options.as_json:
         for doubt in doubts:
-            print(json.dumps(doubt.to_json(), ensure_ascii=False))
+            print(json.dumps(doubt.to_json()))
         return 0
     print(f"{len(doubts)} of {num_steps} steps of demonstrations are doubted")
     for doubt in doubts:
-        print(f"{doubt.episode_id} step {doubt.index}: {doubt.action}\n    {doubt.kind}: {doubt.reason}")
+        print(f"{doubt.episode_id} step {doubt.index}: {doubt.action}\n    {doubt.kind}: {plain(doubt.reason)}")
     return 0
 
 
 def _found(log: StepLog, options: DoubtsOptions) -> tuple[int, list[Doubt]]:
-    """How many steps were looked at, and what is doubted. Raises ValueError for an unknown world."""
+    """How many steps were looked at, and what is doubted. Raises ValueError for an unknown world and as
+    `_unlikely`."""
     from learner.data.collect import dealt_demonstrations
     from learner.data.doubts import doubts_of
     from learner.data.experts import Corrections, Expert, WorldExpert
@@ -80,17 +82,23 @@ def _found(log: StepLog, options: DoubtsOptions) -> tuple[int, list[Doubt]]:
 
 
 def _unlikely(demonstrations: list[LoggedEpisode], task_of: dict[str, str], options: DoubtsOptions) -> list[Doubt]:
-    """What networks that were trained on the others do not expect, the least expected first."""
+    """What networks that were trained on the others do not expect, the least expected first. Raises ValueError where
+    none can be trained."""
     import os
 
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))  # before torch is imported
     from learner.data.doubts import DoubtKind, doubted
     from learner.data.inspection import as_logged
+    from learner.objectives.states import NothingToLearn
     from learner.options import TrainingOptions
     from learner.training.cross_fit import surprises
+    from learner.training.trainer import TrainingFailed
 
     trajectories = [as_logged(each) for each in demonstrations]
-    found = surprises(trajectories, task_of, options.model, TrainingOptions(), options.cross_fit)
+    try:
+        found = surprises(trajectories, task_of, options.model, TrainingOptions(), options.cross_fit)
+    except (NothingToLearn, TrainingFailed) as problem:
+        raise ValueError(f"the networks cannot be trained: {problem}") from problem
     states = {state.step.id: state for each in demonstrations for state in each.states()}
     return [
         doubted(states[each.step_id], DoubtKind.UNLIKELY, f"{each.nats:.1f} nats, where the others were trained on")

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, ValidationError, create_model, field_validator, model_validator
 from pydantic_settings import CliSuppress, NoDecode
 
+from learner.api_key import key_in
 from learner.commands.server import ServerOptions, ask, has_state
+from learner.endpoint_url import is_address
 from learner.options import CollectionOptions, CycleOptions, ObjectiveOptions, TrainingOptions
 from policies.command_line import split_commas
 from runtime.store.learner_lock import only_learner
@@ -85,6 +87,9 @@ class OnceOptions(_CycleFields):
             raise ValueError("--expert-url and --expert-model go together")
         if bool(self.judge_url) != bool(self.judge_model):
             raise ValueError("--judge-url and --judge-model go together")
+        for name, url in (("--expert-url", self.expert_url), ("--judge-url", self.judge_url)):
+            if url and not is_address(url):
+                raise ValueError(f"{name} {url!r} is no address of an endpoint, such as http://127.0.0.1:8001/v1")
         return self
 
     @model_validator(mode="after")
@@ -182,7 +187,7 @@ def _experts(options: OnceOptions, log: StepLog, world: World | None) -> list[Ex
     if world is not None:
         experts.append(WorldExpert(world))
     if options.expert_url:
-        key = os.environ.get("STEPAGENT_EXPERT_API_KEY", "none")
+        key = key_in("STEPAGENT_EXPERT_API_KEY")
         experts.append(ModelExpert(AsyncOpenAI(base_url=options.expert_url, api_key=key), options.expert_model))
     return experts
 
@@ -194,7 +199,7 @@ def _judge(options: OnceOptions) -> Judge | None:
 
     if not options.judge_url:
         return None
-    key = os.environ.get("STEPAGENT_JUDGE_API_KEY", "none")
+    key = key_in("STEPAGENT_JUDGE_API_KEY")
     return Judge(AsyncOpenAI(base_url=options.judge_url, api_key=key), options.judge_model)
 
 

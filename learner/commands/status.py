@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from learner.commands.server import ServerOptions, has_state
+from learner.terminal import plain
 from runtime.store.learning_log import CycleStage, CycleStatus, LearningReader, cut_off_message
 
 
@@ -24,7 +25,7 @@ def run(options: StatusOptions) -> int:
         seconds = status.created_at - status.started_at
         whose = f"{status.agent}  " if status.agent else ""
         stage, message = _as_of_now(status, log, is_alive)
-        print(f"{status.cycle}  {whose}{stage}  {seconds:.0f} s  {message}")
+        print(f"{status.cycle}  {whose}{stage}  {seconds:.0f} s  {plain(message)}")
     return 0
 
 

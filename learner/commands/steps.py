@@ -12,7 +12,9 @@ from pydantic_settings import CliPositionalArg
 
 from learner.commands.server import ServerOptions, step_log_of
 from learner.data.collect import main_line
-from learner.data.explanation import Explanation, JudgedStep, lost_at, short
+from learner.data.explanation import Explanation, JudgedStep, lost_at, short, to_compare
+from learner.terminal import columns, padded, plain, width
+from runtime.store.damage import Damaged
 from runtime.store.episodes import Episode
 from runtime.store.learning_log import LearningReader, RewardSource
 from runtime.store.step_log import StepLog
@@ -25,8 +27,13 @@ _COLUMNS = {
 }
 
 
+_COLUMNS_BESIDE = 57
+"""Of a terminal, that a line takes beside the action."""
+
+
 class StepsOptions(ServerOptions):
-    """Show the steps of an episode along its main line, with the rewards of the newest cycles that judged them."""
+    """Show the steps of an episode along its main line, with their rewards: of each source those of one cycle, the one
+    that judged most of them and of equals the newest; of agreement the newest."""
 
     episode: CliPositionalArg[str]
     """Its id, as answers carry it in x-episode-id."""
@@ -35,29 +42,36 @@ class StepsOptions(ServerOptions):
 
 
 def run(options: StepsOptions) -> int:
-    """Exit code 1 where there is no such episode."""
+    """Exit code 1 where there is no such episode, or it is damaged."""
     log = step_log_of(options)
     if log is None:
         return 1
     with closing(log):
-        episode = log.episode(options.episode)
-        if episode is None:
-            print(f"there is no episode {options.episode!r} in {options.state}", file=sys.stderr)
+        try:
+            episode = log.episode(options.episode)
+            if episode is None:
+                how = "was erased from" if log.erased_among([options.episode]) else "is not in"
+                print(f"the episode {options.episode!r} {how} {options.state}", file=sys.stderr)
+                return 1
+            steps, num_beside, outcome = _judged(log, LearningReader(options.state), episode)
+        except Damaged as damaged:
+            print(f"{damaged}: it cannot be shown (docs/OPERATIONS.md, Damage)", file=sys.stderr)
             return 1
-        steps, num_beside, outcome = _judged(log, LearningReader(options.state), episode)
     lost = lost_at(steps, outcome)
     if options.as_json:
-        print(json.dumps(_told(episode, steps, num_beside, outcome, lost), ensure_ascii=False))
+        print(json.dumps(_told(episode, steps, num_beside, outcome, lost)))
     else:
-        print("\n".join(_table(episode, steps, num_beside, outcome, lost)))
+        print("\n".join(map(plain, _table(episode, steps, num_beside, outcome, lost))))
     return 0
 
 
 def _judged(log: StepLog, rewards: LearningReader, episode: Episode) -> tuple[list[JudgedStep], int, float | None]:
     """The steps of its main line, how many lie beside it, and how it ended."""
     every = log.steps(episode.id)
-    path, newest, outcomes = main_line(every), rewards.newest_rewards_of(episode.id), log.outcomes(episode.id)
-    judged = [JudgedStep(step, newest.get(step.id, {}), log.corrections(step.id)) for step in path]
+    path, outcomes = main_line(every), log.outcomes(episode.id)
+    on_path = {step.id for step in path}
+    given = to_compare([reward for reward in rewards.rewards_of(episode.id) if reward.step_id in on_path])
+    judged = [JudgedStep(step, given.get(step.id, {}), log.corrections(step.id)) for step in path]
     return judged, len(every) - len(path), outcomes[-1].value if outcomes else None
 
 
@@ -83,11 +97,14 @@ def _table(
     of = f", {episode.task}" if episode.task else ""
     lines = [f"{episode.id}  {episode.actor} {episode.adapter}{of}, {len(steps)} steps, {ended}"]
     rows = [["", "step", "action", *_COLUMNS.values()]]
+    most_letters = max(16, min(72, columns() - _COLUMNS_BESIDE))
     for each in steps:
         mark = ">" if lost is not None and lost.step_id == each.step.id else ""
-        rows.append([mark, str(each.step.index), short(each.step.action), *(_cell(each, of) for of in _COLUMNS)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        rows.append(
+            [mark, str(each.step.index), short(each.step.action, most_letters), *(_cell(each, of) for of in _COLUMNS)]
+        )
+    widths = [max(map(width, column)) for column in zip(*rows, strict=True)]
+    lines += ["  ".join(map(padded, row, widths)).rstrip() for row in rows]
     if num_beside:
         lines.append(f"{num_beside} more steps lie beside this line: other choices, or ways that were left")
     if not any(each.rewards for each in steps):

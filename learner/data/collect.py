@@ -1,7 +1,8 @@
 """Collects what a cycle learns from out of the log: the experts' episodes, and the policy's own that are fresh enough.
 
 Own episodes are those with steps that no cycle has read yet, and a replay share of older ones: without replay an online
-LoRA forgets (CLaaS, arXiv 2606.05559). What a policy of long ago did is left out: its importance ratios say nothing.
+LoRA forgets (CLaaS, arXiv 2606.05559). Of the older ones those come first of which somebody has said meanwhile how they
+ended. What a policy of long ago did is left out: its importance ratios say nothing.
 But what a person took the trouble to correct is always learned, whoever acted there and however long ago.
 
 Everything is of one agent: what another one did, was shown, or was told in its users' outcomes and corrections is not
@@ -231,12 +232,18 @@ def _own(
     own = OwnEpisodes(log, recent, since, agent)
     last_step_id = own.last_step_id()
     num_replayed = max(int(options.max_own_episodes * options.replay_share), 0)
-    replayed = own.old(num_replayed, random.Random(seed))
+    replayed = _told_first(own, num_replayed, random.Random(seed))
     new = own.fresh(options.max_own_episodes + MOST_COUNTED)
     kept = new[: options.max_own_episodes - len(replayed)]
     counts = {"own_new": len(kept), "own_replayed": len(replayed)}
     counts |= {"own_too_old": own.num_too_old(), "own_over_limit": len(new) - len(kept)}
     return _readable(log, (*kept, *replayed), behind), last_step_id, counts
+
+
+def _told_first(own: OwnEpisodes, limit: int, draw: random.Random) -> list[Episode]:
+    """What is replayed: first what somebody has judged since it was read, which mostly taught nothing then."""
+    found = {episode.id: episode for episode in (*own.told_since(limit), *own.old(limit, draw))}
+    return list(found.values())[:limit]
 
 
 def _corrected(log: StepLog, own: Sequence[LoggedEpisode], agent: str) -> list[LoggedEpisode]:

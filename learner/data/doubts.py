@@ -9,7 +9,7 @@ state that no other demonstration has been at is in `learner/training/cross_fit.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
@@ -19,6 +19,8 @@ from learner.data.comparison import compare
 from learner.data.experts import Expert, ask, same_effect_at
 from learner.data.explanation import short
 from learner.data.same_state import state_key
+from policies.chat.meaning import meaning
+from policies.types import MalformedAction
 from tools.worlds.world import World
 
 
@@ -97,13 +99,34 @@ def _by_peers(demonstrations: Sequence[LoggedEpisode], world: World | None) -> l
 
 
 def _minority(group: Sequence[LoggedState], world: World | None) -> list[Doubt]:
-    doubts = []
+    alike = dict[Hashable, list[LoggedState]]()  # few mean different things, however many they are
     for state in group:
-        effect = same_effect_at(world, state)
-        others = [other for other in group if other is not state]
-        against = [o for o in others if not compare(state.step.action, o.step.action, effect).agrees]
-        if 2 * len(against) > len(others):
-            did = short(against[0].step.action)
-            reason = f"{len(against)} of {len(others)} other demonstrations at this state did otherwise: {did}"
-            doubts.append(doubted(state, DoubtKind.PEERS, reason))
+        alike.setdefault(_meant_by(state), []).append(state)
+    num_others, doubts = len(group) - 1, list[Doubt]()
+    for states in alike.values():
+        against = _against(states[0], [others for others in alike.values() if others is not states], world)
+        num_against = sum(map(len, against))
+        if 2 * num_against > num_others:
+            did = short(against[0][0].step.action)
+            reason = f"{num_against} of {num_others} other demonstrations at this state did otherwise: {did}"
+            doubts += [doubted(state, DoubtKind.PEERS, reason) for state in states]
     return doubts
+
+
+def _against(
+    state: LoggedState, others: Sequence[list[LoggedState]], world: World | None
+) -> Sequence[list[LoggedState]]:
+    """Those of the others, by what they mean, that a world does not find to be the same in effect."""
+    effect = same_effect_at(world, state)
+    if effect is None:
+        return others
+    return [each for each in others if not compare(state.step.action, each[0].step.action, effect).agrees]
+
+
+def _meant_by(state: LoggedState) -> Hashable:
+    """Equal for what `compare` finds to be the same; what cannot be read agrees with nothing."""
+    action = state.step.action
+    try:
+        return state.step.id if isinstance(action, MalformedAction) else meaning(action)
+    except RecursionError:
+        return state.step.id

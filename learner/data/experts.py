@@ -6,16 +6,13 @@ the states that only the agent gets into (DAgger, arXiv 1011.0686).
 
 from __future__ import annotations
 
-import asyncio
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
-
-from openai import AsyncOpenAI, OpenAIError
 
 from learner.data.collect import LoggedState
 from learner.data.comparison import SameEffect
+from learner.data.other_model import OtherModel
 from policies.chat.chat_protocol import action_message, message_action, text_of
 from policies.types import Action, MalformedAction, Message
 from runtime.store.damage import Damaged
@@ -91,27 +88,17 @@ class WorldExpert:
         return None if message is None else ExpertAnswer(message_action(message), "world")
 
 
-@dataclass(frozen=True, slots=True)
-class ModelExpert:
+@dataclass(slots=True)
+class ModelExpert(OtherModel):
     """A stronger model behind an OpenAI-compatible URL. Where it does not answer, the state goes without an expert."""
-
-    client: AsyncOpenAI
-    model: str
-    places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(8))
-    problems: Counter[str] = field(default_factory=Counter)
-    """Why it did not answer, counted."""
 
     async def answer(self, state: LoggedState) -> ExpertAnswer | None:
         options: Any = {"tools": list(state.step.tools)} if state.step.tools else {}
-        messages: Any = state.messages
+        said = await self.message(state.messages, **options)
         try:
-            async with self.places:
-                answer = await self.client.chat.completions.create(
-                    model=self.model, messages=messages, temperature=0.0, **options
-                )
-            return ExpertAnswer(message_action(answer.choices[0].message.model_dump(exclude_none=True)), self.model)
-        except (OpenAIError, ValueError, IndexError) as error:
-            self.problems[f"{type(error).__name__}: {error}"[:200]] += 1
+            return None if said is None else ExpertAnswer(message_action(said), self.model)
+        except ValueError as error:
+            self.note(error)
             return None
 
 

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 from learner.data.comparison import compare
+from learner.terminal import cut, plain
 from policies.chat.chat_protocol import action_message
 from policies.types import Action, FinalAnswer, MalformedAction
 from runtime.store.episodes import Correction, Step
@@ -35,7 +36,7 @@ class JudgedStep:
 
     step: Step
     rewards: Mapping[RewardSource, StepReward]
-    """Of the newest cycles that judged it; a source that has not is left out."""
+    """As `to_compare` gives them; a source that has not judged it is left out."""
     corrections: Sequence[Correction] = ()
 
     def value(self, source: RewardSource) -> float | None:
@@ -50,6 +51,26 @@ class JudgedStep:
             "rewards": {source.value: {"value": r.value, "cycle": r.cycle} for source, r in self.rewards.items()},
             "corrections": [action_message(correction.action) for correction in self.corrections],
         }
+
+
+def to_compare(rewards: Sequence[StepReward]) -> dict[str, dict[RewardSource, StepReward]]:
+    """By step and source the rewards to hold against each other, of all that an episode's steps have, oldest first.
+
+    Agreement says the same in every cycle: the newest counts. Values of other sources compare within one cycle alone:
+    they are those of the cycle that judged most of the steps, of equals the newest. A cycle that reads an episode for a
+    correction reads the way to it, and no further.
+    """
+    by_cycle = dict[tuple[RewardSource, str], dict[str, StepReward]]()
+    for reward in rewards:
+        cycle = "" if reward.source is RewardSource.EXPERT_AGREEMENT else reward.cycle
+        by_cycle.setdefault((reward.source, cycle), {})[reward.step_id] = reward
+    found = dict[str, dict[RewardSource, StepReward]]()
+    for (source, _), given in sorted(by_cycle.items(), key=lambda each: len(each[1])):  # stable: of equals the newest
+        for each in found.values():
+            each.pop(source, None)
+        for step_id, reward in given.items():
+            found.setdefault(step_id, {})[source] = reward
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +111,10 @@ def lost_at(steps: Sequence[JudgedStep], outcome: float | None) -> Explanation |
 
 
 def _corrected(judged: JudgedStep) -> str | None:
-    for correction in reversed(judged.corrections):
-        if not compare(judged.step.action, correction.action).agrees:
-            return f"{correction.source} says it should have been {short(correction.action)}"
-    return None
+    newest = judged.corrections[-1] if judged.corrections else None
+    if newest is None or compare(judged.step.action, newest.action).agrees:
+        return None
+    return f"{newest.source} says it should have been {short(newest.action)}"
 
 
 def _malformed(judged: JudgedStep) -> str | None:
@@ -121,14 +142,14 @@ def _lowest(steps: Sequence[JudgedStep], source: RewardSource, evidence: Evidenc
 
 
 def short(action: Action, most_letters: int = 72) -> str:
-    """An action in a line: `pick(item='mug', count=2)`, or what is said."""
+    """An action in a line of a terminal: `pick(item='mug', count=2)`, or what is said."""
     if isinstance(action, FinalAnswer):
         text = f"says {action.text!r}"
     elif isinstance(action, MalformedAction):
         text = f"(malformed) {action.text!r}"
     else:
         text = ", ".join(_call(call.name, call.arguments) for call in action.calls)
-    return text if len(text) <= most_letters else f"{text[: most_letters - 3]}..."
+    return cut(plain(text[: most_letters + 1]), most_letters)
 
 
 def _call(name: str, arguments: object) -> str:

@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from openai import AsyncOpenAI, OpenAIError
-
 from learner.data.collect import LoggedEpisode
+from learner.data.other_model import OtherModel
 from learner.data.same_state import state_key
 from learner.data.training_data import TrainingData
-from policies.chat.chat_protocol import action_message
+from policies.chat.chat_protocol import action_message, text_of
 from runtime.store.learning_log import RewardSource, StepReward
 
 MOST_IN_GROUP = 8
@@ -43,16 +44,12 @@ Answer with one JSON object and nothing else: {{"scores": [{{"id": "1", "score":
 
 
 @dataclass(slots=True)
-class Judge:
-    """A model behind an OpenAI-compatible URL."""
+class Judge(OtherModel):
+    """A model behind an OpenAI-compatible URL; its problems are why groups went without."""
 
-    client: AsyncOpenAI
-    model: str
+    places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))
     most_groups: int = 32
     """Asked of it in one cycle."""
-    places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))
-    problems: Counter[str] = field(default_factory=Counter)
-    """Why groups went without, counted."""
 
     async def scores(self, episodes: Sequence[LoggedEpisode]) -> dict[str, float]:
         """In [0, 1], by episode id: of the policy's own that have company at their task."""
@@ -68,30 +65,38 @@ class Judge:
         if len(asked) > MOST_LETTERS:
             self.problems["the attempts are too long to be shown together"] += 1
             return {}
+        said = await self.message([{"role": "user", "content": asked}])
+        if said is None:
+            return {}
         try:
-            async with self.places:
-                answer = await self.client.chat.completions.create(
-                    model=self.model, messages=[{"role": "user", "content": asked}], temperature=0.0
-                )
-            scores = read_scores(answer.choices[0].message.content or "", len(group))
-        except (OpenAIError, ValueError, IndexError) as error:
-            self.problems[f"{type(error).__name__}: {error}"[:200]] += 1
+            scores = read_scores(text_of(said), len(group))
+        except ValueError as error:
+            self.note(error)
             return {}
         return {each.episode.id: score for each, score in zip(group, scores, strict=True)}
 
 
 def read_scores(said: str, num: int) -> list[float]:
     """The scores of attempts 1 to `num`, out of what a judge said. Raises ValueError where one lacks or is none."""
-    start, end = said.find("{"), said.rfind("}")
     try:
-        listed = json.loads(said[start : end + 1])["scores"]
+        listed = _last_object(said)["scores"]
         scores = {str(each["id"]): float(each["score"]) for each in listed}
         found = [scores[str(number)] for number in range(1, num + 1)]
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"the judge's answer has no score of each attempt: {said[:80]!r}") from error
     if wrong := [score for score in found if not 0.0 <= score <= 1.0]:
         raise ValueError(f"the judge's score {wrong[0]} does not lie in [0, 1]")
     return found
+
+
+def _last_object(said: str) -> dict[str, Any]:
+    """The last JSON object with scores in it: a judge may think aloud before. Empty where there is none."""
+    for start in reversed([brace.start() for brace in re.finditer("{", said)]):
+        with suppress(ValueError, RecursionError):
+            found, _ = json.JSONDecoder().raw_decode(said, start)
+            if "scores" in found:
+                return found
+    return {}
 
 
 def with_judged_outcomes(training_data: TrainingData, scores: Mapping[str, float]) -> TrainingData:
@@ -122,18 +127,19 @@ def _outcome(score: float) -> float:
     return 1.0 if score >= AS_GOOD_AS_SUCCESS else score
 
 
-def _groups(episodes: Sequence[LoggedEpisode]) -> list[list[LoggedEpisode]]:
+def _groups(episodes: Sequence[LoggedEpisode]) -> list[Sequence[LoggedEpisode]]:
     """Own episodes at one task, where two or more were; a large group is cut."""
     by_task: dict[str, list[LoggedEpisode]] = {}
     for each in episodes:
         if each.path:
             by_task.setdefault(each.episode.task or state_key(each.states()[0]), []).append(each)
-    cut = [
-        group[start : start + MOST_IN_GROUP]
-        for group in by_task.values()
-        for start in range(0, len(group), MOST_IN_GROUP)
-    ]
-    return [group for group in cut if len(group) > 1]
+    return [part for group in by_task.values() if len(group) > 1 for part in _parted(group)]
+
+
+def _parted(group: Sequence[LoggedEpisode]) -> list[Sequence[LoggedEpisode]]:
+    """In parts of about one size, so that none is left alone."""
+    num_parts = -(-len(group) // MOST_IN_GROUP)
+    return [group[part::num_parts] for part in range(num_parts)]
 
 
 def _shown(number: int, logged: LoggedEpisode) -> dict[str, Any]:

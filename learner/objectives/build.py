@@ -77,7 +77,7 @@ def _implicit(
             pairs.append(Pair((chosen,), (len(sequences),), 1.0 / len(rejected)))
             sequences.append(each.sequence_of(action.token_ids))
     if not pairs:
-        raise NothingToLearn(no_disagreement(len(labelled)))
+        raise NothingToLearn(no_disagreement(labelled))
     return StepPreference(
         tuple(sequences), tuple(pairs), frozenset(range(len(labelled))), options.beta, options.anchor_weight
     )
@@ -150,11 +150,13 @@ def _lay_out(
 
 def _ppo(training_data: TrainingData, options: ObjectiveOptions, discriminator: ActionRewards | None) -> PolicyGradient:
     """Every own action by its episode's outcome, against the mean outcome of the episodes."""
-    judged = [
-        own
-        for own in training_data.policy_episodes
-        if own.outcome is not None and drawn_from_policy(taken_actions([own]))
-    ]
+    told = [own for own in training_data.policy_episodes if own.outcome is not None]
+    judged = [own for own in told if drawn_from_policy(taken_actions([own]))]
+    if told and not judged:
+        raise NothingToLearn(
+            f"no step of the {len(told)} own episodes with an outcome is fresh enough and was drawn at temperature 1, "
+            "the only draw of its step"
+        )
     advantages = normalised([own.outcome for own in judged if own.outcome is not None])
     if not any(advantages):
         raise NothingToLearn(

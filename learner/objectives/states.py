@@ -59,7 +59,7 @@ def labelled_states(training_data: TrainingData, options: ObjectiveOptions) -> l
         return answered
     informative = [labelled for labelled in answered if labelled.state.is_informative]
     if not informative:
-        raise NothingToLearn(no_disagreement(len(answered)))
+        raise NothingToLearn(no_disagreement(answered))
     return informative
 
 
@@ -80,9 +80,16 @@ def answered_states(training_data: TrainingData, options: ObjectiveOptions) -> l
     return list(found.values())
 
 
-def no_disagreement(num_states: int) -> str:
-    """Why there is nothing to learn where the policy has mastered all that experts showed."""
-    return f"the policy did what the experts do at all {num_states} states where they have acted or answered"
+def no_disagreement(labelled: Sequence[LabelledState]) -> str:
+    """Why nothing is learned from where own actions and experts' differ: there is no such state."""
+    num_known = sum(bool(each.state.policy_actions) for each in labelled)
+    if not num_known:
+        return (
+            f"nobody knows what the policy does at the {len(labelled)} states where experts have acted or answered: "
+            "let it be sampled there (num-samples)"
+        )
+    unknown = f", and was not sampled at {len(labelled) - num_known} more" if num_known < len(labelled) else ""
+    return f"the policy did what the experts do at all {num_known} states where they have acted or answered{unknown}"
 
 
 # ------------------------------------------------------------------------------------------- own actions

@@ -10,7 +10,7 @@ against gets hacked (GAD, arXiv 2511.10643).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from learner.data.held_out import is_held_out
 from learner.data.rewards import discriminator_rewards, logged_actions_of
-from learner.data.training_data import TrainingData
+from learner.data.training_data import TrainingData, Trajectory
 from learner.objectives.losses import expert_logits, length_controlled, pairwise_discriminator_loss
 from learner.objectives.objectives import Loss, Pair, action_sequence
 from learner.objectives.states import LabelledState, NothingToLearn, labelled_states, without_stale_actions
@@ -149,11 +149,16 @@ def discriminate(
     objectives: ObjectiveOptions,
     options: DiscriminatorOptions,
     device: str = "auto",
+    groups_of: Mapping[str, Collection[str]] | None = None,
 ) -> Discriminator:
     """A discriminator of the training data's experts from its own actions. Raises NothingToLearn with too few pairs,
-    and as `Trainer.train` does."""
+    and as `Trainer.train` does.
+
+    `groups_of` names by episode the demonstrated tasks that it is of (`Collected.groups_of`); else its own task tells,
+    which transcripts mostly have none of.
+    """
     labelled = labelled_states(without_stale_actions(training_data, objectives), objectives)
-    tasks = {each.episode_id: each.task or each.episode_id for each in training_data.trajectories}
+    tasks = {each.episode_id: _task_of(each, groups_of or {}) for each in training_data.trajectories}
     kept, held_out = list[LabelledState](), list[LabelledState]()
     for each in labelled:
         if each.state.is_informative:
@@ -170,6 +175,10 @@ def discriminate(
     trainer = Trainer(base, None, options.training, device)
     trainer.train(pairs)
     return Discriminator(trainer, pairs, _pairs(held_out, options) if held_out else None)
+
+
+def _task_of(trajectory: Trajectory, groups_of: Mapping[str, Collection[str]]) -> str:
+    return min(groups_of.get(trajectory.episode_id, ()), default=trajectory.task or trajectory.episode_id)
 
 
 def _balancing_bias(expert_logits: Tensor, own_logits: Tensor) -> float:

@@ -116,9 +116,13 @@ class Trainer:
         """Token logprobs of each sequence's scored tokens, without gradient: of the network as it is now, or of its
         base.
 
-        Raises TrainingFailed where there is not even memory for the longest sequence.
+        Raises TrainingFailed where there is not even memory for the longest sequence, and where one is no number: then
+        the weights are too large for what they are to compute.
         """
-        return self._within_memory(sequences, lambda: self._logprobs(sequences, is_base))
+        found = self._within_memory(sequences, lambda: self._logprobs(sequences, is_base))
+        for logprobs in found:
+            _require_finite(logprobs, "the log probability of an action", "where it is only read")
+        return found
 
     def _logprobs(self, sequences: Sequence[ScoredSequence], is_base: bool) -> list[Tensor]:
         found: list[Tensor] = [torch.empty(0)] * len(sequences)

@@ -95,6 +95,7 @@ async def admit(
         raise EngineError(health.problem)  # before adapters are looked for, which a dead engine has none of
     agent, pinned = chosen_agent(parts, request.model, caller.key)
     request = _with_defaults(parts, request, agent) if pinned is None else request
+    choosing = choosing.at(request.temperature)  # the agent's, where the request does not say
     is_large = previous is not None or _num_parts(request) > FEW_MESSAGES
     messages, letters = await off_loop(is_large, _conversation, request, agent, caller)
     is_large = is_large or letters > 10 * SMALL_LETTERS

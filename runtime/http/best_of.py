@@ -4,7 +4,7 @@ by itself."""
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.datastructures import Headers
 
@@ -24,6 +24,10 @@ class Choosing:
     by: ChosenBy = ChosenBy.AUTO
     may_fall_back: bool = True
     """Nobody asked for `by` by name: where it cannot choose, another may."""
+
+    def at(self, temperature: float) -> Choosing:
+        """At temperature 0 all draws are the same: one is made."""
+        return replace(self, num_draws=1) if temperature == 0.0 else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +50,12 @@ class ChoosingLimits:
     most: int = 8
 
     def chosen(self, asked: ChoosingAsked, purpose: Purpose, temperature: float) -> Choosing:
-        """What is done for a request. Raises FieldRefused for more draws than the server makes.
-
-        At temperature 0 all draws are the same: one is made.
-        """
+        """What is done for a request. Raises FieldRefused for more draws than the server makes."""
         own = self.default if purpose is Purpose.SERVE else FIRST_DRAW
         num_draws = own.num_draws if asked.num_draws is None else asked.num_draws
         if num_draws > (most := max(self.most, self.default.num_draws)):
             raise FieldRefused(NUM_HEADER, f"this server draws at most {most} actions at a step (--best-of-most)")
-        return Choosing(1 if temperature == 0.0 else num_draws, asked.by or self.default.by, asked.by is None)
+        return Choosing(num_draws, asked.by or self.default.by, asked.by is None).at(temperature)
 
 
 def asked_in_headers(headers: Headers) -> ChoosingAsked:

@@ -30,6 +30,12 @@ _LAST_OLD = """
 SELECT max(episodes.rowid) FROM steps CROSS JOIN episodes ON episodes.id = steps.episode_id
 WHERE steps.rowid BETWEEN ? AND ?"""
 
+_TOLD_SINCE = """
+SELECT episode_id FROM (SELECT * FROM outcomes ORDER BY rowid DESC LIMIT ?) AS told
+WHERE created_at > (SELECT created_at FROM steps WHERE rowid <= ? ORDER BY rowid DESC LIMIT 1)
+AND NOT EXISTS (SELECT 1 FROM steps WHERE steps.episode_id = told.episode_id AND steps.rowid > ?)
+ORDER BY created_at DESC"""
+
 _IS_OLD = "NOT EXISTS (SELECT 1 FROM steps WHERE steps.episode_id = episodes.id AND steps.rowid > ?)"
 
 
@@ -84,6 +90,13 @@ class OwnEpisodes:
             if len(drawn) < limit:
                 drawn.setdefault(episode.id, episode)
         return list(drawn.values())
+
+    def told_since(self, limit: int) -> list[Episode]:
+        """Old ones of which somebody has said since how they ended, the newest said first; found among the last
+        MOST_COUNTED outcomes."""
+        rows = self._log.sound_rows(_TOLD_SINCE, MOST_COUNTED, self._cursor, self._cursor)
+        ids = list(dict.fromkeys(row["episode_id"] for row in rows))
+        return self._own(ids)[:limit] if ids else []
 
     def _oldest(self, limit: int) -> list[Episode]:
         wanted = f"{LEARNABLE} AND agent = ? AND adapter = ? AND rowid <= ? AND {_IS_OLD}"

@@ -1,0 +1,168 @@
+"""A judge or a stronger model may answer anything, or nothing: it is a counted problem, and a cycle goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from openai import AsyncOpenAI
+
+from learner.api_key import NO_KEY, key_in
+from learner.commands.once import OnceOptions
+from learner.data.collect import LoggedEpisode
+from learner.data.experts import ExpertAnswer, ModelExpert
+from learner.data.judge import Judge
+from learner.data.other_model import MOST_SILENCES
+from policies.command_line import parse
+from policies.types import FinalAnswer
+from tests.records import make_chain, make_episode
+
+
+def episodes(num: int) -> list[LoggedEpisode]:
+    made = [make_episode(task="desk/1") for _ in range(num)]
+    return [LoggedEpisode(each, tuple(make_chain(each, 1)), None) for each in made]
+
+
+@contextmanager
+def endpoint(body: bytes | Callable[[Any], None], kind: str = "application/json") -> Iterator[AsyncOpenAI]:
+    """A client of a server that answers every question so; or what does with the socket what it likes."""
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            if callable(body):
+                body(self)
+                return
+            self.send_response(200)
+            self.send_header("content-type", kind)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield AsyncOpenAI(base_url=f"http://127.0.0.1:{server.server_port}/v1", api_key="none", max_retries=0)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def completion(message: object, finish_reason: str = "stop") -> bytes:
+    return json.dumps({"choices": [{"index": 0, "finish_reason": finish_reason, "message": message}]}).encode()
+
+
+def expert_answer(client: AsyncOpenAI) -> tuple[ExpertAnswer | None, int]:
+    """(the answer, how many problems)"""
+    expert = ModelExpert(client, "m", timeout_s=20.0)
+    return asyncio.run(expert.answer(episodes(1)[0].states()[0])), sum(expert.problems.values())
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b"<html>Sign in</html>", "text/html"),
+        (b"", "application/json"),
+        (b"null", "application/json"),
+        (b"[1]", "application/json"),
+        (b'{"error": {"message": "quota"}}', "application/json"),
+        (b'{"choices": null}', "application/json"),
+        (b'{"choices": []}', "application/json"),
+        (b'{"choices": [null]}', "application/json"),
+        (completion(None), "application/json"),
+        (completion("hello"), "application/json"),
+        (completion({"role": "assistant", "content": 5}), "application/json"),
+        (completion({"role": "assistant", "content": "", "tool_calls": 5}), "application/json"),
+        (completion({"role": "assistant", "content": "", "tool_calls": [None]}), "application/json"),
+        (completion({"role": "assistant", "content": "a {"}, "length"), "application/json"),
+    ],
+)
+def test_what_is_no_whole_chat_completion_is_a_problem_and_no_error(body: bytes, kind: str) -> None:
+    """Each of these failed the whole cycle; and an expert's answer that was cut off was learned."""
+    with endpoint(body, kind) as client:
+        assert expert_answer(client) == (None, 1)
+        judge = Judge(client, "m", timeout_s=20.0)
+        assert asyncio.run(judge.scores(episodes(2))) == {}
+        assert sum(judge.problems.values()) == 1
+
+
+def test_an_answer_in_parts_is_read() -> None:
+    said = completion({"role": "assistant", "content": [{"type": "text", "text": "Sold out."}]})
+    with endpoint(said) as client:
+        assert expert_answer(client) == (ExpertAnswer(FinalAnswer("Sold out."), "m"), 0)
+
+
+def test_who_answers_byte_by_byte_is_given_up_and_who_never_answers_is_not_asked_for_ever() -> None:
+    """With a client's own limits one silent endpoint held up a cycle for days: ten minutes a state, three times."""
+
+    def drip(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.send_header("content-length", "1000000")
+        request.end_headers()
+        try:
+            for _ in range(100):
+                request.wfile.write(b" ")
+                time.sleep(0.05)
+        except OSError:
+            pass
+
+    states = [each.states()[0] for each in episodes(MOST_SILENCES + 12)]
+
+    async def ask(expert: ModelExpert) -> list[ExpertAnswer | None]:
+        return list(await asyncio.gather(*map(expert.answer, states)))
+
+    with endpoint(drip) as client:
+        expert = ModelExpert(client, "m", timeout_s=0.3)
+        began = time.monotonic()
+        assert asyncio.run(ask(expert)) == [None] * len(states)
+        assert time.monotonic() - began < 5.0
+    assert expert.problems["TimeoutError: no whole answer in 0.3 s"] >= MOST_SILENCES
+    assert sum(number for problem, number in expert.problems.items() if "not asked any more" in problem) >= 1
+
+
+def test_refusals_in_a_row_are_no_silence() -> None:
+    """A long episode's states may all pass the other model's context; the next episode's do not."""
+
+    def refuse(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(400)
+        request.send_header("content-length", "0")
+        request.end_headers()
+
+    async def ask(expert: ModelExpert) -> None:
+        for each in episodes(MOST_SILENCES + 2):
+            await expert.answer(each.states()[0])
+
+    with endpoint(refuse) as client:
+        expert = ModelExpert(client, "m", timeout_s=20.0)
+        asyncio.run(ask(expert))
+    assert expert.problems == {"BadRequestError: Error code: 400": MOST_SILENCES + 2}
+
+
+def test_an_empty_key_is_none_and_no_other_endpoints_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`STEPAGENT_JUDGE_API_KEY=` ended the learner, or sent the judge what OPENAI_API_KEY held."""
+    monkeypatch.setenv("A_KEY", " ")
+    assert key_in("A_KEY") == NO_KEY
+    monkeypatch.setenv("A_KEY", "sk-1\n")
+    assert key_in("A_KEY") == "sk-1"
+    monkeypatch.delenv("A_KEY")
+    assert key_in("A_KEY") == NO_KEY
+
+
+@pytest.mark.parametrize("option", ["judge", "expert"])
+@pytest.mark.parametrize("url", ["judge.internal", "127.0.0.1:8001/v1", "ftp://judge/v1", "http://", "http://a:b/v1"])
+def test_an_address_that_nobody_can_be_asked_at_is_refused_at_once(
+    option: str, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(OnceOptions, [f"--{option}-url", url, f"--{option}-model", "m"], "once")
+    assert f"--{option}-url {url!r} is no address" in capsys.readouterr().err
