@@ -132,6 +132,13 @@ def test_behind_the_first_slip_of_an_own_episode_only_what_people_corrected_is_l
     assert [row.owner for row in objective.sequences] == [("c", "c-0"), ("c", "c-1"), ("c", "c-3")]
 
 
+def test_behind_the_first_slip_of_a_success_its_own_steps_are_learned_since_no_expert_s_are() -> None:
+    said = ((RIGHT, True), (WRONG, False), (WORSE, False), (RIGHT, True))
+    episode = attempt("c", 1.0, [own(tokens, agrees) for tokens, agrees in said], expert=True)
+    objective = make("sft_rft", TrainingData((), (episode,)))
+    assert completions(objective) == [RIGHT, RIGHT, RIGHT, WORSE, RIGHT]  # two experts' answers, then own steps
+
+
 def test_informative_only_leaves_out_what_the_policy_masters_or_was_never_asked() -> None:
     objective = make("sft", rich_training_data(), replace(OPTIONS, informative_only=True))
     assert [row.owner for row in objective.sequences] == [("a", "a-0"), ("b", "b-0"), ("c", "c-1")]

@@ -169,10 +169,16 @@ def _up_to_first_slip(episode: Trajectory) -> Trajectory:
     slips = (place for place, state in enumerate(episode.states) if state.is_slip)
     first = next(slips, len(episode.states))
     states = (
-        state if place <= first or state.is_correction else replace(state, expert=None)
+        state if place <= first or state.is_correction else _unanswered(state)
         for place, state in enumerate(episode.states)
     )
     return replace(episode, states=tuple(states))
+
+
+def _unanswered(state: State) -> State:
+    """As if no expert had been asked: what the policy did there may be learned where its episode succeeded."""
+    own = tuple(replace(action, agrees=None) for action in state.policy_actions)
+    return replace(state, expert=None, policy_actions=own)
 
 
 def without_stale_actions(training_data: TrainingData, options: ObjectiveOptions) -> TrainingData:
