@@ -276,7 +276,7 @@ def main(arguments: Sequence[str]) -> int:
                 with served(part, learning, "2048", model, options, folder) as url:
                     asyncio.run(desk(url, results, options, folder, number))
         else:
-            with served(part, ON_TRANSCRIPTS, "6144", model, options, folder) as url:
+            with served(part, ON_TRANSCRIPTS, "8192", model, options, folder) as url:
                 asyncio.run(transcripts(part, url, results, options, folder))
     cpu_seconds = sum(os.times()[:4])  # with the servers' and their learners': all have ended and were waited for
     spent = f"{time.monotonic() - began:.0f} s in this run, {cpu_seconds:.0f} s of CPU"

@@ -35,10 +35,19 @@ def first_steps(conversation: Conversation, number: int) -> Conversation:
 
 
 def tools_of(world: World, conversations: Sequence[Conversation]) -> list[Any]:
-    """The world's tools that any of these calls."""
+    """The world's tools that any of these calls, which no single task may have all of. Raises ValueError for a call of
+    none of them."""
     called = {call["function"]["name"] for m in conversations for each in m for call in each.get("tool_calls") or ()}
-    offered = [convert_to_openai_tool(tool) for tool in world.open(world.task("train", 0)).tools]
-    return [tool for tool in offered if tool["function"]["name"] in called]
+    found: dict[str, Any] = {}
+    for index in range(world.splits["train"]):
+        if called <= set(found):
+            break
+        for tool in world.open(world.task("train", index)).tools:
+            if tool.name in called and tool.name not in found:
+                found[tool.name] = convert_to_openai_tool(tool)
+    if unknown := called - set(found):
+        raise ValueError(f"no task of {world.name} has the tool {min(unknown)!r}")
+    return list(found.values())
 
 
 def states_of(conversation: Conversation) -> Iterator[tuple[Conversation, Message]]:

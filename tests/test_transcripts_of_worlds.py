@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -15,7 +16,9 @@ from learner.packing.tree_attention import TREE_ATTENTION
 from policies.chat.chat_protocol import ChatProtocol
 from policies.novice.build import NOVICE_PATH
 from policies.types import TokenIds
+from tests.faulty_worlds import COUNT, numbers
 from tools.worlds import load_world
+from tools.worlds.calls import calling
 
 
 def test_a_state_counts_where_greedy_decoding_would_write_the_expert_s_action() -> None:
@@ -46,6 +49,17 @@ def test_transcripts_are_cut_after_an_action_and_begin_differently() -> None:
     assert len(list(states_of(cut))) == 2
     assert cut[-1]["role"] == "assistant"
     assert first_steps(conversations[0], 1000) == conversations[0]
+
+
+def test_tools_that_a_transcript_calls_are_found_though_the_first_task_has_not_all_of_them() -> None:
+    def schemas(episode: Any) -> list[dict[str, Any]]:
+        return [{**COUNT, "name": f"count_{episode.item % 3}"}]
+
+    world = numbers(schemas=schemas)
+    transcripts = [[calling(f"count_{rest}", {}, 0)] for rest in (1, 0)]
+    assert {tool["function"]["name"] for tool in tools_of(world, transcripts)} == {"count_0", "count_1"}
+    with pytest.raises(ValueError, match="no task of numbers has the tool 'count_7'"):
+        tools_of(world, [[calling("count_7", {}, 0)]])
 
 
 def test_whole_tasks_are_tried_by_the_network_that_learns_as_by_a_plain_one() -> None:
