@@ -102,7 +102,8 @@ class TrainingOptions:
     rank: AtLeastOne = 16
     """Of a fresh adapter; one that goes on keeps its own."""
     token_budget: AtLeastOne = 4096
-    """Most tokens of one packed forward pass: what bounds the memory. A sequence that is longer goes alone."""
+    """Most tokens of one packed forward pass: what bounds the memory. Beside a sequence that is longer than half of it
+    there is room for half of it, for others that begin alike."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the base network while it trains. Auto: on a GPU 16 bits; on a CPU 32, or 16 for a real network where they are
     measured to be faster there. The adapter is of 32 bits in any case."""

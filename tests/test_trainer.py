@@ -33,7 +33,7 @@ from learner.objectives.objectives import (
     normalised,
 )
 from learner.options import TrainingOptions
-from learner.packing.prefix_tree import ScoredSequence
+from learner.packing.prefix_tree import ScoredSequence, Span
 from learner.packing.scoring import SequenceLogprobs
 from learner.training.precision import Precision, training_dtype
 from learner.training.trainer import Trainer, TrainingFailed
@@ -196,6 +196,19 @@ def test_rows_that_belong_together_and_pass_the_budget_teach_the_same_in_parts(
 ) -> None:
     objective = preference_of_whole_trajectories(protocol, rows)
     longest = max(len(row.token_ids) for row in rows)
+    passes, found = tokens_of_passes(monkeypatch), {}
+    for token_budget in (10_000, 1):
+        passes.clear()
+        trainer = Trainer(NOVICE_FOLDER, None, replace(QUICK, token_budget=token_budget))
+        report = trainer.train(objective)
+        assert max(passes) <= max(token_budget, longest)
+        assert report.diagnostics["preference_accuracy"] == 1.0
+        found[token_budget] = torch.cat(trainer.logprobs(rows))
+    assert torch.allclose(found[10_000], found[1], atol=1e-3)
+
+
+def tokens_of_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows with each forward pass."""
     passes: list[int] = []
     plain_score = learner.training.trainer.score
     monkeypatch.setattr(
@@ -203,15 +216,18 @@ def test_rows_that_belong_together_and_pass_the_budget_teach_the_same_in_parts(
         "score",
         lambda network, batch: passes.append(batch.input_ids.shape[1]) or plain_score(network, batch),
     )
-    found = {}
-    for token_budget in (10_000, longest):
-        passes.clear()
-        trainer = Trainer(NOVICE_FOLDER, None, replace(QUICK, token_budget=token_budget))
-        report = trainer.train(objective)
-        assert max(passes) <= token_budget
-        assert report.diagnostics["preference_accuracy"] == 1.0
-        found[token_budget] = torch.cat(trainer.logprobs(rows))
-    assert torch.allclose(found[10_000], found[longest], atol=1e-3)
+    return passes
+
+
+def test_a_prompt_longer_than_the_budget_is_computed_once_for_all_that_begin_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prompt = tuple(range(4, 124))
+    rows = [ScoredSequence((*prompt, last, 3), (Span(120, 122),), owner=(last,)) for last in range(4, 12)]
+    passes = tokens_of_passes(monkeypatch)
+    trainer = Trainer(NOVICE_FOLDER, None, replace(QUICK, token_budget=100, trajectories_per_step=8, epochs=1))
+    trainer.train(Likelihood("sft", tuple(rows)))
+    assert passes == [120 + 8 * 2]
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,9 @@ from policies.types import TokenIds
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+ALONE = 1
+"""The token budget with which each sequence goes by itself."""
+
 T = TypeVar("T")
 
 
@@ -152,8 +155,10 @@ class Trainer:
         return pack_sequences(parted, self._budget(sequences))
 
     def _budget(self, sequences: Sequence[ScoredSequence]) -> int:
-        """The token budget, or the longest sequence, which cannot be parted."""
-        return max([self._token_budget, *(len(sequence.token_ids) for sequence in sequences)])
+        """The token budget, or half of it beside the longest sequence, which cannot be parted: most of that may be a
+        prompt that the others begin with too, and is computed once a pack."""
+        longest = max(len(sequence.token_ids) for sequence in sequences)
+        return max(self._token_budget, longest + self._token_budget // 2)
 
     # --------------------------------------------------------------------------------------------- training
 
@@ -262,12 +267,12 @@ class Trainer:
                     raise
             # Out here the error is gone, and with it all that its traceback held.
             longest = max(len(sequence.token_ids) for sequence in sequences)
-            if self._token_budget <= longest:
+            if self._token_budget <= ALONE:
                 raise TrainingFailed(
                     f"not enough memory on {self._device} for a pass over {longest} tokens, the longest sequence "
                     "of the batch: leave longer episodes out, use a device with more memory, or take a smaller base"
                 )
-            self._token_budget //= 2
+            self._token_budget = self._token_budget // 2 if self._token_budget > longest else ALONE
             self.network.zero_grad(set_to_none=True)
             hand_back_freed_memory()
 
