@@ -16,7 +16,7 @@ import pytest
 from learner.__main__ import main
 from learner.commands.once import OnceOptions
 from learner.commands.server import ServerOptions
-from runtime.store.learning_log import CycleStage, LearningLog
+from runtime.store.learning_log import CycleStage, LearningLog, LearningReader
 from runtime.store.step_log import StepLog
 from tests.conftest import ServeScripted
 from tests.demonstrations import expert_demonstration
@@ -296,3 +296,15 @@ os.kill(os.getpid(), signal.SIGKILL)
         assert learner.exists()
         parent.stdin.write("\n")
     wait_until(lambda: not learner.exists(), 30)
+
+
+def test_a_cycle_that_ends_while_it_is_looked_at_has_not_failed(tmp_path: Path) -> None:
+    StepLog(tmp_path / "agent.db").close()
+    log = LearningLog(tmp_path)
+    log.note("cycle_1", CycleStage.GATE)
+    reader = LearningReader(tmp_path)
+    seen = reader.status("cycle_1")
+    log.note("cycle_1", CycleStage.REFUSED, "no gain")
+    log.close()
+    assert seen is not None
+    assert reader.as_of_now(seen).stage is CycleStage.REFUSED

@@ -55,6 +55,13 @@ def test_a_response_says_what_the_policy_says_and_names_its_step(serve_scripted:
     assert response.usage.output_tokens == len(step.completion_token_ids)
 
 
+@pytest.mark.parametrize("effort", ["high", "as much as it takes"])
+def test_an_effort_that_clients_cannot_read_is_not_repeated(serve_scripted: ServeScripted, effort: str) -> None:
+    reasoning = ask(serve_scripted("A globe."), reasoning={"effort": effort}).reasoning
+    assert reasoning is not None
+    assert reasoning.effort == ("high" if effort == "high" else None)
+
+
 def test_instructions_are_the_system_message(serve_scripted: ServeScripted, protocol: ChatProtocol) -> None:
     served = serve_scripted("A globe.")
     ask(served, instructions="Be brief.")

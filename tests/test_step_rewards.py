@@ -23,6 +23,12 @@ from runtime.store.step_log import StepLog
 from tests.records import make_chain, make_episode, make_step
 
 
+@pytest.fixture(autouse=True)
+def _no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test runners may tell of one that is 80 columns wide."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 def reward(step: Step, source: RewardSource, value: float, cycle: str = "cycle_1") -> StepReward:
     return StepReward(step.id, cycle, source, value)
 

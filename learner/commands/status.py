@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from learner.commands.server import ServerOptions, has_state
 from learner.terminal import plain
-from runtime.store.learning_log import CycleStage, CycleStatus, LearningReader, cut_off_message
+from runtime.store.learning_log import CycleStage, CycleStatus, LearningReader
 
 
 class StatusOptions(ServerOptions):
@@ -19,20 +19,17 @@ def run(options: StatusOptions) -> int:
         return 1
     log = LearningReader(options.state)
     cycles = log.cycles(options.limit, agent=options.agent or None)
-    is_alive = log.is_learner_alive()
     print(f"{len(cycles)} cycles" + (", newest first" if len(cycles) > 1 else ""))
     for status in cycles:
         seconds = status.created_at - status.started_at
         whose = f"{status.agent}  " if status.agent else ""
-        stage, message = _as_of_now(status, log, is_alive)
+        stage, message = _as_of_now(log.as_of_now(status), log)
         print(f"{status.cycle}  {whose}{stage}  {seconds:.0f} s  {plain(message)}")
     return 0
 
 
-def _as_of_now(status: CycleStatus, log: LearningReader, is_alive: bool) -> tuple[CycleStage, str]:
-    """(stage, message), where what was written of a cycle no longer holds."""
-    if not status.has_ended and not is_alive:  # it was cut off; the next learner will write it down
-        return CycleStage.FAILED, cut_off_message(status)
+def _as_of_now(status: CycleStatus, log: LearningReader) -> tuple[CycleStage, str]:
+    """(stage, message), where what was proposed has been judged since."""
     proposed = status.report.get("proposed") if status.stage is CycleStage.PROPOSED else None
     if isinstance(proposed, str) and (state := log.judged_since(proposed)):
         return status.stage, f"{proposed} waited for somebody's yes, and is {state} since"

@@ -21,6 +21,9 @@ from runtime.http.logprobs import Logprobs
 from runtime.http.responses_schemas import ResponsesRequest
 from runtime.store.episodes import Step, StopReason
 
+EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "max"})
+"""That OpenAI's clients read in an answer. A model's template may know others."""
+
 _OUT_OF_ROOM = (StopReason.TOKEN_LIMIT, StopReason.STEP_LIMIT, StopReason.DEADLINE)
 
 
@@ -295,7 +298,7 @@ def _echo(request: ResponsesRequest, sampling: SamplingParams) -> dict[str, Any]
         "model", "instructions", "previous_response_id", "top_logprobs", "max_output_tokens", "parallel_tool_calls",
         "store", "background", "user", "safety_identifier",
     }  # fmt: skip
-    choice = request.tool_choice
+    choice, effort = request.tool_choice, request.reasoning.effort
     return request.model_dump(mode="json", by_alias=True, include=repeated) | {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -303,7 +306,7 @@ def _echo(request: ResponsesRequest, sampling: SamplingParams) -> dict[str, Any]
         "tools": [tool.model_dump() for tool in request.tools or ()],
         "tool_choice": "auto" if choice is None else choice if isinstance(choice, str) else choice.model_dump(),
         "metadata": {key: str(value) for key, value in request.metadata.model_dump(exclude_none=True).items()},
-        "reasoning": {"effort": request.reasoning.effort or None, "summary": None},
+        "reasoning": {"effort": effort if effort in EFFORTS else None, "summary": None},
         "truncation": "disabled",
     }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from runtime.learning.process import LearnerProcess
 from runtime.store.damage import Damaged
-from runtime.store.learning_log import CycleStage, CycleStatus, LearningReader, cut_off_message
+from runtime.store.learning_log import CycleStatus, LearningReader
 
 
 class Cycles:
@@ -41,8 +41,6 @@ class Cycles:
         return self._shown(status) | details
 
     def _shown(self, status: CycleStatus) -> dict[str, Any]:
+        status = self._log.as_of_now(status)
         shown = asdict(status)
-        # A cycle without an ending and without a learner was cut off; the next learner will write it down.
-        if not status.has_ended and not self._log.is_learner_alive():
-            shown |= {"stage": CycleStage.FAILED, "message": cut_off_message(status)}
         return {"object": "learner.cycle", "id": shown.pop("cycle"), **shown}

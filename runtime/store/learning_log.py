@@ -11,7 +11,7 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -373,6 +373,16 @@ class LearningReader:
         )
         return rows[0]["state"] if rows else None
 
+    def as_of_now(self, status: CycleStatus) -> CycleStatus:
+        """What became of it: a cycle without an ending and without a learner was cut off, and the next learner will
+        write that down."""
+        if status.has_ended or self.is_learner_alive():
+            return status
+        newest = self.status(status.cycle) or status  # its learner may have written an ending and gone meanwhile
+        if newest.has_ended:
+            return newest
+        return replace(newest, stage=CycleStage.FAILED, message=_cut_off_message(newest))
+
     def is_learner_alive(self) -> bool:
         """Whether a learner works on this state folder now, whoever started it."""
         return is_learner_alive(self.state)
@@ -492,7 +502,7 @@ class LearningLog(LearningReader):
         """Mark the cycles of a learner that was killed as failed; returns them. For a learner that starts."""
         unfinished = [status for status in self.cycles(limit=1000) if not status.has_ended]
         for status in unfinished:
-            self.note(status.cycle, CycleStage.FAILED, cut_off_message(status), agent=status.agent)
+            self.note(status.cycle, CycleStage.FAILED, _cut_off_message(status), agent=status.agent)
         return [status.cycle for status in unfinished]
 
     def _insert(self, table: str, record: dict[str, Any]) -> None:
@@ -505,6 +515,6 @@ def migrate_learning_log(state: Path) -> None:
     LearningLog(state).close()
 
 
-def cut_off_message(status: CycleStatus) -> str:
+def _cut_off_message(status: CycleStatus) -> str:
     """What is said of a cycle whose learner has ended without an ending."""
     return f"the learner ended while it was in stage {status.stage}"
