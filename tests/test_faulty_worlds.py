@@ -256,6 +256,16 @@ def test_a_world_that_hangs_where_it_looks_for_a_task_holds_up_nothing_else(serv
     assert ask(server, None).status_code == 200
 
 
+@pytest.mark.parametrize("method", ["find_task", "open_item"])
+def test_counting_tokens_gives_up_a_world_that_hangs(serve: Serve, gate: Gate, method: str) -> None:
+    server = serve(numbers(**{method: lambda *_: gate.wait()}), limits=RunLimits(deadline_s=0.5, tool_timeout_s=0.3))
+    body = {"model": MODEL, "messages": [{"role": "user", "content": f"Count to {NUMBERS['train'][0]}."}]}
+    counted = httpx.post(f"{server.url}/v1/messages/count_tokens", json=body, timeout=20)
+    assert counted.status_code == 503, counted.text
+    assert "the world numbers did not answer within 0.5 seconds" in counted.text
+    assert is_up(server)
+
+
 def test_an_outcome_that_hangs_ends_the_episode_without_one(serve: Serve, gate: Gate) -> None:
     server = serve(numbers(outcome=gate.wait), "Done.")
     began = time.perf_counter()

@@ -170,15 +170,18 @@ def _num_parts(request: ChatCompletionRequest) -> int:
     return sum(len(each.content) if isinstance(each.content, list) else 1 for each in request.messages)
 
 
-def prompt_length(parts: Parts, request: ChatCompletionRequest, caller: Caller, previous: Step | None = None) -> int:
-    """Tokens of the prompt that a request would have, rendered afresh. Raises ValueError as `admit` does."""
+async def prompt_length(
+    parts: Parts, request: ChatCompletionRequest, caller: Caller, previous: Step | None = None
+) -> int:
+    """Tokens of the prompt that a request would have, rendered afresh. Raises as `admit` does."""
     agent, _ = chosen_agent(parts, request.model, caller.key)
     protocol, tools = parts.protocol.with_options(request.template_options), request.tool_schemas
-    messages, _ = _conversation(request, agent, caller)
+    messages, _ = await off_loop(True, _conversation, request, agent, caller)
     if not tools and previous is None and caller.tools != "client" and agent.toolbox.is_default:
-        task = agent.toolbox.task_of(request.metadata.task, messages)
-        tools, _ = agent.toolbox.open(task, ())
-    return len(protocol.render(messages, tools))
+        deadline_s = parts.limits.deadline_s
+        task = await agent.toolbox.find_task(deadline_s, request.metadata.task, messages)
+        tools, _ = await agent.toolbox.in_thread(deadline_s, agent.toolbox.open, task, ())
+    return len(await off_loop(True, protocol.render, messages, tools))
 
 
 def chosen_agent(parts: Parts, model: str, key: Key) -> tuple[ServedAgent, str | None]:

@@ -18,7 +18,6 @@ from runtime.http.parts import Parts
 from runtime.http.run_events import RunEvents
 from runtime.http.sse import EventStream, json_answer, sse_event, until_gone
 from runtime.http.strict_json import StrictJsonRoute
-from runtime.off_loop import off_loop
 
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
@@ -47,7 +46,7 @@ def message_routes(parts: Parts) -> APIRouter:
     @router.post("/count_tokens")
     async def count_tokens(body: CountRequest, request: Request) -> dict[str, int]:
         """How many tokens the prompt of such a request has."""
-        return {"input_tokens": await off_loop(True, prompt_length, parts, body.as_chat(), caller_of(request))}
+        return {"input_tokens": await prompt_length(parts, body.as_chat(), caller_of(request))}
 
     return router
 

@@ -64,7 +64,7 @@ def response_routes(parts: Parts) -> APIRouter:
     async def count_input_tokens(body: ResponsesRequest, request: Request) -> dict[str, Any]:
         """How many tokens the prompt of such a request has."""
         chat, previous = await off_loop(True, _as_chat, parts, body, asking_key(request))
-        length = await off_loop(True, prompt_length, parts, chat, caller_of(request), previous)
+        length = await prompt_length(parts, chat, caller_of(request), previous)
         return {"object": "response.input_tokens", "input_tokens": length}
 
     @router.get("/{response_id}", responses=_ANSWERS)
