@@ -5,11 +5,13 @@
 Neither part's world is known to the server, which has transcripts alone. At the order desk (`desk`), whose tasks we can
 try: experts' demonstrations are imported, and learner cycles run one after the other, with practice between them; after
 each, the acting adapter is tried on held-out tasks. On transcripts of another world (`bfcl`, `tau2_retail`: make
-setup-worlds): some are imported, a cycle runs, and others, which nothing has learned from and no gate has seen, tell
-how often the greedy action means what the expert's does, before and after. Transcripts offer the tools that any of them
-calls, after the world's own instructions; no two of them begin with the same request. `tau2_retail` is left out unless
-it is asked for: its rules and records make prompts of 3,100 to 5,500 tokens, of which little is shared. BFCL's 43 tools
-make prompts of 6,400, nearly all of it shared, and a gradient step of minutes on two cores.
+setup-worlds): those of its training tasks are imported, a cycle runs, and those of its held-out tasks tell at how many
+of the expert's calls the greedy action means the same, before and after. Where a world's tasks differ in their tools,
+the transcripts are those of one agent: the ones that need only what most tasks offer together (of BFCL that is a
+broker: 47 and 13 transcripts, whose 10 tools make prompts of 1,300 tokens, nearly all of it shared; all of its 43 tools
+make 6,400, and a gradient step of minutes on two cores). They offer the tools that any of them calls, after the world's
+own instructions; no two of a split begin with the same request. `tau2_retail` is left out unless it is asked for: its
+rules and records make prompts of 3,100 to 5,500 tokens, of which little is shared.
 
 What is done is not done again: started anew after a stop, it goes on (STATE/demo-real holds rows and server states).
 Without --model it is SmolLM2-135M, which comes from the package index.
@@ -36,7 +38,7 @@ from tqdm import tqdm
 
 from benchmarks.colleagues import Conversation
 from benchmarks.demo import server
-from benchmarks.transcripts import expert_conversations, first_steps, interval, states_of, tools_of
+from benchmarks.transcripts import expert_conversations, first_steps, interval, of_one_agent, states_of, tools_of
 from learner.client import Endpoint
 from learner.data.comparison import compare
 from learner.practice import PracticeOptions, practise, success_interval
@@ -54,9 +56,15 @@ held out: the server does not know the desk, and whole orders say little of a mo
 enough that no folds are needed, which take three more trainings."""
 FIRST_CYCLE, LATER_CYCLE = ("epochs=4",), ("epochs=1", "min-gradient-steps=64")
 """What is missing after the first cycle needs no four epochs more."""
-ON_TRANSCRIPTS = ("epochs=2", "num-samples=0", "held-out-share=0.4", "trajectories-per-step=8", "min-gradient-steps=12")
-"""Two fifths judge, so that none need to be trained without by folds, which takes three more trainings. Eight to a
-gradient step: most of a pack is the tools that all share, and is computed once."""
+ON_TRANSCRIPTS = (
+    "epochs=2",
+    "num-samples=0",
+    "held-out-share=0.55",
+    "trajectories-per-step=8",
+    "min-gradient-steps=24",
+)
+"""More than half judge: from 24 on none need to be trained without by folds, which takes three more trainings. Eight to
+a gradient step: most of a pack is the tools that all share, and is computed once."""
 MAX_STEP_TOKENS = 160
 """Of a step in a task: an untrained model may go on for ever."""
 
@@ -153,8 +161,14 @@ async def desk(url: str, results: Results, options: argparse.Namespace, folder: 
 
 
 async def agreements(client: AsyncOpenAI, adapter: str, held_out: Sequence[Conversation], tools: Any) -> list[float]:
-    """Of each transcript: the share of its states at which the greedy action means what the expert's does."""
-    states = [(place, *state) for place, messages in enumerate(held_out) for state in states_of(messages)]
+    """Of each transcript: the share of the expert's tool calls whose meaning the greedy action has. What an expert says
+    is left out: in these worlds it is one sentence at every end."""
+    states = [
+        (place, before, expert)
+        for place, messages in enumerate(held_out)
+        for before, expert in states_of(messages)
+        if expert.get("tool_calls")
+    ]
     places = asyncio.Semaphore(8)
     with tqdm(total=len(states), desc=f"{adapter}, agreement", unit=" states", leave=False) as bar:
 
@@ -179,12 +193,17 @@ async def agreements(client: AsyncOpenAI, adapter: str, held_out: Sequence[Conve
     return [fmean(each) for each in of]
 
 
+def of_agent(world: World, split: str, num_steps: int) -> list[Conversation]:
+    """One agent's transcripts of a split's tasks, cut to so many steps."""
+    experts = expert_conversations(world, split, world.splits[split])
+    return of_one_agent(world, [first_steps(each, num_steps) for each in experts])
+
+
 async def transcripts(name: str, url: str, results: Results, options: argparse.Namespace, folder: Path) -> None:
     client, rows, world = client_of(url), results.of(name), load_world(name)
-    number = options.transcripts + options.held_out
-    conversations = [first_steps(each, options.steps) for each in expert_conversations(world, "train", number)]
-    learned, held_out = conversations[: options.transcripts], conversations[options.transcripts :]
-    tools = tools_of(world, conversations)
+    learned = of_agent(world, "train", options.steps)[: options.transcripts]
+    held_out = of_agent(world, "heldout", options.steps)[: options.held_out]
+    tools = tools_of(world, [*learned, *held_out])
     if not rows:
         write(folder / f"{name}.jsonl", learned, tools)
         import_into(url, folder / f"{name}.jsonl")
@@ -192,8 +211,8 @@ async def transcripts(name: str, url: str, results: Results, options: argparse.N
     if len(rows) < 2:
         cycle = await run_cycle(client)
         acting = (await Endpoint(client).parents())[0]
-        found = rows[0]["each"] if acting == BASE_ADAPTER else await agreements(client, acting, held_out, tools)
-        results.add(name, {**agreement_row(acting, found, rows[0]["each"]), "cycle": cycle})
+        each = rows[0]["each"] if acting == BASE_ADAPTER else await agreements(client, acting, held_out, tools)
+        results.add(name, {**agreement_row(acting, each, rows[0]["each"]), "cycle": cycle})
 
 
 def agreement_row(adapter: str, each: list[float], before: list[float] | None) -> Row:
@@ -256,8 +275,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--demonstrations", type=int, default=128, help="at the order desk")
     parser.add_argument("--practice", type=int, default=16, help="tasks before a further cycle at the order desk")
     parser.add_argument("--tasks", type=int, default=32, help="held-out tasks at the order desk")
-    parser.add_argument("--transcripts", type=int, default=64, help="that are imported, of another world")
-    parser.add_argument("--held-out", type=int, default=24, help="transcripts that are kept from the server")
+    parser.add_argument("--transcripts", type=int, default=48, help="that are imported, of another world")
+    parser.add_argument("--held-out", type=int, default=24, help="transcripts that are kept from the server, at most")
     parser.add_argument("--steps", type=int, default=3, help="of each transcript, at most")
     parser.add_argument("--learner-arg", action="append", default=[], help="passed on: min-gradient-steps=12")
     return parser.parse_args(arguments)

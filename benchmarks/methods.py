@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.figures import counts, each_of, from_to, interval
 from benchmarks.method_runs import AXES, Run, Scene, Stage
 from benchmarks.recipes import CONTROL, DEFAULT, METHODS
+from benchmarks.students import NoStudent, student
 from policies.novice.build import NOVICE_PATH
 
 RESULTS = Path("benchmarks/results/methods.json")
@@ -104,8 +105,6 @@ def base_of(world: str) -> tuple[str, Path]:
     """The world's student: its name in the table, and its folder, which is made where it is missing (minutes)."""
     if world == "order_desk":
         return "novice", NOVICE_PATH
-    from benchmarks.students import student
-
     return "student", student(world)
 
 
@@ -248,8 +247,11 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
-    for scene in scenes_of(options):
-        run_scene(rows, scene, options.methods)
+    try:
+        for scene in scenes_of(options):
+            run_scene(rows, scene, options.methods)
+    except NoStudent as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

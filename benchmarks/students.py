@@ -393,14 +393,18 @@ def short_rows(tokenizer: PreTrainedTokenizerFast, conversations: Iterable[Conve
     return [row for row in rows if len(row.token_ids) <= plan.context_tokens]
 
 
+class NoStudent(ValueError):
+    """A world that has no plan of a student."""
+
+
 def student(world_name: str, plan: Plan | None = None) -> Path:
     """The folder of the world's student, which is built where it is missing (minutes).
 
-    Raises ValueError for a world without a plan.
+    Raises NoStudent for a world without a plan.
     """
     plan = plan or PLANS.get(world_name)
     if plan is None:
-        raise ValueError(f"no student of {world_name} is planned; there are: {', '.join(PLANS)}")
+        raise NoStudent(f"no student of {world_name} is planned; there are: {', '.join(PLANS)}")
     digest = sha256(json.dumps(asdict(plan)).encode()).hexdigest()[:8]
     folder = CACHE / f"{world_name}-student-{digest}"
     if not folder.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from math import sqrt
 from statistics import fmean, stdev
@@ -34,10 +35,23 @@ def first_steps(conversation: Conversation, number: int) -> Conversation:
     return conversation[: ends[min(number, len(ends)) - 1] + 1]
 
 
+def of_one_agent(world: World, conversations: Sequence[Conversation]) -> list[Conversation]:
+    """Those which call only what most of the world's tasks offer together: the transcripts that one agent would have
+    where tasks differ in their tools."""
+    tasks = (world.task("train", index) for index in range(world.splits["train"]))
+    offered = Counter(frozenset(tool.name for tool in world.open(task).tools) for task in tasks)
+    ((tools, _),) = offered.most_common(1)
+    return [each for each in conversations if called_in(each) <= tools]
+
+
+def called_in(conversation: Conversation) -> set[str]:
+    return {call["function"]["name"] for message in conversation for call in message.get("tool_calls") or ()}
+
+
 def tools_of(world: World, conversations: Sequence[Conversation]) -> list[Any]:
     """The world's tools that any of these calls, which no single task may have all of. Raises ValueError for a call of
     none of them."""
-    called = {call["function"]["name"] for m in conversations for each in m for call in each.get("tool_calls") or ()}
+    called = set[str]().union(*map(called_in, conversations))
     found: dict[str, Any] = {}
     for index in range(world.splits["train"]):
         if called <= set(found):

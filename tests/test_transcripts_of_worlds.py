@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.real_in_worlds import agreements, in_tokens, tried
 from benchmarks.rollouts import Attempt, Rollouts
-from benchmarks.transcripts import expert_conversations, first_steps, states_of, tools_of
+from benchmarks.transcripts import expert_conversations, first_steps, of_one_agent, states_of, tools_of
 from learner.packing.tree_attention import TREE_ATTENTION
 from policies.chat.chat_protocol import ChatProtocol
 from policies.novice.build import NOVICE_PATH
@@ -60,6 +60,18 @@ def test_tools_that_a_transcript_calls_are_found_though_the_first_task_has_not_a
     assert {tool["function"]["name"] for tool in tools_of(world, transcripts)} == {"count_0", "count_1"}
     with pytest.raises(ValueError, match="no task of numbers has the tool 'count_7'"):
         tools_of(world, [[calling("count_7", {}, 0)]])
+
+
+def test_one_agents_transcripts_need_only_what_most_tasks_offer() -> None:
+    def schemas(episode: Any) -> list[dict[str, Any]]:
+        names = ["count_0", "count_1"] if episode.item % 3 else ["count_0", "count_7"]
+        return [{**COUNT, "name": name} for name in names]
+
+    def transcript(*names: str) -> list[dict[str, Any]]:
+        return [calling(name, {}, 0) for name in names]
+
+    transcripts = [transcript("count_0"), transcript("count_7"), transcript("count_0", "count_1"), transcript()]
+    assert of_one_agent(numbers(schemas=schemas), transcripts) == [transcripts[0], *transcripts[2:]]
 
 
 def test_whole_tasks_are_tried_by_the_network_that_learns_as_by_a_plain_one() -> None:
