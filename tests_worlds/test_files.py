@@ -25,6 +25,7 @@ from tests_worlds.published_files import (
     write_musique,
     write_webshop,
 )
+from tools import search
 from tools.worlds import load_world, published
 from tools.worlds.calls import answering, calling
 from tools.worlds.questions import Question, QuestionEpisode
@@ -207,7 +208,7 @@ def test_any_value_anywhere_is_played_to_an_end_or_refused_with_its_row(
 @pytest.mark.parametrize(
     ("name", "file_name", "place", "value", "complaint"),
     [
-        ("hotpotqa", "hotpot_dev_distractor_v1.json", (5, "answer"), None, "`answer` must be a text, not null"),
+        ("hotpotqa", "hotpot_dev_distractor_v1.json", (5, "answer"), None, "`answer` is missing, as in a test set"),
         ("hotpotqa", "hotpot_dev_distractor_v1.json", (5, "answer"), 1990, "`answer` must be a text, not a number"),
         ("hotpotqa", "hotpot_dev_distractor_v1.json", (5, "question"), None, "`question` must be a text, not null"),
         (
@@ -590,6 +591,39 @@ def test_of_two_products_with_one_id_the_first_is_on_sale(tmp_path: Path) -> Non
     products = read(tmp_path / "items_shuffle_1000.json")
     write(tmp_path / "items_shuffle_1000.json", [*products, products[0] | {"name": "Another", "pricing": "$500"}])
     assert all_messages(load_world(spec)) == plain
+
+
+@pytest.mark.parametrize("id", ["nan", "B00000000512"])
+def test_what_has_no_id_of_a_product_is_not_on_sale(id: str, tmp_path: Path) -> None:
+    spec = write_webshop(tmp_path)
+    plain = all_messages(load_world(spec))
+    products = read(tmp_path / "items_shuffle_1000.json")
+    write(tmp_path / "items_shuffle_1000.json", [products[0] | {"asin": id}, *products])
+    world = load_world(spec)
+    assert all_messages(world) == plain
+    told = world.open(world.task("train", 0)).play(calling("open_product", {"product_id": id}, 0))
+    assert f"there is no product '{id}'" in told[0]["content"]
+
+
+@pytest.mark.parametrize(
+    ("pricing", "price"),
+    [("$.99", "$0.99"), ("$10.99 - $20.00", "$10.99"), ("$1,299.00", "$1299.00"), ("", "$100.00"), (None, "$100.00")],
+)
+def test_a_price_is_read_as_it_is_published(pricing: str | None, price: str, tmp_path: Path) -> None:
+    world = with_value("webshop", tmp_path, "items_shuffle_1000.json", (0, "pricing"), pricing)
+    [told] = world.open(world.task("train", 0)).play(calling("open_product", {"product_id": "B000000000"}, 0))
+    assert f"Price: {price}\n" in told["content"]
+
+
+def test_webshops_searches_are_remembered_as_an_episode_is_opened_again_for_each_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = load_world(write_webshop(tmp_path))
+    task, searched = world.task("train", 0), []
+    monkeypatch.setattr(search, "_best_matches", lambda *arguments: searched.append(arguments) or [])
+    for _ in range(3):
+        world.open(task).play(calling("search", {"query": "shirt"}, 0))
+    assert len(searched) == 1
 
 
 # --------------------------------------------------------------------------------------------------- cache

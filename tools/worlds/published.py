@@ -114,7 +114,9 @@ def _opened(file: Path) -> Iterator[TextIOWrapper]:
                 yield source
             except UnicodeDecodeError as error:
                 at = source.buffer.tell() - len(error.object) + error.start
-                raise ValueError(f"{file} is not UTF-8 text from byte {at} on; {_HELP}") from error
+                raise ValueError(
+                    f"{file} is not UTF-8 text from byte {at} on: unpack an archive, save a table as JSON; {_HELP}"
+                ) from error
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from error
 

@@ -97,6 +97,8 @@ class _QuestionRow(Published):
         match row:
             case {"golden_answers": [answer, *aliases], "metadata": dict(published)}:
                 return published | {"answer": answer, "answer_aliases": aliases} | row
+        if "question" in row and row.get("answer") is None:
+            raise ValueError("`answer` is missing, as in a test set: nothing could be right")
         return row
 
     @model_validator(mode="after")
