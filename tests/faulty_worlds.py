@@ -110,6 +110,16 @@ class SplitsAreTasks(Numbers):
     splits: ClassVar[Any] = {"train": [1], "validation": [], "heldout": []}  # type: ignore[assignment]
 
 
+class TwoSplits(Numbers):
+    def __init__(self) -> None:
+        ListedWorld.__init__(self, {"train": [1], "validation": [2]})
+
+
+class NothingCalled(Numbers):
+    def __init__(self) -> None:
+        pass
+
+
 class MessagesAreText(Numbers):
     def messages_of(self, item: int) -> Any:
         return f"Count to {item}."

@@ -7,10 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from learner import practice
@@ -128,7 +131,13 @@ def test_an_outcome_that_is_no_number_from_0_to_1_is_none(serve: Serve, value: o
     assert len(server.parts.log.steps(response.headers["x-episode-id"])) == 1
 
 
-@pytest.mark.parametrize(("value", "logged"), [(True, 1.0), (0, 0.0), (0.25, 0.25)])
+@pytest.mark.parametrize(
+    ("value", "logged"),
+    [
+        (True, 1.0), (0, 0.0), (0.25, 0.25), (Decimal("0.5"), 0.5),
+        (np.float32(0.5), 0.5), (np.bool_(True), 1.0), (np.array(1.0), 1.0),
+    ],
+)  # fmt: skip
 def test_other_numbers_are_outcomes(serve: Serve, value: object, logged: float) -> None:
     server = serve(numbers(outcome=lambda _: value), "Done.")
     assert outcomes(server, ask(server)) == [logged]
@@ -139,6 +148,9 @@ def test_other_numbers_are_outcomes(serve: Serve, value: object, logged: float) 
     [
         ({"a": 1}, '{"a": 1}'),
         (["ä"], '["ä"]'),
+        (("ä", 1), '["ä", 1]'),
+        (42, "42"),
+        ({(1, 2): 3}, "`run` of the world must return text, not dict that is no JSON"),
         (None, "`run` of the world must return text, not NoneType"),
         (b"xx", "`run` of the world must return text, not bytes"),
     ],
@@ -185,6 +197,40 @@ def test_each_task_offers_the_schemas_of_its_own() -> None:
         offered, _ = toolbox.open(f"numbers/train/{index}", ())
         item = NUMBERS["train"][index]
         assert offered[0]["function"]["parameters"]["properties"]["of"]["enum"] == [f"item {item}"]
+
+
+async def run_async(*_: Any) -> str:
+    await asyncio.sleep(0)
+    return "seen"
+
+
+@pytest.mark.parametrize("run", [run_async, lambda *_: asyncio.run(run_async())])
+def test_a_tool_may_be_async_or_run_an_event_loop(serve: Serve, run: Any) -> None:
+    server = serve(numbers(run=run), CALL, "Done.")
+    assert observations(server, ask(server)) == ["seen"]
+
+
+@pytest.mark.parametrize("said", [["And now?"], {"role": "user", "content": "And now?"}, 5])
+def test_what_the_user_says_next_is_text(serve: Serve, said: Any, caplog: pytest.LogCaptureFixture) -> None:
+    server = serve(numbers(answer=lambda *_: said), "Done.")
+    assert outcomes(server, ask(server)) == []
+    assert "`answer` must return the user's next message as text, or None" in caplog.text
+
+
+@dataclass(eq=False)
+class DataclassEpisode(NumbersEpisode):
+    """Its constructor calls no other."""
+
+    item: int
+    num_calls: int = 0
+    is_answered: bool = False
+
+
+def test_an_episode_may_be_a_dataclass(serve: Serve) -> None:
+    server = serve(numbers(open_item=lambda _, item: DataclassEpisode(item)), CALL, "Done.")
+    response = ask(server)
+    assert observations(server, response) == ["1"]
+    assert outcomes(server, response) == [1.0]
 
 
 def test_a_world_without_tools_is_judged(serve: Serve) -> None:

@@ -31,6 +31,11 @@ FAULTS = [
     ("tests.faulty_worlds:SlashInName", "its `name` is 'my/world'"),
     ("tests.faulty_worlds:SplitsAreAList", "they must say how many tasks there are"),
     ("tests.faulty_worlds:SplitsAreTasks", "they must say how many tasks there are"),
+    ("tests.faulty_worlds:TwoSplits", "a list of tasks, perhaps empty, for each of .* it was given none for heldout"),
+    (
+        "tests.faulty_worlds:NothingCalled",
+        "its `splits` raised AttributeError: 'NothingCalled' object has no",
+    ),
     ("tests.faulty_worlds:MessagesAreText", "a conversation begins with messages"),
     ("tests.faulty_worlds:MessagesWithoutRole", "is no message"),
     ("tests.faulty_worlds:OtherTask", "calls itself other/train/0"),

@@ -70,12 +70,9 @@ def _made(name: str, kind: type[Any]) -> Any:
 
 def _require_world(name: str, world: Any) -> None:
     for part in ("name", "splits", "task", "find_task", "open"):
-        try:
-            is_there = hasattr(world, part)
-        except Exception as error:
-            raise ValueError(f"the world {name!r}: its `{part}` {raised(error)}") from error
-        if not is_there or (part in ("task", "find_task", "open") and not callable(getattr(world, part))):
-            raise ValueError(f"{name!r} is no world: it has no `{part}`; docs/WORLDS.md says what a world has")
+        value = _part(name, world, part)
+        if part in ("task", "find_task", "open") and not callable(value):
+            raise _without(name, part)
     _require_name(name, world.name)
     _require_splits(name, world.splits)
     steps = getattr(world, "max_steps", 1)
@@ -84,6 +81,20 @@ def _require_world(name: str, world: Any) -> None:
     for split in SPLITS:
         if world.splits[split]:
             _require_task(name, world, split)
+
+
+def _part(name: str, world: Any, part: str) -> Any:
+    try:
+        return getattr(world, part)
+    except Exception as error:
+        is_property = hasattr(type(world), part)  # it raises where the constructor has not called ListedWorld's
+        if is_property or not isinstance(error, AttributeError):
+            raise ValueError(f"the world {name!r}: its `{part}` {raised(error)}") from error
+        raise _without(name, part) from error
+
+
+def _without(name: str, part: str) -> ValueError:
+    return ValueError(f"{name!r} is no world: it has no `{part}`; docs/WORLDS.md says what a world has")
 
 
 def _require_name(name: str, said: object) -> None:
