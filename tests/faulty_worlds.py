@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -138,6 +139,16 @@ class OtherTask(Numbers):
 class TaskRaises(Numbers):
     def task(self, split: str, index: int) -> Task:
         raise WorldFailed("its simulator does not start")
+
+
+class RunsAnEventLoop(Numbers):
+    def __init__(self) -> None:
+        asyncio.run(asyncio.sleep(0))
+        super().__init__()
+
+    def task(self, split: str, index: int) -> Task:
+        asyncio.run(asyncio.sleep(0))
+        return super().task(split, index)
 
 
 class NoSteps(Numbers):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 from tools.worlds.blame import raised
+from tools.worlds.threads import in_own_thread
 from tools.worlds.world import SPLITS, Task, World, require_messages
 
 
 def own_world(name: str) -> World:
     """The world of that `module:Class`. Raises ValueError, in words for who wrote it, for what is no world."""
-    world = _made(name, _class(name))
-    _require_world(name, world)
+    kind = _class(name)
+    world = in_own_thread(partial(_made, name, kind))
+    in_own_thread(partial(_require_world, name, world))
     return world
 
 
