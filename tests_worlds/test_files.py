@@ -469,6 +469,23 @@ def test_a_task_that_stands_several_times_in_a_file_is_one_task(name: str, tmp_p
     assert all_messages(load_world(spec)) == plain
 
 
+def test_a_passage_whose_title_begins_like_anothers_is_not_taken_for_it(tmp_path: Path) -> None:
+    """Titles were read up to their first colon: one film of a series was as good as the other."""
+    spec = write_hotpotqa(tmp_path)
+    rows = read(tmp_path / FILES["hotpotqa"][0])
+    rows[0]["context"] += [["Star Songs: Alba", ["It has 9 songs."]], ["Star Songs: Brod", ["It has 7 songs."]]]
+    rows[0]["supporting_facts"] = [["Star Songs: Alba", 0]]
+    write(tmp_path / FILES["hotpotqa"][0], rows)
+    world = load_world(spec)
+    for query, is_found in (("7 songs", False), ("9 songs", True)):
+        episode = world.open(world.task("train", 0))
+        [told] = episode.play(calling("search", {"query": query, "num_results": 1}, 0))
+        assert ("9 songs" in told["content"]) == is_found
+        expert = episode.expert_action()
+        assert expert is not None
+        assert ("tool_calls" not in expert) == is_found
+
+
 def test_a_question_is_asked_once_whatever_its_spaces_and_answers(tmp_path: Path) -> None:
     spec = write_hotpotqa(tmp_path)
     rows = read(tmp_path / FILES["hotpotqa"][0])
@@ -513,6 +530,17 @@ def test_multimodal_mind2webs_rows_are_put_together_to_tasks(tmp_path: Path) -> 
     first_steps = [in_steps(row)[0] for row in rows]
     later_steps = [step for row in rows for step in reversed(in_steps(row)[1:])]
     write(tmp_path / "train_0.json", first_steps + later_steps)
+    assert played(load_world(spec)) == plain
+
+
+def test_attributes_may_be_objects(tmp_path: Path) -> None:
+    spec = write_mind2web(tmp_path)
+    plain = played(load_world(spec))
+    rows = read(tmp_path / "train_0.json")
+    for action in (action for row in rows for action in row["actions"]):
+        for candidate in (*action["pos_candidates"], *action["neg_candidates"]):
+            candidate["attributes"] = json.loads(candidate["attributes"])
+    write(tmp_path / "train_0.json", rows)
     assert played(load_world(spec)) == plain
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, Json, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from tools.worlds.calls import ToolEpisode, ToolSchema, answering, calling, shown
 from tools.worlds.listed import ListedWorld, split_of_file
@@ -147,7 +147,8 @@ class _Candidate(Published):
     tag: Text
     backend_node_id: Text
     is_original_target: bool = False
-    attributes: Json[dict[Text, Any]]
+    attributes: Annotated[dict[Text, Any], BeforeValidator(from_json_text)]
+    """A text of JSON; in the first version of the files an object."""
 
 
 class _Operation(Published):

@@ -28,8 +28,6 @@ _WORDS = {
     "int_type": "a whole number",
     "bool_type": "true or false",
     "bool_parsing": "true or false",
-    "json_type": "a text of JSON",
-    "json_invalid": "a text of JSON",
 }
 """What pydantic's error types ask for."""
 

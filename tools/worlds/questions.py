@@ -81,6 +81,10 @@ def titles(found: str) -> list[str]:
     return [passage.partition(": ")[0] for passage in found.split("\n\n") if ": " in passage]
 
 
+def _has_title(found: str, title: str) -> bool:
+    return f"\n\n{title}: " in f"\n\n{found}"
+
+
 def sought_title(query: str, found: Sequence[str]) -> str | None:
     """Of the titles that a query finds the longest that it names; the first where it names none."""
     words = set(normalized(query))
@@ -134,6 +138,8 @@ class QuestionEpisode(ToolEpisode):
             by_expert = self._search.find(json.dumps({"query": query}))
         except ValueError:  # a title without a word in it
             return False
+        if _has_title(by_expert, query):  # a title may have a colon, and be the beginning of others
+            return _has_title(found, query)
         return sought_title(query, titles(by_expert)) in titles(found)
 
     def answer(self, text: str) -> None:
