@@ -21,7 +21,7 @@ from learner.practice import Attempt, PracticeOptions, practise
 from policies.chat.chat_protocol import ChatProtocol
 from runtime.agent.budget import RunLimits
 from runtime.agent.tools import Toolbox
-from tests.faulty_worlds import NUMBERS, NumbersEpisode, numbers, raising
+from tests.faulty_worlds import COUNT, NUMBERS, NumbersEpisode, numbers, raising
 from tests.serving import MODEL, SayingEngine, Served, parts_of, served
 from tools.worlds.threads import MAX_LEFT_BEHIND, MAX_RUNNING
 
@@ -168,6 +168,8 @@ def test_what_run_gives_back_is_shown_or_told(serve: Serve, given: object, shown
         ([{"name": "count", "description": "Counts."}], "the tool 'count' of schemas() needs 'parameters'"),
         ([{"description": "Counts.", "parameters": {}}], "needs 'name'"),
         (["count"], "schemas() must give a mapping"),
+        (None, "schemas() must give a list of tools, perhaps an empty one; not None"),
+        ([{"type": "function", "function": COUNT}], "is what OpenAI's form has under 'function'"),
         (2 * [{"name": "count", "description": "Counts.", "parameters": {}}], "two tools with the name 'count'"),
     ],
 )
@@ -176,6 +178,11 @@ def test_a_tool_that_does_not_say_what_it_is_is_told(serve: Serve, schemas: Any,
     message = told(ask(server))
     assert words in message
     assert "the world numbers" in message
+
+
+def test_what_is_opened_must_be_an_episode(serve: Serve) -> None:
+    server = serve(numbers(open_item=lambda *_: None))
+    assert "`open` of the world numbers gave None, which is no episode" in told(ask(server))
 
 
 def test_a_tool_without_arguments_needs_no_properties() -> None:

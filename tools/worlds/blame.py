@@ -46,6 +46,8 @@ def raised(error: BaseException) -> str:
 
 def tools_of(world: str, episode: WorldEpisode) -> list[BaseTool]:
     """The tools that may be called now. Raises WorldFailed where they are none that a policy could be offered."""
+    if not (hasattr(type(episode), "tools") or hasattr(episode, "tools")):  # a property may raise what hasattr hides
+        raise WorldFailed(f"`open` of the world {world} gave {episode!r:.100}, which is no episode: it has no `tools`")
     with blaming(world, "tools"):
         tools = list(episode.tools)
         names = [tool.name for tool in tools]

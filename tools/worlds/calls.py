@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from inspect import iscoroutine
@@ -50,6 +50,8 @@ def _read(schema: ToolSchema) -> tuple[str, str, Mapping[str, Any]]:
     """Name, description and parameters. Raises ValueError where one is missing or something else."""
     if not isinstance(schema, Mapping):
         raise ValueError(f"schemas() must give a mapping for each tool: name, description, parameters; not {schema!r}")
+    if "name" not in schema and "function" in schema:
+        raise ValueError("a tool of schemas() is what OpenAI's form has under 'function': name, description ...")
     for key, kind in {"name": str, "description": str, "parameters": Mapping}.items():
         if not isinstance(schema.get(key), kind) or (key == "name" and not schema[key]):
             what = "a JSON schema, such as {'type': 'object', 'properties': {}}" if kind is Mapping else "a text"
@@ -161,7 +163,10 @@ class ToolEpisode(ABC):
 
     @property
     def tools(self) -> list[BaseTool]:
-        return [WorldTool.of(schema, self.call) for schema in self.schemas()]
+        schemas = self.schemas()
+        if not isinstance(schemas, Iterable):
+            raise ValueError(f"schemas() must give a list of tools, perhaps an empty one; not {schemas!r}")
+        return [WorldTool.of(schema, self.call) for schema in schemas]
 
     @property
     def num_moves(self) -> int:
