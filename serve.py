@@ -179,7 +179,8 @@ def build_parts(settings: Settings) -> Parts:
             )
         slots = num_slots(settings, agents_file)
         worlds = {"": settings.world_name, **{name: agent.world for name, agent in agents_file.agents.items()}}
-        loaded = {name: load_world(world) if world else None for name, world in worlds.items()}
+        by_name = {world: load_world(world) for world in {*worlds.values()} if world}  # a file may be large: once
+        loaded = {name: by_name[world] if world else None for name, world in worlds.items()}
         toolbox = toolbox_of(shelf, settings.tools, loaded[""], settings.run_tools)
         example = toolbox.example_request()
         named_agents = tuple(

@@ -19,7 +19,7 @@ from learner.data.collaborators import Collaborators
 from learner.data.collect import Collected, collect
 from learner.data.comparison import DropReason
 from learner.data.doubts import doubts_of
-from learner.data.experts import Corrections, ModelExpert
+from learner.data.experts import Corrections, ModelExpert, WorldExpert
 from learner.data.inspection import Inspection, inspect
 from learner.data.judge import judge_rewards, with_judged_outcomes
 from learner.data.lessons import LessonErased, note_reading, require_unerased
@@ -151,7 +151,7 @@ async def _inspect(
     num_states = sum(len(each.path) for each in (*collected.demonstrations, *collected.policy_episodes))
     with record.counted(CycleStage.INSPECT, "", num_states) as count:
         inspection = await inspect(who, collected, acting, options.num_samples, count)
-        problems = [expert.problems for expert in who.experts if isinstance(expert, ModelExpert)]
+        problems = [expert.problems for expert in who.experts if isinstance(expert, ModelExpert | WorldExpert)]
         record.add(inspection=inspection.report(), expert_problems=dict(sum(problems, Counter[str]())))
         record.measure("training_data", inspection.measures())
         who.learning_log.add_rewards(agreement_rewards(record.cycle, inspection.training_data))

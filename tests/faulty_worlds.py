@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -110,6 +111,16 @@ class SplitsAreTasks(Numbers):
     splits: ClassVar[Any] = {"train": [1], "validation": [], "heldout": []}  # type: ignore[assignment]
 
 
+class TwoSplits(Numbers):
+    def __init__(self) -> None:
+        ListedWorld.__init__(self, {"train": [1], "validation": [2]})
+
+
+class NothingCalled(Numbers):
+    def __init__(self) -> None:
+        pass
+
+
 class MessagesAreText(Numbers):
     def messages_of(self, item: int) -> Any:
         return f"Count to {item}."
@@ -128,6 +139,16 @@ class OtherTask(Numbers):
 class TaskRaises(Numbers):
     def task(self, split: str, index: int) -> Task:
         raise WorldFailed("its simulator does not start")
+
+
+class RunsAnEventLoop(Numbers):
+    def __init__(self) -> None:
+        asyncio.run(asyncio.sleep(0))
+        super().__init__()
+
+    def task(self, split: str, index: int) -> Task:
+        asyncio.run(asyncio.sleep(0))
+        return super().task(split, index)
 
 
 class NoSteps(Numbers):

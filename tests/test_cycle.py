@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from openai import APIConnectionError
 
 from learner.client import Endpoint
-from learner.data.experts import Corrections, ModelExpert
+from learner.data.experts import Corrections, ModelExpert, WorldExpert
 from learner.data.judge import Judge
 from learner.evaluation.outlook import ERROR_RATE
 from learner.options import CollectionOptions, CycleOptions, TrainingOptions
@@ -19,9 +20,11 @@ from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.adapter_registry import AdapterState
 from runtime.store.episodes import Actor, Outcome, Purpose, new_id
 from runtime.store.learning_log import CycleStage, RewardSource
-from tests.cycles import QUICK, collaborators, practised, run
+from tests.cycles import QUICK, WORLD, collaborators, practised, run
 from tests.demonstrations import expert_demonstration, post
+from tests.faulty_worlds import raising
 from tests.serving import LIMITS, MODEL, SayingEngine, Served, parts_of, served
+from tools.worlds.order_desk import OrderDeskEpisode
 
 
 def test_a_log_with_nothing_in_it_ends_with_a_reason(
@@ -206,6 +209,21 @@ def test_a_stronger_model_teaches_at_own_states(engine: EmbeddedEngine, protocol
         assert status.report["expert_problems"] == {}
         assert status.report["inspection"]["expert_answers"] == {MODEL: stronger.parts.log.counts()["steps"]}
     assert status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED), status.message
+
+
+def test_a_worlds_expert_that_raises_costs_no_cycle(
+    engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A world may be anybody's code."""
+    with served(parts_of(engine, protocol, tmp_path)) as server:
+        post(server, *(expert_demonstration(number) for number in range(4))).raise_for_status()
+        practised(server, first=200, number=1)
+        monkeypatch.setattr(OrderDeskEpisode, "expert_action", raising(KeyError("parcel")))
+        status = run(server, tmp_path, experts=(WorldExpert(WORLD),))
+    assert status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED), status.message
+    [problem] = status.report["expert_problems"]
+    assert "`expert_action` of the world order_desk raised KeyError" in problem
+    assert set(status.report["inspection"]["expert_answers"]) == {"nobody"}
 
 
 def test_a_loss_that_runs_away_fails_the_cycle_and_leaves_no_adapter(

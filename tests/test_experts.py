@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,16 @@ from learner.data.experts import Corrections, ModelExpert, WorldExpert, ask, ope
 from learner.practice import PracticeOptions, practise
 from policies.chat.chat_protocol import ChatProtocol, action_message
 from policies.types import FinalAnswer, ToolCalls
+from runtime.agent.tools import Toolbox
 from runtime.store.episodes import Step
 from runtime.store.step_log import StepLog
 from tests.conftest import ServeScripted
 from tests.demonstrations import expert_demonstration
+from tests.faulty_worlds import numbers, raising
 from tests.serving import MODEL, SayingEngine, Served, parts_of, served
+from tools.worlds.calls import answering
 from tools.worlds.order_desk import OrderDesk
+from tools.worlds.world import World
 
 WORLD = OrderDesk()
 
@@ -268,3 +274,58 @@ def test_the_worlds_judgement_counts_at_a_demonstrations_states(novice_server: S
     own = action_message(path[0].action)
     assert judge(own, {**own, "content": "Let me look that up."})
     assert not judge(own, {"role": "assistant", "content": "Done."})
+
+
+COUNTING = '<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'
+
+
+@pytest.fixture
+def counted(protocol: ChatProtocol, tmp_path: Path) -> Iterator[Callable[..., LoggedState]]:
+    """The last state of an episode in a world of numbers: the policy has called its tool and answered."""
+    messages, metadata = [{"role": "user", "content": "Go."}], {"task": "numbers/train/0"}
+    with ExitStack() as running:
+
+        def live(world: World) -> LoggedState:
+            parts = parts_of(SayingEngine(protocol, COUNTING, "Done."), protocol, tmp_path, toolbox=Toolbox((), world))
+            server = running.enter_context(served(parts))
+            body = {"model": MODEL, "messages": messages, "metadata": metadata}
+            answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=20)
+            assert answer.status_code == 200, answer.text
+            return LoggedState(metadata["task"], main_line(server.parts.log.steps(answer.headers["x-episode-id"])))
+
+        yield live
+
+
+def test_a_worlds_tools_may_run_an_event_loop_where_the_learner_has_one(counted: Callable[..., LoggedState]) -> None:
+    async def seen() -> str:
+        return "seen"
+
+    world = numbers(run=lambda *_: asyncio.run(seen()), expert_action=lambda _: answering("five"))
+    state = counted(world)
+    answer = asyncio.run(WorldExpert(world).answer(state))
+    assert answer is not None
+    assert answer.action == FinalAnswer("five")
+
+
+@pytest.mark.parametrize("expert_action", [raising(KeyError("x")), raising(SystemExit(2)), lambda _: "five"])
+def test_a_worlds_expert_that_fails_at_a_state_is_counted_and_says_nothing(
+    counted: Callable[..., LoggedState], expert_action: Any
+) -> None:
+    world = numbers(expert_action=expert_action)
+    expert = WorldExpert(world)
+    assert asyncio.run(expert.answer(counted(world))) is None
+    [(problem, times)] = expert.problems.items()
+    assert times == 1
+    assert "`expert_action` of the world numbers raised" in problem
+
+
+def test_a_world_that_cannot_judge_finds_actions_different(counted: Callable[..., LoggedState]) -> None:
+    world = numbers(is_where=raising(RuntimeError("kaput")))
+    judge = same_effect_at(world, counted(world))
+    assert judge is not None
+    assert not judge(answering("four"), answering("five"))
+
+
+def test_a_world_that_opens_no_task_any_more_judges_nothing(counted: Callable[..., LoggedState]) -> None:
+    state = counted(numbers())
+    assert same_effect_at(numbers(open_item=raising(RuntimeError("kaput"))), state) is None

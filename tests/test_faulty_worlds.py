@@ -7,10 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from learner import practice
@@ -18,7 +21,7 @@ from learner.practice import Attempt, PracticeOptions, practise
 from policies.chat.chat_protocol import ChatProtocol
 from runtime.agent.budget import RunLimits
 from runtime.agent.tools import Toolbox
-from tests.faulty_worlds import NUMBERS, NumbersEpisode, numbers, raising
+from tests.faulty_worlds import COUNT, NUMBERS, NumbersEpisode, numbers, raising
 from tests.serving import MODEL, SayingEngine, Served, parts_of, served
 from tools.worlds.threads import MAX_LEFT_BEHIND, MAX_RUNNING
 
@@ -128,7 +131,13 @@ def test_an_outcome_that_is_no_number_from_0_to_1_is_none(serve: Serve, value: o
     assert len(server.parts.log.steps(response.headers["x-episode-id"])) == 1
 
 
-@pytest.mark.parametrize(("value", "logged"), [(True, 1.0), (0, 0.0), (0.25, 0.25)])
+@pytest.mark.parametrize(
+    ("value", "logged"),
+    [
+        (True, 1.0), (0, 0.0), (0.25, 0.25), (Decimal("0.5"), 0.5),
+        (np.float32(0.5), 0.5), (np.bool_(True), 1.0), (np.array(1.0), 1.0),
+    ],
+)  # fmt: skip
 def test_other_numbers_are_outcomes(serve: Serve, value: object, logged: float) -> None:
     server = serve(numbers(outcome=lambda _: value), "Done.")
     assert outcomes(server, ask(server)) == [logged]
@@ -139,6 +148,9 @@ def test_other_numbers_are_outcomes(serve: Serve, value: object, logged: float) 
     [
         ({"a": 1}, '{"a": 1}'),
         (["ä"], '["ä"]'),
+        (("ä", 1), '["ä", 1]'),
+        (42, "42"),
+        ({(1, 2): 3}, "`run` of the world must return text, not dict that is no JSON"),
         (None, "`run` of the world must return text, not NoneType"),
         (b"xx", "`run` of the world must return text, not bytes"),
     ],
@@ -156,6 +168,8 @@ def test_what_run_gives_back_is_shown_or_told(serve: Serve, given: object, shown
         ([{"name": "count", "description": "Counts."}], "the tool 'count' of schemas() needs 'parameters'"),
         ([{"description": "Counts.", "parameters": {}}], "needs 'name'"),
         (["count"], "schemas() must give a mapping"),
+        (None, "schemas() must give a list of tools, perhaps an empty one; not None"),
+        ([{"type": "function", "function": COUNT}], "is what OpenAI's form has under 'function'"),
         (2 * [{"name": "count", "description": "Counts.", "parameters": {}}], "two tools with the name 'count'"),
     ],
 )
@@ -164,6 +178,11 @@ def test_a_tool_that_does_not_say_what_it_is_is_told(serve: Serve, schemas: Any,
     message = told(ask(server))
     assert words in message
     assert "the world numbers" in message
+
+
+def test_what_is_opened_must_be_an_episode(serve: Serve) -> None:
+    server = serve(numbers(open_item=lambda *_: None))
+    assert "`open` of the world numbers gave None, which is no episode" in told(ask(server))
 
 
 def test_a_tool_without_arguments_needs_no_properties() -> None:
@@ -185,6 +204,40 @@ def test_each_task_offers_the_schemas_of_its_own() -> None:
         offered, _ = toolbox.open(f"numbers/train/{index}", ())
         item = NUMBERS["train"][index]
         assert offered[0]["function"]["parameters"]["properties"]["of"]["enum"] == [f"item {item}"]
+
+
+async def run_async(*_: Any) -> str:
+    await asyncio.sleep(0)
+    return "seen"
+
+
+@pytest.mark.parametrize("run", [run_async, lambda *_: asyncio.run(run_async())])
+def test_a_tool_may_be_async_or_run_an_event_loop(serve: Serve, run: Any) -> None:
+    server = serve(numbers(run=run), CALL, "Done.")
+    assert observations(server, ask(server)) == ["seen"]
+
+
+@pytest.mark.parametrize("said", [["And now?"], {"role": "user", "content": "And now?"}, 5])
+def test_what_the_user_says_next_is_text(serve: Serve, said: Any, caplog: pytest.LogCaptureFixture) -> None:
+    server = serve(numbers(answer=lambda *_: said), "Done.")
+    assert outcomes(server, ask(server)) == []
+    assert "`answer` must return the user's next message as text, or None" in caplog.text
+
+
+@dataclass(eq=False)
+class DataclassEpisode(NumbersEpisode):
+    """Its constructor calls no other."""
+
+    item: int
+    num_calls: int = 0
+    is_answered: bool = False
+
+
+def test_an_episode_may_be_a_dataclass(serve: Serve) -> None:
+    server = serve(numbers(open_item=lambda _, item: DataclassEpisode(item)), CALL, "Done.")
+    response = ask(server)
+    assert observations(server, response) == ["1"]
+    assert outcomes(server, response) == [1.0]
 
 
 def test_a_world_without_tools_is_judged(serve: Serve) -> None:

@@ -14,7 +14,7 @@ from runtime.config import parse_settings
 from serve import build_parts
 from tools.worlds import load_world
 from tools.worlds.order_desk import OrderDesk
-from tools.worlds.world import Task, WorldFailed
+from tools.worlds.world import Task, World, WorldFailed
 
 FAULTS = [
     ("json:dumps", "dumps is no class"),
@@ -31,6 +31,11 @@ FAULTS = [
     ("tests.faulty_worlds:SlashInName", "its `name` is 'my/world'"),
     ("tests.faulty_worlds:SplitsAreAList", "they must say how many tasks there are"),
     ("tests.faulty_worlds:SplitsAreTasks", "they must say how many tasks there are"),
+    ("tests.faulty_worlds:TwoSplits", "a list of tasks, perhaps empty, for each of .* it was given none for heldout"),
+    (
+        "tests.faulty_worlds:NothingCalled",
+        "its `splits` raised AttributeError: 'NothingCalled' object has no",
+    ),
     ("tests.faulty_worlds:MessagesAreText", "a conversation begins with messages"),
     ("tests.faulty_worlds:MessagesWithoutRole", "is no message"),
     ("tests.faulty_worlds:OtherTask", "calls itself other/train/0"),
@@ -45,6 +50,15 @@ def test_what_is_no_world_is_told_by_its_name(name: str, words: str) -> None:
         load_world(name)
     assert repr(name) in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+async def loaded(name: str) -> World:
+    return load_world(name)
+
+
+def test_a_world_may_run_an_event_loop_where_the_server_that_loads_it_has_one() -> None:
+    world = asyncio.run(loaded("tests.faulty_worlds:RunsAnEventLoop"))
+    assert world.splits["train"] == 6
 
 
 def practice_says(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -89,6 +103,17 @@ def test_a_world_without_held_out_tasks_is_served_all_the_same(tmp_path: Path, k
         assert parts.example == example
     finally:
         asyncio.run(_close(parts))
+
+
+def test_agents_of_one_world_share_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two agents of a file of half a gigabyte held it twice."""
+    name, made = "tests.faulty_worlds:Numbers", []
+    monkeypatch.setattr("tools.worlds.load_world", lambda name: made.append(load_world(name)) or made[-1])
+    agents = tmp_path / "agents.toml"
+    agents.write_text("".join(f'[agents.{agent}]\nworld = "{name}"\n' for agent in ("first", "second")))
+    arguments = ["--state", str(tmp_path / "state"), "--world", name, "--agents", str(agents)]
+    asyncio.run(_close(build_parts(parse_settings(arguments))))
+    assert len(made) == 1
 
 
 async def _close(parts: Any) -> None:

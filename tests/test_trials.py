@@ -25,6 +25,7 @@ from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.episodes import Actor, Outcome, Purpose, new_id
 from tests.cycles import collaborators
 from tests.demonstrations import expert_demonstration, post
+from tests.faulty_worlds import NoneHeldOut
 from tests.serving import MODEL, SayingEngine, Served, parts_of, served
 from tools.worlds.order_desk import OrderDesk
 from tools.worlds.world import Task, World
@@ -348,3 +349,7 @@ def test_anchors_that_a_user_lists_are_tried_and_unknown_ones_are_told(protocol:
         assert len(asyncio.run(trials.pairs(trials.anchors, BOTH_BASE))) == 2
         with pytest.raises(ValueError, match="'ep_none' is neither a logged episode nor a task of the world"):
             collected(server, 0.0, WORLD, anchors=("ep_none",))
+
+
+def test_a_world_without_tasks_to_validate_on_leaves_the_gate_to_demonstrations() -> None:
+    assert fitting_world(NoneHeldOut(), []) is None

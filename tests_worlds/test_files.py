@@ -6,6 +6,7 @@ import json
 import math
 import re
 import tempfile
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from tests_worlds.published_files import (
     write_musique,
     write_webshop,
 )
-from tools.worlds import load_world
+from tools import search
+from tools.worlds import load_world, published
 from tools.worlds.calls import answering, calling
-from tools.worlds.questions import QuestionEpisode
+from tools.worlds.questions import Question, QuestionEpisode
 from tools.worlds.webshop import WebShop
-from tools.worlds.world import World
+from tools.worlds.world import Task, World
 
 
 @pytest.fixture(params=sorted(WRITERS))
@@ -206,7 +208,7 @@ def test_any_value_anywhere_is_played_to_an_end_or_refused_with_its_row(
 @pytest.mark.parametrize(
     ("name", "file_name", "place", "value", "complaint"),
     [
-        ("hotpotqa", "hotpot_dev_distractor_v1.json", (5, "answer"), None, "`answer` must be a text, not null"),
+        ("hotpotqa", "hotpot_dev_distractor_v1.json", (5, "answer"), None, "`answer` is missing, as in a test set"),
         ("hotpotqa", "hotpot_dev_distractor_v1.json", (5, "answer"), 1990, "`answer` must be a text, not a number"),
         ("hotpotqa", "hotpot_dev_distractor_v1.json", (5, "question"), None, "`question` must be a text, not null"),
         (
@@ -275,13 +277,19 @@ def test_a_test_set_is_refused_for_the_answer_that_it_lacks(tmp_path: Path) -> N
         load_world(f"hotpotqa:{file}")
 
 
+@pytest.mark.parametrize("name", ["hotpotqa", "2wikimultihopqa", "musique"])
+def test_an_empty_answer_is_none(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`answer` is empty, as in a test set"):
+        with_value(name, tmp_path, FILES[name][0], (5, "answer"), " ")
+
+
 @pytest.mark.parametrize("name", sorted(WRITERS))
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
         ("[" * 100_000, "is nested too deeply"),
         ('[{"question": ' + "9" * 5000 + "}]", "has a number of thousands of digits"),
-        ('[{"question": 1}', "cannot be read as JSON from line 1, column 17 on"),
+        ('[{"question": 1', "cannot be read as JSON from line 1, column 16 on"),
         ('{"a": 1} {"a": 2}', "row 1 cannot be read as JSON from line 1, column 10 on"),
     ],
 )
@@ -311,6 +319,11 @@ def all_messages(world: World) -> list[Any]:
     return [task.messages for task in promises.all_tasks(world)]
 
 
+def played(world: World) -> list[Any]:
+    """What the expert does and sees at each task."""
+    return [(task.messages, promises.follow_expert(world.open(task))) for task in promises.all_tasks(world)]
+
+
 @pytest.mark.parametrize("name", sorted(WRITERS))
 def test_a_byte_order_mark_is_no_part_of_a_file(name: str, tmp_path: Path) -> None:
     spec = WRITERS[name](tmp_path)
@@ -331,20 +344,108 @@ def test_rows_are_read_as_a_list_or_one_a_line(name: str, tmp_path: Path) -> Non
         assert all_messages(load_world(spec)) == plain
 
 
-@pytest.mark.parametrize(("name", "writer"), [("hotpotqa", write_hotpotqa), ("2wikimultihopqa", write_2wiki)])
-def test_the_hubs_columns_are_the_published_pairs(name: str, writer: Callable[[Path], str], tmp_path: Path) -> None:
-    spec = writer(tmp_path)
-    plain = load_world(spec)
+def as_columns(row: Any, key: str, names: tuple[str, str]) -> Any:
+    return {name: [pair[at] for pair in row[key]] for at, name in enumerate(names)}
+
+
+def as_objects(row: Any, key: str, names: tuple[str, str]) -> Any:
+    return [dict(zip(names, pair, strict=True)) for pair in row[key]]
+
+
+def as_text(row: Any, key: str, names: tuple[str, str]) -> Any:
+    return json.dumps(as_objects(row, key, names))
+
+
+@pytest.mark.parametrize("form", [as_columns, as_objects, as_text])
+@pytest.mark.parametrize("sentences", ["sentences", "content"])
+@pytest.mark.parametrize("name", ["hotpotqa", "2wikimultihopqa"])
+def test_the_hubs_forms_are_the_published_pairs(
+    name: str, sentences: str, form: Callable[[Any, str, tuple[str, str]], Any], tmp_path: Path
+) -> None:
+    spec = WRITERS[name](tmp_path)
+    plain = played(load_world(spec))
     rows = read(tmp_path / FILES[name][0])
     for row in rows:
         row["id"] = row.pop("_id")
-        for key, columns in (("context", ("title", "sentences")), ("supporting_facts", ("title", "sent_id"))):
-            row[key] = {column: [pair[at] for pair in row[key]] for at, column in enumerate(columns)}
+        row["context"] = form(row, "context", ("title", sentences))
+        row["supporting_facts"] = form(row, "supporting_facts", ("title", "sent_id"))
     write(tmp_path / FILES[name][0], rows)
+    assert played(load_world(spec)) == plain
+
+
+def in_flashrag(row: Any) -> Any:
+    """FlashRAG's row of a published one."""
+    inner = {key: row[key] for key in ("type", "level", "answer_id") if key in row}
+    if "context" in row:
+        inner["context"] = as_columns(row, "context", ("title", "sentences"))
+        inner["supporting_facts"] = as_columns(row, "supporting_facts", ("title", "sent_id"))
+    else:
+        hops = row["question_decomposition"]
+        inner["question_decomposition"] = [
+            {"id": hop["id"], "support_paragraph": row["paragraphs"][hop["paragraph_support_idx"]]} for hop in hops
+        ]
+    answers = [row["answer"], *row.get("answer_aliases", [])]
+    return {"id": "dev_0", "question": row["question"], "golden_answers": answers, "metadata": inner}
+
+
+@pytest.mark.parametrize("name", ["hotpotqa", "2wikimultihopqa", "musique"])
+def test_flashrags_form_asks_the_same_and_accepts_the_same(name: str, tmp_path: Path) -> None:
+    spec = WRITERS[name](tmp_path)
+    rows = [row for row in read(tmp_path / FILES[name][0]) if row.get("answerable", True)]
+    write(tmp_path / FILES[name][0], rows)
+    plain = load_world(spec)
+    write(tmp_path / FILES[name][0], [in_flashrag(row) for row in rows])
     world = load_world(spec)
-    assert all_messages(world) == all_messages(plain)
-    for task in promises.all_tasks(world):
-        assert promises.follow_expert(world.open(task)) == promises.follow_expert(plain.open(task))
+    assert played(world) == played(plain)
+    assert [asked(world, task).answers for task in promises.all_tasks(world)] == [
+        asked(plain, task).answers for task in promises.all_tasks(plain)
+    ]
+
+
+def asked(world: World, task: Task) -> Question:
+    episode = world.open(task)
+    assert isinstance(episode, QuestionEpisode)
+    return episode.question
+
+
+def test_a_list_is_read_piece_by_piece_and_its_faults_are_told_by_their_place_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = played(load_world(write_hotpotqa(tmp_path)))
+    file = tmp_path / FILES["hotpotqa"][0]
+    for piece in (1, 7, 100, 5000):
+        monkeypatch.setattr(published, "_PIECE", piece)
+        for indent in (None, 2):
+            text = json.dumps(read(file), indent=indent)
+            file.write_text(text)
+            assert played(load_world(f"hotpotqa:{file}")) == plain
+            for broken in (text[:-200], text.replace('"level"', "level", 7), text + "]", text[:-1] + ",]"):
+                with pytest.raises(json.JSONDecodeError) as fault:
+                    json.loads(broken)
+                (tmp_path / "broken.json").write_text(broken)
+                where = f"from line {fault.value.lineno}, column {fault.value.colno} on"
+                with pytest.raises(ValueError, match=where):
+                    load_world(f"hotpotqa:{tmp_path / 'broken.json'}")
+
+
+def test_a_large_list_is_never_held_as_a_whole(tmp_path: Path) -> None:
+    file = tmp_path / "hotpot_train_v1.1.json"
+    entry = hotpot_entry(0) | {"_id": "x" * 50_000}
+    file.write_text(f"[{', '.join([json.dumps(entry)] * 400)}]")
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="holds 1 different tasks"):
+            load_world(f"hotpotqa:{file}")
+        assert tracemalloc.get_traced_memory()[1] < file.stat().st_size / 2
+    finally:
+        tracemalloc.stop()
+
+
+def test_bytes_that_are_no_text_are_told_by_their_place_in_the_file(tmp_path: Path) -> None:
+    text = json.dumps([hotpot_entry(number) for number in range(10)] * 200).encode()
+    (tmp_path / "hotpot.json").write_bytes(text[:700_000] + b"\xff" + text[700_000:])
+    with pytest.raises(ValueError, match="is not UTF-8 text from byte 700000 on"):
+        load_world(f"hotpotqa:{tmp_path / 'hotpot.json'}")
 
 
 def test_a_file_in_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,6 +469,23 @@ def test_a_task_that_stands_several_times_in_a_file_is_one_task(name: str, tmp_p
     assert all_messages(load_world(spec)) == plain
 
 
+def test_a_passage_whose_title_begins_like_anothers_is_not_taken_for_it(tmp_path: Path) -> None:
+    """Titles were read up to their first colon: one film of a series was as good as the other."""
+    spec = write_hotpotqa(tmp_path)
+    rows = read(tmp_path / FILES["hotpotqa"][0])
+    rows[0]["context"] += [["Star Songs: Alba", ["It has 9 songs."]], ["Star Songs: Brod", ["It has 7 songs."]]]
+    rows[0]["supporting_facts"] = [["Star Songs: Alba", 0]]
+    write(tmp_path / FILES["hotpotqa"][0], rows)
+    world = load_world(spec)
+    for query, is_found in (("7 songs", False), ("9 songs", True)):
+        episode = world.open(world.task("train", 0))
+        [told] = episode.play(calling("search", {"query": query, "num_results": 1}, 0))
+        assert ("9 songs" in told["content"]) == is_found
+        expert = episode.expert_action()
+        assert expert is not None
+        assert ("tool_calls" not in expert) == is_found
+
+
 def test_a_question_is_asked_once_whatever_its_spaces_and_answers(tmp_path: Path) -> None:
     spec = write_hotpotqa(tmp_path)
     rows = read(tmp_path / FILES["hotpotqa"][0])
@@ -383,6 +501,58 @@ def test_one_page_asked_for_with_other_right_steps_is_another_task(tmp_path: Pat
     rows[1]["actions"][0]["operation"]["value"] = "Celje"
     write(tmp_path / "train_0.json", rows)
     assert sum(load_world(spec).splits.values()) == 9
+
+
+def in_steps(row: Any) -> list[Any]:
+    """The rows of Multimodal-Mind2Web for one of Mind2Web."""
+    head = {key: row[key] for key in ("annotation_id", "website", "domain", "subdomain", "confirmed_task")}
+    reprs = ["[x] y -> CLICK"] * len(row["actions"])
+    return [
+        {
+            **head,
+            "action_uid": action["action_uid"],
+            "cleaned_html": action["cleaned_html"],
+            "operation": json.dumps(action["operation"]),
+            "pos_candidates": [json.dumps(each) for each in action["pos_candidates"]],
+            "neg_candidates": [json.dumps(each) for each in action["neg_candidates"]],
+            "action_reprs": reprs,
+            "target_action_index": str(place),
+            "target_action_reprs": reprs[place],
+        }
+        for place, action in enumerate(row["actions"])
+    ]
+
+
+def test_multimodal_mind2webs_rows_are_put_together_to_tasks(tmp_path: Path) -> None:
+    spec = write_mind2web(tmp_path)
+    plain = played(load_world(spec))
+    rows = read(tmp_path / "train_0.json")
+    first_steps = [in_steps(row)[0] for row in rows]
+    later_steps = [step for row in rows for step in reversed(in_steps(row)[1:])]
+    write(tmp_path / "train_0.json", first_steps + later_steps)
+    assert played(load_world(spec)) == plain
+
+
+def test_attributes_may_be_objects(tmp_path: Path) -> None:
+    spec = write_mind2web(tmp_path)
+    plain = played(load_world(spec))
+    rows = read(tmp_path / "train_0.json")
+    for action in (action for row in rows for action in row["actions"]):
+        for candidate in (*action["pos_candidates"], *action["neg_candidates"]):
+            candidate["attributes"] = json.loads(candidate["attributes"])
+    write(tmp_path / "train_0.json", rows)
+    assert played(load_world(spec)) == plain
+
+
+def test_a_task_of_multimodal_mind2web_whose_steps_are_not_all_there_is_left_out(tmp_path: Path) -> None:
+    spec = write_mind2web(tmp_path)
+    steps = [step for row in read(tmp_path / "train_0.json") for step in in_steps(row)]
+    write(tmp_path / "train_0.json", steps[1:])
+    assert sum(load_world(spec).splits.values()) == 8, "the first has lost a step; the last has one without an element"
+    del steps[4]["target_action_index"]
+    write(tmp_path / "train_0.json", steps)
+    with pytest.raises(ValueError, match=r"row 5 \(id \"annotation-1\"\): `target_action_index` is missing"):
+        load_world(spec)
 
 
 def test_every_fifth_task_is_held_out_in_the_files_order(tmp_path: Path) -> None:
@@ -449,6 +619,39 @@ def test_of_two_products_with_one_id_the_first_is_on_sale(tmp_path: Path) -> Non
     products = read(tmp_path / "items_shuffle_1000.json")
     write(tmp_path / "items_shuffle_1000.json", [*products, products[0] | {"name": "Another", "pricing": "$500"}])
     assert all_messages(load_world(spec)) == plain
+
+
+@pytest.mark.parametrize("id", ["nan", "B00000000512"])
+def test_what_has_no_id_of_a_product_is_not_on_sale(id: str, tmp_path: Path) -> None:
+    spec = write_webshop(tmp_path)
+    plain = all_messages(load_world(spec))
+    products = read(tmp_path / "items_shuffle_1000.json")
+    write(tmp_path / "items_shuffle_1000.json", [products[0] | {"asin": id}, *products])
+    world = load_world(spec)
+    assert all_messages(world) == plain
+    told = world.open(world.task("train", 0)).play(calling("open_product", {"product_id": id}, 0))
+    assert f"there is no product '{id}'" in told[0]["content"]
+
+
+@pytest.mark.parametrize(
+    ("pricing", "price"),
+    [("$.99", "$0.99"), ("$10.99 - $20.00", "$10.99"), ("$1,299.00", "$1299.00"), ("", "$100.00"), (None, "$100.00")],
+)
+def test_a_price_is_read_as_it_is_published(pricing: str | None, price: str, tmp_path: Path) -> None:
+    world = with_value("webshop", tmp_path, "items_shuffle_1000.json", (0, "pricing"), pricing)
+    [told] = world.open(world.task("train", 0)).play(calling("open_product", {"product_id": "B000000000"}, 0))
+    assert f"Price: {price}\n" in told["content"]
+
+
+def test_webshops_searches_are_remembered_as_an_episode_is_opened_again_for_each_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = load_world(write_webshop(tmp_path))
+    task, searched = world.task("train", 0), []
+    monkeypatch.setattr(search, "_best_matches", lambda *arguments: searched.append(arguments) or [])
+    for _ in range(3):
+        world.open(task).play(calling("search", {"query": "shirt"}, 0))
+    assert len(searched) == 1
 
 
 # --------------------------------------------------------------------------------------------------- cache

@@ -10,6 +10,7 @@ import json
 import re
 import sqlite3
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -94,9 +95,10 @@ def _build_index(corpus: Path, index: Path) -> None:
     half_made.replace(index)
 
 
-def _lines(corpus: Path) -> list[str]:
+def _lines(corpus: Path) -> Iterator[str]:
     try:
-        return corpus.read_text(encoding="utf-8").split("\n")  # splitlines would split at U+2028, within a document
+        with corpus.open(encoding="utf-8") as lines:
+            yield from lines
     except UnicodeDecodeError as error:
         raise ValueError(f"the search corpus {corpus} is not UTF-8 text: {error}") from error
 

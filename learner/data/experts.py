@@ -6,8 +6,12 @@ the states that only the agent gets into (DAgger, arXiv 1011.0686).
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 from learner.data.collect import LoggedState
@@ -18,7 +22,11 @@ from policies.types import Action, MalformedAction, Message
 from runtime.store.damage import Damaged
 from runtime.store.episodes import Actor, Correction, Step
 from runtime.store.step_log import StepLog
-from tools.worlds.world import UnknownTask, World, WorldEpisode, task_named
+from tools.worlds.blame import blaming
+from tools.worlds.threads import in_own_thread
+from tools.worlds.world import UnknownTask, World, WorldEpisode, WorldFailed, task_named
+
+_log = logging.getLogger(__name__)
 
 CORRECTION = "correction"
 """The source of what a person said."""
@@ -81,11 +89,25 @@ class WorldExpert:
     """A world whose own expert may know the way."""
 
     world: World
+    problems: Counter[str] = field(default_factory=Counter)
+    """Why it said nothing though it was asked, counted: a world may be anybody's code."""
 
     async def answer(self, state: LoggedState) -> ExpertAnswer | None:
-        episode = open_at(self.world, state)
-        message = None if episode is None else episode.expert_action()
-        return None if message is None else ExpertAnswer(message_action(message), "world")
+        try:
+            episode = open_at(self.world, state)
+            action = None if episode is None else in_own_thread(partial(_expert_action, self.world.name, episode))
+        except WorldFailed as error:
+            self.problems[str(error)] += 1
+            return None
+        return None if action is None else ExpertAnswer(action, "world")
+
+
+def _expert_action(world: str, episode: WorldEpisode) -> Action | None:
+    with blaming(world, "expert_action"):
+        message = episode.expert_action()
+        if message is not None and not isinstance(message, dict):
+            raise TypeError(f"it must give an assistant message or None, not {type(message).__name__}")
+        return None if message is None else message_action(message)
 
 
 @dataclass(slots=True)
@@ -117,17 +139,24 @@ def open_at(world: World | None, state: LoggedState) -> WorldEpisode | None:
     """The world as it was when a logged step was taken: its task opened again and the calls replayed.
 
     None for another world's task, and where the log saw other results than the world now gives: then the world tells
-    another story than the one that was lived, and its expert does not know the way.
+    another story than the one that was lived, and its expert does not know the way. Raises WorldFailed for what the
+    world raises.
     """
     if world is None or state.task is None:
         return None
     try:
-        episode = world.open(task_named(world, state.task))
+        return in_own_thread(partial(_led_to, world, state.task, state.path))
     except UnknownTask:
         return None
-    for step, following in zip(state.path, state.path[1:], strict=False):
+
+
+def _led_to(world: World, task: str, path: Sequence[Step]) -> WorldEpisode | None:
+    with blaming(world.name, "open"):
+        episode = world.open(task_named(world, task))
+    for step, following in pairwise(path):
         if not isinstance(step.action, MalformedAction):
-            told = [_said(message) for message in episode.play(action_message(step.action))]
+            with blaming(world.name, "play"):
+                told = [_said(message) for message in episode.play(action_message(step.action))]
             roles = {role for role, _ in told}  # where the world has nothing to say, a user may say what he likes
             if told != [said for message in following.new_messages if (said := _said(message))[0] in roles]:
                 return None
@@ -140,5 +169,21 @@ def _said(message: Message) -> tuple[str, str]:
 
 def same_effect_at(world: World | None, state: LoggedState) -> SameEffect | None:
     """The world's judgement, at a logged state, whether two actions lead to the same place; None without one."""
-    episode = open_at(world, state)
-    return None if episode is None else episode.same_effect
+    try:
+        episode = open_at(world, state)
+    except WorldFailed as error:
+        _log.warning("actions are compared without their effect: %s", error)
+        return None
+    return None if world is None or episode is None else partial(_same_effect, world.name, episode)
+
+
+def _same_effect(world: str, episode: WorldEpisode, message_a: Message, message_b: Message) -> bool:
+    def judged() -> bool:
+        with blaming(world, "same_effect"):
+            return bool(episode.same_effect(message_a, message_b))
+
+    try:
+        return in_own_thread(judged)
+    except WorldFailed as error:
+        _log.warning("two actions are taken for different ones: %s", error)
+        return False

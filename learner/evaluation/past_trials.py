@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 
 from learner.client import StateTrial
 from learner.data.collect import main_line
@@ -17,7 +18,9 @@ from policies.chat.chat_protocol import action_message, text_of
 from policies.types import MalformedAction, Message, ToolCalls
 from runtime.store.episodes import Purpose, Step
 from runtime.store.step_log import StepLog
-from tools.worlds.world import Task, World
+from tools.worlds.blame import blaming, outcome_of
+from tools.worlds.threads import in_own_thread
+from tools.worlds.world import Task, World, WorldFailed
 
 
 @dataclass(slots=True)
@@ -46,9 +49,18 @@ class PastTrials:
             has_seeds = all(step.sampling.seed == step_seed(seed, task, n) for n, step in enumerate(path))
             is_within = max_tokens is None or all(_is_within(step, max_tokens) for step in path)
             if path and has_seeds and is_within and self.log.outcomes(episode_id):
-                self.num_reused += 1
-                return self._replayed(task, path)
+                return self._how_it_went(task, path)
         return None
+
+    def _how_it_went(self, task: Task, path: tuple[Step, ...]) -> Trial | None:
+        """None where the world raises: whoever tries the task anew says why."""
+        assert self.world is not None
+        try:
+            trial = in_own_thread(partial(_replayed, self.world, task, path))
+        except WorldFailed:
+            return None
+        self.num_reused += 1
+        return trial
 
     def remember(self, adapter: str, name: str, episode_id: str) -> None:
         """What was tried just now. `name`: of a state's trial, or a task's id."""
@@ -65,13 +77,15 @@ class PastTrials:
             self._by_adapter[adapter] = dict(found)
         return self._by_adapter[adapter]
 
-    def _replayed(self, task: Task, path: tuple[Step, ...]) -> Trial:
-        assert self.world is not None
-        episode = self.world.open(task)
+
+def _replayed(world: World, task: Task, path: tuple[Step, ...]) -> Trial:
+    with blaming(world.name, "play"):
+        episode = world.open(task)
         for step in path:
             if isinstance(step.action, ToolCalls):
                 episode.play(action_message(step.action))
-        return Trial(episode.outcome(), sum(isinstance(step.action, MalformedAction) for step in path))
+    num_malformed = sum(isinstance(step.action, MalformedAction) for step in path)
+    return Trial(outcome_of(world.name, episode), num_malformed)
 
 
 def _is_within(step: Step, max_tokens: int) -> bool:

@@ -13,6 +13,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 
 from learner.data.collaborators import Collaborators
@@ -26,6 +27,8 @@ from learner.evaluation.past_trials import PastTrials
 from learner.evaluation.state_trials import score, try_states
 from learner.evaluation.twins import Twin, twins_of
 from policies.types import ToolCalls
+from tools.worlds.blame import blaming, tools_of
+from tools.worlds.threads import in_own_thread
 from tools.worlds.world import Task, World
 
 TEMPERATURE = 1.0
@@ -203,12 +206,21 @@ def _order(unit: Unit) -> str:
 
 
 def fitting_world(world: World | None, demonstrations: Sequence[LoggedEpisode]) -> World | None:
-    """The world, unless most demonstrations that have tools have other ones than the world's."""
-    tools_of = [tools for each in demonstrations if (tools := _tools_of(each))]
-    if world is None or not tools_of:
+    """The world, unless it has no tasks to validate on, or most demonstrations that have tools have other ones than
+    the world's."""
+    if world is None or not world.splits["validation"]:
+        return None
+    demonstrated = [tools for each in demonstrations if (tools := _tools_of(each))]
+    if not demonstrated:
         return world
-    names = {tool.name for tool in world.open(world.task("validation", 0)).tools}
-    return world if fmean(tools <= names for tools in tools_of) >= 0.5 else None
+    names = in_own_thread(partial(_names_of_tools, world))
+    return world if fmean(tools <= names for tools in demonstrated) >= 0.5 else None
+
+
+def _names_of_tools(world: World) -> set[str]:
+    with blaming(world.name, "open"):
+        episode = world.open(world.task("validation", 0))
+    return {tool.name for tool in tools_of(world.name, episode)}
 
 
 def _tools_of(demonstration: LoggedEpisode) -> set[str]:

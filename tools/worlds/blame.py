@@ -6,10 +6,9 @@ import asyncio
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from numbers import Real
 from pathlib import Path
 from traceback import extract_tb
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsFloat
 
 from tools.worlds.world import UnknownTask, WorldEpisode, WorldFailed
 
@@ -47,6 +46,8 @@ def raised(error: BaseException) -> str:
 
 def tools_of(world: str, episode: WorldEpisode) -> list[BaseTool]:
     """The tools that may be called now. Raises WorldFailed where they are none that a policy could be offered."""
+    if not (hasattr(type(episode), "tools") or hasattr(episode, "tools")):  # a property may raise what hasattr hides
+        raise WorldFailed(f"`open` of the world {world} gave {episode!r:.100}, which is no episode: it has no `tools`")
     with blaming(world, "tools"):
         tools = list(episode.tools)
         names = [tool.name for tool in tools]
@@ -59,8 +60,8 @@ def outcome_of(world: str, episode: WorldEpisode) -> float:
     """How good the end is, 0 to 1. Raises WorldFailed for an outcome that is no such number."""
     with blaming(world, "outcome"):
         value = episode.outcome()
-        is_outcome = isinstance(value, Real) and math.isfinite(value) and 0 <= value <= 1
+        number = float(value) if isinstance(value, SupportsFloat) else math.nan  # numpy's are no `numbers.Real`
         shown = repr(value)[:MAX_SAID_CHARS]
-    if not is_outcome:
+    if not 0 <= number <= 1:
         raise WorldFailed(f"`outcome` of the world {world} gave {shown}; it must be a number from 0 to 1")
-    return float(value)
+    return number

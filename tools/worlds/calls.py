@@ -9,7 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from inspect import iscoroutine
 from typing import Any
 
 from langchain_core.tools import BaseTool
@@ -47,6 +50,8 @@ def _read(schema: ToolSchema) -> tuple[str, str, Mapping[str, Any]]:
     """Name, description and parameters. Raises ValueError where one is missing or something else."""
     if not isinstance(schema, Mapping):
         raise ValueError(f"schemas() must give a mapping for each tool: name, description, parameters; not {schema!r}")
+    if "name" not in schema and "function" in schema:
+        raise ValueError("a tool of schemas() is what OpenAI's form has under 'function': name, description ...")
     for key, kind in {"name": str, "description": str, "parameters": Mapping}.items():
         if not isinstance(schema.get(key), kind) or (key == "name" and not schema[key]):
             what = "a JSON schema, such as {'type': 'object', 'properties': {}}" if kind is Mapping else "a text"
@@ -99,13 +104,15 @@ def said_by(error: BaseException) -> str:
 
 
 def observed(given: Any) -> str:
-    """What `run` gave back, as an observation: a text as it is, a dict or list as JSON. What is neither is told as a
-    mistake of the world's; the call has been made all the same."""
+    """What `run` gave back, as an observation: a text as it is; a dict, list, tuple or number as JSON. What is none of
+    these is told as a mistake of the world's; the call has been made all the same."""
     if isinstance(given, str):
         return shown(given)
-    if isinstance(given, dict | list):
-        return shown(json.dumps(given, ensure_ascii=False, default=str))
     kind = type(given).__name__
+    if isinstance(given, dict | list | tuple | int | float):
+        with suppress(Exception):  # a key that is no text, a list that holds itself, a value that cannot say what it is
+            return shown(json.dumps(given, ensure_ascii=False, default=str))
+        kind += " that is no JSON"
     return f"The call was made, but what it led to is unknown: `run` of the world must return text, not {kind}."
 
 
@@ -115,9 +122,11 @@ class ToolEpisode(ABC):
     is_done = False
     """Most worlds cannot say so before the conversation ends."""
 
-    def __init__(self) -> None:
-        self._moves: list[tuple[str, Any] | str] = []
-        """What was done so far: calls (name and arguments) and answers (text)."""
+    @cached_property
+    def _moves(self) -> list[tuple[str, Any] | str]:
+        """What was done so far: calls (name and arguments) and answers (text). Also of a dataclass, whose constructor
+        calls no other."""
+        return []
 
     # ------------------------------------------------------------------------------ what a world says
 
@@ -126,9 +135,9 @@ class ToolEpisode(ABC):
         """The tools that may be called now."""
 
     @abstractmethod
-    def run(self, name: str, arguments: dict[str, Any]) -> str | dict[str, Any] | list[Any]:
+    def run(self, name: str, arguments: dict[str, Any]) -> Any:
         """Run a call of one of the tools; what is observed: a text, or what is shown as JSON. It may raise for a call
-        that it cannot read."""
+        that it cannot read, and be `async`: each call has an event loop of its own."""
 
     def answer(self, text: str) -> str | None:
         """Take a final answer; the user's next message, or None where there is none."""
@@ -154,7 +163,10 @@ class ToolEpisode(ABC):
 
     @property
     def tools(self) -> list[BaseTool]:
-        return [WorldTool.of(schema, self.call) for schema in self.schemas()]
+        schemas = self.schemas()
+        if not isinstance(schemas, Iterable):
+            raise ValueError(f"schemas() must give a list of tools, perhaps an empty one; not {schemas!r}")
+        return [WorldTool.of(schema, self.call) for schema in schemas]
 
     @property
     def num_moves(self) -> int:
@@ -169,7 +181,8 @@ class ToolEpisode(ABC):
         if not isinstance(arguments, dict):
             return shown(f"Error: the arguments of {name} must be a JSON object")
         try:
-            return observed(self.run(name, arguments))
+            given = self.run(name, arguments)
+            return observed(asyncio.run(given) if iscoroutine(given) else given)
         except (KeyboardInterrupt, asyncio.CancelledError):
             raise
         except BaseException as error:  # a world's package raises whatever it likes for arguments that do not fit
@@ -185,6 +198,8 @@ class ToolEpisode(ABC):
         text = text_of(message)
         self._moves.append(text)
         said = self.answer(text)
+        if said is not None and not isinstance(said, str):
+            raise TypeError(f"`answer` must return the user's next message as text, or None; not {type(said).__name__}")
         return [] if said is None else [{"role": "user", "content": said}]
 
     def same_effect(self, message_a: Message, message_b: Message) -> bool:

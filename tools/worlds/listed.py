@@ -18,6 +18,11 @@ class ListedWorld(ABC, Generic[Item]):
     name: str
 
     def __init__(self, items: Mapping[str, Sequence[Item]]) -> None:
+        if missing := [split for split in SPLITS if split not in items]:
+            raise ValueError(
+                f"a ListedWorld wants a list of tasks, perhaps empty, for each of {', '.join(SPLITS)}; it was given "
+                f"none for {', '.join(missing)}"
+            )
         self._items = {split: tuple(items[split]) for split in SPLITS}
         self._places: dict[str, tuple[str, int]] = {}
         for split, listed in self._items.items():

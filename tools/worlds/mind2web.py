@@ -8,18 +8,18 @@ the published page is left out, because nobody could do it.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Json
+from pydantic import BeforeValidator, Field, model_validator
 
 from tools.worlds.calls import ToolEpisode, ToolSchema, answering, calling, shown
 from tools.worlds.listed import ListedWorld, split_of_file
-from tools.worlds.published import Published, Text, read_rows
+from tools.worlds.published import Published, Text, from_json_text, read_rows
 from tools.worlds.questions import normalized
 from tools.worlds.world import Message
 
@@ -129,8 +129,7 @@ class Mind2Web(ListedWorld[Recording]):
     max_steps = 40
 
     def __init__(self, file: Path) -> None:
-        recordings = (_recording(row) for row in read_rows(file, _TaskRow) if row.can_be_done())
-        super().__init__(split_of_file(file, recordings, Recording.task))
+        super().__init__(split_of_file(file, _recordings(read_rows(file, _TaskRow)), Recording.task))
 
     def messages_of(self, item: Recording) -> tuple[Message, ...]:
         return ({"role": "user", "content": shown(f"{item.text}\n\n{item.steps[0].page}")},)
@@ -148,7 +147,8 @@ class _Candidate(Published):
     tag: Text
     backend_node_id: Text
     is_original_target: bool = False
-    attributes: Json[dict[Text, Any]]
+    attributes: Annotated[dict[Text, Any], BeforeValidator(from_json_text)]
+    """A text of JSON; in the first version of the files an object."""
 
 
 class _Operation(Published):
@@ -157,31 +157,69 @@ class _Operation(Published):
 
 
 class _ActionRow(Published):
-    """A page, and what was done on it."""
+    """A page, and what was done on it. In Multimodal-Mind2Web objects are texts of JSON."""
 
     action_uid: Text
     cleaned_html: Text
-    operation: _Operation
-    pos_candidates: list[_Candidate]
-    neg_candidates: list[_Candidate]
+    operation: Annotated[_Operation, BeforeValidator(from_json_text)]
+    pos_candidates: list[Annotated[_Candidate, BeforeValidator(from_json_text)]]
+    neg_candidates: list[Annotated[_Candidate, BeforeValidator(from_json_text)]]
 
 
 class _TaskRow(Published):
-    """A recorded task."""
+    """A recorded task; in Multimodal-Mind2Web one step of it."""
 
     website: Text
     confirmed_task: Text
     actions: list[_ActionRow]
+    annotation_id: Text = ""
+    action_reprs: list[Any] = Field(default_factory=list)
+    """One for each step of the task."""
+    target_action_index: Annotated[int | None, BeforeValidator(from_json_text)] = None
+    """The place of a row that is one step."""
 
-    def can_be_done(self) -> bool:
-        """Whether there is a step, and the element of each is in its page."""
-        return bool(self.actions) and all(action.pos_candidates for action in self.actions)
+    @model_validator(mode="before")
+    @classmethod
+    def _with_its_step(cls, row: dict[str, Any]) -> dict[str, Any]:
+        if "actions" in row or "action_uid" not in row:
+            return row
+        if row.get("target_action_index") is None:
+            raise ValueError("`target_action_index` is missing")
+        return row | {"actions": [row]}
+
+    @property
+    def text(self) -> str:
+        return f"On the web site {self.website}: {self.confirmed_task}"
+
+    def steps(self) -> tuple[RecordedStep, ...]:
+        """Empty where there is none, or one whose element is not in its page."""
+        can_be_done = all(action.pos_candidates for action in self.actions)
+        return tuple(map(_step, self.actions)) if can_be_done else ()
 
 
-def _recording(row: _TaskRow) -> Recording:
-    return Recording(
-        f"On the web site {row.website}: {row.confirmed_task}", tuple(_step(action) for action in row.actions)
-    )
+@dataclass(frozen=True, slots=True)
+class _StepByStep:
+    """A task whose steps are rows."""
+
+    text: str
+    num_steps: int
+    steps: dict[int, tuple[RecordedStep, ...]]
+    """By their place; empty where a step's element is not in its page."""
+
+
+def _recordings(rows: Iterable[_TaskRow]) -> Iterator[Recording]:
+    """Those that can be done, whole."""
+    tasks: dict[str, _StepByStep] = {}
+    for row in rows:
+        steps, place = row.steps(), row.target_action_index
+        if place is not None:
+            task = tasks.setdefault(row.annotation_id, _StepByStep(row.text, len(row.action_reprs), {}))
+            task.steps.setdefault(place, steps)
+        elif steps:
+            yield Recording(row.text, steps)
+    for task in tasks.values():
+        if len(task.steps) == task.num_steps and all(task.steps.values()):
+            yield Recording(task.text, tuple(step for place in sorted(task.steps) for step in task.steps[place]))
 
 
 def _step(action: _ActionRow) -> RecordedStep:

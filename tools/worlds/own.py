@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 from tools.worlds.blame import raised
+from tools.worlds.threads import in_own_thread
 from tools.worlds.world import SPLITS, Task, World, require_messages
 
 
 def own_world(name: str) -> World:
     """The world of that `module:Class`. Raises ValueError, in words for who wrote it, for what is no world."""
-    world = _made(name, _class(name))
-    _require_world(name, world)
+    kind = _class(name)
+    world = in_own_thread(partial(_made, name, kind))
+    in_own_thread(partial(_require_world, name, world))
     return world
 
 
@@ -70,12 +73,9 @@ def _made(name: str, kind: type[Any]) -> Any:
 
 def _require_world(name: str, world: Any) -> None:
     for part in ("name", "splits", "task", "find_task", "open"):
-        try:
-            is_there = hasattr(world, part)
-        except Exception as error:
-            raise ValueError(f"the world {name!r}: its `{part}` {raised(error)}") from error
-        if not is_there or (part in ("task", "find_task", "open") and not callable(getattr(world, part))):
-            raise ValueError(f"{name!r} is no world: it has no `{part}`; docs/WORLDS.md says what a world has")
+        value = _part(name, world, part)
+        if part in ("task", "find_task", "open") and not callable(value):
+            raise _without(name, part)
     _require_name(name, world.name)
     _require_splits(name, world.splits)
     steps = getattr(world, "max_steps", 1)
@@ -84,6 +84,20 @@ def _require_world(name: str, world: Any) -> None:
     for split in SPLITS:
         if world.splits[split]:
             _require_task(name, world, split)
+
+
+def _part(name: str, world: Any, part: str) -> Any:
+    try:
+        return getattr(world, part)
+    except Exception as error:
+        is_property = hasattr(type(world), part)  # it raises where the constructor has not called ListedWorld's
+        if is_property or not isinstance(error, AttributeError):
+            raise ValueError(f"the world {name!r}: its `{part}` {raised(error)}") from error
+        raise _without(name, part) from error
+
+
+def _without(name: str, part: str) -> ValueError:
+    return ValueError(f"{name!r} is no world: it has no `{part}`; docs/WORLDS.md says what a world has")
 
 
 def _require_name(name: str, said: object) -> None:

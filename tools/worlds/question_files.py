@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, Strict, model_validator
 
 from tools.worlds.listed import split_of_file
-from tools.worlds.published import Published, Text, read_rows
+from tools.worlds.published import Published, Text, from_json_text, read_rows
 from tools.worlds.questions import Question, QuestionWorld, normalized
 
 Passage = tuple[str, str]
@@ -62,32 +62,68 @@ Pair = Annotated[tuple[Text, Second], Strict(False)]
 """A list of two, which is what JSON has for a tuple."""
 
 
-def _columns(first: str, second: str) -> BeforeValidator:
-    """Reads the form of the Hugging Face hub, an object of two lists, as the published list of pairs."""
+def _columns(first: str, *seconds: str) -> BeforeValidator:
+    """Reads the forms of the Hugging Face hub as the published list of pairs: an object of two lists, a list of
+    objects, or a text of JSON. The second may have one of several names."""
+
+    def pair(found: dict[str, Any]) -> tuple[Any, Any] | None:
+        return next(((found[first], found[name]) for name in seconds if first in found and name in found), None)
 
     def in_pairs(value: Any) -> Any:
-        columns = (value.get(first), value.get(second)) if isinstance(value, dict) else ()
-        if not columns or not all(isinstance(column, list) for column in columns) or len({*map(len, columns)}) != 1:
+        value = from_json_text(value)
+        if isinstance(value, list):
+            return [(pair(each) or each) if isinstance(each, dict) else each for each in value]
+        columns = pair(value) if isinstance(value, dict) else None
+        if columns is None or not all(isinstance(column, list) for column in columns) or len({*map(len, columns)}) != 1:
             return value
         return list(zip(*columns, strict=True))
 
     return BeforeValidator(in_pairs)
 
 
-class _ContextRow(Published):
-    """A question of HotpotQA or 2WikiMultihopQA: `context` has titles with sentences."""
+class _QuestionRow(Published):
+    """What the questions of all three have."""
 
     question: Text
     answer: Text
+    answer_aliases: list[Text] = Field(default_factory=list)
+    answerable: bool = True
+    """False for some of MuSiQue's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_published(cls, row: dict[str, Any]) -> dict[str, Any]:
+        """FlashRAG has the answer and its aliases as `golden_answers`, and most of the published row as `metadata`."""
+        match row:
+            case {"golden_answers": [answer, *aliases], "metadata": dict(published)}:
+                return published | {"answer": answer, "answer_aliases": aliases} | row
+        if "question" in row and row.get("answer") is None:
+            raise ValueError("`answer` is missing, as in a test set: nothing could be right")
+        return row
+
+    @model_validator(mode="after")
+    def _has_an_answer(self) -> Self:
+        if self.answerable and not self.answer.strip():
+            raise ValueError("`answer` is empty, as in a test set: nothing could be right")
+        return self
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        return (self.answer, *self.answer_aliases)
+
+
+class _ContextRow(_QuestionRow):
+    """A question of HotpotQA or 2WikiMultihopQA: `context` has titles with sentences."""
+
     supporting_facts: Annotated[list[Pair[Any]], _columns("title", "sent_id")]
-    context: Annotated[list[Pair[list[Text]]], _columns("title", "sentences")]
+    context: Annotated[list[Pair[list[Text]]], _columns("title", "sentences", "content")]
     answer_id: Text | None = None
     """In 2WikiMultihopQA the key of its `id_aliases.json`."""
 
     def read(self, aliases: tuple[str, ...] = ()) -> Read:
         passages = [(title, " ".join(sentence.strip() for sentence in sentences)) for title, sentences in self.context]
         titles = list(dict.fromkeys(title for title, _ in self.supporting_facts))
-        return Question(self.question, (self.answer, *aliases), tuple(_in_order(self.question, titles))), passages
+        return Question(self.question, (*self.answers, *aliases), tuple(_in_order(self.question, titles))), passages
 
 
 class _AliasRow(Published):
@@ -105,32 +141,39 @@ class _Paragraph(Published):
 
 
 class _Hop(Published):
-    paragraph_support_idx: int | None
+    paragraph_support_idx: int | None = None
     """None only where the question has no answer."""
+    support_paragraph: _Paragraph | None = None
+    """In FlashRAG's form, which has no other paragraphs."""
+
+    @property
+    def place(self) -> int | None:
+        return self.support_paragraph.idx if self.support_paragraph else self.paragraph_support_idx
 
 
-class _MuSiQueRow(Published):
+class _MuSiQueRow(_QuestionRow):
     """A question of MuSiQue: the steps of the decomposition tell in which paragraph each fact stands."""
 
-    question: Text
-    answer: Text
-    answer_aliases: list[Text] = Field(default_factory=list)
-    answerable: bool = True
-    paragraphs: list[_Paragraph]
+    paragraphs: list[_Paragraph] = Field(default_factory=list)
     question_decomposition: list[_Hop]
 
     @model_validator(mode="after")
-    def _has_the_paragraphs_of_its_facts(self) -> _MuSiQueRow:
-        places = {paragraph.idx for paragraph in self.paragraphs}
-        if self.answerable and not {hop.paragraph_support_idx for hop in self.question_decomposition} <= places:
+    def _has_the_paragraphs_of_its_facts(self) -> Self:
+        places = {paragraph.idx for paragraph in self._all_paragraphs}
+        if self.answerable and not {hop.place for hop in self.question_decomposition} <= places:
             raise ValueError("`question_decomposition` has a `paragraph_support_idx` that is no paragraph's `idx`")
         return self
 
+    @property
+    def _all_paragraphs(self) -> list[_Paragraph]:
+        of_facts = (hop.support_paragraph for hop in self.question_decomposition)
+        return [*self.paragraphs, *filter(None, of_facts)]
+
     def read(self) -> Read:
-        titles: dict[int | None, str] = {paragraph.idx: paragraph.title for paragraph in self.paragraphs}
-        facts = dict.fromkeys(titles[hop.paragraph_support_idx] for hop in self.question_decomposition)
-        passages = [(paragraph.title, paragraph.paragraph_text) for paragraph in self.paragraphs]
-        return Question(self.question, (self.answer, *self.answer_aliases), tuple(facts)), passages
+        titles: dict[int | None, str] = {paragraph.idx: paragraph.title for paragraph in self._all_paragraphs}
+        facts = dict.fromkeys(titles[hop.place] for hop in self.question_decomposition)
+        passages = [(paragraph.title, paragraph.paragraph_text) for paragraph in self._all_paragraphs]
+        return Question(self.question, self.answers, tuple(facts)), passages
 
 
 def _in_order(question: str, titles: list[str]) -> list[str]:

@@ -6,6 +6,7 @@ accepted answers (Rajpurkar et al. 2016; Yang et al. 2018). The outcome is the e
 
 from __future__ import annotations
 
+import filecmp
 import json
 import re
 import string
@@ -80,6 +81,10 @@ def titles(found: str) -> list[str]:
     return [passage.partition(": ")[0] for passage in found.split("\n\n") if ": " in passage]
 
 
+def _has_title(found: str, title: str) -> bool:
+    return f"\n\n{title}: " in f"\n\n{found}"
+
+
 def sought_title(query: str, found: Sequence[str]) -> str | None:
     """Of the titles that a query finds the longest that it names; the first where it names none."""
     words = set(normalized(query))
@@ -133,6 +138,8 @@ class QuestionEpisode(ToolEpisode):
             by_expert = self._search.find(json.dumps({"query": query}))
         except ValueError:  # a title without a word in it
             return False
+        if _has_title(by_expert, query):  # a title may have a colon, and be the beginning of others
+            return _has_title(found, query)
         return sought_title(query, titles(by_expert)) in titles(found)
 
     def answer(self, text: str) -> None:
@@ -182,10 +189,17 @@ class QuestionWorld(ListedWorld[Question]):
 
 def corpus_file(name: str, passages: Iterable[tuple[str, str]]) -> Path:
     """The passages as a file for the search tool; written again only where it is missing or was changed."""
-    lines = b"".join(orjson.dumps({"title": title, "text": text}) + b"\n" for title, text in passages)
-    path = cache_folder() / f"{name}-{zlib.crc32(lines):08x}.jsonl"
-    if not path.exists() or path.read_bytes() != lines:
-        half_made = path.with_name(f"{path.name}.{uuid4().hex}.part")
-        half_made.write_bytes(lines)
-        half_made.replace(path)
-    return path
+    written = cache_folder() / f"{name}.{uuid4().hex}.part"
+    checksum = 0
+    try:
+        with written.open("wb") as lines:
+            for title, text in passages:
+                line = orjson.dumps({"title": title, "text": text}) + b"\n"
+                checksum = zlib.crc32(line, checksum)
+                lines.write(line)
+        path = cache_folder() / f"{name}-{checksum:08x}.jsonl"
+        if not path.exists() or not filecmp.cmp(path, written, shallow=False):
+            written.replace(path)
+        return path
+    finally:
+        written.unlink(missing_ok=True)

@@ -66,6 +66,16 @@ class WorldThreads:
             )
 
 
+def in_own_thread(work: Callable[[], T]) -> T:
+    """Do it and wait for it, in a thread that has no event loop: the world may run one of its own.
+
+    What it raises is raised here; what would end a thread becomes WorldFailed.
+    """
+    answer: Future[T] = Future()
+    threading.Thread(target=copy_context().run, args=(_work, work, answer), name="world", daemon=True).start()
+    return answer.result()
+
+
 def _work(work: Callable[[], T], answer: Future[T]) -> None:
     """What the thread does. Its caller may have gone: `answer` is cancelled then, and takes nothing."""
     try:

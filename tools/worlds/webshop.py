@@ -9,22 +9,25 @@ own.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
 
-from langchain_core.tools import BaseTool
 from pydantic import BeforeValidator, Field
 
 from tools.search import search_tool
 from tools.worlds.calls import ToolEpisode, ToolSchema, answering, calling
 from tools.worlds.listed import ListedWorld, split_of_file
 from tools.worlds.published import Published, Text, checked, read_object, read_rows
-from tools.worlds.questions import corpus_file, normalized
+from tools.worlds.questions import Search, corpus_file, normalized
 from tools.worlds.world import Message
+
+LONGEST_ID = 10
+"""Of what Amazon calls a product."""
 
 _TEXT = {"type": "string"}
 SCHEMAS: list[ToolSchema] = [
@@ -53,7 +56,7 @@ class Product:
     categories: frozenset[str]
     price: float
     options: tuple[tuple[str, tuple[str, ...]], ...]
-    attributes: tuple[str, ...]
+    attributes: tuple[str, ...] = ()
 
     def page(self) -> str:
         options = "".join(f"\n{name}: {' / '.join(values)}" for name, values in self.options)
@@ -80,7 +83,7 @@ class Wish:
 class WebShopEpisode(ToolEpisode):
     """One attempt at one wish."""
 
-    def __init__(self, wish: Wish, products: dict[str, Product], search: BaseTool) -> None:
+    def __init__(self, wish: Wish, products: dict[str, Product], search: Search) -> None:
         super().__init__()
         self._wish, self._products, self._search = wish, products, search
         self._open: Product | None = None
@@ -101,7 +104,7 @@ class WebShopEpisode(ToolEpisode):
         match name, arguments:
             case "search", {"query": str(query)}:
                 self._has_searched = True
-                return self._search.invoke({"query": query, "num_results": 10})
+                return self._search.find(json.dumps({"query": query, "num_results": 10}))
             case "open_product", {"product_id": str(id)}:
                 if id not in self._products:
                     raise ValueError(f"there is no product {id!r}")
@@ -216,7 +219,7 @@ class WebShop(ListedWorld[Wish]):
         self._products = _products(file)
         passages = ((f"[{each.id}] {each.name}", f"${each.price:.2f} {each.text}") for each in self._products.values())
         wishes = split_of_file(file, _wishes(self._products, file.with_name("items_human_ins.json")), Wish.task)
-        self._search = search_tool(corpus_file(self.name, passages))
+        self._search = Search(search_tool(corpus_file(self.name, passages)))
         super().__init__(wishes)
 
     def messages_of(self, item: Wish) -> tuple[Message, ...]:
@@ -269,20 +272,22 @@ class _WishRow(Published):
 
 
 def _products(file: Path) -> dict[str, Product]:
-    """By id. Of two with one id the first is on sale, as in the original."""
-    rows = list(read_rows(file, _ProductRow))
+    """By id. As in the original, of two with one id the first is on sale, and what has no id of Amazon's is not."""
+    products: dict[str, Product] = {}
+    for row in read_rows(file, _ProductRow):
+        if row.asin not in products and row.asin != "nan" and len(row.asin) <= LONGEST_ID:
+            products[row.asin] = _product(row)
     attributes_file = file.with_name(file.name.replace("items_shuffle", "items_ins_v2"))
     attributes = read_object(attributes_file)
-    products: dict[str, Product] = {}
-    for row in rows:
-        place = f"{attributes_file}, product {row.asin}"
-        known = checked(place, attributes.get(row.asin, {}), _AttributesRow)
-        products.setdefault(row.asin, _product(row, tuple(known.attributes)))
+    for id, product in products.items():
+        known = checked(f"{attributes_file}, product {id}", attributes.get(id, {}), _AttributesRow)
+        products[id] = replace(product, attributes=tuple(known.attributes))
     return products
 
 
-def _product(row: _ProductRow, attributes: tuple[str, ...]) -> Product:
-    prices = [float(price) for price in re.findall(r"\d+(?:\.\d+)?", (row.pricing or "").replace(",", ""))]
+def _product(row: _ProductRow) -> Product:
+    """Without its attributes, which stand in another file."""
+    prices = [float(price) for price in re.findall(r"\d*\.?\d+", (row.pricing or "").replace(",", ""))]
     options: dict[str, dict[str, None]] = {}
     for name, values in row.customization_options.items():
         if values:
@@ -295,7 +300,6 @@ def _product(row: _ProductRow, attributes: tuple[str, ...]) -> Product:
         categories=frozenset(each.strip() for each in row.product_category.split("›")),
         price=prices[0] if prices else 100.0,
         options=tuple((name, tuple(values)) for name, values in options.items()),
-        attributes=attributes,
     )
 
 
