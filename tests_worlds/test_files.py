@@ -25,8 +25,8 @@ from tests_worlds.published_files import (
     write_musique,
     write_webshop,
 )
-from tools import search
-from tools.worlds import load_world, published
+from tools import json_text, search
+from tools.worlds import load_world
 from tools.worlds.calls import answering, calling
 from tools.worlds.questions import Question, QuestionEpisode
 from tools.worlds.webshop import WebShop
@@ -289,8 +289,8 @@ def test_an_empty_answer_is_none(name: str, tmp_path: Path) -> None:
     [
         ("[" * 100_000, "is nested too deeply"),
         ('[{"question": ' + "9" * 5000 + "}]", "has a number of thousands of digits"),
-        ('[{"question": 1', "cannot be read as JSON from line 1, column 16 on"),
-        ('{"a": 1} {"a": 2}', "row 1 cannot be read as JSON from line 1, column 10 on"),
+        ('[{"question": 1', "cannot be read as JSON: Expecting ',' delimiter at line 1, column 16;"),
+        ('\n[{"question": one', "cannot be read as JSON: Expecting value at line 2, column 15;"),
     ],
 )
 def test_json_that_cannot_be_read_is_told_without_pythons_words(
@@ -414,16 +414,16 @@ def test_a_list_is_read_piece_by_piece_and_its_faults_are_told_by_their_place_in
     plain = played(load_world(write_hotpotqa(tmp_path)))
     file = tmp_path / FILES["hotpotqa"][0]
     for piece in (1, 7, 100, 5000):
-        monkeypatch.setattr(published, "_PIECE", piece)
+        monkeypatch.setattr(json_text, "CHUNK_BYTES", piece)
         for indent in (None, 2):
             text = json.dumps(read(file), indent=indent)
             file.write_text(text)
             assert played(load_world(f"hotpotqa:{file}")) == plain
-            for broken in (text[:-200], text.replace('"level"', "level", 7), text + "]", text[:-1] + ",]"):
+            for broken in (text[:-200], text.replace('"level"', "level", 7), text + "]"):
                 with pytest.raises(json.JSONDecodeError) as fault:
                     json.loads(broken)
                 (tmp_path / "broken.json").write_text(broken)
-                where = f"from line {fault.value.lineno}, column {fault.value.colno} on"
+                where = f"at line {fault.value.lineno}, column {fault.value.colno};"
                 with pytest.raises(ValueError, match=where):
                     load_world(f"hotpotqa:{tmp_path / 'broken.json'}")
 

@@ -10,6 +10,8 @@ import json
 from decimal import Decimal
 from typing import Any
 
+from tools.json_text import whole_number
+
 
 class RoundedFloat(float):
     """A number that the file writes with more digits than a float holds, or too large for one."""
@@ -47,4 +49,4 @@ def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return read
 
 
-DECODER = json.JSONDecoder(parse_float=_read_float, object_pairs_hook=_read_object)
+DECODER = json.JSONDecoder(parse_int=whole_number, parse_float=_read_float, object_pairs_hook=_read_object)

@@ -6,8 +6,6 @@ nobody can tell where the next value begins, so that reading ends there.
 
 from __future__ import annotations
 
-import codecs
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -15,10 +13,10 @@ from itertools import chain, islice
 from typing import Any, BinaryIO
 
 from learner.importing.exact_json import DECODER, loads
+from tools.json_text import CHUNK_BYTES, JsonText, NotJson, NotText, chunks_of
 
 MAX_RECORD_BYTES = 8 * 2**20
 """A value that is longer is refused; demonstrations of a hundred steps have some hundred kilobytes."""
-_CHUNK_BYTES = 2**16
 _UTF8_MARK = b"\xef\xbb\xbf"
 _OTHER_TYPES = {
     b"\x1f\x8b": "gzip-compressed; unpack it first",
@@ -81,7 +79,7 @@ def read_values(stream: BinaryIO) -> Iterator[Record | Refusal]:
     if not any(_begins_as_json(text) for _, text in beginning):
         yield Refusal(0, "the file is text, and not JSON (CSV, YAML and Markdown are not read): write it as JSONL")
     elif _is_written_out(first[1]) and isinstance(_read_line(*first), Refusal):
-        yield from _read_written_out(chain(_chunks(BytesIO(first[1])), _chunks(stream)), first[0])
+        yield from _read_written_out(chain(chunks_of(BytesIO(first[1])), chunks_of(stream)), first[0])
     else:
         for line, text in chain([first], lines):
             yield _read_line(line, text)
@@ -111,7 +109,7 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
         if text.strip():
             yield number, text
         while text and not text.endswith(b"\n"):
-            text = stream.readline(_CHUNK_BYTES)
+            text = stream.readline(CHUNK_BYTES)
 
 
 def _is_written_out(first_line: bytes) -> bool:
@@ -145,95 +143,14 @@ def too_long() -> str:
 
 def _read_written_out(chunks: Iterator[bytes], line: int) -> Iterator[Record | Refusal]:
     """The values of an array, or values one after the other, as far as they can be read."""
-    text = _Text(chunks, line)
+    text = JsonText(chunks, line, DECODER, MAX_RECORD_BYTES)
     try:
-        in_array = text.skip("[")
-        while (in_array and not text.skip("]")) or (not in_array and text.has_more()):
-            yield text.read_value()
-            if not text.skip(",") and in_array and text.begins_with("]") is False:
-                raise ValueError("a comma is missing")
-        if in_array and text.has_more():
-            raise ValueError("something follows the array")
-    except UnicodeDecodeError:
+        for read in text.values():
+            yield Record(read.line, read.value)
+    except NotText:
         yield Refusal(text.line, "it is not UTF-8 text; what follows is not read")
     except RecursionError:
         yield Refusal(text.line, "it is nested too deeply; what follows is not read")
-    except ValueError as error:
+    except NotJson as error:
         end = "the file ends within this record, or " if text.is_at_end else ""
         yield Refusal(text.line, f"{end}it is not JSON: {error}; what follows is not read")
-
-
-class _Text:
-    """A file's text as far as it is needed: grows by chunks, and forgets what was read."""
-
-    def __init__(self, chunks: Iterator[bytes], line: int) -> None:
-        self.line = line
-        """Where the text that is not read yet begins."""
-        self.is_at_end = False
-        self._chunks = chunks
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._text = ""
-
-    def skip(self, mark: str) -> bool:
-        """Step over blanks, and over this mark where it comes next; whether it did."""
-        if not self.begins_with(mark):
-            return False
-        self._drop(1)
-        return True
-
-    def has_more(self) -> bool:
-        """Whether something follows but blanks."""
-        while not (self._skip_blanks() or self.is_at_end):
-            self._grow(1)
-        return bool(self._text)
-
-    def begins_with(self, mark: str) -> bool:
-        return self.has_more() and self._text[0] == mark
-
-    def read_value(self) -> Record:
-        """The next value. Raises ValueError where there is none, or where it is too long."""
-        self.has_more()
-        wanted = _CHUNK_BYTES
-        while True:
-            try:
-                value, end = DECODER.raw_decode(self._text)
-            except json.JSONDecodeError as error:
-                if self.is_at_end or not self._may_go_on(error):
-                    raise
-            else:
-                # A number may go on behind the end of what is here.
-                if self.is_at_end or end < len(self._text):
-                    record = Record(self.line, value)
-                    self._drop(end)
-                    return record
-            if len(self._text) > MAX_RECORD_BYTES:
-                raise ValueError(too_long())
-            self._grow(wanted)
-            wanted = len(self._text)  # by doubling, so that a long value is not read over and over
-
-    def _may_go_on(self, error: json.JSONDecodeError) -> bool:
-        """Whether what could not be read may only be cut off at the end of what is here."""
-        longest_mark = 12  # -Infinity, or an escaped pair of surrogates
-        return error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - longest_mark
-
-    def _skip_blanks(self) -> bool:
-        self._drop(len(self._text) - len(self._text.lstrip(" \t\r\n")))
-        return bool(self._text)
-
-    def _drop(self, length: int) -> None:
-        self.line += self._text.count("\n", 0, length)
-        self._text = self._text[length:]
-
-    def _grow(self, length: int) -> None:
-        pieces, num_read = [self._text], 0
-        while num_read < length and not self.is_at_end:
-            chunk = next(self._chunks, b"")
-            self.is_at_end = not chunk
-            pieces.append(self._decoder.decode(chunk, final=self.is_at_end))
-            num_read += len(chunk)
-        self._text = "".join(pieces)
-
-
-def _chunks(stream: BinaryIO) -> Iterator[bytes]:
-    while chunk := stream.read(_CHUNK_BYTES):
-        yield chunk
