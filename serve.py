@@ -161,6 +161,7 @@ def build_parts(settings: Settings) -> Parts:
     from runtime.store.learning_log import migrate_learning_log
     from runtime.store.state_folder import StateFolder
     from runtime.store.step_log import LOCK_TIMEOUT_S, StepLog
+    from runtime.store.vocabulary import require_vocabulary
     from tools.shelf import ToolShelf
     from tools.worlds import load_world
     from tools.worlds.world import WorldFailed, max_steps_of
@@ -203,6 +204,7 @@ def build_parts(settings: Settings) -> Parts:
         folder = model_folder(settings.model)
         network = read_base_network(folder)
         protocol = ChatProtocol.load(folder, settings.response_template)
+        require_vocabulary(settings.state / "agent.db", protocol.vocabulary_fingerprint, settings.model)
         if settings.tools and not protocol.takes_tools:
             raise ValueError(f"the chat template of {settings.model} has no words for tools: leave --tools out")
         for agent in named_agents:

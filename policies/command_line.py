@@ -44,7 +44,7 @@ def parse(options: type[T], arguments: Sequence[str], program: str, source: str 
         refuse(problem.replace("Value error, ", "") for problem in problems)
     except SettingsError as error:
         refuse([str(error)])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         refuse([f"{source} cannot be read: {error}"])
 
 

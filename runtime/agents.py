@@ -236,7 +236,7 @@ def read_agents(path: Path) -> AgentsFile:
         raise AgentsFileProblem(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise AgentsFileProblem(f"{path} is no TOML: {error}") from error
     try:
         # By way of JSON: there a list may become a tuple, and a text a path, while "3" is still no number.

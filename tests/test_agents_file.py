@@ -70,6 +70,7 @@ mcp = {url = "https://tools.example/mcp", headers = {authorization = "Bearer x"}
     ("text", "said"),
     [
         ("", "it names no agent: write a table [agents.NAME]"),
+        ("[agents.a]\nx = " + "[" * 5000, "is no TOML: maximum recursion depth"),
         ("[agents.a\n", "is no TOML: Expected ']' at the end of a table declaration (at line 1"),
         ("[agents.a]\n[agents.a]\n", "at line 2"),
         ("[agent.a]\n", "line 1, `agent`: there is no such key (did you mean 'agents'?)"),

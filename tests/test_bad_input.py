@@ -18,6 +18,8 @@ from tests.serving import MODEL, SayingEngine, Served, parts_of, served, wait_un
 
 USER: Any = {"role": "user", "content": "Hi"}
 LOOK: dict[str, Any] = {"type": "function", "function": {"name": "look"}}
+DEEP = '{"a":' * 300 + "1" + "}" * 300
+"""JSON that can be read, and not written into the log."""
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +217,11 @@ def test_a_wrong_value_is_named(server: Served, changes: dict[str, Any], param: 
             {"id": "c", "type": "function", "function": {"name": "x", "arguments": "[1]"}}]}]}, "the arguments of x"),
         ({"messages": [USER, {"role": "assistant", "tool_calls": [
             {"id": "c", "type": "function", "function": {"name": "x", "arguments": "[" * 3000}}]}]}, "arguments of x"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": [
+            {"id": "c", "type": "function", "function": {"name": "x", "arguments": DEEP}}]}]}, "more than 100 deep"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": [
+            {"id": "c", "type": "function", "function": {"name": "x", "arguments": '{"a": ' + "9" * 5000 + "}"}}]}]},
+            "the arguments of x"),
         ({"messages": [USER, {"role": "tool", "tool_call_id": "call_9", "content": "?"}]}, "call_9"),
     ],
 )  # fmt: skip

@@ -37,8 +37,12 @@ from runtime.agent.tools import Toolbox
 from runtime.config import Settings
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.adapter_registry import AdapterRegistry, AdapterState
+from runtime.store.damage import StepLogError
+from runtime.store.step_log import StepLog
+from runtime.store.vocabulary import require_vocabulary
 from serve import build_parts
 from tests.grammar_checks import admits
+from tests.records import make_episode, make_step
 from tests.serving import MODEL, SayingEngine, Served, parts_of, served
 from tests.tiny_adapters import randomise_lora, true_probe
 from tests.tiny_checkpoints import CHECKPOINTS, Checkpoint
@@ -377,6 +381,31 @@ def test_an_unknown_chat_template_is_refused_at_start_with_how_to_go_on(tmp_path
         load_with_chat_template(tmp_path / "model", PLAIN)
     with pytest.raises(SystemExit, match=r"cannot start: .*--response-template FILE"):
         build_parts(Settings(model=str(tmp_path / "model"), state=tmp_path / "state"))
+
+
+def test_a_log_of_another_tokenizers_tokens_is_not_gone_on_with(tmp_path: Path, protocol: ChatProtocol) -> None:
+    """A server that was started with another model rendered what it continued from the old one's ids: other words, or a
+    503 for an id that the model does not have; and a learner would have trained on them."""
+    log = StepLog(tmp_path / "agent.db")
+    other = CHECKPOINTS["qwen2"].build(tmp_path / "other")
+    fingerprint = protocol.vocabulary_fingerprint
+    for noted in (1, 2, fingerprint):  # as long as nothing is logged, any model may be tried
+        require_vocabulary(tmp_path / "agent.db", noted, "novice")
+    episode = make_episode()
+    log.append(episode, make_step(episode)).result()
+    require_vocabulary(tmp_path / "agent.db", fingerprint, "novice")
+    log.close()
+    with pytest.raises(SystemExit, match=r"cannot start: .*the tokens of another model .*another --state"):
+        build_parts(Settings(model=str(other), state=tmp_path))
+
+
+def test_a_log_of_an_older_release_is_taken_for_the_models_own(tmp_path: Path) -> None:
+    log, episode = StepLog(tmp_path / "agent.db"), make_episode()
+    log.append(episode, make_step(episode)).result()
+    log.close()
+    require_vocabulary(tmp_path / "agent.db", 5, "novice")
+    with pytest.raises(StepLogError, match="another model than qwen"):
+        require_vocabulary(tmp_path / "agent.db", 6, "qwen")
 
 
 def test_a_response_template_can_be_given(tmp_path: Path) -> None:

@@ -260,3 +260,37 @@ def test_a_trailer_is_no_header(serve_scripted: ServeScripted) -> None:
     assert b"x-episode-id: mine" not in answer
     one.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
     assert b"HTTP/1.1 200" in read_to_the_end(one)
+
+
+OFFER = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAoAAA\r\n"
+
+
+@pytest.mark.parametrize("cut", [None, 1, 200, -1], ids=["whole", "one byte first", "in the head", "last byte alone"])
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_who_offers_another_protocol_is_answered_in_this_one(
+    serve_scripted: ServeScripted, is_chunked: bool, cut: int | None
+) -> None:
+    """As Java's client does: the body of its first request was lost, which was refused as no JSON object."""
+    served = serve_scripted()
+    said = b'{"model": "%s", "messages": [{"role": "user", "content": "Hi"}]}' % MODEL.encode()
+    plain = HALF + b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(said), said)
+    request = CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(said), said) if is_chunked else plain
+    request = request.replace(b"\r\n", b"\r\n" + OFFER, 1)
+    with connected(served, request[:cut]) as one:
+        time.sleep(0.05)
+        one.sendall(request[cut:] if cut else b"")
+        assert one.recv(65536).startswith(b"HTTP/1.1 200")
+        one.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n%s\r\n" % OFFER)
+        assert one.recv(65536).startswith(b"HTTP/1.1 200")
+        one.sendall(plain.replace(b"\r\n", b"\r\nconnection: close\r\n", 1))
+        assert read_to_the_end(one).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    "sent", [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", HALF + b"no colon\r\n\r\n"], ids=repr
+)
+def test_what_cannot_be_read_is_refused_in_openais_form(serve_scripted: ServeScripted, sent: bytes) -> None:
+    with connected(serve_scripted(), sent) as one:
+        answer = read_to_the_end(one)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert b"no HTTP request" in answer.partition(b'{"error":{"message":')[2]

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies.chat.chat_protocol import action_message
+from policies.chat.messages import MAX_DEPTH, message_action
 from policies.types import (
     BASE_ADAPTER,
     Action,
@@ -284,3 +285,16 @@ def test_a_malformed_action_is_answered_with_what_is_wrong_with_it(scribe: Scrib
     (advice,) = messages_after(step.action, step.tool_results)
     assert advice["role"] == "user"
     assert "it has no name" in advice["content"]
+
+
+@pytest.mark.parametrize("depth", [MAX_DEPTH, MAX_DEPTH + 1, 300])
+def test_what_is_an_action_can_be_recognised_later(depth: int) -> None:
+    """A call that was nested 300 deep was read as one, and then could not be held against the log."""
+    arguments = '{"a":' * depth + "1" + "}" * depth
+    call = {"id": "call_1", "function": {"name": "look", "arguments": arguments}}
+    message: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    if depth > MAX_DEPTH:
+        with pytest.raises(ValueError, match="nested too deeply"):
+            message_action(message)
+    else:
+        assert digests_of([action_message(message_action(message))])

@@ -61,6 +61,24 @@ def test_an_import_takes_what_it_can_and_tells_the_rest_by_line(
     assert "0 imported, 1 known already, 0 refused" in capfd.readouterr().out
 
 
+ESCAPE = "\x1b]0;title\x07\x1b[2J\x9b31m\u202e"
+
+
+def test_what_a_file_holds_cannot_speak_to_the_terminal(
+    serve_scripted: ServeScripted, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A demonstration's words, and the key of a record that is refused, were printed as they are: files come from
+    others."""
+    server, said = serve_scripted(), [{"role": "user", "content": f"Hi{ESCAPE}"}, {"role": "assistant", "content": "a"}]
+    path = jsonl(tmp_path / "theirs.jsonl", {"messages": said}, {"messages": said, f"key{ESCAPE}": 1})
+    assert main(["import", "--dry-run", str(path)]) == 1
+    assert main(["import", str(path), "--url", f"{server.url}/v1", "--state", str(tmp_path)]) == 1
+    printed = capfd.readouterr().out
+    assert "Hi\\x1b]0;title" in printed
+    assert "--ignore key\\x1b]0;title" in printed
+    assert not set(ESCAPE) & set(printed) - set("0;title[2J31m]")
+
+
 def test_an_import_says_what_the_gate_could_show_and_how_many_more_would_help(
     serve_scripted: ServeScripted, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

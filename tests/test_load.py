@@ -127,6 +127,20 @@ async def test_who_waits_when_the_server_ends_is_told() -> None:
     await running
 
 
+async def test_who_waits_when_the_quota_is_used_up_is_refused_and_takes_no_place() -> None:
+    """It was asked for before the wait alone: of a thousand requests at once, a quota of two let all through."""
+    queue = Queue(Load(places=1))
+    limited = Key("ann", Role.USE, Quota(requests=2))
+    tasks = [queue.ask(limited, f"ann{n}") for n in range(4)]
+    await settle()
+    await queue.end("ann0", "ann1")
+    refused = await asyncio.gather(*tasks[2:], return_exceptions=True)
+    assert [str(each) for each in refused] == [str(refused[0])] * 2
+    assert "used up its 2 requests of today" in str(refused[0])
+    assert queue.started == ["ann0", "ann1"]
+    assert (queue.load.num_waiting, queue.load._free) == (0, 1)
+
+
 async def test_a_quota_is_of_a_day() -> None:
     now = [86400.0 * 3 + 86000]
     load = Load(clock=lambda: now[0])

@@ -266,6 +266,16 @@ def test_a_server_that_does_not_start_is_told(offer: Offer, command: tuple[str, 
     assert time.monotonic() - began < 10
 
 
+def test_a_program_that_says_what_is_no_message_does_not_fill_the_log(
+    offer: Offer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tools.mcp_servers.START_S", 3.0)
+    chatty = "while True: print('Loading ...', flush=True)"
+    with pytest.raises(ValueError, match="did not start"):
+        offer(shop=ToolSource(mcp=McpAddress((sys.executable, "-c", chatty))))
+    assert len(caplog.records) < 5
+
+
 # ------------------------------------------------------------------------------------------------- HTTP
 
 

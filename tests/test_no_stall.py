@@ -93,6 +93,72 @@ def test_a_large_request_is_refused_or_answered_and_stalls_nobody(serve_scripted
     assert dog.wall_s < MOST_WALL_S, f"the loop stood still for {dog.wall_s * 1000:.0f} ms"
 
 
+def function(number: int) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": f"f{number}"}}
+
+
+def call_item(number: int) -> dict[str, Any]:
+    return {"type": "function_call", "call_id": f"c{number}", "name": "f", "arguments": "{}"}
+
+
+OF_MANY: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+    "answers": ("chat/completions", lambda: {
+        "messages": [*({"role": ("user", "assistant")[n % 2], "content": "a"} for n in range(19_000)), *said("b")]
+    }),
+    "tools of other types": ("chat/completions", lambda: {
+        "messages": said("a"), "tools": [{"type": f"x{n}"} for n in range(60_000)]
+    }),
+    "allowed tools": ("chat/completions", lambda: {
+        "messages": said("a"),
+        "tools": [function(n) for n in range(20_000)],
+        "tool_choice": {"type": "allowed_tools", "allowed_tools": {
+            "mode": "auto", "tools": [function(n) for n in range(20_000)]
+        }},
+    }),
+    "calls": ("responses", lambda: {"input": [*said("a"), *(call_item(n) for n in range(40_000))]}),
+}  # fmt: skip
+
+
+IN_OTHER_FORMS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+    "messages": ("messages", lambda: {"max_tokens": 5, "messages": said("Hi") * 19_000}),
+    "messages counted": ("messages/count_tokens", lambda: {"messages": said("Hi") * 19_000}),
+    "tools of a message": ("messages", lambda: {
+        "max_tokens": 5, "messages": said("Hi"), "tools": [{"name": f"f{n}"} for n in range(20_000)]
+    }),
+    "tools of a response": ("responses", lambda: {
+        "input": "Hi", "tools": [{"type": "function", "name": f"f{n}"} for n in range(5000)]
+    }),
+    "tools counted": ("responses/input_tokens", lambda: {
+        "input": "Hi", "tools": [{"type": "function", "name": f"f{n}"} for n in range(20_000)]
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", IN_OTHER_FORMS)
+def test_a_large_request_in_another_form_stalls_nobody(serve_scripted: ServeScripted, what: str) -> None:
+    """It was made a chat request of, and checked again, on the loop."""
+    served = serve_scripted()
+    chat(served, said("Warm up."))
+    path, more = IN_OTHER_FORMS[what]
+    with watched(served) as dog:
+        answer = httpx.post(f"{served.url}/v1/{path}", json={"model": MODEL, **more()}, timeout=60)
+    assert answer.status_code in (200, 400), answer.text[:300]
+    assert dog.cpu_s < MOST_CPU_S, f"{dog.cpu_s * 1000:.0f} ms of work on the loop"
+
+
+@pytest.mark.parametrize("what", OF_MANY)
+def test_what_a_request_takes_grows_with_its_size_and_not_with_its_square(
+    serve_scripted: ServeScripted, what: str
+) -> None:
+    """Each held one of the two threads of large requests for a minute and more, also when its client had gone."""
+    served = serve_scripted()
+    path, more = OF_MANY[what]
+    began = time.monotonic()
+    answer = httpx.post(f"{served.url}/v1/{path}", json={"model": MODEL, **more()}, timeout=120)
+    assert answer.status_code in (200, 400), answer.text[:300]
+    assert time.monotonic() - began < 20
+
+
 def test_a_large_body_is_checked_once(serve_scripted: ServeScripted) -> None:
     """Its thread has made a model of it: checked again, `functions` were refused beside the tools made of them."""
     functions = [{"name": f"f{n}", "description": "d" * 400} for n in range(100)]

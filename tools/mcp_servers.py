@@ -12,6 +12,7 @@ elicitation, roots and resources.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import shutil
@@ -94,10 +95,14 @@ class McpServer:
         """Its tools. Raises ValueError, in words for the user, where it cannot be started or reached."""
         if self._address.command:
             _require_program(self.name, self._address)
+        # The library writes a traceback for each line that is no message: 200 MB a minute of a program that chats.
+        logging.getLogger("mcp.client.stdio").setLevel(logging.CRITICAL)
         self._keeping = self._loop.submit(self._keep())
+        listing = self._loop.submit(self._list())
         try:
-            tools = self._loop.submit(self._list()).result(START_S)
+            tools = listing.result(START_S)
         except Exception as error:
+            listing.cancel()
             self.close()
             problem = self._problem or (
                 "it did not answer in time" if isinstance(error, TimeoutError) else _told(error)

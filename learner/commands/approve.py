@@ -7,6 +7,7 @@ import time
 from pydantic_settings import CliPositionalArg
 
 from learner.commands.server import ServerOptions, ask
+from learner.terminal import plain
 
 
 class ApproveOptions(ServerOptions):
@@ -32,7 +33,7 @@ def run(options: ApproveOptions) -> int:
     name = options.name or (next(iter(waiting)) if len(waiting) == 1 else "")
     if name not in waiting:
         for each, proposal in waiting.items():
-            print(f"{each} waits since {time.ctime(proposal['created_at'])}: {proposal['reason']}")
+            print(plain(f"{each} waits since {time.ctime(proposal['created_at'])}: {proposal['reason']}"))
         print("name one of them" if waiting else "nothing waits")
         return 1
     return _answer(options, name)

@@ -14,6 +14,7 @@ from pydantic_settings import SettingsConfigDict
 
 from learner.api_key import api_key
 from learner.endpoint_url import endpoint_url
+from learner.terminal import plain
 from policies.command_line import Options
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def ask(options: ServerOptions, request: Callable[[Endpoint], Awaitable[T]]) -> 
     try:
         return asyncio.run(answer())
     except OpenAIError as error:
-        print(f"{options.url} did not do it: {error}", file=sys.stderr)
+        print(plain(f"{options.url} did not do it: {error}"), file=sys.stderr)
         return None
 
 

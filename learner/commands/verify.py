@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from learner.commands.server import ServerOptions, has_state
+from learner.terminal import plain
 from runtime.store.soundness import problems_of
 
 
@@ -16,5 +17,5 @@ def run(options: VerifyOptions) -> int:
     if not has_state(options):
         return 1
     problems = list(problems_of(options.state))
-    print("\n".join(problems) if problems else f"{options.state} is sound")
+    print("\n".join(map(plain, problems)) if problems else f"{options.state} is sound")
     return 1 if problems else 0

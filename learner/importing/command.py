@@ -16,6 +16,7 @@ from learner.commands.server import ServerOptions, ask
 from learner.importing.coverage import Coverage
 from learner.importing.demonstrations import ImportedDemonstration, read_demonstrations
 from learner.importing.json_lines import Refusal
+from learner.terminal import plain
 from policies.command_line import split_commas
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def _show(options: ImportOptions) -> int:
                 coverage.add(read)
             print(_as_json(path, read, status) if options.as_json else _as_text(path, read, status))
     if not options.as_json:
-        print(f"\n{coverage.table()}")
+        print("", *map(plain, coverage.table().split("\n")), sep="\n")
     return 1 if coverage.statuses["refused"] else 0
 
 
@@ -127,13 +128,13 @@ def _as_json(path: Path, read: ImportedDemonstration | Refusal, status: str) -> 
 def _as_text(path: Path, read: ImportedDemonstration | Refusal, status: str) -> str:
     title = f"{path}{f' line {_line(read)}' if _line(read) else ''}: {status}"
     if isinstance(read, Refusal):
-        return f"{title}: {read.reason}"
+        return plain(f"{title}: {read.reason}")
     tools = ", ".join(tool["function"]["name"] for tool in read.tools)
     lines = [f"{title}, {read.provenance.format.value}" + (f"; tools: {tools}" if tools else "")]
     for index, message in enumerate(read.messages):
         mark = "learned" if index in read.learn_from else ""
         lines.append(f"  {mark:<8}{message['role']:<10}{_said(message)}")
-    return "\n".join(lines)
+    return "\n".join(map(plain, lines))
 
 
 def _said(message: dict[str, Any], most: int = 90) -> str:
@@ -195,5 +196,5 @@ async def _send(path: Path, batch: Sequence[ImportedDemonstration], endpoint: En
 def _refused(path: Path, line: int, reason: str, sums: Counter[str]) -> None:
     from tqdm import tqdm
 
-    tqdm.write(f"{path}{f' line {line}' if line else ''}: {reason}")  # line 0: the file as a whole
+    tqdm.write(plain(f"{path}{f' line {line}' if line else ''}: {reason}"))  # line 0: the file as a whole
     sums["refused"] += 1

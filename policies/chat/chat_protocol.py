@@ -139,6 +139,12 @@ class ChatProtocol:
         except (TypeError, ValueError) as error:
             raise ChatProtocolError(f"the chat template cannot take these options: {error}") from error
 
+    @property
+    def vocabulary_fingerprint(self) -> int:
+        """Of the tokenizer, above 0 and below 2**31: where it is equal, the same token ids mean the same texts."""
+        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        return int(hashlib.sha256(vocabulary.encode()).hexdigest()[:7], 16) + 1
+
     # ------------------------------------------------------------------------------------------ rendering
 
     def render(self, messages: Sequence[Message], tools: Sequence[ToolSchema] = ()) -> TokenIds:

@@ -11,6 +11,10 @@ from policies.types import Action, FinalAnswer, MalformedAction, Message, ToolCa
 ARGUMENT_KEYS = ("arguments", "parameters")
 """What models and clients name the arguments of a call: OpenAI's word, and Llama's."""
 
+MAX_DEPTH = 100
+"""Of objects and lists within each other. Schemas and metadata need ten or so; a few hundred cannot be written into the
+log, a thousand overflow Python's stack."""
+
 _BESIDE_ARGUMENTS = {"name", "id", "type", "index", "description", "strict"}
 """What may stand in a call beside its arguments, and says nothing of them."""
 
@@ -44,6 +48,17 @@ def text_of(message: Message) -> str:
     if isinstance(content, list):
         return "".join(part.get("text", "") for part in content if isinstance(part, dict))
     return content or ""
+
+
+def is_deeper(value: Any, depth: int = MAX_DEPTH) -> bool:
+    """Whether objects and lists are nested more than so deep."""
+    level = [value]
+    for _ in range(depth + 1):
+        if not level:
+            break
+        lists = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
+        level = [inner for each in lists for inner in each]
+    return bool(level)
 
 
 def _call_entry(call: ToolCall) -> dict[str, Any]:
@@ -89,7 +104,7 @@ def _written_arguments(function: dict[str, Any], name: str) -> Any:
         return arguments
     try:
         return json.loads(arguments) if arguments.strip() else None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"the arguments of {name} are not JSON: {error}") from error
 
 
@@ -99,4 +114,4 @@ def _is_sound(arguments: dict[str, Any]) -> bool:
         json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         return False
-    return True
+    return not is_deeper(arguments)

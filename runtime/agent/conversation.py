@@ -16,6 +16,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import orjson
 
@@ -146,9 +147,12 @@ def _recognised(
     exact = _known(log, Mark.CONVERSATION, digests_of(messages), answers, whose, _newest)
     if exact and exact[0][0] == answers[-1]:  # the usual case
         return exact
-    threads = thread_digests_of(messages)
-    threads = [digest if _letters(messages[: at + 1]) >= _FEWEST_LETTERS else "" for at, digest in enumerate(threads)]
-    tails = [tail_digest_of(messages[: at + 1]) for at in range(len(messages))]
+    said = accumulate(_letters([message]) for message in messages)
+    threads = [
+        digest if letters >= _FEWEST_LETTERS else ""
+        for digest, letters in zip(thread_digests_of(messages), said, strict=True)
+    ]
+    tails = [_tail_digest(pair) for pair in _tails(messages)]
     found = [
         *exact,
         *_known(log, Mark.THREAD, threads, answers, whose, _newest),
@@ -250,7 +254,20 @@ def thread_digests_of(messages: Sequence[Message]) -> list[str]:
 
 def tail_digest_of(messages: Sequence[Message]) -> str:
     """Of an answer and what it answers, as a thread's; empty where they say too little to be recognised by."""
-    pair = [message for message in messages if message["role"] != "system"][-2:]
+    return _tail_digest(_tails(messages)[-1])
+
+
+def _tails(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
+    """For each beginning of a conversation its last two messages, those of the system aside."""
+    tails, pair = list[tuple[Message, ...]](), ()
+    for message in messages:
+        if message["role"] != "system":
+            pair = (*pair[-1:], message)
+        tails.append(pair)
+    return tails
+
+
+def _tail_digest(pair: Sequence[Message]) -> str:
     if len(pair) < 2 or _letters(pair) < _FEWEST_LETTERS:
         return ""
     return _chained(_gist(message) for message in pair)[-1]

@@ -175,7 +175,8 @@ async def prompt_length(
 ) -> int:
     """Tokens of the prompt that a request would have, rendered afresh. Raises as `admit` does."""
     agent, _ = chosen_agent(parts, request.model, caller.key)
-    protocol, tools = parts.protocol.with_options(request.template_options), request.tool_schemas
+    protocol = await off_loop(bool(request.template_options), parts.protocol.with_options, request.template_options)
+    tools = await off_loop(_has_large_tools(request), lambda: request.tool_schemas)
     messages, _ = await off_loop(True, _conversation, request, agent, caller)
     if not tools and previous is None and caller.tools != "client" and agent.toolbox.is_default:
         deadline_s = parts.limits.deadline_s

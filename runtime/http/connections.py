@@ -17,6 +17,7 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _RESERVED_FILES = 256
@@ -107,7 +108,7 @@ class _GuardedProtocol(HttpToolsProtocol):
             self._head_bytes += len(data)
         elif self._phase is _Phase.BODY:
             self._bytes_beside_body += len(data)
-        super().data_received(data)
+        self._parse(data)
         if self._phase is _Phase.HEAD and self._head_bytes > self.limits.head_bytes:
             self._refuse(431, b"Request Header Fields Too Large", b"the request's headers are too large")
         if self._phase is _Phase.BODY and self._bytes_beside_body > self.limits.head_bytes:
@@ -142,6 +143,8 @@ class _GuardedProtocol(HttpToolsProtocol):
         if size > self.limits.head_bytes:
             self._refuse(431, b"Request Header Fields Too Large", b"the request's headers are too large")
             return
+        if self._offers_another_protocol():
+            return
         self._wait_for(_Phase.BODY)
         super().on_headers_complete()
 
@@ -151,7 +154,7 @@ class _GuardedProtocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if self.cycle is None or self.transport.is_closing():
+        if self.cycle is None or self.transport.is_closing() or self._offers_another_protocol():
             return
         self._wait_for(_Phase.IDLE if self.cycle.response_complete else _Phase.ANSWER)
         super().on_message_complete()
@@ -162,6 +165,29 @@ class _GuardedProtocol(HttpToolsProtocol):
         super().on_response_complete()
 
     # ------------------------------------------------------------------------------------------ our own
+
+    def _parse(self, data: bytes) -> None:
+        """Java's client offers HTTP/2 with its first request. uvicorn says no to that, and the parser leaves the body
+        out: here the request is read again without its offer, which a server may ignore (RFC 9110, 7.8)."""
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except HttpParserUpgrade as offer:
+            if self._offers_another_protocol() and not self.transport.is_closing():
+                head = self._head_without_offer()
+                self.parser = HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+                self._parse(head + data[offer.args[0] :])
+        except HttpParserError:
+            self._refuse(400, b"Bad Request", b"this is no HTTP request that can be read")
+
+    def _offers_another_protocol(self) -> bool:
+        return self.parser.should_upgrade() and any(name == b"upgrade" for name, _ in self.headers)
+
+    def _head_without_offer(self) -> bytes:
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s: %s" % (name, value) for name, value in self.headers if name != b"upgrade"]
+        return b"\r\n".join([b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version), *lines, b"", b""])
 
     def _wait_for(self, phase: _Phase) -> None:
         self._cancel()

@@ -171,7 +171,7 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 _OF_UNIONS = re.compile(
-    r"constrained-str|str|int|float|bool|dict|items|blocks|(literal|list|dict|function-\w+)\[.*|[A-Z]\w*"
+    r"constrained-\w+|str|int|float|bool|dict|items|blocks|(literal|list|dict|function-\w+)\[.*|[A-Z]\w*"
 )
 """What stands between the names of fields where a field may have one of several types."""
 

@@ -199,8 +199,12 @@ def split_tools(tools: Any, types: Sequence[str]) -> tuple[Any, list[str]]:
     """The tools that can be offered, and a warning that names the types of the others."""
     if not isinstance(tools, list):
         return tools, []
-    others = [tool for tool in tools if isinstance(tool, dict) and isinstance(tool.get("type"), str)]
-    others = [tool for tool in others if tool["type"] not in types]
-    kept = [tool for tool in tools if not any(tool is other for other in others)]
-    left_out = ", ".join(sorted({tool["type"] for tool in others}))
+    kept, others = [], set[str]()
+    for tool in tools:
+        kind = tool.get("type") if isinstance(tool, dict) else None
+        if isinstance(kind, str) and kind not in types:
+            others.add(kind)
+        else:
+            kept.append(tool)
+    left_out = ", ".join(sorted(others))
     return kept or None, [f"tools of these types are not run here and were left out: {left_out}"] if others else []

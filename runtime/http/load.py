@@ -152,6 +152,7 @@ class Load:
         try:
             with self._cutting.waiting():
                 await turn
+            self._require_quota(key)  # others of this key may have used it up meanwhile
         except BaseException:
             if turn.done() and not turn.cancelled() and turn.exception() is None:  # given, but no longer wanted
                 self._free += 1

@@ -17,7 +17,7 @@ from runtime.http.messages_schemas import CountRequest, MessagesRequest
 from runtime.http.parts import Parts
 from runtime.http.run_events import RunEvents
 from runtime.http.sse import EventStream, json_answer, sse_event, until_gone
-from runtime.http.strict_json import StrictJsonRoute
+from runtime.http.strict_json import StrictJsonRoute, made_of_body
 
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
@@ -33,7 +33,8 @@ def message_routes(parts: Parts) -> APIRouter:
     @router.post("", responses=_ANSWERS, openapi_extra={"parameters": CALLERS_HEADERS})
     async def create_message(body: MessagesRequest, request: Request) -> Response:
         """Answer a conversation. Every step behind the answer is in the log before its last byte leaves."""
-        runs, events = await open_runs(parts, body.as_chat(), caller_of(request))
+        chat = await made_of_body(request, False, body.as_chat)
+        runs, events = await open_runs(parts, chat, caller_of(request))
         answer = MessageAnswer(body, runs[0].turn.step_id, parts.protocol)
         if not body.stream:
             await until_gone(request.receive, gather(answer, events))
@@ -46,7 +47,8 @@ def message_routes(parts: Parts) -> APIRouter:
     @router.post("/count_tokens")
     async def count_tokens(body: CountRequest, request: Request) -> dict[str, int]:
         """How many tokens the prompt of such a request has."""
-        return {"input_tokens": await prompt_length(parts, body.as_chat(), caller_of(request))}
+        chat = await made_of_body(request, False, body.as_chat)
+        return {"input_tokens": await prompt_length(parts, chat, caller_of(request))}
 
     return router
 

@@ -14,7 +14,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from policies.types import Message
 from runtime.http.fields import MESSAGE_FIELDS, check_fields
-from runtime.http.schemas import ChatCompletionRequest, Nullable, RequestMetadata, WireModel
+from runtime.http.schemas import ChatCompletionRequest, ListOf, Nullable, RequestMetadata, WireModel
 
 # ------------------------------------------------------------------------------------------------ messages
 
@@ -45,7 +45,7 @@ class ToolUseBlock(WireModel):
 class ToolResultBlock(Nullable):
     type: Literal["tool_result"]
     tool_use_id: str = Field(min_length=1)
-    content: str | list[TextBlock] = ""
+    content: str | ListOf[TextBlock] = ""
 
     @field_validator("content", mode="before")
     @classmethod
@@ -86,7 +86,7 @@ def _text_in(content: str | list[TextBlock]) -> str:
 class InputMessage(WireModel):
     role: Literal["user", "assistant", "system"]
     content: Annotated[
-        Annotated[str, Tag("text")] | Annotated[list[Block], Tag("blocks")],
+        Annotated[str, Tag("text")] | Annotated[ListOf[Block], Tag("blocks")],
         Discriminator(lambda value: "text" if isinstance(value, str) else "blocks"),
     ]
 
@@ -165,15 +165,15 @@ class CountRequest(WireModel):
 
     model: str
     """The served name, or an adapter's name to pin it."""
-    messages: list[InputMessage] = Field(min_length=1)
-    system: str | list[TextBlock] | None = None
-    tools: list[ClientTool] | None = None
+    messages: ListOf[InputMessage] = Field(min_length=1)
+    system: str | ListOf[TextBlock] | None = None
+    tools: ListOf[ClientTool] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputOptions | None = None
     output_format: OutputFormat | None = None
     """As `output_config.format`: its name in Anthropic's beta."""
-    warnings: list[str] = Field(default_factory=list)
+    warnings: ListOf[str] = Field(default_factory=list)
     """Not the client's: what of its request has no effect."""
 
     @model_validator(mode="before")
@@ -213,7 +213,7 @@ class MessagesRequest(CountRequest):
     max_tokens: int = Field(ge=1, lt=2**63)
     """Of the whole answer, hidden steps and thinking included."""
     stream: bool = False
-    stop_sequences: list[Annotated[str, Field(min_length=1, max_length=1000)]] = Field(
+    stop_sequences: ListOf[Annotated[str, Field(min_length=1, max_length=1000)]] = Field(
         default_factory=list, max_length=16
     )
     temperature: float = Field(1.0, ge=0, le=2)

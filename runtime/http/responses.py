@@ -24,7 +24,7 @@ from runtime.http.responses_schemas import ResponsesRequest
 from runtime.http.run_events import RunEvents
 from runtime.http.schemas import ChatCompletionRequest
 from runtime.http.sse import EventStream, json_answer, sse_event, until_gone
-from runtime.http.strict_json import StrictJsonRoute
+from runtime.http.strict_json import StrictJsonRoute, made_of_body
 from runtime.off_loop import off_loop
 from runtime.store.episodes import Episode, ResponseDeletion, ResponseRecord, Step
 from runtime.store.keys import Key
@@ -63,7 +63,7 @@ def response_routes(parts: Parts) -> APIRouter:
     @router.post("/input_tokens")
     async def count_input_tokens(body: ResponsesRequest, request: Request) -> dict[str, Any]:
         """How many tokens the prompt of such a request has."""
-        chat, previous = await off_loop(True, _as_chat, parts, body, asking_key(request))
+        chat, previous = await made_of_body(request, True, _as_chat, parts, body, asking_key(request))
         length = await prompt_length(parts, chat, caller_of(request), previous)
         return {"object": "response.input_tokens", "input_tokens": length}
 
@@ -126,12 +126,14 @@ async def open_response(
 ) -> tuple[list[Run], RunEvents, ResponseAnswer]:
     """The run of a request, its events, and the answer that gathers them. Raises as `admit`."""
     caller = caller_of(request)
-    chat, previous = await off_loop(_is_large(body), _as_chat, parts, body, caller.key)
-    runs, events = await open_runs(parts, chat, caller, previous, lambda run: _record(run, body))
+    chat, previous = await made_of_body(request, _is_slow(body), _as_chat, parts, body, caller.key)
+    logged = await made_of_body(request, False, _logged_request, body) if body.store else None
+    runs, events = await open_runs(parts, chat, caller, previous, lambda run: _record(run, logged))
     return runs, events, ResponseAnswer(body, runs[0].turn.step_id, parts.protocol, runs[0].turn.sampling)
 
 
-def _is_large(body: ResponsesRequest) -> bool:
+def _is_slow(body: ResponsesRequest) -> bool:
+    """Whether it may need more of the log than others should wait for."""
     return body.previous_response_id is not None or len(body.input) > 10 * FEW_MESSAGES
 
 
@@ -159,11 +161,14 @@ def _without_prompt(parts: Parts, step: Step, history: tuple[Message, ...]) -> t
     return agent.untold(history) if agent else history
 
 
-def _record(run: Run, body: ResponsesRequest) -> tuple[ResponseRecord, ...]:
-    """What is logged of a response beside its steps."""
-    if not body.store:
+def _logged_request(body: ResponsesRequest) -> dict[str, Any]:
+    return body.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"stream", "warnings"})
+
+
+def _record(run: Run, request: dict[str, Any] | None) -> tuple[ResponseRecord, ...]:
+    """What is logged of a response beside its steps; None: it is not stored."""
+    if request is None:
         return ()
-    request = body.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"stream", "warnings"})
     step_id = run.turn.step_id
     return (ResponseRecord(response_id(step_id), run.turn.episode.id, step_id, request),)
 

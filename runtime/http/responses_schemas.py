@@ -17,6 +17,7 @@ from runtime.http.fields import RESPONSE_FIELDS, check_fields
 from runtime.http.schemas import (
     ChatCompletionRequest,
     FunctionSchema,
+    ListOf,
     Nullable,
     RequestMetadata,
     WireModel,
@@ -59,7 +60,7 @@ class InputMessage(WireModel):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[InputPart]
+    content: str | ListOf[InputPart]
     """Text, or text parts. Images, audio and files are not supported."""
 
     @field_validator("content", mode="before")
@@ -94,7 +95,7 @@ class InputFunctionOutput(WireModel):
 
     type: Literal["function_call_output"]
     call_id: str = Field(min_length=1)
-    output: str | list[InputPart]
+    output: str | ListOf[InputPart]
 
     @model_validator(mode="before")
     @classmethod
@@ -115,8 +116,8 @@ class InputReasoning(Nullable):
     """What the policy thought before it said or called what follows."""
 
     type: Literal["reasoning"]
-    content: list[InputPart] = Field(default_factory=list)
-    summary: list[InputPart] = Field(default_factory=list)
+    content: ListOf[InputPart] = Field(default_factory=list)
+    summary: ListOf[InputPart] = Field(default_factory=list)
 
     def text(self) -> str:
         return _text_in(self.content or self.summary)
@@ -187,7 +188,17 @@ def input_messages(items: Sequence[Any], item_of: Callable[[str], Message]) -> l
             case ItemReference():
                 _add_to_turn(messages, reasoning, item_of(item.id))
         reasoning = item.text() if isinstance(item, InputReasoning) else ""
+    for message in messages:
+        if calls := message.get("tool_calls"):
+            message["tool_calls"] = _each_once(calls)
     return messages
+
+
+def _each_once(calls: Sequence[Message]) -> list[Message]:
+    first = dict[str, Message]()
+    for call in calls:
+        first.setdefault(call["id"], call)
+    return list(first.values())
 
 
 def _add_to_turn(messages: list[Message], reasoning: str, part: Message) -> None:
@@ -201,8 +212,7 @@ def _add_to_turn(messages: list[Message], reasoning: str, part: Message) -> None
     turn = messages[-1]
     turn["content"] = part.get("content") or turn["content"]
     if calls := part.get("tool_calls"):
-        known = {call["id"] for call in turn.get("tool_calls", ())}
-        turn["tool_calls"] = [*turn.get("tool_calls", ()), *(call for call in calls if call["id"] not in known)]
+        turn.setdefault("tool_calls", []).extend(calls)
     if thought := reasoning or part.get("reasoning_content"):
         turn["reasoning_content"] = thought
 
@@ -225,7 +235,7 @@ class NamedFunctionChoice(WireModel):
 class AllowedFunctions(WireModel):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: list[NamedFunctionChoice] = Field(min_length=1)
+    tools: ListOf[NamedFunctionChoice] = Field(min_length=1)
 
     @field_validator("tools", mode="before")
     @classmethod
@@ -261,7 +271,7 @@ class ResponsesRequest(WireModel):
     model: str
     """The served name, or an adapter's name to pin it."""
     input: Annotated[
-        Annotated[str, Tag("text")] | Annotated[list[InputItem], Tag("items"), Field(min_length=1)],
+        Annotated[str, Tag("text")] | Annotated[ListOf[InputItem], Tag("items"), Field(min_length=1)],
         Discriminator(lambda value: "text" if isinstance(value, str) else "items"),
     ]
     instructions: str | None = None
@@ -273,8 +283,8 @@ class ResponsesRequest(WireModel):
     """Answer at once, and run on: the response is retrieved by its id."""
     store: bool = True
     """False: it cannot be retrieved or continued by its id. Its steps are logged all the same."""
-    include: list[str] = Field(default_factory=list)
-    tools: list[FunctionTool] | None = None
+    include: ListOf[str] = Field(default_factory=list)
+    tools: ListOf[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionChoice | AllowedFunctions | None = None
     parallel_tool_calls: bool = True
     reasoning: Reasoning = Field(default_factory=Reasoning)
@@ -287,7 +297,7 @@ class ResponsesRequest(WireModel):
     metadata: RequestMetadata = Field(default_factory=RequestMetadata)
     user: str | None = None
     safety_identifier: str | None = None
-    warnings: list[str] = Field(default_factory=list)
+    warnings: ListOf[str] = Field(default_factory=list)
     """Not the client's: what of its request has no effect."""
 
     @model_validator(mode="before")

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
+from policies.chat.messages import MAX_DEPTH, is_deeper
 from policies.types import EngineLimits, Message, SamplingParams, ToolSchema
 from runtime.agent.conversation import LEGACY_CALL_ID
 from runtime.agent.demonstrations import Demonstration, DemonstrationRefused
@@ -25,6 +26,11 @@ EPISODE_ID = r"^[A-Za-z0-9_.:-]{1,128}$"
 
 MAX_MESSAGES = 20_000
 MAX_METADATA_BYTES = 64 * 1024
+
+
+T = TypeVar("T")
+ListOf = Annotated[list[T], Field(fail_fast=True)]
+"""A list of a request's that is refused at its first wrong item: of a million of them, one is told in any case."""
 
 
 class WireModel(BaseModel):
@@ -66,6 +72,21 @@ class FunctionCall(Nullable):
     arguments: str = "{}"
     """A JSON object, as a string."""
 
+    @field_validator("arguments")
+    @classmethod
+    def _flat_enough(cls, arguments: str) -> str:
+        """As the body itself: what is nested deeper can be read, but not held against the log."""
+        if arguments.count("{") + arguments.count("[") > MAX_DEPTH and _is_deep_json(arguments):
+            raise ValueError(f"the arguments are nested more than {MAX_DEPTH} deep; flatten them")
+        return arguments
+
+
+def _is_deep_json(text: str) -> bool:
+    try:
+        return is_deeper(orjson.loads(text))
+    except orjson.JSONDecodeError:  # whoever reads the call says what is wrong
+        return False
+
 
 class ToolCallEntry(Nullable):
     id: str = ""
@@ -87,9 +108,9 @@ class ChatMessage(WireModel):
     """One message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
+    content: str | ListOf[TextPart] | None = None
     """Text, or text parts. Images and audio are not supported."""
-    tool_calls: list[ToolCallEntry] | None = None
+    tool_calls: ListOf[ToolCallEntry] | None = None
     tool_call_id: str | None = None
     function_call: FunctionCall | None = None
     """OpenAI's older form of a call; a message of role `function` answers it."""
@@ -191,7 +212,7 @@ class NamedToolChoice(WireModel):
 
 class AllowedTools(WireModel):
     mode: Literal["auto", "required"]
-    tools: list[NamedToolChoice] = Field(min_length=1)
+    tools: ListOf[NamedToolChoice] = Field(min_length=1)
 
 
 class AllowedToolChoice(WireModel):
@@ -274,19 +295,19 @@ class ChatCompletionRequest(WireModel):
 
     model: str
     """The served name, a named agent, or an adapter's name to pin it."""
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: ListOf[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    tools: list[Tool] | None = None
+    tools: ListOf[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | AllowedToolChoice | None = None
-    functions: list[FunctionSchema] | None = None
+    functions: ListOf[FunctionSchema] | None = None
     """OpenAI's older form of `tools`."""
     function_call: Literal["none", "auto"] | NamedFunction | None = None
     """OpenAI's older form of `tool_choice`."""
     parallel_tool_calls: bool = True
     """False: the answer ends with its first call."""
     response_format: ResponseFormat | None = None
-    stop: _StopText | Annotated[list[_StopText], Field(max_length=16)] | None = None
+    stop: _StopText | Annotated[ListOf[_StopText], Field(max_length=16)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int = Field(1, ge=1, le=32)
     logprobs: bool = False
@@ -304,7 +325,8 @@ class ChatCompletionRequest(WireModel):
     """Likewise: above 1, what was said before becomes less likely."""
     frequency_penalty: _Penalty = 0.0
     presence_penalty: _Penalty = 0.0
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: dict[str, float] | None = None
+    """By token id, from -100 to 100."""
     reasoning_effort: str | None = None
     """Handed to the chat template: `reasoning_effort`, and for `none` and `minimal` `enable_thinking` as false."""
     chat_template_kwargs: dict[str, Any] | None = None
@@ -313,7 +335,7 @@ class ChatCompletionRequest(WireModel):
     _is_checked: bool = PrivateAttr(False)
     user: str | None = None
     safety_identifier: str | None = None
-    warnings: list[str] = Field(default_factory=list)
+    warnings: ListOf[str] = Field(default_factory=list)
     """Not the client's: what of its request has no effect."""
 
     @model_validator(mode="before")
@@ -334,11 +356,15 @@ class ChatCompletionRequest(WireModel):
     def _choosable(cls, choice: Any) -> Any:
         return chosen_function(choice)
 
-    @field_validator("logit_bias")
+    @field_validator("logit_bias", mode="before")
     @classmethod
-    def _named_by_token_ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
-        if wrong := [name for name in bias or () if not (name.isascii() and name.isdigit() and len(name) < 10)]:
-            raise ValueError(f"token ids are whole numbers, not {wrong[0]!r}")
+    def _biases_of_tokens(cls, bias: Any) -> Any:
+        """Refused at the first wrong one, as lists are."""
+        for name, value in bias.items() if isinstance(bias, dict) else ():
+            if not (name.isascii() and name.isdigit() and len(name) < 10):
+                raise ValueError(f"token ids are whole numbers, not {name!r}")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not -100 <= value <= 100:
+                raise ValueError(f"the bias of token {name} is a number from -100 to 100, not {value!r:.100}")
         return bias
 
     @model_validator(mode="after")
@@ -369,10 +395,9 @@ class ChatCompletionRequest(WireModel):
         names = [tool.function.name for tool in self.tools or []]
         if len(set(names)) < len(names):
             raise ValueError("two tools have the same name")
-        for chosen in self.chosen_tools or ():
-            if chosen not in names:
-                offered = ", ".join(names) or "none were given"
-                raise ValueError(f"tool_choice names {chosen!r}, which is not among the tools: {offered}")
+        if unknown := sorted((self.chosen_tools or frozenset()).difference(names)):
+            offered = ", ".join(names) or "none were given"
+            raise ValueError(f"tool_choice names {unknown[0]!r}, which is not among the tools: {offered}")
         if self.tool_choice == "required" and not names:
             raise ValueError("tool_choice is 'required' but there are no tools")
 
@@ -385,13 +410,13 @@ class ChatCompletionRequest(WireModel):
                 raise ValueError(f"message {number} answers the call {answered!r}, which no message before it makes")
 
     @property
-    def chosen_tools(self) -> list[str] | None:
+    def chosen_tools(self) -> frozenset[str] | None:
         """Names of the tools that tool_choice restricts the policy to; None: it does not."""
         match self.tool_choice:
             case NamedToolChoice(function=function):
-                return [function.name]
+                return frozenset({function.name})
             case AllowedToolChoice(allowed_tools=allowed):
-                return [choice.function.name for choice in allowed.tools]
+                return frozenset(choice.function.name for choice in allowed.tools)
         return None
 
     @property
@@ -423,7 +448,8 @@ class ChatCompletionRequest(WireModel):
         """The tools on offer."""
         tools = self.tools or []
         if isinstance(self.tool_choice, AllowedToolChoice):
-            tools = [tool for tool in tools if tool.function.name in (self.chosen_tools or ())]
+            chosen = self.chosen_tools or frozenset()
+            tools = [tool for tool in tools if tool.function.name in chosen]
         return tuple(tool.model_dump() for tool in tools)
 
     @property
@@ -503,10 +529,10 @@ _IS_A_REFUSAL = "is a refusal, which nobody is to learn; write what an expert wo
 class DemonstrationEntry(WireModel):
     """One expert's conversation."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
-    tools: list[Tool] = Field(default_factory=list)
+    messages: ListOf[ChatMessage] = Field(min_length=1)
+    tools: ListOf[Tool] = Field(default_factory=list)
     """The tools that were on offer."""
-    learn_from: list[Annotated[int, Field(ge=-(2**63), lt=2**63)]] | None = None
+    learn_from: ListOf[Annotated[int, Field(ge=-(2**63), lt=2**63)]] | None = None
     """Indices of the assistant messages to learn from; without it, all."""
     provenance: dict[str, Any] = Field(default_factory=dict)
     """Where it comes from: logged as the episode's metadata."""
@@ -538,7 +564,7 @@ class DemonstrationEntry(WireModel):
 class DemonstrationsRequest(WireModel):
     """Body of POST /v1/demonstrations."""
 
-    demonstrations: list[DemonstrationEntry]
+    demonstrations: ListOf[DemonstrationEntry]
     agent: str | None = None
     """The agent that is to learn from them; without it, the server's own."""
 
@@ -589,7 +615,7 @@ class CorrectionRequest(WireModel):
 class CycleRequest(WireModel):
     """Body of POST /v1/learner/cycles; may be left out. What is not said is as the server was started."""
 
-    objectives: list[Literal["sft_rft", "sft", "rft", "dft", "implicit", "inverse", "pivot", "eto", "ppo"]] | None = (
+    objectives: ListOf[Literal["sft_rft", "sft", "rft", "dft", "implicit", "inverse", "pivot", "eto", "ppo"]] | None = (
         Field(None, min_length=1)
     )
     """What candidates are trained for; the gate chooses among them."""
@@ -619,7 +645,7 @@ class KeyRequest(WireModel):
     """Whose key it is; never given again."""
     role: Role = Field(Role.USE, strict=False)
     """Each includes those before it: use, feedback, teach, admin."""
-    agents: list[str] | None = Field(None, min_length=1, max_length=1000)
+    agents: ListOf[str] | None = Field(None, min_length=1, max_length=1000)
     """The agents that it may speak to and teach, by their model names; None: all. An admin key is for all."""
     requests_per_day: int | None = Field(None, ge=0, lt=2**62)
     """In a day of UTC; None: no bound."""

@@ -7,23 +7,24 @@ later, in the log, the template or the answer. Here they are refused with the pl
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import orjson
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
+from policies.chat.messages import MAX_DEPTH, is_deeper
 from runtime.http.errors import ApiError, as_api_error
 from runtime.off_loop import free_off_loop, off_loop
 from runtime.privacy.redaction import RedactionFailed, Redactor
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 LARGE_BYTES = 32 * 1024
 REDACTED = "x-stepagent-redacted"
 """The header that tells a client how many secrets of its request were replaced."""
-
-MAX_DEPTH = 100
-"""Of objects and lists within each other. Schemas and metadata need ten or so; a thousand overflow Python's stack."""
 
 
 class StrictJsonRoute(APIRoute):
@@ -50,11 +51,20 @@ class StrictJsonRoute(APIRoute):
         return answer_strictly
 
 
+async def made_of_body(request: Request, is_slow: bool, make: Callable[P, T], *values: P.args, **more: P.kwargs) -> T:
+    """What is made of a body that was read: in a thread where that is slow or the body large, and let go there, too."""
+    large_value = getattr(request, "large_value", None)
+    made = await off_loop(is_slow or large_value is not None, make, *values, **more)
+    if large_value is not None:
+        request.large_value = (large_value, made)  # pyright: ignore[reportAttributeAccessIssue]
+    return made
+
+
 class _StrictJsonRequest(Request):
     model: type[BaseModel] | None = None
     """Of the body."""
     large_value: Any = None
-    """What a large body was read to."""
+    """What a large body was read to, and what was made of that."""
     redactor: Redactor | None = None
     num_redacted: int = 0
     """Placeholders that stand in the body for something."""
@@ -73,7 +83,7 @@ class _StrictJsonRequest(Request):
     def _read(self, body: bytes) -> Any:
         value = orjson.loads(body)
         # A body with few brackets cannot be deep; walking every body through would cost a fifth of a small request.
-        if body.count(b"{") + body.count(b"[") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
+        if body.count(b"{") + body.count(b"[") > MAX_DEPTH and is_deeper(value):
             raise ApiError(400, f"the body is nested more than {MAX_DEPTH} deep; flatten it")
         if self.redactor is not None:
             value, self.num_redacted = self._redacted(self.redactor, value)
@@ -89,11 +99,3 @@ class _StrictJsonRequest(Request):
             return redactor.body(value)
         except RedactionFailed as problem:
             raise as_api_error(problem) from None
-
-
-def _is_deeper(value: Any, depth: int) -> bool:
-    level = [value]
-    for _ in range(depth + 1):
-        lists = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
-        level = [inner for each in lists for inner in each]
-    return bool(level)
