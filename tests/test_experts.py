@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,8 +24,10 @@ from tests.conftest import ServeScripted
 from tests.demonstrations import expert_demonstration
 from tests.faulty_worlds import numbers, raising
 from tests.serving import MODEL, SayingEngine, Served, parts_of, served
+from tools.worlds import threads
 from tools.worlds.calls import answering
 from tools.worlds.order_desk import OrderDesk
+from tools.worlds.threads import MAX_LEFT_BEHIND
 from tools.worlds.world import World
 
 WORLD = OrderDesk()
@@ -305,6 +308,28 @@ def test_a_worlds_tools_may_run_an_event_loop_where_the_learner_has_one(counted:
     answer = asyncio.run(WorldExpert(world).answer(state))
     assert answer is not None
     assert answer.action == FinalAnswer("five")
+
+
+def test_a_worlds_expert_that_hangs_is_given_up_and_soon_asked_no_more(
+    counted: Callable[..., LoggedState], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "PATIENCE_S", 0.05)
+    is_over = threading.Event()
+    asked = []
+
+    def hanging(episode: Any) -> None:
+        asked.append(episode)
+        is_over.wait(30)
+
+    expert = WorldExpert(numbers(expert_action=hanging))
+    state = counted(expert.world)
+    try:
+        for _ in range(MAX_LEFT_BEHIND + 3):
+            assert asyncio.run(expert.answer(state)) is None
+    finally:
+        is_over.set()
+    assert len(asked) == MAX_LEFT_BEHIND
+    assert sorted(expert.problems.values()) == [3, MAX_LEFT_BEHIND]
 
 
 @pytest.mark.parametrize("expert_action", [raising(KeyError("x")), raising(SystemExit(2)), lambda _: "five"])

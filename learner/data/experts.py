@@ -23,7 +23,7 @@ from runtime.store.damage import Damaged
 from runtime.store.episodes import Actor, Correction, Step
 from runtime.store.step_log import StepLog
 from tools.worlds.blame import blaming
-from tools.worlds.threads import in_own_thread
+from tools.worlds.threads import patiently
 from tools.worlds.world import UnknownTask, World, WorldEpisode, WorldFailed, task_named
 
 _log = logging.getLogger(__name__)
@@ -95,7 +95,9 @@ class WorldExpert:
     async def answer(self, state: LoggedState) -> ExpertAnswer | None:
         try:
             episode = open_at(self.world, state)
-            action = None if episode is None else in_own_thread(partial(_expert_action, self.world.name, episode))
+            if episode is None:
+                return None
+            action = patiently(self.world.name, partial(_expert_action, self.world.name, episode))
         except WorldFailed as error:
             self.problems[str(error)] += 1
             return None
@@ -140,12 +142,12 @@ def open_at(world: World | None, state: LoggedState) -> WorldEpisode | None:
 
     None for another world's task, and where the log saw other results than the world now gives: then the world tells
     another story than the one that was lived, and its expert does not know the way. Raises WorldFailed for what the
-    world raises.
+    world raises, and where it hangs.
     """
     if world is None or state.task is None:
         return None
     try:
-        return in_own_thread(partial(_led_to, world, state.task, state.path))
+        return patiently(world.name, partial(_led_to, world, state.task, state.path))
     except UnknownTask:
         return None
 
@@ -183,7 +185,7 @@ def _same_effect(world: str, episode: WorldEpisode, message_a: Message, message_
             return bool(episode.same_effect(message_a, message_b))
 
     try:
-        return in_own_thread(judged)
+        return patiently(world, judged)
     except WorldFailed as error:
         _log.warning("two actions are taken for different ones: %s", error)
         return False

@@ -19,7 +19,7 @@ from policies.types import MalformedAction, Message, ToolCalls
 from runtime.store.episodes import Purpose, Step
 from runtime.store.step_log import StepLog
 from tools.worlds.blame import blaming, outcome_of
-from tools.worlds.threads import in_own_thread
+from tools.worlds.threads import patiently
 from tools.worlds.world import Task, World, WorldFailed
 
 
@@ -53,10 +53,10 @@ class PastTrials:
         return None
 
     def _how_it_went(self, task: Task, path: tuple[Step, ...]) -> Trial | None:
-        """None where the world raises: whoever tries the task anew says why."""
+        """None where the world raises or hangs: whoever tries the task anew says why."""
         assert self.world is not None
         try:
-            trial = in_own_thread(partial(_replayed, self.world, task, path))
+            trial = patiently(self.world.name, partial(_replayed, self.world, task, path))
         except WorldFailed:
             return None
         self.num_reused += 1

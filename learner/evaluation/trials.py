@@ -28,7 +28,7 @@ from learner.evaluation.state_trials import score, try_states
 from learner.evaluation.twins import Twin, twins_of
 from policies.types import ToolCalls
 from tools.worlds.blame import blaming, tools_of
-from tools.worlds.threads import in_own_thread
+from tools.worlds.threads import patiently
 from tools.worlds.world import Task, World
 
 TEMPERATURE = 1.0
@@ -213,7 +213,7 @@ def fitting_world(world: World | None, demonstrations: Sequence[LoggedEpisode]) 
     demonstrated = [tools for each in demonstrations if (tools := _tools_of(each))]
     if not demonstrated:
         return world
-    names = in_own_thread(partial(_names_of_tools, world))
+    names = patiently(world.name, partial(_names_of_tools, world))
     return world if fmean(tools <= names for tools in demonstrated) >= 0.5 else None
 
 
