@@ -22,7 +22,7 @@ MAX_TOLERANCE = 0.5
 """Nats. A probe that forgives more would pass nearly anything."""
 
 FULL_TOLERANCE, HALF_TOLERANCE = 5e-3, 0.15
-"""Nats, for numbers of 32 bits and of 16. Other kernels round otherwise. In float32 a small network differs by 1e-5, one
+"""Nats, for numbers of 32 bits and of 16. Other kernels round otherwise. In float32 a small network is off by 1e-5, one
 of 30 layers (SmolLM2 on vLLM) by 1e-4, and by 1.2e-3 where little decides. In bfloat16 it is up to 0.09 at tokens that
 are LIKELY, and up to 0.25 below, as measured on a trained adapter with vLLM."""
 
