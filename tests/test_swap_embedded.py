@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import AsyncIterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,9 @@ async def test_swaps_under_running_streams_leave_each_stream_on_its_adapter(
     await swap.promote(names[0])
 
     async def talk(speaker: int) -> None:
-        for turn in range(12):
+        for turn in count():
+            if turn >= 12 and all(taken.values()):  # on a slow machine all twelve may fall to one of them
+                break
             async with swap.lease(f"ep_{speaker}_{turn}") as adapter:
                 assert adapter is not None
                 sampling = SamplingParams(max_tokens=24, temperature=0.0)
@@ -93,11 +96,12 @@ async def test_swaps_under_running_streams_leave_each_stream_on_its_adapter(
 
     speakers = asyncio.gather(*(talk(speaker) for speaker in range(4)))
     num_swaps = 0
-    while not speakers.done():
-        num_swaps += 1
-        await swap.promote(names[num_swaps % 2])
-        await swap.drain()
-        await asyncio.sleep(0.01)  # a flip between two that are loaded never waits: give the streams their turn
-    await speakers
+    async with asyncio.timeout(60):
+        while not speakers.done():
+            num_swaps += 1
+            await swap.promote(names[num_swaps % 2])
+            await swap.drain()
+            await asyncio.sleep(0.01)  # a flip between two that are loaded never waits: give the streams their turn
+        await speakers
     assert num_swaps >= 5
     assert [len(completions) for completions in taken.values()] == [1, 1]
