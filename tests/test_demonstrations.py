@@ -595,6 +595,20 @@ def test_in_an_array_reading_ends_at_what_cannot_be_read_and_says_so(
         assert [refusal.reason[-25:] for refusal in report.refused] == [" what follows is not read"]
 
 
+@pytest.mark.parametrize(
+    ("record", "column"),
+    [('{"messages": nothing}', 15), ('{"messages": [], "messages": []}', 2), (f'{{"n": {"9" * 5000}}}', 2)],
+    ids=["a word", "a key twice", "a long number"],
+)
+def test_what_cannot_be_read_in_an_array_is_told_by_its_place_in_the_file(
+    tmp_path: Path, record: str, column: int
+) -> None:
+    report = imported_from(tmp_path, "\n[\n" + json.dumps(simple(1)) + ",\n " + record + "]")
+    (refusal,) = report.refused
+    assert refusal.line == 4
+    assert f"at line 4, column {column};" in refusal.reason
+
+
 def test_a_file_in_which_nothing_is_a_record_is_given_up(tmp_path: Path) -> None:
     report = imported_from(tmp_path, '{"name": "city"}\n' * 50_000)
     assert len(report.refused) == 1001

@@ -27,16 +27,16 @@ def chat(server: Served, **more: Any) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
 
 
-def _numbers(schema: Any, place: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every whole number in a schema, and where it stands."""
+def _of_type(kind: str, schema: Any, place: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Everything of this type in a schema, and where it stands."""
     if isinstance(schema, dict):
-        if schema.get("type") == "integer":
+        if schema.get("type") == kind:
             yield place, schema
         for name, inner in schema.items():
-            yield from _numbers(inner, f"{place}/{name}")
-    elif isinstance(schema, list):
+            yield from _of_type(kind, inner, f"{place}/{name}")
+    elif isinstance(schema, list | tuple):
         for number, inner in enumerate(schema):
-            yield from _numbers(inner, f"{place}/{number}")
+            yield from _of_type(kind, inner, f"{place}/{number}")
 
 
 def _kinds_of(model: type) -> Iterator[type]:
@@ -51,7 +51,9 @@ def test_every_whole_number_of_every_route_has_bounds_that_the_engine_and_the_lo
     parameters = [
         operation.get("parameters", []) for path in described["paths"].values() for operation in path.values()
     ]
-    found = list(_numbers([parameters, {name: schema for name, schema in schemas.items() if name in bodies}]))
+    found = list(
+        _of_type("integer", [parameters, {name: schema for name, schema in schemas.items() if name in bodies}])
+    )
     assert len(found) > 20
     for place, number in found:
         most = number.get("maximum", number.get("exclusiveMaximum", float("inf")))
@@ -59,22 +61,14 @@ def test_every_whole_number_of_every_route_has_bounds_that_the_engine_and_the_lo
         assert -(2**63) <= least <= most <= 2**63, place
 
 
-def _lists(schema: Any, place: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every list in a schema of pydantic's core, and where it stands."""
-    if isinstance(schema, dict):
-        if schema.get("type") == "list":
-            yield place, schema
-        for name, inner in schema.items():
-            yield from _lists(inner, f"{place}/{name}")
-    elif isinstance(schema, list | tuple):
-        for number, inner in enumerate(schema):
-            yield from _lists(inner, f"{place}/{number}")
-
-
 def test_every_list_of_every_request_is_refused_at_its_first_wrong_item() -> None:
     """A message of 1.9 million wrong parts made as many errors, of which one was told: nobody else was answered for
     18 seconds."""
-    found = [each for model in _kinds_of(WireModel) for each in _lists(model.__pydantic_core_schema__, model.__name__)]
+    found = [
+        each
+        for model in _kinds_of(WireModel)
+        for each in _of_type("list", model.__pydantic_core_schema__, model.__name__)
+    ]
     assert len(found) > 20
     assert [place for place, each in found if not each.get("fail_fast")] == []
 

@@ -93,7 +93,7 @@ class JsonText:
                 if self.is_at_end or not self._may_go_on(error):
                     raise self._fault(error.msg, error.pos) from error
             except ValueError as error:  # of the decoder's own hooks
-                raise NotJson(str(error)) from error
+                raise self._fault(str(error), 0) from error
             else:
                 # A number may go on behind the end of what is here.
                 if self.is_at_end or end < len(self._text):
@@ -101,7 +101,7 @@ class JsonText:
                     self._drop(end)
                     return read
             if len(self._text) > self._max_characters:
-                raise NotJson(f"it has more than {self._max_characters:,} bytes")
+                raise self._fault(f"it has more than {self._max_characters:,} characters", 0)
             self._grow(wanted)
             wanted = len(self._text)  # by doubling, so that a long value is not read over and over
 

@@ -122,7 +122,7 @@ def _is_written_out(first_line: bytes) -> bool:
 
 def _read_line(line: int, text: bytes) -> Record | Refusal:
     if len(text) > MAX_RECORD_BYTES:
-        return Refusal(line, too_long())
+        return Refusal(line, f"the record has more than {MAX_RECORD_BYTES:,} bytes")
     try:
         return Record(line, loads(text))
     except UnicodeDecodeError as fault:
@@ -132,10 +132,6 @@ def _read_line(line: int, text: bytes) -> Record | Refusal:
     except ValueError as error:
         cut_off = "" if text.endswith(b"\n") else "the file ends within this record, or "
         return Refusal(line, f"{cut_off}it is not JSON: {error}")
-
-
-def too_long() -> str:
-    return f"the record has more than {MAX_RECORD_BYTES:,} bytes"
 
 
 # ----------------------------------------------------------------------------------- values over many lines
