@@ -18,6 +18,7 @@ OPTIONS = ObjectiveOptions(
     clip_high=0.28,
     own_states=False,
     informative_only=False,
+    max_success_length=1.5,
     max_versions_old=2,
 )
 """Written out, so that the runs do not change with the learner's defaults."""
@@ -98,6 +99,7 @@ METHODS: dict[str, Method] = {
     "untrained": Method("none"),
     CONTROL: Method("sft"),
     "rft + sft": Method("sft_rft", (Takes.OUTCOMES,)),
+    "rft + sft, of any length": _with(Method("sft_rft", (Takes.OUTCOMES,)), max_success_length=1000.0),
     "majority": MAJORITY,
     "majority, 16 episodes": replace(MAJORITY, num_sampled=16),
     "rft + sft + majority": Method("sft_rft, majority", (Takes.OUTCOMES,), Samples.OWN_STATES),

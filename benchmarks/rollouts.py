@@ -23,7 +23,17 @@ from benchmarks.lockstep import MAX_ACTION_TOKENS, Lockstep
 from learner.data.comparison import compare
 from learner.data.training_data import PolicyAction, State, Trajectory
 from policies.chat.chat_protocol import ChatProtocol, action_message, message_action
-from policies.types import Action, Completion, FinalAnswer, FinishReason, TokenIds, ToolCall, ToolCalls, ToolSchema
+from policies.types import (
+    Action,
+    Completion,
+    FinalAnswer,
+    FinishReason,
+    MalformedAction,
+    TokenIds,
+    ToolCall,
+    ToolCalls,
+    ToolSchema,
+)
 from tools.worlds.simulators.episode import SimulatedEpisode
 from tools.worlds.simulators.worker import MAX_LIVE
 from tools.worlds.world import Message, Task, World, WorldEpisode, max_steps_of
@@ -208,11 +218,11 @@ class Rollouts:
     def _own_action(
         self, stood: WorldEpisode, expert: Message | None, completion: Completion, step_id: str
     ) -> PolicyAction:
-        agrees = None
-        if expert is not None:
-            action = _parsed(self.protocol, completion.token_ids, completion.finish_reason)
-            agrees = compare(action, message_action(expert), stood.same_effect).agrees
-        return PolicyAction(step_id, completion.token_ids, completion.logprobs, agrees)
+        action = _parsed(self.protocol, completion.token_ids, completion.finish_reason)
+        agrees = None if expert is None else compare(action, message_action(expert), stood.same_effect).agrees
+        return PolicyAction(
+            step_id, completion.token_ids, completion.logprobs, agrees, is_malformed=isinstance(action, MalformedAction)
+        )
 
 
 def num_solved(attempts: Sequence[Attempt]) -> int:

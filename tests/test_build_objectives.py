@@ -218,6 +218,27 @@ def test_sft_rft_imitates_experts_and_own_successes_alike() -> None:
     assert [row.owner[0] for row in objective.sequences][-3:] == ["d"] * 3  # type: ignore[index]
 
 
+@pytest.mark.parametrize(("max_success_length", "learned"), [(1.0, {"short"}), (2.0, {"short", "detour"})])
+def test_sft_rft_leaves_out_successes_that_took_longer_than_demonstrations_allow(
+    max_success_length: float, learned: set[str]
+) -> None:
+    successes = tuple(
+        attempt(name, 1.0, [own(RIGHT)] * num) for name, num in (("short", 2), ("detour", 4), ("lost", 5))
+    )
+    data = replace(rich_training_data(), policy_episodes=successes)  # its longest demonstration has two steps
+    rows = make("sft_rft", data, replace(OPTIONS, max_success_length=max_success_length)).sequences
+    assert {row.owner[0] for row in rows} == {"a", "b"} | learned  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", ["rft", "sft_rft"])
+def test_what_nobody_could_read_is_no_example_though_its_episode_succeeded(name: str) -> None:
+    success = attempt("a", 1.0, [own(RIGHT), replace(own(WRONG), is_malformed=True)])
+    assert completions(make(name, TrainingData((), (success,)))) == [RIGHT]
+    silent = attempt("b", 1.0, [replace(own(WRONG), is_malformed=True)])
+    with pytest.raises(NothingToLearn):
+        make(name, TrainingData((), (silent,)))
+
+
 def test_sft_rft_is_sft_without_outcomes_and_rft_without_experts() -> None:
     rich = rich_training_data()
     unjudged = replace(rich, policy_episodes=tuple(replace(each, outcome=None) for each in rich.policy_episodes))
@@ -331,10 +352,14 @@ MASTERED = TrainingData(
         (
             "rft",
             TrainingData((), (attempt("c", 0.0, [own(WRONG)]), attempt("d", None, [own(RIGHT)]))),
-            "no own episode succ",
+            "no own success can be imitated: 2 own",
         ),
         ("dft", TrainingData(()), "no expert has acted or answered at any state"),
-        ("sft_rft", TrainingData((), (attempt("c", 0.0, [own(WRONG)]),)), "no own episode succeeded: 1 own episodes"),
+        (
+            "sft_rft",
+            TrainingData((), (attempt("c", 0.0, [own(WRONG)]),)),
+            "no own success can be imitated: 1 own episodes",
+        ),
         ("pivot", MASTERED, "no pivot among 1 states"),
         ("pivot", TrainingData((demonstration("a", (own(WRONG, False), own(WORSE, False))),)), "no pivot among 1"),
         ("ppo", MASTERED, "the outcomes of all own episodes are equal: 1 own episodes, 1 succeeded"),

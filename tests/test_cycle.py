@@ -16,6 +16,7 @@ from learner.data.judge import Judge
 from learner.evaluation.outlook import ERROR_RATE
 from learner.options import CollectionOptions, CycleOptions, TrainingOptions
 from policies.chat.chat_protocol import ChatProtocol
+from policies.types import MalformedAction
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.adapter_registry import AdapterState
 from runtime.store.episodes import Actor, Outcome, Purpose, new_id
@@ -78,6 +79,23 @@ def test_own_successes_teach_a_policy_that_has_mastered_every_demonstrated_state
         status = run(server, tmp_path, "cycle_2", options=replace(QUICK, objectives=("sft_rft",)))
     assert "sft_rft" in status.report["diagnostics"], status.message
     assert status.report["diagnostics"]["sft_rft"]["perplexity"] > 0
+
+
+def test_a_success_whose_words_nobody_could_read_teaches_nothing(protocol: ChatProtocol, tmp_path: Path) -> None:
+    engine = SayingEngine(protocol, *["<tool_call>\nlook!\n</tool_call>"] * 100)
+    with served(parts_of(engine, protocol, tmp_path)) as server:
+        question = {"role": "user", "content": "Hi"}
+        post(server, {"messages": [question, {"role": "assistant", "content": "All done."}]}).raise_for_status()
+        tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+        body = {"model": MODEL, "messages": [question], "tools": [tool]}
+        httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30).raise_for_status()
+        [own] = server.parts.log.episodes(limit=10, purpose=Purpose.SERVE, actor=Actor.POLICY)
+        server.parts.log.append(Outcome(new_id("out"), own.id, 1.0, "user")).result()
+        status = run(server, tmp_path, options=replace(QUICK, objectives=("rft",)))
+        [step] = server.parts.log.steps(own.id)
+    assert isinstance(step.action, MalformedAction)
+    assert status.stage is CycleStage.NOTHING_TO_LEARN
+    assert "no own success can be imitated: 1 own episodes, 1 succeeded" in status.message
 
 
 def test_so_do_those_that_a_judge_alone_calls_successes(protocol: ChatProtocol, tmp_path: Path) -> None:

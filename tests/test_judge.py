@@ -19,6 +19,7 @@ from policies.chat.chat_protocol import ChatProtocol
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.store.learning_log import CycleStage, RewardSource
 from tests.cycles import QUICK, collaborators, run
+from tests.demonstrations import expert_demonstration
 from tests.records import make_chain, make_episode
 from tests.serving import LIMITS, MODEL, SayingEngine, Served, parts_of, served
 
@@ -125,9 +126,10 @@ def test_there_is_a_limit_to_what_a_judge_is_asked() -> None:
 
 
 def served_twice(server: Served, question: str) -> None:
+    tools = expert_demonstration(0)["tools"]
     for seed in (1, 2):
         server.client().chat.completions.create(
-            model=MODEL, messages=[{"role": "user", "content": question}], seed=seed, max_tokens=24
+            model=MODEL, messages=[{"role": "user", "content": question}], tools=tools, seed=seed
         )
 
 
@@ -144,7 +146,7 @@ def test_a_cycle_learns_what_the_judge_liked_where_nobody_said_how_it_ended(
             served_twice(server, question)
         without = run(server, tmp_path / "agent", "cycle_1", options, experts=())
         assert without.stage is CycleStage.NOTHING_TO_LEARN
-        assert "no own episode succeeded" in without.message
+        assert "no own success can be imitated" in without.message
         judge = Judge(judge_server.async_client(), MODEL)
         status = run(server, tmp_path / "agent", "cycle_2", options, experts=(), judge=judge)
         assert status.stage in (CycleStage.PROMOTED, CycleStage.REFUSED), status.message

@@ -178,7 +178,7 @@ BOUNDS = {
     "min-gradient-steps": (0, None), "trajectories-per-step": (1, None), "rank": (1, None), "token-budget": (1, None),
     "seed": (0, None), "num-samples": (0, None), "gate-tasks": (0, None), "canary-share": (0, 1), "threads": (1, None),
 }  # fmt: skip
-ABOVE_ZERO = ("beta", "lr", "max-grad-norm")
+ABOVE_ZERO = ("beta", "lr", "max-grad-norm", "max-success-length")
 
 
 @pytest.mark.parametrize("name", [*BOUNDS, *ABOVE_ZERO])

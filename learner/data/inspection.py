@@ -22,7 +22,7 @@ from learner.data.training_data import PolicyAction, State, TrainingData, Trajec
 from policies.chat.chat_protocol import ChatProtocol, ChatProtocolError
 from policies.chat.learnable import unlearnable
 from policies.chat.read_back import misreading
-from policies.types import Action, TokenIds
+from policies.types import Action, MalformedAction, TokenIds
 from runtime.store.episodes import Actor, Step
 
 
@@ -138,7 +138,8 @@ def _demonstrated_state(expert: Step, samples: Sequence[Step], compared: Compare
 
 def _policy_action(step: Step, agrees: bool | None, num_versions_old: int = 0) -> PolicyAction:
     behavior = step.behavior_logprobs if step.behavior_logprobs and step.sampling.is_policy else ()
-    return PolicyAction(step.id, step.completion_token_ids, behavior, agrees, num_versions_old)
+    is_malformed = isinstance(step.action, MalformedAction)
+    return PolicyAction(step.id, step.completion_token_ids, behavior, agrees, num_versions_old, is_malformed)
 
 
 # ---------------------------------------------------------------------------------------------- own states

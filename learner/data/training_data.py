@@ -28,6 +28,8 @@ class PolicyAction:
     """Whether it means what the expert's action does; None where no expert has answered."""
     num_versions_old: int = 0
     """How many versions its policy is behind the acting one."""
+    is_malformed: bool = False
+    """Nobody could read it as an answer or as calls of tools."""
 
 
 @dataclass(frozen=True, slots=True)
