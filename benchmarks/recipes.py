@@ -18,7 +18,7 @@ OPTIONS = ObjectiveOptions(
     clip_high=0.28,
     own_states=False,
     informative_only=False,
-    max_success_length=1.5,
+    max_success_length=1000.0,
     max_versions_old=2,
 )
 """Written out, so that the runs do not change with the learner's defaults."""
@@ -91,6 +91,7 @@ def _with(method: Method, **changes: float) -> Method:
 CONTROL = "sft continued"
 DEFAULT = "rft + sft"
 """The learner's default (`CycleOptions.objectives`)."""
+OWN_SUCCESSES = Method("sft_rft", (Takes.OUTCOMES,))
 ANSWERED = Method("sft", (Takes.ANSWERS,))
 IMPLICIT_OWN = Method("implicit", (Takes.ANSWERS,))
 IMPLICIT_FOLDS = Method("implicit", samples=Samples.FOLDS)
@@ -98,8 +99,8 @@ MAJORITY = Method("majority", (Takes.TRAFFIC,), Samples.OWN_STATES)
 METHODS: dict[str, Method] = {
     "untrained": Method("none"),
     CONTROL: Method("sft"),
-    "rft + sft": Method("sft_rft", (Takes.OUTCOMES,)),
-    "rft + sft, of any length": _with(Method("sft_rft", (Takes.OUTCOMES,)), max_success_length=1000.0),
+    DEFAULT: _with(OWN_SUCCESSES, max_success_length=1.5),
+    "rft + sft, of any length": OWN_SUCCESSES,
     "majority": MAJORITY,
     "majority, 16 episodes": replace(MAJORITY, num_sampled=16),
     "rft + sft + majority": Method("sft_rft, majority", (Takes.OUTCOMES,), Samples.OWN_STATES),

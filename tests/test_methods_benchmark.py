@@ -416,3 +416,4 @@ def test_options_are_checked_before_anything_runs(wrong: str, monkeypatch: pytes
 
 def test_the_default_of_the_table_is_the_learner_s() -> None:
     assert CycleOptions().objectives == (METHODS[DEFAULT].objective,)
+    assert CycleOptions().objective.max_success_length == METHODS[DEFAULT].objectives.max_success_length
