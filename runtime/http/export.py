@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -34,7 +34,7 @@ def export_routes(parts: Parts) -> APIRouter:
     ) -> StreamingResponse:
         """Newest episode first, the key's own; an admin key gets all.
 
-        `since` is a moment; `min_outcome` leaves out episodes without an outcome.
+        `since` is a moment, of UTC where it names no zone; `min_outcome` leaves out episodes without an outcome.
         """
         key = asking_key(request)
         wanted = ExportFilter(
@@ -42,7 +42,7 @@ def export_routes(parts: Parts) -> APIRouter:
             actor,
             adapter,
             task_prefix,
-            None if since is None else since.timestamp(),
+            None if since is None else (since if since.tzinfo else since.replace(tzinfo=UTC)).timestamp(),
             min_outcome,
             key.sees_only,
             listed_agent(parts, agent, key),
