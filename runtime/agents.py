@@ -231,7 +231,7 @@ NOBODY = AgentsFile.model_construct(agents={}, tools={})
 def read_agents(path: Path) -> AgentsFile:
     """Raises AgentsFileProblem with a sentence for each thing that is wrong."""
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise AgentsFileProblem(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     try:
@@ -258,7 +258,7 @@ def _existing(path: Path, info: ValidationInfo) -> Path:
 
 def _text_of(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")  # an editor's mark of UTF-8 is no part of the prompt
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 

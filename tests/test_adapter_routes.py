@@ -189,7 +189,7 @@ def test_a_promotion_for_another_parent_than_what_acts_changes_nothing(server: S
     reason = refusal(post(server, "/agent-v0001/promote", {"expected_acting": "agent-v0007"}))
     assert "agent-v0007 does not act any more: base does" in reason
     assert adapter_of_new_episode(server) == "base"
-    assert post(server, "/agent-v0001/promote", {"acting": "base"}).status_code == 200
+    assert post(server, "/agent-v0001/promote", {"expected_acting": "base"}).status_code == 200
 
 
 def test_an_unknown_adapter_is_not_found(server: Served, tiny: TinyNetwork) -> None:

@@ -114,6 +114,14 @@ def test_what_is_wrong_is_told_with_its_place(tmp_path: Path, text: str, said: s
     assert "pydantic" not in told
 
 
+def test_an_editors_mark_of_utf8_is_part_of_neither_file_nor_prompt(tmp_path: Path) -> None:
+    """Of the file it was no TOML, "at line 1, column 1"; of the prompt it was its first letter."""
+    (tmp_path / "a.md").write_text("Be brief.", "utf-8-sig")
+    file = tmp_path / "agents.toml"
+    file.write_text('[agents.a]\nsystem_file = "a.md"\n', "utf-8-sig")
+    assert read_agents(file).agents["a"].system_prompt == "Be brief."
+
+
 def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     told = problem(tmp_path, "[agents.a]\nsystem = 1\n[agents.b]\nlearn_every = 'x'\nworlds = ''\n")
     assert [line.split(",")[0].rsplit(" ", 1)[1] for line in told.splitlines()] == ["2", "4", "5"]

@@ -333,6 +333,37 @@ def test_a_wrong_listing_is_refused(server: Served, params: dict[str, str]) -> N
     refusal(httpx.get(f"{server.url}/v1/episodes", params=params))
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "param"),
+    [
+        ("GET", "/v1/episodes?agnet=support", "agnet"),
+        ("GET", "/v1/export?format=openai&min_outcom=1", "min_outcom"),
+        ("DELETE", "/v1/episodes?key=ann&usr=bob", "usr"),
+        ("GET", "/v1/keys?agent=support", "agent"),
+    ],
+)
+def test_a_misspelled_filter_is_refused(server: Served, method: str, path: str, param: str) -> None:
+    """It was passed over: all was listed, exported, or erased for good, where a part was meant."""
+    assert param in refusal(httpx.request(method, f"{server.url}{path}"))
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "param"),
+    [
+        ("POST", "/v1/keys", {"name": "ann", "role": "use", "agent": "support"}, "agent"),
+        ("POST", "/v1/demonstrations", {"demonstrations": [], "agnet": "support"}, "agnet"),
+        ("POST", "/v1/learner/cycles", {"agnet": "support"}, "agnet"),
+        ("DELETE", "/v1/episodes/ep_1", {"retrian": True}, "retrian"),
+        ("POST", "/v1/adapters/rollback", {"agents": "support"}, "agents"),
+    ],
+)
+def test_a_misspelled_field_of_our_own_routes_is_refused(
+    server: Served, method: str, path: str, body: dict[str, Any], param: str
+) -> None:
+    """It was passed over: the key was for all agents, and the server's own agent was taught or rolled back."""
+    assert param in refusal(httpx.request(method, f"{server.url}{path}", json=body))
+
+
 def test_odd_listings_find_nothing(server: Served) -> None:
     for params in ({"after": "\x00"}, {"adapter": "' OR 1=1"}, {"task_prefix": "%"}, {"task_prefix": "\U0010ffff"}):
         response = httpx.get(f"{server.url}/v1/episodes", params=params)

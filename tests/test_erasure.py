@@ -342,6 +342,15 @@ def test_rewriting_the_file_keeps_every_rows_number(log: StepLog, tmp_path: Path
     assert len(after) == 24
 
 
+def test_an_erasure_that_finds_nothing_rewrites_nothing(log: StepLog, tmp_path: Path) -> None:
+    """Any key may ask for one, and no answer can be logged while a file is rewritten."""
+    episode, steps = many_steps(log, 2)
+    eraser = Eraser(tmp_path, log)
+    nobody = eraser.work(eraser.begin(eraser.episodes_of(user="nobody"), Scope.USER, "").id)
+    assert (nobody.state, nobody.report["file_was_rewritten"]) == ("finished", False)
+    assert log.steps(episode.id) == steps
+
+
 def test_hundreds_of_erasures_leave_no_word_in_the_unused_parts_of_the_file(log: StepLog, tmp_path: Path) -> None:
     """SQLite copies rows when it balances a tree, and leaves the old copies where no page counts them."""
     draw, words = random.Random(3), {}

@@ -188,6 +188,20 @@ def test_without_being_asked_for_a_retraining_nothing_is_rolled_back(
     assert httpx.post(f"{server.url}/v1/chat/completions", json=body).headers["x-adapter"] == taught
 
 
+def test_what_acts_for_any_agent_is_named_as_acting(server: Served, tiny: TinyNetwork, tmp_path: Path) -> None:
+    """Only the agent whose pointer had moved last was: of the others one read that nothing acts that has learned."""
+    episodes = {agent.name: episode_of(server, "Hi", model=agent.name, user="bob") for agent in AGENTS}
+    log = LearningLog(tmp_path)
+    for seed, (agent, episode) in enumerate(episodes.items(), 1):
+        log.note_episodes(f"cycle_{agent}", "sft", [(LessonRole.OWN, episode)])
+        log.note_weights(f"cycle_{agent}", "sft", weights_digest(tiny.adapter(seed)))
+        taught = register(server, tiny.adapter(seed), agent=agent)
+        ask(server, "POST", f"/adapters/{taught}/promote").raise_for_status()
+    log.close()
+    erased = ask(server, "DELETE", "/episodes", params={"user": "bob"}).raise_for_status().json()
+    assert [each["is_acting"] for each in erased["adapters"]] == [True, True]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_every_agent_that_has_learned_from_it_is_retrained_one_after_the_other(

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +34,18 @@ from policies.types import (
     ToolCall,
     ToolCalls,
 )
-from runtime.store.episodes import Actor, Correction, Episode, Outcome, Purpose, Step, StopReason, new_id
+from runtime.store.episodes import (
+    Actor,
+    Correction,
+    Episode,
+    Outcome,
+    PromptChange,
+    Purpose,
+    Step,
+    StopReason,
+    new_id,
+)
+from runtime.store.erasure import Eraser, Scope
 from runtime.store.export import ExportFilter, export
 from runtime.store.learning_log import LearningLog, LearningReader, RewardSource, StepReward
 from runtime.store.step_log import StepLog
@@ -163,18 +180,58 @@ def test_what_could_not_be_read_is_exported_and_never_learned(log: StepLog, tmp_
         assert read.messages[1]["content"] == "f("
 
 
-def test_an_episode_that_failed_is_no_demonstration(log: StepLog, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["atif", "hf"])
+def test_an_episode_that_failed_is_no_demonstration(log: StepLog, tmp_path: Path, form: str) -> None:
     episode = episode_of()
     log.append(
         episode,
         step(episode, None, [{"role": "user", "content": "q"}], FinalAnswer("a")),
         Outcome(new_id("out"), episode.id, 0.0, "user"),
     ).result()
-    file = tmp_path / "atif.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in export(log, None, ExportFilter(), "atif")))
+    file = tmp_path / "failed.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in export(log, None, ExportFilter(), form)))
     (read,) = read_demonstrations(file)
     assert isinstance(read, Refusal)
     assert "outcome is 0" in read.reason
+
+
+CLOCKED = [
+    {"role": "system", "content": "It is eleven."},
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": "a"},
+    {"role": "user", "content": "r"},
+]
+"""What a client sends the second time, which has said that it is ten the first time."""
+
+
+def test_a_conversation_that_a_client_changed_is_another_one(log: StepLog, tmp_path: Path) -> None:
+    """It was exported behind what it replaced: two system messages, and everything said twice."""
+    episode = episode_of()
+    first = step(episode, None, [{"role": "system", "content": "It is ten."}, CLOCKED[1]], FinalAnswer("a"))
+    second = replace(step(episode, first, CLOCKED, FinalAnswer("b")), prompt_change=PromptChange.SYSTEM)
+    third = step(episode, second, [{"role": "user", "content": "s"}], FinalAnswer("c"))
+    log.append(episode, first, second, third).result()
+    log.append(Correction(new_id("corr"), third.id, FinalAnswer("C"), (5,), "user")).result()
+    (preferred,) = export(log, None, ExportFilter(), "trl")
+    assert [message["content"] for message in preferred["prompt"]] == ["It is eleven.", "q", "a", "r", "b", "s"]
+    for form in ("atif", "openai", "hf"):
+        file = tmp_path / f"{form}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in export(log, None, ExportFilter(), form)))
+        reads = [read for read in read_demonstrations(file) if isinstance(read, ImportedDemonstration)]
+        said = [([message["content"] for message in read.messages], read.learn_from) for read in reads]
+        assert said == [
+            (["It is ten.", "q", "a"], (2,)),
+            (["It is eleven.", "q", "a", "r", "b", "s", "c"], (4, 6)),
+        ], form
+
+
+def test_an_episode_that_is_being_erased_is_not_exported(log: StepLog, tmp_path: Path) -> None:
+    """Its tombstone stands, and its rows go one by one: what is left of them is no whole episode either."""
+    gone, stays = episode_of(), episode_of()
+    for episode in (gone, stays):
+        log.append(episode, step(episode, None, [{"role": "user", "content": "q"}], FinalAnswer("a"))).result()
+    Eraser(tmp_path, log).begin([gone.id], Scope.EPISODE, "asked by letter")
+    assert [row["session_id"] for row in export(log, None, ExportFilter(), "atif")] == [stays.id]
 
 
 # ------------------------------------------------------------------------------------------- the formats
@@ -218,6 +275,38 @@ def test_a_correction_is_preferred_to_the_step_it_corrects(log: StepLog) -> None
     ]
 
 
+def test_calls_of_preferences_are_objects_as_chat_templates_read_them(log: StepLog) -> None:
+    """A template that writes `arguments | tojson` would make JSON within JSON of a text."""
+    episode = episode_of()
+    seen: list[Message] = [
+        {"role": "user", "content": "q"},
+        action_message(ToolCalls((ToolCall("call_0", "f", {"id": 1}),))),
+        {"role": "tool", "tool_call_id": "call_0", "content": "r"},
+    ]
+    taken = step(episode, None, seen, ToolCalls((ToolCall("call_1", "f", {"id": 2}),)))
+    better = ToolCalls((ToolCall("call_2", "f", {"id": 3}),))
+    log.append(episode, taken, Correction(new_id("corr"), taken.id, better, (5,), "user")).result()
+    (row,) = export(log, None, ExportFilter(), "trl")
+    calls = [message["tool_calls"][0]["function"] for message in (row["prompt"][1], *row["chosen"], *row["rejected"])]
+    assert [call["arguments"] for call in calls] == [{"id": 1}, {"id": 3}, {"id": 2}]
+
+
+def test_a_correction_that_says_what_was_done_prefers_nothing(log: StepLog) -> None:
+    episode = episode_of()
+    taken = step(episode, None, [{"role": "user", "content": "q"}], FinalAnswer("right"))
+    log.append(episode, taken, Correction(new_id("corr"), taken.id, FinalAnswer("right"), (5,), "user")).result()
+    assert list(export(log, None, ExportFilter(), "trl")) == []
+
+
+def test_a_corrected_step_of_two_branches_is_one_preference(log: StepLog) -> None:
+    episode = episode_of()
+    first = step(episode, None, [{"role": "user", "content": "q"}], MalformedAction("f(", "no call"))
+    ends = [step(episode, first, [{"role": "user", "content": text}], FinalAnswer(text)) for text in ("x", "y")]
+    log.append(episode, first, *ends).result()
+    log.append(Correction(new_id("corr"), first.id, FinalAnswer("right"), (5,), "user")).result()
+    assert len(list(export(log, None, ExportFilter(), "trl"))) == 1
+
+
 def test_filters_choose_episodes(log: StepLog) -> None:
     good = episode_of(task="w/train/1", created_at=100.0)
     bad = episode_of(adapter="base", purpose=Purpose.PRACTICE, created_at=200.0)
@@ -253,6 +342,84 @@ def test_the_command_writes_what_the_server_logged(
     assert len(list((tmp_path / "traces").iterdir())) == 1
     assert main(["export", "--format", "openai", "--out", "x", "--state", str(tmp_path / "none")]) == 1
     assert "start the server once" in capfd.readouterr().err
+
+
+@pytest.fixture
+def one_episode(log: StepLog) -> Episode:
+    episode = episode_of()
+    log.append(episode, step(episode, None, [{"role": "user", "content": "q"}], FinalAnswer("a"))).result()
+    return episode
+
+
+def exported(tmp_path: Path, form: str, out: Path, *more: str) -> int:
+    return main(["export", "--format", form, "--out", str(out), "--state", str(tmp_path), *more])
+
+
+def test_an_export_that_fails_leaves_what_was_there(
+    one_episode: Episode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, folder = tmp_path / "o.jsonl", tmp_path / "out"
+    folder.mkdir()
+    out.write_text("of yesterday")
+    out.chmod(0o600)
+
+    def full_disk(rows: Any) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("learner.exporting.command.json.dumps", full_disk)
+        assert exported(tmp_path, "openai", out) == 1
+        assert exported(tmp_path, "hf", folder / "traces") == 1
+    assert "o.jsonl was not written: No space left on device" in capfd.readouterr().err
+    assert out.read_text() == "of yesterday"
+    assert list(folder.iterdir()) == []
+    assert exported(tmp_path, "openai", out) == 0
+    assert json.loads(out.read_text())["messages"][-1]["content"] == "a"
+    assert out.stat().st_mode & 0o777 == 0o600
+    assert [each.name for each in tmp_path.glob(".*partial")] == []
+
+
+def test_a_place_that_cannot_take_the_export_is_told(
+    one_episode: Episode, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "traces").mkdir()
+    (tmp_path / "traces" / "of_yesterday.jsonl").write_text("{}")
+    for form, out, said in (
+        ("openai", tmp_path / "traces", "it is a folder"),
+        ("hf", tmp_path / "traces", "the folder is not empty"),
+        ("hf", tmp_path / "agent.db", "it is a file"),
+        ("atif", tmp_path / "none" / "o.jsonl", "there is no folder"),
+    ):
+        assert exported(tmp_path, form, out) == 1
+        assert said in capfd.readouterr().err
+    assert exported(tmp_path, "openai", tmp_path / "o.jsonl", "--agent", "suport") == 1
+    assert "no episode of an agent 'suport'" in capfd.readouterr().err
+    assert not (tmp_path / "o.jsonl").exists()
+    assert exported(tmp_path, "trl", tmp_path / "o.jsonl") == 0
+    assert "0 written: its rows are corrected steps, and there is none" in capfd.readouterr().out
+
+
+def test_a_stream_is_given_the_rows_and_nothing_else(one_episode: Episode, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "learner", "export", "--format", "openai", "--out", "/dev/stdout"]
+    ended = subprocess.run([*command, "--state", str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert [json.loads(line)["messages"][-1]["content"] for line in ended.stdout.splitlines()] == ["a"]
+    assert "1 written" in ended.stderr
+
+
+def test_the_route_takes_a_time_without_a_zone_for_utc_as_the_command_does(
+    serve_scripted: ServeScripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve_scripted("Hello.")
+    server.client().chat.completions.create(model="novice", messages=[{"role": "user", "content": "Hi"}])
+    an_hour_ago = datetime.fromtimestamp(time.time() - 3600, UTC).replace(tzinfo=None).isoformat()
+    monkeypatch.setenv("TZ", "UTC+7")  # where it is earlier
+    time.tzset()
+    try:
+        query = {"format": "openai", "since": an_hour_ago}
+        assert len(httpx.get(f"{server.url}/v1/export", params=query).text.splitlines()) == 1
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_the_route_streams_a_row_a_line(serve_scripted: ServeScripted) -> None:

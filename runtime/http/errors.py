@@ -197,6 +197,8 @@ def _validation_error(error: RequestValidationError | ValidationError) -> ApiErr
     if isinstance(cause := problem.get("ctx", {}).get("error"), FieldRefused):
         return as_api_error(cause)
     message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        message = "there is no such field; GET /docs tells which there are"
     return ApiError(400, f"{where}: {message}" if where else message, None, where or None)
 
 

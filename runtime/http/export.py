@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -13,12 +13,13 @@ from fastapi.responses import StreamingResponse
 from runtime.http.agents import listed_agent
 from runtime.http.keys import asking_key
 from runtime.http.parts import Parts
+from runtime.http.strict_json import OwnRoute
 from runtime.store.episodes import Actor, Purpose
 from runtime.store.export import ExportFilter, export
 
 
 def export_routes(parts: Parts) -> APIRouter:
-    router = APIRouter(prefix="/v1/export")
+    router = APIRouter(prefix="/v1/export", route_class=OwnRoute)
 
     @router.get("", response_class=StreamingResponse)
     def export_episodes(
@@ -34,7 +35,7 @@ def export_routes(parts: Parts) -> APIRouter:
     ) -> StreamingResponse:
         """Newest episode first, the key's own; an admin key gets all.
 
-        `since` is a moment; `min_outcome` leaves out episodes without an outcome.
+        `since` is a moment, of UTC where it names no zone; `min_outcome` leaves out episodes without an outcome.
         """
         key = asking_key(request)
         wanted = ExportFilter(
@@ -42,7 +43,7 @@ def export_routes(parts: Parts) -> APIRouter:
             actor,
             adapter,
             task_prefix,
-            None if since is None else since.timestamp(),
+            None if since is None else (since if since.tzinfo else since.replace(tzinfo=UTC)).timestamp(),
             min_outcome,
             key.sees_only,
             listed_agent(parts, agent, key),

@@ -511,7 +511,14 @@ def in_order_of_calls(messages: Sequence[Message]) -> tuple[Message, ...]:
     return tuple(ordered)
 
 
-class OutcomeRequest(WireModel):
+class OwnModel(WireModel):
+    """A body that no client of OpenAI's or Anthropic's sends: a field that it does not know is refused. Of a misspelled
+    one the default would be taken: the server's own agent, a key for all agents."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class OutcomeRequest(OwnModel):
     """Body of POST /v1/episodes/{id}/outcome."""
 
     value: float = Field(ge=0, le=1, allow_inf_nan=False)
@@ -526,7 +533,7 @@ class OutcomeRequest(WireModel):
 _IS_A_REFUSAL = "is a refusal, which nobody is to learn; write what an expert would say as content"
 
 
-class DemonstrationEntry(WireModel):
+class DemonstrationEntry(OwnModel):
     """One expert's conversation."""
 
     messages: ListOf[ChatMessage] = Field(min_length=1)
@@ -561,7 +568,7 @@ class DemonstrationEntry(WireModel):
         )
 
 
-class DemonstrationsRequest(WireModel):
+class DemonstrationsRequest(OwnModel):
     """Body of POST /v1/demonstrations."""
 
     demonstrations: ListOf[DemonstrationEntry]
@@ -569,20 +576,20 @@ class DemonstrationsRequest(WireModel):
     """The agent that is to learn from them; without it, the server's own."""
 
 
-class PromotionRequest(WireModel):
+class PromotionRequest(OwnModel):
     """Body of POST /v1/episodes/{id}/promote; may be left out."""
 
     expert: str = Field(default="user", pattern=_NAME)
     """Who vouches for the episode."""
 
 
-class WithdrawalRequest(WireModel):
+class WithdrawalRequest(OwnModel):
     """Body of a DELETE of an outcome, a correction or a demonstration; may be left out."""
 
     reason: str = Field("", max_length=10_000)
 
 
-class ErasureRequest(WireModel):
+class ErasureRequest(OwnModel):
     """Body of a DELETE of episodes; may be left out. Both fields may stand in the query as well."""
 
     reason: str = Field("", max_length=1000)
@@ -591,7 +598,7 @@ class ErasureRequest(WireModel):
     """Start a cycle without what is erased; what acts and has learned from it is rolled back first."""
 
 
-class CorrectionRequest(WireModel):
+class CorrectionRequest(OwnModel):
     """Body of POST /v1/episodes/{id}/corrections: what should have been done at one of its steps."""
 
     step_id: str = Field(min_length=1, max_length=128)
@@ -612,7 +619,7 @@ class CorrectionRequest(WireModel):
 # ----------------------------------------------------------------------------------------------- learner
 
 
-class CycleRequest(WireModel):
+class CycleRequest(OwnModel):
     """Body of POST /v1/learner/cycles; may be left out. What is not said is as the server was started."""
 
     objectives: ListOf[Literal["sft_rft", "sft", "rft", "dft", "implicit", "inverse", "pivot", "eto", "ppo"]] | None = (
@@ -638,7 +645,7 @@ class CycleRequest(WireModel):
 # -------------------------------------------------------------------------------------------------- keys
 
 
-class KeyRequest(WireModel):
+class KeyRequest(OwnModel):
     """Body of POST /v1/keys."""
 
     name: str = Field(pattern=_NAME)
@@ -659,7 +666,7 @@ class KeyRequest(WireModel):
 _Reason = Annotated[str, Field(max_length=10_000)]
 
 
-class AdapterRegistration(WireModel):
+class AdapterRegistration(OwnModel):
     """Body of POST /v1/adapters."""
 
     path: str = Field(min_length=1, max_length=4096)
@@ -673,7 +680,7 @@ class AdapterRegistration(WireModel):
     """The agent that it is for; without it, the server's own."""
 
 
-class RewardRegistration(WireModel):
+class RewardRegistration(OwnModel):
     """Body of POST /v1/adapters/{name}/reward."""
 
     path: str = Field(min_length=1, max_length=4096)
@@ -682,7 +689,7 @@ class RewardRegistration(WireModel):
     """The learner's cycle that made it."""
 
 
-class AdapterChange(WireModel):
+class AdapterChange(OwnModel):
     """Body of POST /v1/adapters/{name}/unload; may be left out."""
 
     reason: _Reason = ""
@@ -712,7 +719,7 @@ class CanaryRequest(AdapterPromotion):
     """Of the new episodes."""
 
 
-class AdapterRefusal(WireModel):
+class AdapterRefusal(OwnModel):
     """Body of POST /v1/adapters/{name}/refuse."""
 
     reason: _Reason = Field(min_length=1)

@@ -51,6 +51,24 @@ class StrictJsonRoute(APIRoute):
         return answer_strictly
 
 
+class OwnRoute(StrictJsonRoute):
+    """A route that no client of OpenAI's or Anthropic's asks: a query that it does not know is refused. A misspelled
+    filter would choose, or erase, more than was meant."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        answer = super().get_route_handler()
+        known = [field.alias for field in self.dependant.query_params]
+
+        async def answer_to_known(request: Request) -> Response:
+            unknown = next((name for name in request.query_params if name not in known), None)
+            if unknown is not None:
+                there_are = f"there are: {', '.join(known)}" if known else "there is none here"
+                raise ApiError(400, f"there is no query parameter {unknown!r}; {there_are}", None, f"query.{unknown}")
+            return await answer(request)
+
+        return answer_to_known
+
+
 async def made_of_body(request: Request, is_slow: bool, make: Callable[P, T], *values: P.args, **more: P.kwargs) -> T:
     """What is made of a body that was read: in a thread where that is slow or the body large, and let go there, too."""
     large_value = getattr(request, "large_value", None)

@@ -175,7 +175,8 @@ class Eraser:
                     return self.erasure(erasure_id)
                 self.note(erasure_id, Event.ROWS, {"rows": counts})
             if self.erasure(erasure_id).state == "rows":
-                self._clean_file(erasure_id, may_rewrite=erasure.scope is not Scope.RETENTION)
+                is_asked_for = erasure.num_episodes > 0 and erasure.scope is not Scope.RETENTION
+                self._clean_file(erasure_id, may_rewrite=is_asked_for)
             return self.erasure(erasure_id)
 
     def note(self, erasure_id: str, event: Event, report: dict[str, Any]) -> None:

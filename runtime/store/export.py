@@ -2,14 +2,15 @@
 
 Pure conversions of what the log holds, for `python -m learner export` and for `GET /v1/export`; both floors may import
 the store. An episode with branches is one conversation for each of its ends; a step that stands in several of them is
-learned in the first one only. What could not be read as an action is kept as it was said, and marked as not to be
-learned.
+learned in the first one only. Where a client changed what had been said before (a clock in its system message, a
+shortened history), another conversation begins: it has what the client then sent, as the policy saw it. What could not
+be read as an action is kept as it was said, and marked as not to be learned.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -46,12 +47,12 @@ class ExportFilter:
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """One way through an episode, from its first message to one of its ends."""
+    """One conversation of an episode, from its first message to one of its ends."""
 
     episode: Episode
     path: tuple[Step, ...]
-    learned: frozenset[str]
-    """Ids of the steps that are to be learned here."""
+    new: frozenset[str]
+    """Ids of the steps that stand in no branch before this one."""
     outcomes: tuple[Outcome, ...]
     rewards: dict[str, list[Row]]
     """By step: `cycle`, `source`, `value`."""
@@ -62,6 +63,11 @@ class Branch:
         return self.path[-1].id
 
     @property
+    def learned(self) -> frozenset[str]:
+        """Ids of the steps that are to be learned here."""
+        return frozenset(s.id for s in self.path if s.id in self.new and not isinstance(s.action, MalformedAction))
+
+    @property
     def tools(self) -> list[ToolSchema]:
         return list(self.path[-1].tools)
 
@@ -69,7 +75,8 @@ class Branch:
 def export(log: StepLog, learning_log: LearningReader | None, wanted: ExportFilter, form: str) -> Iterator[Row]:
     """The rows of a format, of the newest episode first. `form` is a key of FORMATS.
 
-    An episode with a damaged step is left out, and noted by the log.
+    An episode with a damaged step is left out, and noted by the log. So is one that is erased before its rows are
+    handed over.
     """
     convert = FORMATS[form]
     for episode in _episodes(log, wanted):
@@ -78,7 +85,8 @@ def export(log: StepLog, learning_log: LearningReader | None, wanted: ExportFilt
         except Damaged as damaged:
             log.damage.note(damaged)
             continue
-        yield from rows
+        if not log.erased_among([episode.id]):
+            yield from rows
 
 
 def _episodes(log: StepLog, wanted: ExportFilter) -> Iterator[Episode]:
@@ -101,14 +109,25 @@ def _branches(log: StepLog, learning_log: LearningReader | None, episode: Episod
     for reward in learning_log.rewards_of(episode.id) if learning_log is not None else ():
         said = {"cycle": reward.cycle, "source": reward.source.value, "value": reward.value}
         rewards.setdefault(reward.step_id, []).append(said)
-    parents = {step.parent_id for step in steps}
+    by_id = {step.id: step for step in steps}
+    continued = {step.parent_id for step in steps if step.prompt_change is None}
     seen: set[str] = set()
-    for end in (step for step in steps if step.id not in parents):
-        path = tuple(log.path_to(end.id))
-        new = {step.id for step in path} - seen
-        learned = {step.id for step in path if step.id in new and not isinstance(step.action, MalformedAction)}
+    for end in (step for step in steps if step.id not in continued):
+        path = _conversation_to(end, by_id, log)
+        new = frozenset(step.id for step in path) - seen
         seen |= new
-        yield Branch(episode, path, frozenset(learned), outcomes, rewards)
+        yield Branch(episode, path, new, outcomes, rewards)
+
+
+def _conversation_to(end: Step, by_id: Mapping[str, Step], log: StepLog) -> tuple[Step, ...]:
+    """The steps from the first one of its conversation on: an episode's, or the last that changed what was said."""
+    path = [end]
+    while path[-1].prompt_change is None and path[-1].parent_id is not None and len(path) <= end.index:
+        parent = by_id.get(path[-1].parent_id) or log.step(path[-1].parent_id)
+        if parent is None:
+            break
+        path.append(parent)
+    return tuple(reversed(path))
 
 
 def _conversation(branch: Branch) -> tuple[list[Message], list[int]]:
@@ -145,6 +164,7 @@ def _session(branch: Branch, _: StepLog) -> Iterator[Row]:
         "adapter": branch.episode.adapter,
         "purpose": branch.episode.purpose.value,
     }
+    about |= {"outcome": branch.outcomes[-1].value} if branch.outcomes else {}
     header: Row = {"type": "session", "harness": "stepagent", "id": branch.name, "metadata": about}
     header |= {"learn_from": learned} | ({"tools": branch.tools} if branch.tools else {})
     yield header | ({"task": branch.episode.task} if branch.episode.task else {})
@@ -152,23 +172,37 @@ def _session(branch: Branch, _: StepLog) -> Iterator[Row]:
 
 
 def _preferences(branch: Branch, log: StepLog) -> Iterator[Row]:
-    """TRL's preference rows: where a person corrected a step, the correction is chosen and the step is rejected."""
+    """TRL's preference rows: where a person corrected a step, the correction is chosen and the step is rejected.
+
+    Arguments of calls are objects, as chat templates read them: of a text they would make a text of JSON in JSON.
+    """
     messages: list[Message] = []
     for step in branch.path:
-        messages += step.new_messages
-        corrections = log.corrections(step.id) if step.id in branch.learned or _is_malformed(step) else []
-        if corrections:
-            row = {
-                "prompt": list(messages),
-                "chosen": [action_message(corrections[-1].action)],
-                "rejected": [action_message(step.action)],
-            }
+        messages += [_with_objects(message) for message in step.new_messages]
+        taken = _with_objects(action_message(step.action))
+        corrections = log.corrections(step.id) if step.id in branch.new else []
+        chosen = _with_objects(action_message(corrections[-1].action)) if corrections else taken
+        if not _says_the_same(chosen, taken):
+            row: Row = {"prompt": list(messages), "chosen": [chosen], "rejected": [taken]}
             yield row | ({"tools": list(step.tools)} if step.tools else {})
-        messages.append(action_message(step.action))
+        messages.append(taken)
 
 
-def _is_malformed(step: Step) -> bool:
-    return isinstance(step.action, MalformedAction)
+def _says_the_same(one: Message, other: Message) -> bool:
+    """But for the ids of calls and for thinking."""
+    said = [(each["content"], [call["function"] for call in each.get("tool_calls", ())]) for each in (one, other)]
+    return said[0] == said[1]
+
+
+def _with_objects(message: Message) -> Message:
+    """The message with the arguments of its calls as objects."""
+    if not message.get("tool_calls"):
+        return message
+    calls = [
+        {**call, "function": {**call["function"], "arguments": _arguments(call["function"].get("arguments"))}}
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
 
 
 # ---------------------------------------------------------------------------------------------------- ATIF

@@ -33,6 +33,7 @@ class TaughtAdapter:
     name: str
     state: str
     is_acting: bool
+    """For its agent."""
     learned: list[str]
     """Those of the episodes that it was trained on; empty where it only goes on from an adapter that was."""
     inherited_from: str | None
@@ -144,7 +145,8 @@ class Lineage:
             learned.setdefault(row["name"], set()).add(row["episode_id"])
         if not learned:
             return []
-        acting = self._rows("SELECT adapter FROM acting ORDER BY id DESC LIMIT 1")
+        newest = "SELECT max(id) FROM acting GROUP BY agent"
+        acting = {row["adapter"] for row in self._rows(f"SELECT adapter FROM acting WHERE id IN ({newest})")}
         found, origin = list[TaughtAdapter](), dict[str, str]()
         for row in self._rows(
             "SELECT name, parent, (SELECT state FROM adapter_events WHERE adapter = adapters.name ORDER BY id DESC "
@@ -157,9 +159,8 @@ class Lineage:
                 origin[name] = origin[row["parent"]]
             if name in origin:
                 inherited = None if name in learned else origin[name]
-                is_acting = bool(acting) and acting[0]["adapter"] == name
                 episodes = sorted(learned.get(name, ()))
-                found.append(TaughtAdapter(name, row["state"], is_acting, episodes, inherited))
+                found.append(TaughtAdapter(name, row["state"], name in acting, episodes, inherited))
         return found
 
     def erased_lessons_of(self, adapter: str) -> list[str]:
