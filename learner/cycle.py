@@ -31,6 +31,7 @@ from learner.evaluation.judging import Verdict, best_of, judge, num_earlier
 from learner.evaluation.trials import CycleTrials
 from learner.evaluation.twins import needed_later
 from learner.objectives.build import TAKES_OUTCOMES, NothingToLearn
+from learner.objectives.successes import success_counts
 from learner.options import CycleOptions
 from learner.report import CycleRecord
 from learner.training.candidates import (
@@ -81,6 +82,7 @@ async def _run(record: CycleRecord, who: Collaborators, options: CycleOptions) -
     trials = _look_ahead(record, who, options, collected, parents[0])
     inspection = await _inspect(record, who, options, collected, parents[0])
     training_data = await _ask_judge(record, who, collected, inspection.training_data)
+    record.measure("own_episodes", success_counts(training_data, options.objective))
     _require_something_new(options, inspection, training_data)
     discriminator = _reward(record, who, options, collected, training_data)
     try:

@@ -15,6 +15,7 @@ from torch import Tensor
 from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
 from learner.objectives.build import OBJECTIVES, NothingToLearn, objective_of
 from learner.objectives.objectives import Likelihood, Objective, PolicyGradient, StepPreference, TrajectoryPreference
+from learner.objectives.successes import success_counts
 from learner.options import OBJECTIVE_NAMES, ObjectiveOptions
 from learner.packing.prefix_tree import ScoredSequence, pack_sequences
 from learner.packing.scoring import SequenceLogprobs, score, to_batch
@@ -228,6 +229,8 @@ def test_sft_rft_leaves_out_successes_that_took_longer_than_demonstrations_allow
     data = replace(rich_training_data(), policy_episodes=successes)  # its longest demonstration has two steps
     rows = make("sft_rft", data, replace(OPTIONS, max_success_length=max_success_length)).sequences
     assert {row.owner[0] for row in rows} == {"a", "b"} | learned  # type: ignore[index]
+    counts = success_counts(data, replace(OPTIONS, max_success_length=max_success_length))
+    assert counts == {"num_successes": 3.0, "num_detours": 3.0 - len(learned)}
 
 
 @pytest.mark.parametrize("name", ["rft", "sft_rft"])

@@ -79,6 +79,7 @@ def test_own_successes_teach_a_policy_that_has_mastered_every_demonstrated_state
         status = run(server, tmp_path, "cycle_2", options=replace(QUICK, objectives=("sft_rft",)))
     assert "sft_rft" in status.report["diagnostics"], status.message
     assert status.report["diagnostics"]["sft_rft"]["perplexity"] > 0
+    assert status.report["diagnostics"]["own_episodes"] == {"num_successes": 1.0, "num_detours": 0.0}
 
 
 def test_a_success_whose_words_nobody_could_read_teaches_nothing(protocol: ChatProtocol, tmp_path: Path) -> None:

@@ -40,6 +40,13 @@ def sft_rft(training_data: TrainingData, options: ObjectiveOptions, discriminato
     return Likelihood("sft_rft", sequences)
 
 
+def success_counts(training_data: TrainingData, options: ObjectiveOptions) -> dict[str, float]:
+    """How many own episodes succeeded, and how many of them `sft_rft` leaves out for the detours they took."""
+    successes = _successes(training_data)
+    straight = _straight(successes, training_data.demonstrations, options.max_success_length)
+    return {"num_successes": float(len(successes)), "num_detours": float(len(successes) - len(straight))}
+
+
 def _successes(training_data: TrainingData) -> list[Trajectory]:
     """Own episodes that somebody called a success."""
     return [own for own in training_data.policy_episodes if own.outcome == 1.0]
