@@ -16,6 +16,7 @@ from runtime.config import parse_settings
 from runtime.privacy.presidio import replaced
 from runtime.privacy.redaction import Redactor, UnknownHook, load_hook
 from tests.conftest import ServeScripted
+from tests.demonstrations import post
 from tests.serving import MODEL, SayingEngine, Served
 from tests.test_erasure import files_with
 
@@ -136,7 +137,7 @@ def test_a_secret_reaches_neither_the_model_nor_the_disk_and_the_client_is_told(
         ask(served, "/chat/completions", messages=[say(f"My key is {KEY}, again")], stream=True),
         ask(served, "/responses", input=f"My key is {KEY}", instructions=PEM),
         ask(served, "/messages", messages=[say(f"My key is {KEY}")], max_tokens=10, tools=None),
-        ask(served, "/demonstrations", demonstrations=[{"messages": shown}]),
+        post(served, {"messages": shown}),
     ]  # fmt: skip
     assert [answer.status_code for answer in answers] == [200] * 5
     assert [answer.headers.get("x-stepagent-redacted") for answer in answers] == ["2", "1", "2", "1", "2"]

@@ -512,13 +512,13 @@ def in_order_of_calls(messages: Sequence[Message]) -> tuple[Message, ...]:
 
 
 class OwnModel(WireModel):
-    """A body that no client of OpenAI's or Anthropic's sends: a field that it does not know is refused. Of a misspelled
-    one the default would be taken: the server's own agent, a key for all agents."""
+    """A body that chooses whom or what is acted on: a field that it does not know is refused. Of a misspelled one the
+    default would be taken: the server's own agent, a key for all agents."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class OutcomeRequest(OwnModel):
+class OutcomeRequest(WireModel):
     """Body of POST /v1/episodes/{id}/outcome."""
 
     value: float = Field(ge=0, le=1, allow_inf_nan=False)
@@ -533,7 +533,7 @@ class OutcomeRequest(OwnModel):
 _IS_A_REFUSAL = "is a refusal, which nobody is to learn; write what an expert would say as content"
 
 
-class DemonstrationEntry(OwnModel):
+class DemonstrationEntry(WireModel):
     """One expert's conversation."""
 
     messages: ListOf[ChatMessage] = Field(min_length=1)
@@ -576,14 +576,14 @@ class DemonstrationsRequest(OwnModel):
     """The agent that is to learn from them; without it, the server's own."""
 
 
-class PromotionRequest(OwnModel):
+class PromotionRequest(WireModel):
     """Body of POST /v1/episodes/{id}/promote; may be left out."""
 
     expert: str = Field(default="user", pattern=_NAME)
     """Who vouches for the episode."""
 
 
-class WithdrawalRequest(OwnModel):
+class WithdrawalRequest(WireModel):
     """Body of a DELETE of an outcome, a correction or a demonstration; may be left out."""
 
     reason: str = Field("", max_length=10_000)
@@ -598,7 +598,7 @@ class ErasureRequest(OwnModel):
     """Start a cycle without what is erased; what acts and has learned from it is rolled back first."""
 
 
-class CorrectionRequest(OwnModel):
+class CorrectionRequest(WireModel):
     """Body of POST /v1/episodes/{id}/corrections: what should have been done at one of its steps."""
 
     step_id: str = Field(min_length=1, max_length=128)
