@@ -830,6 +830,16 @@ def test_a_row_that_cannot_be_read_costs_the_views_its_own_lines_alone(
     assert len(told) == (value in NO_JSON)
 
 
+def test_a_call_whose_id_has_no_utf8_is_logged_and_the_one_beside_it_found(log: StepLog) -> None:
+    """Such an id refused the whole step."""
+    calls = ToolCall("call_\ud800", "look", {}), ToolCall("call_1", "look", {})
+    episode = make_episode()
+    step = make_step(episode, action=ToolCalls(calls))
+    log.append(episode, step).result()
+    assert log.step(step.id) == step
+    assert [each.step_id for each in log.marked_steps(Mark.CALL, [call.id for call in calls], EVERYWHERE)] == [step.id]
+
+
 @pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(tree=step_trees())

@@ -89,11 +89,17 @@ def fields_of(record: Any) -> Row:
 def to_json(value: Any) -> str:
     """JSON text. Raises ValueError for NaN and infinity, which JSON does not have and SQLite's views cannot read."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # Half of a surrogate pair has no UTF-8, but JSON can escape it.
+    return text if has_utf8(text) else json.dumps(value, allow_nan=False, separators=(",", ":"))
+
+
+def has_utf8(text: str) -> bool:
+    """Whether SQLite can hold it as it is: not with half of a surrogate pair."""
     try:
         text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair: it has no UTF-8, but JSON can escape it
-        text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return text
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def action_to_json(action: Action) -> str:

@@ -36,6 +36,7 @@ from runtime.store.step_rows import (
     correction_to_row,
     episode_to_row,
     fields_of,
+    has_utf8,
     outcome_to_row,
     step_to_row,
     to_json,
@@ -214,7 +215,8 @@ class StepWriter:
         self._insert("steps", step_to_row(step, tool_set["digest"], prompt, completion, prefix_len))
         if isinstance(step.action, ToolCalls):
             for call in step.action.calls:
-                self._insert("step_calls", {"call_id": call.id, "step_id": step.id})
+                if has_utf8(call.id):  # by another nobody can ask for the step
+                    self._insert("step_calls", {"call_id": call.id, "step_id": step.id})
         self._cache.put(step.id, prompt + completion)  # not committed yet, but nobody looks for a step he cannot see
 
     def _is_known_tool_set(self, digest: str) -> bool:
