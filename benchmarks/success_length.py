@@ -23,7 +23,7 @@ from benchmarks.figures import from_to, interval
 from benchmarks.lockstep import load_policy
 from benchmarks.method_runs import AXES, Scene, Stage
 from benchmarks.methods import base_of
-from benchmarks.recipes import OPTIONS
+from benchmarks.recipes import OPTIONS, OWN_SUCCESSES
 from learner.data.training_data import TrainingData, Trajectory
 from learner.objectives.build import objective_of
 from learner.objectives.objectives import action_sequence
@@ -37,10 +37,10 @@ LIMITS = (1.0, 1.5, 1000.0)
 def trained(scene: Scene, data: TrainingData, limit: float, begin: Path | None, folder: Path, seed: int) -> Trainer:
     """An agent after one cycle on the data, kept in the folder."""
     options = TrainingOptions(
-        lr=4e-3 if scene.is_small else None,
+        lr=OWN_SUCCESSES.lr if scene.is_small else None,
         epochs=0,
         min_gradient_steps=scene.gradient_steps,
-        trajectories_per_step=2,
+        trajectories_per_step=OWN_SUCCESSES.trajectories_per_step,
         seed=seed,
     )
     trainer = Trainer(scene.base, begin, options, scene.device)

@@ -82,8 +82,8 @@ class ObjectiveOptions:
     informative_only: bool = False
     """In `sft` and `implicit`, leave out states at which no own action disagrees with the expert's."""
     max_success_length: Positive = 1.5
-    """Own successes of more steps than so many times the longest demonstration's are not imitated by `sft_rft`: a
-    policy that got there on detours would learn the detours."""
+    """Own successes of more steps than so many times the longest demonstration's are not imitated by `sft_rft`: they
+    got there on detours."""
     max_versions_old: Count = 2
     """What an adapter did that is further behind the acting one is left out."""
 

@@ -25,9 +25,8 @@ def sft_rft(training_data: TrainingData, options: ObjectiveOptions, discriminato
     It is the improvement step of expert iteration (arXiv 1705.08439) with the demonstrations kept in every step. An own
     success shows what demonstrations leave out, the ways of tasks nobody demonstrated; the experts' actions hold what
     the policy never succeeds at by itself. Where an expert contradicts a step of a success, the expert's action alone
-    is learned; and a success that took far longer than any demonstration is no example: most of its steps are detours,
-    and a weak policy that imitates them takes more of them in the next cycle (benchmarks/RESULTS.md). Without outcomes
-    it is `sft`; without experts `rft`.
+    is learned; and a success that took far longer than any demonstration is no example: most of its steps are detours
+    (benchmarks/RESULTS.md tells how far that was measured). Without outcomes it is `sft`; without experts `rft`.
     """
     experts = tuple(labelled.expert_sequence for labelled in answered_states(training_data, options))
     examples = _straight(_successes(training_data), training_data.demonstrations, options.max_success_length)
