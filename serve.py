@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from runtime.config import Settings, parse_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from policies.chat.chat_protocol import ChatProtocol
@@ -163,7 +163,6 @@ def build_parts(settings: Settings) -> Parts:
     from runtime.store.step_log import LOCK_TIMEOUT_S, StepLog
     from runtime.store.vocabulary import require_vocabulary
     from tools.shelf import ToolShelf
-    from tools.worlds import load_world
     from tools.worlds.world import WorldFailed, max_steps_of
 
     served_name = settings.served_name or os.path.basename(os.path.normpath(settings.model))
@@ -180,8 +179,7 @@ def build_parts(settings: Settings) -> Parts:
             )
         slots = num_slots(settings, agents_file)
         worlds = {"": settings.world_name, **{name: agent.world for name, agent in agents_file.agents.items()}}
-        by_name = {world: load_world(world) for world in {*worlds.values()} if world}  # a file may be large: once
-        loaded = {name: by_name[world] if world else None for name, world in worlds.items()}
+        loaded = load_worlds(worlds, settings.agents)
         toolbox = toolbox_of(shelf, settings.tools, loaded[""], settings.run_tools)
         example = toolbox.example_request()
         named_agents = tuple(
@@ -275,6 +273,29 @@ def build_parts(settings: Settings) -> Parts:
         erasing=erasing,
         retention=retention_of(settings, log, erasing, swap),
     )
+
+
+def load_worlds(worlds: Mapping[str, str], agents_file: Path | None) -> dict[str, World | None]:
+    """By agent, the world whose tasks it does. Raises ValueError, with the agent's place in its file, for one that
+    cannot be loaded."""
+    from runtime.agents import place_in
+    from tools.worlds import load_world
+
+    loaded: dict[str, World | None] = {
+        "": None
+    }  # by the world's own name: a user's file may be large, and is read once
+    for agent, world in worlds.items():
+        if world in loaded:
+            continue
+        if ":" in world:
+            print(f"loading the world {world} ...", flush=True)
+        try:
+            loaded[world] = load_world(world)
+        except ValueError as error:
+            if not agent or agents_file is None:
+                raise
+            raise ValueError(f"{place_in(agents_file, ('agents', agent, 'world'))}: {error}") from error
+    return {agent: loaded[world] for agent, world in worlds.items()}
 
 
 def toolbox_of(shelf: ToolShelf, tools: Sequence[str], world: World | None, run_tools: str) -> Toolbox:

@@ -275,6 +275,11 @@ def _unknown_tools(path: Path, text: str, found: AgentsFile) -> Iterator[str]:
 # ------------------------------------------------------------------------------------ problems in words
 
 
+def place_in(path: Path, where: Sequence[str]) -> str:
+    """File, line, table and key, for a problem that shows when the file has been read."""
+    return _place(path, _text_of(path), where)
+
+
 def nearest(name: str, known: Iterable[str], likeness: float = 0.6) -> str:
     """The known name that is most like it, as an end of a sentence; empty where none is alike by this much."""
     alike = get_close_matches(name, list(known), n=1, cutoff=likeness)
@@ -318,7 +323,8 @@ def _place(path: Path, text: str, where: Sequence[str]) -> str:
     kind = {"agents": "agent", "tools": "tool"}.get(where[0], "") if where else ""
     named = [f"{kind} {where[1]!r}"] if kind and len(where) > 1 else []
     rest = ".".join(part for part in where[2 if named else 0 :] if not part.startswith("function-"))
-    return ", ".join([f"{path}{f' line {line}' if line else ''}", *named, *([f"`{rest}`"] if rest else [])])
+    place = ", ".join([f"{path}{f' line {line}' if line else ''}", *named, *([f"`{rest}`"] if rest else [])])
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in place)  # it goes to a terminal
 
 
 def line_of(text: str, where: Sequence[str]) -> int | None:
