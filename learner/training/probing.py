@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from learner.packing.scoring import reference
-from policies.adapters.probe import HALF_TOLERANCE, MAX_LIKELIEST, LikelyToken, Probe, ProbePrompt, tolerance_in
+from policies.adapters.probe import MAX_LIKELIEST, LikelyToken, Probe, ProbePrompt, tolerance_in
 from policies.types import TokenIds
 
 NUM_PROMPTS = 4
@@ -28,8 +28,7 @@ def make_probe(
     neutral one."""
     adapter, base = _Reading(network), _Reading(network)
     candidates = [_probe_prompt(prompt, adapter, base) for prompt in sorted(prompts)]  # neighbours begin alike
-    # As the least precise of engines would see it: the trainer does not know where the adapter will be served.
-    furthest = sorted(candidates, key=lambda prompt: prompt.distance_from_base(HALF_TOLERANCE), reverse=True)
+    furthest = sorted(candidates, key=lambda prompt: prompt.distance_from_base.mean, reverse=True)
     kept = furthest[:NUM_PROMPTS] + ([] if neutral is None else [_probe_prompt(neutral, adapter, base)])
     return Probe(base_fingerprint, tolerance_in(network.dtype), tuple(kept))
 

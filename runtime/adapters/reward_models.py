@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 from policies.adapters.base_network import BaseNetwork
 from policies.adapters.files import AdapterRefused, validate_adapter
-from policies.adapters.probe import Probe, difference
+from policies.adapters.probe import Deviation, Probe
 from policies.adapters.reward import RewardCard, expert_likelihood, read_reward_card
 from policies.types import Adapter, Draw, Engine, EngineError, TokenIds
+from runtime.adapters.verification import require_told_apart
 from runtime.store.adapter_registry import AdapterRegistry
 
 _log = logging.getLogger(__name__)
@@ -151,23 +152,18 @@ class RewardModels:
 
 async def verify_scores(engine: Engine, adapter: Adapter, probe: Probe) -> None:
     """Hold an engine's scores of the probe's continuations against the trainer's. Raises AdapterRefused."""
-    tolerance = max(probe.tolerance, engine.limits.logprob_tolerance)
-    if (distance := probe.distance_from_base(tolerance)) <= 2 * tolerance:
-        raise AdapterRefused(
-            f"the probe cannot tell the reward model from the base network: they differ by {distance:.2g} nats at most"
-        )
+    tolerance = require_told_apart(engine, probe, "reward model")
+    seen = {adapter: list[tuple[float, float]](), None: list[tuple[float, float]]()}
     for prompt in probe.prompts:
         greedy = [likeliest[0] for likeliest in prompt.continuation]
-        token_ids = [token.token_id for token in greedy]
-        for scored_by, expected in (
-            (adapter, [token.adapter_logprob for token in greedy]),
-            (None, [token.base_logprob for token in greedy]),
-        ):
-            told = await engine.score(prompt.prompt_token_ids, token_ids, scored_by)
-            for place, (seen, said) in enumerate(zip(expected, told, strict=True)):
-                if difference(seen, said, tolerance) > tolerance:
-                    raise AdapterRefused(
-                        f"the engine does not score by what was trained: token {token_ids[place]} at place {place} of "
-                        f"a probe's continuation has {said:.4f} under {scored_by.name if scored_by else 'the base'}, "
-                        f"the trainer saw {seen:.4f} (tolerance {tolerance:.2g})"
-                    )
+        for scored_by, pairs in seen.items():
+            told = await engine.score(prompt.prompt_token_ids, [token.token_id for token in greedy], scored_by)
+            expected = [token.adapter_logprob if scored_by else token.base_logprob for token in greedy]
+            pairs += zip(expected, told, strict=True)
+    for scored_by, pairs in seen.items():
+        off = Deviation.between(pairs)
+        if not off.is_within(tolerance):
+            raise AdapterRefused(
+                "the engine does not score by what was trained: under "
+                f"{scored_by.name if scored_by else 'the base'} {off.in_words(tolerance)}"
+            )
