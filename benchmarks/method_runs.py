@@ -62,6 +62,8 @@ class Axis:
     """So many times as many own episodes a cycle."""
     is_narrow: bool = False
     """Taught, and practised, is only what the expert does in few steps; tried is the rest: what is forgotten there."""
+    max_repeats: int | None = None
+    """Own episodes and trials end where the same action has been told the same so many times."""
 
 
 AXES = {
@@ -76,6 +78,8 @@ AXES = {
         Axis("25 % judged", judged_share=0.25),
         Axis("4 x the traffic", traffic=4),
         Axis("short tasks taught, long ones tried", is_narrow=True),
+        # Nothing is harder: of a real model that goes round in circles the trials take most of the time.
+        Axis("circles cut", max_repeats=3),
     )
 }
 
@@ -171,6 +175,7 @@ class Stage:
         if scene.axis.permutes:
             world = PermutingExpert(world, scene.seed)
         self.rollouts = BriefRollouts(world, scene.base)
+        self.rollouts.max_repeats = scene.axis.max_repeats
         unseen = range(first_unseen(scene.world) if scene.student == "student" else 0, world.splits["train"])
         order = Random(f"demonstrations/{scene.seed}").sample(unseen, min(len(unseen), 1000))
         tasks = [world.task("train", index) for index in order]

@@ -10,6 +10,7 @@ rendered once, and not anew with every conversation.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -57,6 +58,8 @@ class Attempt:
     states: list[State] = field(default_factory=list)
     is_over: bool = False
     is_malformed: bool = False
+    seen: Counter[tuple[TokenIds, TokenIds]] = field(default_factory=Counter)
+    """How often which action was told what."""
 
     @property
     def outcome(self) -> float:
@@ -73,6 +76,9 @@ class Rollouts:
         self.protocol = model if isinstance(model, ChatProtocol) else ChatProtocol.load(model)
         self.max_steps = max_steps_of(world)
         self.max_action_tokens = MAX_ACTION_TOKENS
+        self.max_repeats: int | None = None
+        """An attempt at which the same action has been told the same so many times is over: it goes round in circles.
+        None: it goes on."""
 
     def attempts(
         self,
@@ -119,6 +125,8 @@ class Rollouts:
                 if keeps_states:
                     attempt.states.append(self._state(attempt, (completion,), f"{episode_ids[index]}/{number}"))
                 told.append(self._play(attempt, completion))
+                attempt.seen[completion.token_ids, told[-1]] += 1
+                attempt.is_over |= attempt.seen[completion.token_ids, told[-1]] == self.max_repeats
                 attempt.is_over |= not keeps_states and attempt.episode.is_done
                 attempt.is_over |= len(attempt.prompt) + MAX_ACTION_TOKENS > network.config.max_position_embeddings
             places = [place for place, index in enumerate(running) if not all_attempts[index].is_over]

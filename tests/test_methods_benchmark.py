@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ from learner.packing.prefix_tree import ScoredSequence
 from learner.training.trainer import Trainer
 from policies.chat.chat_protocol import ChatProtocol, action_message, message_action
 from policies.novice.build import NOVICE_PATH, roll_out
-from policies.types import TokenIds, ToolCalls
+from policies.types import Completion, FinishReason, TokenIds, ToolCalls
 from tests.expert_sequences import expert_rows
 
 torch.set_num_threads(1)
@@ -101,6 +102,30 @@ def test_greedy_attempts_end_as_those_of_transformers_generate(desk: Desk, netwo
     theirs = roll_out(network, desk.protocol.tokenizer, TASKS)
     assert [attempt.outcome for attempt in ours] == [attempt.episode.outcome() for attempt in theirs]
     assert len({attempt.outcome for attempt in ours}) == 2
+
+
+class StubbornDesk(Desk):
+    """Where all rows write the same action over and over."""
+
+    def __init__(self, protocol: ChatProtocol, action: TokenIds) -> None:
+        super().__init__(protocol)
+        self.said = Completion(action, (0.0,) * len(action), FinishReason.STOP)
+
+    def _lockstep(self, network: Any, num_rows: int, generator: torch.Generator) -> Any:
+        rows = SimpleNamespace(read=lambda texts: None, keep=lambda places: None)
+        rows.complete = lambda temperatures: [self.said] * len(temperatures)
+        return rows
+
+
+def test_an_attempt_that_goes_round_in_circles_is_cut_where_that_is_asked_for(
+    desk: Desk, network: Any, protocol: ChatProtocol
+) -> None:
+    first_of_the_expert = desk.demonstrations(TASKS[:1])[0].states[0].expert
+    stubborn = StubbornDesk(protocol, first_of_the_expert or ())
+    for max_repeats, num_steps in ((3, 3), (None, stubborn.max_steps)):
+        stubborn.max_repeats = max_repeats
+        (own,) = stubborn.own_trajectories(network, TASKS[:1], draw(), "own")
+        assert (len(own.states), own.outcome) == (num_steps, 0.0)
 
 
 def test_own_actions_carry_the_logprobs_that_the_trainer_finds_for_them(own: list[Trajectory]) -> None:

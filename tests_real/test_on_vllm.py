@@ -1,14 +1,19 @@
-"""The first half of the story on the engine for GPUs, in its build for CPUs and an environment of its own."""
+"""The first half of the story on the engine for GPUs, in its build for CPUs and an environment of its own; and adapters
+there, in the 16 bits that a real checkpoint is stored in."""
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
+from policies.adapters.files import WEIGHTS_FILE
 from tests_real.server_process import ROOT, answer_to, client_of, required_call, serving
+from tests_real.training import train
 
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 
@@ -34,3 +39,17 @@ def test_no_adapter_serves_before_one_has_been_let_act(url: str, folder: Path) -
         model=folder.name, messages=[{"role": "user", "content": f"Good morning, it is {time.time()}."}], max_tokens=4
     )
     assert raw.headers["x-adapter"] == "base"
+
+
+def test_what_was_trained_is_verified_in_16_bits_and_its_sibling_is_not(url: str, folder: Path, tmp_path: Path) -> None:
+    """By their furthest token four of six right adapters were refused here."""
+    short, longer = (train(folder, steps, tmp_path / str(steps)) for steps in (8, 16))
+    exchanged = shutil.copytree(longer, tmp_path / "exchanged")
+    shutil.copy(short / WEIGHTS_FILE, exchanged / WEIGHTS_FILE)
+    for path in (short, longer):
+        answer = httpx.post(f"{url}/adapters", json={"path": str(path), "reason": "a test"}, timeout=240)
+        assert answer.is_success, answer.text
+        assert answer.json()["state"] == "verified"
+    refused = httpx.post(f"{url}/adapters", json={"path": str(exchanged), "reason": "a test"}, timeout=240)
+    assert refused.status_code == 409
+    assert "does not serve what was trained" in refused.text
