@@ -66,6 +66,36 @@ async def test_a_free_place_goes_to_the_key_with_the_fewest() -> None:
     assert (queue.load.num_waiting, queue.load._free) == (0, 2)
 
 
+async def test_the_learner_stands_back_for_users_until_they_have_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user waited 105 seconds behind its trials."""
+    monkeypatch.setattr("runtime.http.load.USERS_PAUSE_S", 0.3)
+    queue = Queue(Load(places=8))
+    learner = [queue.ask(Key("learner", Role.ADMIN), f"trial{n}") for n in range(10)]
+    await settle()
+    assert len(queue.started) == 8, "alone it takes all places"
+    user = queue.ask(ANN, "ann")
+    await queue.end("trial0")
+    assert queue.started[8:] == ["ann"], "before the trials that have waited longer"
+    await queue.end(*(f"trial{n}" for n in range(1, 6)))
+    assert len(queue.started) == 9, "two of them run"
+    await queue.end("trial6", "trial7")
+    assert queue.started[9:] == ["trial8", "trial9"], "it is not kept out"
+    more = [queue.ask(Key("learner", Role.ADMIN), f"more{n}") for n in range(4)]
+    await queue.end("ann")
+    assert len(queue.started) == 11, "a user who runs a tool, or reads, is still there"
+    other = queue.ask(BOB, "bob")
+    await settle()
+    assert queue.started[11:] == ["bob"], "at once, though trials wait"
+    await queue.end("bob")
+    deadline = time.monotonic() + 10
+    while len(queue.started) < 16:
+        assert time.monotonic() < deadline, "nobody is served any more, and they wait on"
+        await asyncio.sleep(0.05)
+    await queue.end("trial8", "trial9", *(f"more{n}" for n in range(4)))
+    await asyncio.gather(user, other, *learner, *more)
+    assert (queue.load.num_waiting, queue.load._free, queue.load._running.total()) == (0, 8, 0)
+
+
 async def test_a_full_queue_sends_away_the_last_of_the_busiest_key() -> None:
     queue = Queue(Load(places=1, most_waiting=3))
     tasks = [queue.ask(ANN, f"ann{n}") for n in range(4)]

@@ -3,7 +3,8 @@
 As many requests run as the engine has places; the others wait, but not without bound: a client that is told 429 at
 once is better off than one that waits for minutes. A free place goes to the key that has the fewest, and where the
 queue is full, a newcomer takes the place of the last who waits with the key that has most of them: one busy client
-keeps nobody else out.
+keeps nobody else out. The server's own learner stands back for whoever is served: of a real model on a CPU its trials
+are prompts of a thousand tokens, sixteen at a time, and a user waited 105 seconds behind them.
 
 What a key with a quota has used up is logged together with the step that it was used for, and a start goes on from
 there. Not covered: requests that ended without a step, since the last step of that key, are forgotten by a kill.
@@ -12,6 +13,7 @@ there. Not covered: requests that ended without a step, since the last step of t
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -23,9 +25,14 @@ from prometheus_client import Counter as CounterMetric
 
 from runtime.http.shutdown import Cutting
 from runtime.store.episodes import KeyUsage, Step
-from runtime.store.keys import Key, Quota
+from runtime.store.keys import LEARNER, Key, Quota
 
 DAY_S = 24 * 3600
+
+BESIDE_USERS = 2
+"""Places that the server's own learner takes while others are served."""
+USERS_PAUSE_S = 5.0
+"""Others count as served so long after their last request, too: they run a tool, or read."""
 
 
 class Refused(Exception):
@@ -77,6 +84,9 @@ class Load:
         self._served_at: dict[str, int] = {}
         """By key, the number of the turn that it was given last: who was served longer ago comes first."""
         self._num_turns = 0
+        self._users_until = -math.inf
+        """Until then (time.monotonic) users count as served who have no request running."""
+        self._is_watching = False
         self._usage = {each.key: Usage(each.day, each.requests, each.steps, each.tokens) for each in used}
         self._mean_s = 1.0
         """How long a request has held its place lately."""
@@ -101,12 +111,11 @@ class Load:
         """Hold places for a request's completions. Raises Refused where the queue is full or the key's day is over,
         and ServerStopping."""
         self._require_quota(key)
-        if self._free < 1 or self._waiting:
+        if self._free < 1 or not self._may_start(key.name) or any(map(self._may_start, self._waiting)):
             await self._wait(key)
         else:
-            self._free -= 1
-        self._free -= num_completions - 1  # perhaps below zero: else who asks for many would wait for ever
-        self._running[key.name] += num_completions
+            self._take(key.name, 1)
+        self._take(key.name, num_completions - 1)  # perhaps more than are free: else who asks for many never came in
         self._num_turns += 1
         self._served_at[key.name] = self._num_turns
         usage = self._today(key)
@@ -118,8 +127,9 @@ class Load:
             yield
         finally:
             self._mean_s += 0.1 * (time.monotonic() - began - self._mean_s)
-            self._running[key.name] -= num_completions
-            self._free += num_completions
+            self._take(key.name, -num_completions)
+            if key.name != LEARNER:
+                self._users_until = time.monotonic() + USERS_PAUSE_S
             self._hand_on()
 
     def usage_of(self, key: Key, step: Step, num_beside: int = 0) -> tuple[KeyUsage, ...]:
@@ -149,13 +159,15 @@ class Load:
             self._make_room(key)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(key.name, deque()).append(turn)
+        if key.name == LEARNER and not self._is_watching:
+            self._watch_users()
         try:
             with self._cutting.waiting():
                 await turn
             self._require_quota(key)  # others of this key may have used it up meanwhile
         except BaseException:
             if turn.done() and not turn.cancelled() and turn.exception() is None:  # given, but no longer wanted
-                self._free += 1
+                self._take(key.name, -1)
                 self._hand_on()
             else:
                 self._forget(key.name, turn)
@@ -177,13 +189,30 @@ class Load:
 
     def _hand_on(self) -> None:
         """Give free places to those who wait: first to the key with the fewest."""
-        while self._free > 0 and self._waiting:
-            name = min(self._waiting, key=lambda each: (self._running[each], self._served_at.get(each, 0)))
+        while self._free > 0 and (names := list(filter(self._may_start, self._waiting))):
+            name = min(names, key=lambda each: (self._running[each], self._served_at.get(each, 0)))
             turn = self._waiting[name][0]
             self._forget(name, turn)
             if not turn.done():
-                self._free -= 1
+                self._take(name, 1)
                 turn.set_result(None)
+
+    def _take(self, name: str, num_places: int) -> None:
+        self._free -= num_places
+        self._running[name] += num_places
+
+    def _may_start(self, name: str) -> bool:
+        return name != LEARNER or self._running[LEARNER] < BESIDE_USERS or not self._are_users_served()
+
+    def _are_users_served(self) -> bool:
+        return self._running.total() > self._running[LEARNER] or time.monotonic() < self._users_until
+
+    def _watch_users(self) -> None:
+        """Let the learner in when they have gone, which nothing else tells."""
+        self._hand_on()
+        self._is_watching = LEARNER in self._waiting
+        if self._is_watching:
+            asyncio.get_running_loop().call_later(USERS_PAUSE_S / 5, self._watch_users)
 
     def _forget(self, name: str, turn: asyncio.Future[None]) -> None:
         queue = self._waiting.get(name)
