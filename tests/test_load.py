@@ -69,6 +69,7 @@ async def test_a_free_place_goes_to_the_key_with_the_fewest() -> None:
 async def test_the_learner_stands_back_for_users_until_they_have_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A user waited 105 seconds behind its trials."""
     monkeypatch.setattr("runtime.http.load.USERS_PAUSE_S", 0.3)
+    monkeypatch.setattr("runtime.http.load.BESIDE_USERS", 1 / 4)
     queue = Queue(Load(places=8))
     learner = [queue.ask(Key("learner", Role.ADMIN), f"trial{n}") for n in range(10)]
     await settle()

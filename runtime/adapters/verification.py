@@ -39,11 +39,8 @@ class ServedToken:
 async def verify_adapter(engine: Engine, adapter: Adapter, probe: Probe) -> None:
     """Compare a loaded adapter with its probe. Raises AdapterRefused where they differ; EngineError passes through."""
     tolerance = require_told_apart(engine, probe, "adapter")
-    served = list[ServedToken]()
-    # One after the other: verification shares the engine with users, and is in no hurry.
-    for prompt in probe.prompts:
-        served += _compared(prompt, await _go_on(engine, adapter, prompt))
-    off = Deviation.between((each.expected.adapter_logprob, each.logprob) for each in served)
+    served = await served_tokens(engine, adapter, probe)
+    off = deviation_of(served)
     if not off.is_within(tolerance):
         raise AdapterRefused(_mismatch(served, off, tolerance))
 
@@ -65,7 +62,21 @@ def require_told_apart(engine: Engine, probe: Probe, kind: str) -> float:
     return tolerance
 
 
-async def _go_on(engine: Engine, adapter: Adapter, prompt: ProbePrompt) -> list[SampledToken]:
+async def served_tokens(engine: Engine, adapter: Adapter | None, probe: Probe) -> list[ServedToken]:
+    """What the engine says of the probe's tokens under the adapter, or under the base network."""
+    served = list[ServedToken]()
+    # One after the other: verification shares the engine with users, and is in no hurry.
+    for prompt in probe.prompts:
+        served += _compared(prompt, await _go_on(engine, adapter, prompt))
+    return served
+
+
+def deviation_of(served: Sequence[ServedToken]) -> Deviation:
+    """How far that is from what the trainer saw."""
+    return Deviation.between((each.expected.adapter_logprob, each.logprob) for each in served)
+
+
+async def _go_on(engine: Engine, adapter: Adapter | None, prompt: ProbePrompt) -> list[SampledToken]:
     sampling = SamplingParams(max_tokens=len(prompt.continuation), temperature=0.0, num_top_logprobs=MAX_LIKELIEST)
     return [token async for token in engine.generate(prompt.prompt_token_ids, sampling, adapter, stream=False)]
 

@@ -29,8 +29,8 @@ from runtime.store.keys import LEARNER, Key, Quota
 
 DAY_S = 24 * 3600
 
-BESIDE_USERS = 2
-"""Places that the server's own learner takes while others are served."""
+BESIDE_USERS = 1 / 8
+"""Share of the places that the server's own learner takes while others are served; one in any case."""
 USERS_PAUSE_S = 5.0
 """Others count as served so long after their last request, too: they run a tool, or read."""
 
@@ -202,7 +202,7 @@ class Load:
         self._running[name] += num_places
 
     def _may_start(self, name: str) -> bool:
-        return name != LEARNER or self._running[LEARNER] < BESIDE_USERS or not self._are_users_served()
+        return name != LEARNER or self._running[LEARNER] < max(1, BESIDE_USERS * self._places) or not self._are_users_served()
 
     def _are_users_served(self) -> bool:
         return self._running.total() > self._running[LEARNER] or time.monotonic() < self._users_until
