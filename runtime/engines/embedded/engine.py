@@ -76,7 +76,7 @@ class EmbeddedEngine:
         """Load the network and start the thread. Raises ValueError where the memory does not hold the context.
 
         `tokenizer` is only needed for grammars. `device` is a torch device, or `auto`: a GPU if there is one.
-        `precision` auto measures on a CPU which is faster (precision.py), and keeps the network's own type on a GPU.
+        `precision` auto is 32 bits on a CPU, and the network's own type on a GPU; see precision.py.
         `kv_memory_bytes`, for keys and values, defaults to a quarter of what is free, if the batch has use for so much.
         `max_context_tokens` defaults to what the network was made for, at most 4096, and what that memory holds.
         `num_threads` are torch's.

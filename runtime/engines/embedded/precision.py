@@ -38,8 +38,8 @@ NUM_TRIES = 4
 def choose_dtype(model_path: str | Path, precision: Precision, device: str) -> torch.dtype | Literal["auto"]:
     """The type to load a network's folder in; `auto` is the type it is stored in, which a GPU takes.
 
-    On a CPU `auto` is 32 bits, in which the learner trains there: beside 16 bits an adapter of a real network (SmolLM2)
-    was refused, a token's log probability was 0.151 off where 0.15 is allowed. `measured` takes what is faster.
+    On a CPU `auto` is 32 bits, in which an adapter's proof is made there and log probabilities are those that the
+    trainer finds. `measured` takes what is faster: an adapter is verified in 16 bits, too (benchmarks/verification.py).
     """
     if precision in ("float32", "bfloat16"):
         return getattr(torch, precision)
