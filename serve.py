@@ -278,23 +278,22 @@ def build_parts(settings: Settings) -> Parts:
 def load_worlds(worlds: Mapping[str, str], agents_file: Path | None) -> dict[str, World | None]:
     """By agent, the world whose tasks it does. Raises ValueError, with the agent's place in its file, for one that
     cannot be loaded."""
-    from runtime.agents import place_in
+    from runtime.agents import place_in, printable
     from tools.worlds import load_world
 
-    loaded: dict[str, World | None] = {
-        "": None
-    }  # by the world's own name: a user's file may be large, and is read once
+    loaded: dict[str, World | None] = {"": None}  # by name: a user's file may be large, and is read once
     for agent, world in worlds.items():
         if world in loaded:
             continue
         if ":" in world:
-            print(f"loading the world {world} ...", flush=True)
+            print(f"loading the world {printable(world)} ...", flush=True)
         try:
             loaded[world] = load_world(world)
         except ValueError as error:
             if not agent or agents_file is None:
                 raise
-            raise ValueError(f"{place_in(agents_file, ('agents', agent, 'world'))}: {error}") from error
+            place = place_in(agents_file, ("agents", agent, "world"))
+            raise ValueError(f"{place}: {printable(str(error))}") from error
     return {agent: loaded[world] for agent, world in worlds.items()}
 
 

@@ -4,8 +4,8 @@
 
 Adapters are trained in turn on the same demonstrations of the order desk, each a few gradient steps longer than the one
 before it: siblings, as versions of a team's agent are. The learner writes their probes in 32 bits. Each is then held
-against each of the probes, and so is the base network. Printed is the deviation in nats, its mean and the furthest
-token, and whether the probe's own adapter passes and the others are told from it.
+against each of the probes, and so is the base network. Printed is how far it is off in nats, as the root of the mean
+square and at the furthest token, and whether it passes.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ async def compare(engine: Engine, adapters: Sequence[Adapter], tolerance: float)
     """Print a line for each probe and each that is held against it."""
     for adapter in adapters:
         await engine.load_adapter(adapter)
-    print(f"tolerance {tolerance:.3g} nats\n\n| probe of | served | mean | furthest token | |\n|---|---|---|---|---|")
+    print(f"tolerance {tolerance:.3g} nats\n\n| probe of | served | rms | furthest | |\n|---|---|---|---|---|")
     for own in adapters:
         for served in (*adapters, None):
             off = deviation_of(await served_tokens(engine, served, read_probe(own.path)))
             verdict = "passes" if off.is_within(tolerance) else "refused"
             name = served.name if served else "base"
-            print(f"| {own.name} | {name} | {off.mean:.4f} | {off.largest:.3f} | {verdict} |", flush=True)
+            print(f"| {own.name} | {name} | {off.rms:.4f} | {off.largest:.3f} | {verdict} |", flush=True)
 
 
 async def run(options: argparse.Namespace, folder: Path) -> None:

@@ -275,6 +275,11 @@ def _unknown_tools(path: Path, text: str, found: AgentsFile) -> Iterator[str]:
 # ------------------------------------------------------------------------------------ problems in words
 
 
+def printable(text: str) -> str:
+    """For a terminal: what would speak to it is written as an escape."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
 def place_in(path: Path, where: Sequence[str]) -> str:
     """File, line, table and key, for a problem that shows when the file has been read."""
     return _place(path, _text_of(path), where)
@@ -324,7 +329,7 @@ def _place(path: Path, text: str, where: Sequence[str]) -> str:
     named = [f"{kind} {where[1]!r}"] if kind and len(where) > 1 else []
     rest = ".".join(part for part in where[2 if named else 0 :] if not part.startswith("function-"))
     place = ", ".join([f"{path}{f' line {line}' if line else ''}", *named, *([f"`{rest}`"] if rest else [])])
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in place)  # it goes to a terminal
+    return printable(place)
 
 
 def line_of(text: str, where: Sequence[str]) -> int | None:

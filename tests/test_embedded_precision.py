@@ -87,4 +87,4 @@ async def test_in_16_bits_a_batch_that_shares_its_beginning_says_what_its_rows_s
         together = await asyncio.gather(*(complete(engine, prompt, sampling) for prompt in prompts))
         assert engine.num_reused_tokens >= 4 * 90
     for (one,), (other,) in zip(alone, together, strict=True):
-        assert one.logprob == pytest.approx(other.logprob, abs=HALF_TOLERANCE)
+        assert one.logprob == pytest.approx(other.logprob, abs=0.15)

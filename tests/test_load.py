@@ -97,6 +97,26 @@ async def test_the_learner_stands_back_for_users_until_they_have_gone(monkeypatc
     assert (queue.load.num_waiting, queue.load._free, queue.load._running.total()) == (0, 8, 0)
 
 
+async def test_a_user_never_waits_for_the_learner_s_turn_where_a_place_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pause was over, and a newcomer was queued behind a trial that nobody had let in yet: for up to a second."""
+    monkeypatch.setattr("runtime.http.load.USERS_PAUSE_S", 0.2)
+    queue = Queue(Load(places=4, most_waiting=0))
+    users = [queue.ask(ANN, "ann")]
+    await settle()
+    trials = [queue.ask(Key("learner", Role.ADMIN), f"trial{n}") for n in range(3)]
+    await queue.end("ann")
+    assert queue.started == ["ann", "trial0"], "places are free; no trial is sent away for the queue"
+    monkeypatch.setattr(queue.load, "_users_until", 0.0)
+    users.append(queue.ask(BOB, "bob"))
+    await settle()
+    assert "bob" in queue.started
+    await queue.end("bob")
+    monkeypatch.setattr(queue.load, "_users_until", 0.0)
+    await asyncio.sleep(0.1)
+    await queue.end("trial0", "trial1", "trial2")
+    await asyncio.gather(*users, *trials)
+
+
 async def test_a_full_queue_sends_away_the_last_of_the_busiest_key() -> None:
     queue = Queue(Load(places=1, most_waiting=3))
     tasks = [queue.ask(ANN, f"ann{n}") for n in range(4)]

@@ -16,8 +16,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from policies.adapters.files import WEIGHTS_FILE, AdapterRefused
-from policies.adapters.probe import PROBE_FILE
-from policies.types import BASE_ADAPTER, Adapter, EngineError, SamplingParams
+from policies.adapters.probe import PROBE_FILE, read_probe
+from policies.types import BASE_ADAPTER, Adapter, EngineError, SampledToken, SamplingParams, TokenIds
 from runtime.adapters.swap import Swap, SwapError
 from runtime.store.adapter_registry import AdapterRegistry, AdapterState, RegistryError, UnknownAdapter
 from tests.scripted_engine import Script, ScriptedEngine
@@ -192,7 +192,7 @@ async def test_an_engine_that_silently_serves_the_base_is_found_out(house: House
 async def test_an_engine_that_serves_another_adapter_is_found_out(house: House):
     say = faithful_script(house.registry)
     assert callable(say)
-    house.start(lambda prompt, name: say(prompt, "agent-v0001"))
+    house.start(lambda prompt, name: say(prompt, name if name == "base" else "agent-v0001"))
     await house.swap.bring_up(house.register(1))
     with pytest.raises(AdapterRefused, match="does not serve what was trained"):
         await house.swap.bring_up(house.register(2))
@@ -203,11 +203,34 @@ async def test_a_probe_that_is_off_by_more_than_its_tolerance_is_found_out(
 ):
     say = faithful_script(house.registry)
     assert callable(say)
-    house.start(lambda prompt, name: say(prompt, "agent-v0001"))
+    house.start(lambda prompt, name: say(prompt, name if name == "base" else "agent-v0001"))
     await house.swap.bring_up(house.register(1))
     lie_in_probe(tiny.copy(1, tmp_path / "made"))
     with pytest.raises(AdapterRefused, match="does not serve what was trained"):
         await house.swap.bring_up(house.registry.register(tmp_path / "made").name)
+
+
+async def test_an_engine_that_says_what_is_no_number_is_found_out(house: House):
+    """As vLLM tells it: of a token without numbers nothing but the chosen one is listed."""
+    house.start(lambda prompt, name: [SampledToken(1, float("nan"), ())] * 3)
+    with pytest.raises(AdapterRefused, match="no log probability"):
+        await house.swap.bring_up(house.register(1))
+
+
+async def test_a_base_that_would_pass_is_found_out_though_the_trainer_tells_it_apart(house: House):
+    """The engine serves the base network under both names, and leaves the trainer's path before they differ."""
+    probe = read_probe(house.registry.adapter(house.register(1)).path)
+
+    def say(prompt: TokenIds, name: str) -> list[int | SampledToken]:
+        continued = next(p for p in probe.prompts if p.prompt_token_ids == prompt)
+        first = continued.continuation[0]
+        pairs = tuple((token.token_id, token.adapter_logprob) for token in first)
+        other = next(token_id for token_id in range(64) if token_id not in dict(pairs))
+        return [SampledToken(other, min(dict(pairs).values()), pairs)]
+
+    house.start(say)
+    with pytest.raises(AdapterRefused, match="cannot tell the adapter from the base"):
+        await house.swap.bring_up("agent-v0001")
 
 
 async def test_a_refused_candidate_never_acts(house: House):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -88,11 +89,14 @@ def _next_logprobs(model: PeftModel, token_ids: list[int]) -> torch.Tensor:
 
 
 def faithful_script(registry: AdapterRegistry) -> Script:
-    """A script that says under each adapter what that adapter's own probe says, and the same to any other prompt."""
+    """A script that says under each adapter what that adapter's own probe says, and the same to any other prompt; under
+    the base network what the newest adapter's probe says of it."""
 
     def say(prompt: TokenIds, name: str) -> list[int | SampledToken]:
         if name == "base":
-            return [1, 2, 3]
+            return next(
+                filter(None, (_of_base(adapter.path, prompt) for adapter in registry.adapters()[::-1])), [1, 2, 3]
+            )
         probe = read_probe(registry.adapter(name).path)
         continued = next((p for p in probe.prompts if p.prompt_token_ids == prompt), probe.prompts[0])
         return [_as_sampled(likeliest, "adapter_logprob") for likeliest in continued.continuation]
@@ -109,6 +113,14 @@ def forgetful_script(registry: AdapterRegistry) -> Script:
         return [_as_sampled(likeliest, "base_logprob") for likeliest in continued.continuation]
 
     return say
+
+
+def _of_base(adapter: Path, prompt: TokenIds) -> list[int | SampledToken]:
+    """Nothing where its probe has not this prompt."""
+    with suppress(OSError, ValueError):
+        continued = next((each for each in read_probe(adapter).prompts if each.prompt_token_ids == prompt), None)
+        return [_as_sampled(likeliest, "base_logprob") for likeliest in continued.continuation] if continued else []
+    return []
 
 
 def _as_sampled(likeliest: tuple[LikelyToken, ...], field: str) -> SampledToken:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 NICENESS = 10
 """Of a learner beside a server: on shared cores it gets what serving leaves."""
+PATIENCE_S = 3600.0
+"""It waits for an answer: the server lets users go before."""
 
 GROUPS: dict[str, Any] = {"collection": CollectionOptions, "objective": ObjectiveOptions, "training": TrainingOptions}
 """The groups of a cycle's options: on the command line they stand side by side."""
@@ -164,7 +166,7 @@ def collaborators(options: OnceOptions) -> Collaborators:
     log = StepLog(options.state / "agent.db", read_only=True)
     world = load_world(options.world) if options.world else None
     return Collaborators(
-        endpoint=options.endpoint(),
+        endpoint=options.endpoint(PATIENCE_S),
         log=log,
         learning_log=LearningLog(options.state),
         protocol=ChatProtocol.load(options.model, options.response_template),

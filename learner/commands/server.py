@@ -45,12 +45,14 @@ class ServerOptions(Options):
     def _of_the_endpoint(cls, url: str) -> str:
         return endpoint_url(url)
 
-    def endpoint(self) -> Endpoint:
+    def endpoint(self, timeout_s: float = 600.0) -> Endpoint:
         from openai import AsyncOpenAI
 
         from learner.client import Endpoint
 
-        return Endpoint(AsyncOpenAI(base_url=self.url, api_key=api_key(self.api_key_file)), agent=self.agent)
+        return Endpoint(
+            AsyncOpenAI(base_url=self.url, api_key=api_key(self.api_key_file), timeout=timeout_s), agent=self.agent
+        )
 
 
 def ask(options: ServerOptions, request: Callable[[Endpoint], Awaitable[T]]) -> T | None:

@@ -28,7 +28,7 @@ def make_probe(
     neutral one."""
     adapter, base = _Reading(network), _Reading(network)
     candidates = [_probe_prompt(prompt, adapter, base) for prompt in sorted(prompts)]  # neighbours begin alike
-    furthest = sorted(candidates, key=lambda prompt: prompt.distance_from_base.mean, reverse=True)
+    furthest = sorted(candidates, key=lambda prompt: prompt.distance_from_base.rms, reverse=True)
     kept = furthest[:NUM_PROMPTS] + ([] if neutral is None else [_probe_prompt(neutral, adapter, base)])
     return Probe(base_fingerprint, tolerance_in(network.dtype), tuple(kept))
 

@@ -20,7 +20,7 @@ from policies.adapters.files import AdapterRefused, validate_adapter
 from policies.adapters.probe import Deviation, Probe
 from policies.adapters.reward import RewardCard, expert_likelihood, read_reward_card
 from policies.types import Adapter, Draw, Engine, EngineError, TokenIds
-from runtime.adapters.verification import require_told_apart
+from runtime.adapters.verification import require_told_apart, too_alike
 from runtime.store.adapter_registry import AdapterRegistry
 
 _log = logging.getLogger(__name__)
@@ -153,17 +153,24 @@ class RewardModels:
 async def verify_scores(engine: Engine, adapter: Adapter, probe: Probe) -> None:
     """Hold an engine's scores of the probe's continuations against the trainer's. Raises AdapterRefused."""
     tolerance = require_told_apart(engine, probe, "reward model")
-    seen = {adapter: list[tuple[float, float]](), None: list[tuple[float, float]]()}
-    for prompt in probe.prompts:
-        greedy = [likeliest[0] for likeliest in prompt.continuation]
-        for scored_by, pairs in seen.items():
-            told = await engine.score(prompt.prompt_token_ids, [token.token_id for token in greedy], scored_by)
-            expected = [token.adapter_logprob if scored_by else token.base_logprob for token in greedy]
-            pairs += zip(expected, told, strict=True)
-    for scored_by, pairs in seen.items():
-        off = Deviation.between(pairs)
+    by_reward, by_base = await _scores(engine, probe, adapter), await _scores(engine, probe, None)
+    greedy = [likeliest[0] for prompt in probe.prompts for likeliest in prompt.continuation]
+    of_reward, of_base = [token.adapter_logprob for token in greedy], [token.base_logprob for token in greedy]
+    for name, expected, told in ((adapter.name, of_reward, by_reward), ("the base", of_base, by_base)):
+        off = Deviation.between(zip(expected, told, strict=True))
         if not off.is_within(tolerance):
             raise AdapterRefused(
-                "the engine does not score by what was trained: under "
-                f"{scored_by.name if scored_by else 'the base'} {off.in_words(tolerance)}"
+                f"the engine does not score by what was trained: under {name} {off.in_words(tolerance)}"
             )
+    apart = Deviation.between(zip(of_reward, by_base, strict=True))
+    if not apart.tells_apart(tolerance):
+        raise AdapterRefused(too_alike(apart, tolerance, "reward model"))
+
+
+async def _scores(engine: Engine, probe: Probe, scored_by: Adapter | None) -> list[float]:
+    """Of the probe's continuations, prompt after prompt."""
+    told = list[float]()
+    for prompt in probe.prompts:
+        token_ids = [likeliest[0].token_id for likeliest in prompt.continuation]
+        told += await engine.score(prompt.prompt_token_ids, token_ids, scored_by)
+    return told

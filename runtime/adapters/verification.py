@@ -3,22 +3,27 @@
 The engine goes on greedily from each of the probe's prompts and reports its 20 likeliest tokens at each place. As long
 as it walks the trainer's path, the tokens that the trainer listed must have the trainer's log probabilities: all of
 them together as the root of the mean square within tolerance, each within some times that. By the furthest token
-alone right adapters were refused in 16 bits: of hundreds of tokens one is always far off. Unlikely tokens count as much
-as likely ones: what an adapter has learned moves them most. Together with a probe on which adapter and base lie more
-than twice as far apart, this excludes the silent failure that users of other systems complain of most: the adapter
+alone right adapters were refused in 16 bits: of hundreds of tokens one is often far off. Unlikely tokens count as much
+as likely ones: what an adapter has learned moves them most. The base network, as the same engine serves it, must lie
+more than twice as far off. This excludes the silent failure that users of other systems complain of most: the adapter
 loads with success and the base is served.
 
-Not covered: two adapters that lie within tolerance of each other on all prompts of the probe.
+Not covered: two adapters that lie within tolerance of each other on all prompts of the probe, up to where the engine
+leaves the trainer's path: in 16 bits, versions that are a few gradient steps apart.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from policies.adapters.files import AdapterRefused
 from policies.adapters.probe import MAX_LIKELIEST, Deviation, LikelyToken, Probe, ProbePrompt
 from policies.types import Adapter, Engine, SampledToken, SamplingParams
+
+LEAST_LEFT = 1e-2
+"""Of a probability: what is listed adds up to one with some rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,9 @@ async def verify_adapter(engine: Engine, adapter: Adapter, probe: Probe) -> None
     off = deviation_of(served)
     if not off.is_within(tolerance):
         raise AdapterRefused(_mismatch(served, off, tolerance))
+    base = deviation_of(await served_tokens(engine, None, probe))
+    if not base.tells_apart(tolerance):
+        raise AdapterRefused(too_alike(base, tolerance, "adapter"))
 
 
 def require_told_apart(engine: Engine, probe: Probe, kind: str) -> float:
@@ -53,13 +61,18 @@ def require_told_apart(engine: Engine, probe: Probe, kind: str) -> float:
     served on a GPU in half its bits.
     """
     tolerance = max(probe.tolerance, engine.limits.logprob_tolerance)
-    distance = probe.distance_from_base
-    if not distance.tells_apart(tolerance):
-        raise AdapterRefused(
-            f"the probe cannot tell the {kind} from the base network: they are {distance.mean:.2g} nats apart, where "
-            f"{2 * tolerance:.2g} can be told; the {kind} has learned nothing, or its probe has the wrong prompts"
-        )
+    if not probe.distance_from_base.tells_apart(tolerance):
+        raise AdapterRefused(too_alike(probe.distance_from_base, tolerance, kind))
     return tolerance
+
+
+def too_alike(distance: Deviation, tolerance: float, kind: str) -> str:
+    """What is told where the base network could pass for it."""
+    return (
+        f"the probe cannot tell the {kind} from the base network: they are {distance.rms:.2g} nats apart, where "
+        f"{2 * tolerance:.2g} can be told in the engine's precision; the {kind} has learned too little, or its probe "
+        "has the wrong prompts"
+    )
 
 
 async def served_tokens(engine: Engine, adapter: Adapter | None, probe: Probe) -> list[ServedToken]:
@@ -87,6 +100,8 @@ def _compared(prompt: ProbePrompt, served: Sequence[SampledToken]) -> Iterator[S
         raise AdapterRefused("the engine said nothing after a probe's prompt")
     for place, (likeliest, token) in enumerate(zip(prompt.continuation, served, strict=False)):
         reported = {**dict(token.top_logprobs), token.token_id: token.logprob}
+        if not all(map(math.isfinite, reported.values())):
+            raise AdapterRefused(f"the engine says what is no log probability, at place {place} after a probe's prompt")
         for expected in likeliest:
             yield ServedToken(expected, _logprob_of(expected, reported), place)
         if token.token_id != likeliest[0].token_id:
@@ -94,9 +109,12 @@ def _compared(prompt: ProbePrompt, served: Sequence[SampledToken]) -> Iterator[S
 
 
 def _logprob_of(expected: LikelyToken, reported: Mapping[int, float]) -> float:
-    """Of a token that the engine does not list we know that it is at most as likely as the last one listed."""
-    logprob = reported.get(expected.token_id)
-    return min(expected.adapter_logprob, min(reported.values())) if logprob is None else logprob
+    """Of a token that the engine does not list we know that it is at most as likely as the last one listed, and as all
+    that is left."""
+    if expected.token_id in reported:
+        return reported[expected.token_id]
+    left = 1.0 - sum(map(math.exp, reported.values()))
+    return min(expected.adapter_logprob, min(reported.values()), math.log(max(left, LEAST_LEFT)))
 
 
 def _mismatch(served: Sequence[ServedToken], off: Deviation, tolerance: float) -> str:

@@ -111,7 +111,8 @@ class Load:
         """Hold places for a request's completions. Raises Refused where the queue is full or the key's day is over,
         and ServerStopping."""
         self._require_quota(key)
-        if self._free < 1 or not self._may_start(key.name) or any(map(self._may_start, self._waiting)):
+        self._hand_on()  # to the learner, where users have gone meanwhile
+        if self._free < 1 or not self._may_start(key.name):
             await self._wait(key)
         else:
             self._take(key.name, 1)
@@ -155,11 +156,13 @@ class Load:
     # ------------------------------------------------------------------------------------------- the queue
 
     async def _wait(self, key: Key) -> None:
-        if self.num_waiting >= self._most_waiting:
+        if (
+            self.num_waiting >= self._most_waiting and key.name != LEARNER
+        ):  # which asks for no more than it can wait for
             self._make_room(key)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(key.name, deque()).append(turn)
-        if key.name == LEARNER and not self._is_watching:
+        if LEARNER in self._waiting and not self._is_watching:
             self._watch_users()
         try:
             with self._cutting.waiting():
@@ -175,8 +178,8 @@ class Load:
 
     def _make_room(self, key: Key) -> None:
         """Send the last of the busiest key away, or the newcomer where it is of that key itself."""
-        busiest = max(self._waiting, key=lambda name: len(self._waiting[name]))
-        if len(self._waiting[busiest]) <= len(self._waiting.get(key.name, ())) + 1:
+        busiest = max(self._waiting, key=lambda name: len(self._waiting[name]), default=key.name)
+        if len(self._waiting.get(busiest, ())) <= len(self._waiting.get(key.name, ())) + 1:
             raise self._refusal(key.name)
         last = self._waiting[busiest][-1]
         self._forget(busiest, last)
@@ -202,7 +205,11 @@ class Load:
         self._running[name] += num_places
 
     def _may_start(self, name: str) -> bool:
-        return name != LEARNER or self._running[LEARNER] < max(1, BESIDE_USERS * self._places) or not self._are_users_served()
+        return (
+            name != LEARNER
+            or self._running[LEARNER] < max(1, BESIDE_USERS * self._places)
+            or not self._are_users_served()
+        )
 
     def _are_users_served(self) -> bool:
         return self._running.total() > self._running[LEARNER] or time.monotonic() < self._users_until
