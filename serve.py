@@ -279,13 +279,13 @@ def load_worlds(worlds: Mapping[str, str], agents_file: Path | None) -> dict[str
     """By agent, the world whose tasks it does. Raises ValueError, with the agent's place in its file, for one that
     cannot be loaded."""
     from runtime.agents import place_in, printable
-    from tools.worlds import load_world
+    from tools.worlds import WORLDS, load_world
 
     loaded: dict[str, World | None] = {"": None}  # by name: a user's file may be large, and is read once
     for agent, world in worlds.items():
         if world in loaded:
             continue
-        if ":" in world:
+        if ":" in world and world.partition(":")[0] in WORLDS:  # a file of the user's
             print(f"loading the world {printable(world)} ...", flush=True)
         try:
             loaded[world] = load_world(world)
