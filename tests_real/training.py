@@ -23,7 +23,9 @@ def train(model: Path, num_gradient_steps: int, folder: Path) -> Path:
             prompt, action = protocol.completion_of(messages[:place], message_action(messages[place]), shown["tools"])
             prompts.append(prompt)
             sequences.append(action_sequence(prompt, action, (city, place)))
-    trainer = Trainer(model, None, TrainingOptions(epochs=0, min_gradient_steps=num_gradient_steps))
+    trainer = Trainer(
+        model, None, TrainingOptions(epochs=0, min_gradient_steps=num_gradient_steps, trajectories_per_step=2)
+    )
     trainer.train(Likelihood("sft", tuple(sequences)))
-    trainer.save(folder, prompts, "# A test\n")
+    trainer.save(folder, prompts[:6], "# A test\n")
     return folder
