@@ -34,6 +34,8 @@ class ServedToken:
     logprob: float
     place: int
     """In the continuation, from 0."""
+    is_listed: bool
+    """By the engine; else its log probability is a bound."""
 
     @property
     def off(self) -> float:
@@ -103,7 +105,7 @@ def _compared(prompt: ProbePrompt, served: Sequence[SampledToken]) -> Iterator[S
         if not all(map(math.isfinite, reported.values())):
             raise AdapterRefused(f"the engine says what is no log probability, at place {place} after a probe's prompt")
         for expected in likeliest:
-            yield ServedToken(expected, _logprob_of(expected, reported), place)
+            yield ServedToken(expected, _logprob_of(expected, reported), place, expected.token_id in reported)
         if token.token_id != likeliest[0].token_id:
             return  # between two that are equally likely; another path from here on: nothing to hold it against
 
@@ -118,7 +120,7 @@ def _logprob_of(expected: LikelyToken, reported: Mapping[int, float]) -> float:
 
 
 def _mismatch(served: Sequence[ServedToken], off: Deviation, tolerance: float) -> str:
-    base = Deviation.between((each.expected.base_logprob, each.logprob) for each in served)
+    base = Deviation.between((each.expected.base_logprob, each.logprob) for each in served if each.is_listed)
     furthest = max(served, key=lambda each: each.off)
     return (
         f"the engine does not serve what was trained: {off.in_words(tolerance)}: token {furthest.expected.token_id} at "
