@@ -258,9 +258,8 @@ class Run:
     def _first_cycle(self) -> Path:
         data = TrainingData(self._stage.demonstrations)
         sft = objective_of("sft", data, replace(self._method.objectives, own_states=False))
-        return self._trained(sft, self._stage.folder / f"first-{self._method.lr}", 0, self._scene.gradient_steps, None)[
-            0
-        ]
+        folder = self._stage.folder / f"first-{self._method.lr}"
+        return self._trained(sft, folder, 0, self._scene.gradient_steps, None)[0]
 
     def _cycle(self, number: int) -> None:
         training_data = self._training_data(number)

@@ -192,11 +192,8 @@ def test_what_cannot_be_served_is_told_in_a_sentence(tmp_path: Path, arguments: 
         ("[agents.novice_model]\n", (), "the agent 'novice_model' has the name of the model itself: choose another"),
         ("[agents.shop]\n", ("--served-name", "shop"), "the agent 'shop' has the name of the model itself"),
         ("[agents.a]\nworld = 'chess'\n", (), "agents.toml line 2, agent 'a', `world`: no world is called 'chess'"),
-        (
-            "[agents.a]\n[agents.b]\nworld = 'webshop:gone.json'\n",
-            (),
-            "agents.toml line 3, agent 'b', `world`: ",
-        ),
+        ("[agents.a]\n[agents.b]\nworld = 'webshop:gone.json'\n", (), "agents.toml line 3, agent 'b', `world`: "),
+        ('[agents.a]\nworld = "webshop:\\u001b[31mred"\n', (), "\\x1b[31mred"),
         ('[agents.a]\n"\\u001b[31mred" = 1\n', (), "`\\x1b[31mred`: there is no such key"),
         ("[agents.a]\ntools = ['search']\n", (), "--search-corpus"),
         (

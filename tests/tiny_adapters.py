@@ -94,9 +94,8 @@ def faithful_script(registry: AdapterRegistry) -> Script:
 
     def say(prompt: TokenIds, name: str) -> list[int | SampledToken]:
         if name == "base":
-            return next(
-                filter(None, (_of_base(adapter.path, prompt) for adapter in registry.adapters()[::-1])), [1, 2, 3]
-            )
+            told = (_of_base(adapter.path, prompt) for adapter in registry.adapters()[::-1])
+            return next(filter(None, told), [1, 2, 3])
         probe = read_probe(registry.adapter(name).path)
         continued = next((p for p in probe.prompts if p.prompt_token_ids == prompt), probe.prompts[0])
         return [_as_sampled(likeliest, "adapter_logprob") for likeliest in continued.continuation]

@@ -1,4 +1,4 @@
-"""Adapters of a real model, trained in seconds on ten cities' weather."""
+"""Adapters of a real model, trained in seconds on some cities' weather."""
 
 from __future__ import annotations
 

@@ -87,6 +87,7 @@ class Load:
         self._users_until = -math.inf
         """Until then (time.monotonic) users count as served who have no request running."""
         self._is_watching = False
+        """A timer will look whether they have gone."""
         self._usage = {each.key: Usage(each.day, each.requests, each.steps, each.tokens) for each in used}
         self._mean_s = 1.0
         """How long a request has held its place lately."""
@@ -156,9 +157,8 @@ class Load:
     # ------------------------------------------------------------------------------------------- the queue
 
     async def _wait(self, key: Key) -> None:
-        if (
-            self.num_waiting >= self._most_waiting and key.name != LEARNER
-        ):  # which asks for no more than it can wait for
+        # The learner stands back by itself, and never has more than some dozen requests under way.
+        if self.num_waiting >= self._most_waiting and key.name != LEARNER:
             self._make_room(key)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(key.name, deque()).append(turn)
@@ -178,8 +178,9 @@ class Load:
 
     def _make_room(self, key: Key) -> None:
         """Send the last of the busiest key away, or the newcomer where it is of that key itself."""
-        busiest = max(self._waiting, key=lambda name: len(self._waiting[name]), default=key.name)
-        if len(self._waiting.get(busiest, ())) <= len(self._waiting.get(key.name, ())) + 1:
+        num_waiting = {key.name: 0} | {name: len(turns) for name, turns in self._waiting.items()}
+        busiest = max(num_waiting, key=lambda name: num_waiting[name])
+        if num_waiting[busiest] <= num_waiting[key.name] + 1:
             raise self._refusal(key.name)
         last = self._waiting[busiest][-1]
         self._forget(busiest, last)
