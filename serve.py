@@ -144,11 +144,11 @@ def build_parts(settings: Settings) -> Parts:
     from runtime.adapters.reward_models import RewardModels
     from runtime.adapters.swap import Swap
     from runtime.agent.budget import RunLimits
-    from runtime.agent.scorers import ChosenBy
+    from runtime.agent.scorers import Choosing, ChoosingAsked, ChosenBy
     from runtime.agent.served_agent import ServedAgent
     from runtime.agent.tool_sources import tool_sources
     from runtime.agents import AgentsFileProblem
-    from runtime.http.best_of import Choosing, ChoosingLimits
+    from runtime.http.best_of import ChoosingLimits
     from runtime.http.load import Load, today
     from runtime.http.metrics import Metrics
     from runtime.http.parts import Parts
@@ -189,6 +189,7 @@ def build_parts(settings: Settings) -> Parts:
                 toolbox_of(shelf, agent.tools, loaded[name], agent.run_tools),
                 agent.system_prompt,
                 agent.sampling.said,
+                ChoosingAsked(agent.best_of, None if agent.best_of_by is None else ChosenBy(agent.best_of_by)),
             )
             for name, agent in agents_file.agents.items()
         )

@@ -159,6 +159,11 @@ class AgentTable(_Table):
     --keep-gb, which holds for all agents together in any case."""
     sampling: SamplingDefaults = Field(default_factory=lambda: SamplingDefaults.model_validate({}))
     """How it samples where a request does not say."""
+    best_of: int | None = Field(None, ge=1, le=64)
+    """Actions that are drawn at each of its steps, of which one is chosen, where a request does not say; default:
+    --best-of."""
+    best_of_by: Literal["auto", "discriminator", "mean_logprob", "majority"] | None = None
+    """What chooses; default: --best-of-by."""
 
     @field_validator("tools")
     @classmethod

@@ -16,6 +16,8 @@ from policies.types import Draw, EngineError, FinalAnswer, MalformedAction, Samp
 from runtime.agent.scorers import ChosenBy, Majority, MeanLogprob, _warn_once, best
 from runtime.agent.served_agent import ServedAgent
 from runtime.agent.tools import Toolbox
+from runtime.agents import AgentsFileProblem
+from runtime.config import parse_settings
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.http.best_of import Choosing, ChoosingAsked, ChoosingLimits
 from runtime.http.fields import FieldRefused
@@ -116,7 +118,7 @@ def test_a_servers_own_discriminator_falls_back_until_there_is_one_and_the_log_s
         assert {each.scorer for each in server.parts.log.candidates(step.id)} == {"mean_logprob"}
         refused = ask(server, by="discriminator")
     assert (refused.status_code, "no reward model" in refused.json()["error"]["message"]) == (400, True)
-    assert sum("--best-of-by discriminator" in record.message for record in caplog.records) == 1
+    assert sum("best of several by discriminator" in record.message for record in caplog.records) == 1
 
 
 # -------------------------------------------------------------------------------------- a served answer
@@ -198,11 +200,48 @@ def test_without_it_one_draw_is_made_and_nothing_is_logged_beside_the_step(
 def test_at_an_agents_own_temperature_0_one_draw_is_made(protocol: ChatProtocol, tmp_path: Path) -> None:
     """Where the request does not say: as many draws were made as asked for, all the same."""
     engine = SayingEngine(protocol, "Yes.")
-    greedy = ServedAgent("clerk", "clerk", Toolbox(), None, {"temperature": 0.0})
+    greedy = ServedAgent("clerk", "clerk", Toolbox(), sampling={"temperature": 0.0})
     with served(parts_of(engine, protocol, tmp_path, named_agents=(greedy,))) as server:
         assert said(ask(server, best_of=4, by="discriminator", model="clerk")) == "Yes."
         assert [each.temperature for each in engine.samplings] == [0.0]
         assert server.parts.log.counts()["step_candidates"] == 0
+
+
+def test_an_agent_has_a_number_of_draws_and_a_chooser_of_its_own(protocol: ChatProtocol, tmp_path: Path) -> None:
+    """Where the request does not say, and not for whoever asks for the base network by name."""
+    engine = SayingEngine(protocol, *["Same."] * 20)
+    agents = (
+        ServedAgent("clerk", "clerk", Toolbox(), choosing=ChoosingAsked(3, ChosenBy.MAJORITY)),
+        ServedAgent("plain", "plain", Toolbox(), choosing=ChoosingAsked(1)),
+    )
+    limits = ChoosingLimits(Choosing(2, ChosenBy.MEAN_LOGPROB), most=4)
+    asked: list[tuple[dict[str, Any], list[str]]] = [
+        ({"model": "clerk"}, ["majority"] * 3),
+        ({"model": "clerk", "best_of": 2}, ["majority"] * 2),
+        ({"model": "clerk", "by": "mean_logprob"}, ["mean_logprob"] * 3),
+        ({"model": "clerk", "best_of": 1}, []),
+        ({"model": "plain"}, []),
+        ({"model": MODEL}, ["mean_logprob"] * 2),
+        ({"model": "clerk:base"}, ["mean_logprob"] * 2),
+        ({"model": "clerk", "metadata": {"purpose": "practice"}}, []),
+    ]
+    with served(parts_of(engine, protocol, tmp_path, named_agents=agents, choosing=limits)) as server:
+        for number, (request, scorers) in enumerate(asked):
+            answer = ask(server, **{"messages": [{"role": "user", "content": f"Order {number} is in."}], **request})
+            (step,) = server.parts.log.steps(answer.headers["x-episode-id"])
+            assert [each.scorer for each in server.parts.log.candidates(step.id)] == scorers, request
+        assert server.parts.load._free == 32, "every place was given back"
+
+
+def test_an_agents_table_says_how_many_and_a_mistake_is_told_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "agents.toml"
+    file.write_text("[agents.clerk]\nbest_of = 4\nbest_of_by = 'majority'\n")
+    table = parse_settings(["--agents", str(file)]).agents_file.agents["clerk"]
+    assert (table.best_of, table.best_of_by) == (4, "majority")
+    for wrong in ("best_of = 0", "best_of = 65", "best_of = '4'", "best_of_by = 'fate'", "best_off = 4"):
+        file.write_text(f"[agents.clerk]\n{wrong}\n")
+        with pytest.raises((SystemExit, AgentsFileProblem), match="line 2"):
+            parse_settings(["--agents", str(file)]).agents_file  # noqa: B018
 
 
 def test_a_draw_that_fails_fails_the_answer_and_leaves_no_step(protocol: ChatProtocol, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from runtime.store.episodes import Role
 from runtime.store.keys import Key, KeyRing, KeyStore, Quota
 from tests.conftest import ServeScripted
 from tests.serving import MODEL, SayingEngine
+from tests.small_networks import until
 
 ANN, BOB = Key("ann", Role.USE), Key("bob", Role.USE)
 
@@ -243,6 +244,27 @@ async def test_a_burst_is_answered_or_refused_at_once_and_nobody_waits_long(
     assert set(statuses) == {200, 429}
     assert statuses.count(200) >= 12
     assert all("retry-after" in answer.headers for answer in answers if answer.status_code == 429)
+
+
+@pytest.mark.parametrize("route", ["chat/completions", "messages", "responses"])
+async def test_who_hangs_up_while_waiting_leaves_the_queue(
+    serve_scripted: ServeScripted, protocol: Any, route: str
+) -> None:
+    engine = SayingEngine(protocol, *["one two three"] * 3, pause_s=1.0)
+    served = serve_scripted(engine=engine, load=Load(places=1))
+    said = "input" if route == "responses" else "messages"
+    body = {"model": MODEL, said: [{"role": "user", "content": "Hello"}], "max_tokens": 9, "tools": []}
+    load = served.parts.load
+    async with httpx.AsyncClient(timeout=30) as client:
+        running = asyncio.create_task(client.post(f"{served.url}/v1/{route}", json=body))
+        await until(lambda: load._free == 0)
+        with pytest.raises(httpx.ReadTimeout):
+            await client.post(f"{served.url}/v1/{route}", json=body, timeout=0.3)
+        await until(lambda: load.num_waiting == 0)
+        assert not running.done(), "the place it waited for has not come yet"
+        assert (await running).status_code == 200
+    await until(lambda: load._free == 1)
+    assert len(engine.prompts) == 1
 
 
 # ------------------------------------------------------------------------------------- no 500, no long wait

@@ -183,8 +183,14 @@ def test_the_newest_is_used_and_a_broken_newer_one_is_no_reason_to_use_the_old(h
         asyncio.run(house.models.find(adapter))
 
 
-def test_there_is_one_at_a_time_and_nobody_loses_the_one_he_scores_by(house: House) -> None:
+@pytest.mark.parametrize(("num_acting", "num_kept"), [(2, 1), (0, 2)])
+def test_as_many_stay_as_there_is_room_for_and_nobody_loses_the_one_he_scores_by(
+    house: House, num_acting: int, num_kept: int
+) -> None:
+    """As where two agents choose by reward models of their own."""
     first, second = house.register(1), house.register(2)
+    for acting in (first, second)[:num_acting]:
+        asyncio.run(house.swap.bring_up(acting.name))
 
     async def score(adapter: Adapter) -> list[float]:
         return await house.models.expert_likelihoods(await house.models.find(adapter), (5, 6), DRAWS)
@@ -194,7 +200,7 @@ def test_there_is_one_at_a_time_and_nobody_loses_the_one_he_scores_by(house: Hou
 
     told = asyncio.run(at_once())
     assert all(each == told[0] for each in told)
-    assert len(house.loaded()) == 1
+    assert len(house.loaded()) == num_acting + num_kept
 
 
 def test_an_engine_that_has_died_is_an_error_and_no_verdict_on_it(house: House) -> None:

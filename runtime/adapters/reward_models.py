@@ -1,8 +1,8 @@
 """Brings up the newest reward model beside an adapter, proves that the engine scores by it, and scores actions.
 
 A reward model lies in the engine like an adapter and never acts: no lease, no name that a client could pin. It is
-brought up when a step is first to be chosen by it, one at a time: validated and held against the digest it was
-registered with, loaded, and verified. Verified means that the engine tells, for the continuations of its probe, the
+brought up when a step is first to be chosen by it: validated and held against the digest it was registered with,
+loaded, and verified. Verified means that the engine tells, for the continuations of its probe, the
 log probabilities that its trainer saw, under it and under the base network: an engine that scores wrongly (some
 releases of vLLM did, with adapters) chooses by nothing. It gives way where an adapter needs its slot.
 """
@@ -97,7 +97,7 @@ class RewardModels:
 
     @asynccontextmanager
     async def _loaded(self, reward: RewardModel) -> AsyncIterator[None]:
-        """Hold a reward model in the engine. Another one waits until nobody scores by this one."""
+        """Hold a reward model in the engine. One that has to be brought up waits until nobody scores by another."""
         async with self._changes:
             if reward.adapter not in self._engine.loaded_adapters():
                 await self._is_idle.wait()
@@ -114,10 +114,12 @@ class RewardModels:
 
     async def _bring_up(self, reward: RewardModel) -> None:
         name = reward.adapter.name
-        loaded = self._engine.loaded_adapters()
-        for other in [each for each in loaded if each.is_reward]:
-            await self._engine.unload_adapter(other)
-        if sum(not each.is_reward for each in loaded) >= self._engine.limits.max_adapters:
+        most = self._engine.limits.max_adapters
+        for other in [each for each in self._engine.loaded_adapters() if each.is_reward]:
+            is_outdated = other.parent == reward.adapter.parent
+            if is_outdated or len(self._engine.loaded_adapters()) >= most:  # another agent may choose by it
+                await self._engine.unload_adapter(other)
+        if len(self._engine.loaded_adapters()) >= most:
             raise NoRewardModel(f"{name} has no slot in the engine now: adapters hold all of them")
         try:
             await self._engine.load_adapter(reward.adapter)

@@ -31,6 +31,27 @@ class ChosenBy(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Choosing:
+    """How the action of a step is found."""
+
+    num_draws: int = 1
+    by: ChosenBy = ChosenBy.AUTO
+    may_fall_back: bool = True
+    """Nobody asked for `by` by name: where it cannot choose, another may."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChoosingAsked:
+    """What a request, or an agent's table, says of it; None where it does not."""
+
+    num_draws: int | None = None
+    by: ChosenBy | None = None
+
+
+FIRST_DRAW, NOTHING_ASKED = Choosing(), ChoosingAsked()
+
+
+@dataclass(frozen=True, slots=True)
 class MeanLogprob:
     """The mean log probability of a draw's tokens."""
 
@@ -90,7 +111,7 @@ async def scorer_of(
 
 @cache
 def _warn_once(problem: str) -> None:
-    _log.warning("--best-of-by discriminator: %s; the mean logprob chooses", problem)
+    _log.warning("best of several by discriminator: %s; the mean logprob chooses", problem)
 
 
 def best(draws: Sequence[Draw], scores: Sequence[float]) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from policies.types import Message
+from runtime.agent.scorers import NOTHING_ASKED, ChoosingAsked
 from runtime.agent.tools import Toolbox
 
 
@@ -22,6 +23,8 @@ class ServedAgent:
     """Its system prompt; empty: it has none."""
     sampling: Mapping[str, float | int] = field(default_factory=dict)
     """By the names of a chat request: what counts where the request does not say."""
+    choosing: ChoosingAsked = NOTHING_ASKED
+    """How many actions are drawn at each step where the request does not say, and what chooses; None: as the server."""
 
     @property
     def opening(self) -> tuple[Message, ...]:

@@ -26,10 +26,9 @@ from policies.types import (
 from runtime.agent.conversation import Place, continued, locate
 from runtime.agent.loop import Run, ServerTools
 from runtime.agent.rendering import SMALL_LETTERS, are_large, num_letters
-from runtime.agent.scorers import scorer_of
+from runtime.agent.scorers import NOTHING_ASKED, Choosing, ChoosingAsked, scorer_of
 from runtime.agent.served_agent import ServedAgent
 from runtime.agent.turn import Policy, Turn
-from runtime.http.best_of import FIRST_DRAW, NOTHING_ASKED, Choosing, ChoosingAsked
 from runtime.http.fields import FieldRefused
 from runtime.http.parts import Parts
 from runtime.http.schemas import ChatCompletionRequest
@@ -76,26 +75,45 @@ class Caller:
     """How many actions are to be drawn at each step."""
 
 
-async def admit(
-    parts: Parts,
-    request: ChatCompletionRequest,
-    caller: Caller,
-    lease: AsyncExitStack,
-    previous: Step | None = None,
-    choosing: Choosing = FIRST_DRAW,
-) -> list[Run]:
-    """The `n` runs of a request. Its episode's adapter is leased until `lease` is closed.
+@dataclass(frozen=True, slots=True)
+class Addressed:
+    """A request, and the agent that it is for."""
 
-    `previous` is the logged step that the request continues; None: its conversation tells.
+    agent: ServedAgent
+    pinned: str | None
+    """The adapter that it names instead of the agent; None: whichever is acting."""
+    request: ChatCompletionRequest
+    """With the agent's way of sampling where it says nothing of its own."""
+    choosing: Choosing
 
-    Raises ValueError (UnknownModel, UnknownTask, GrammarError ...) for a request that cannot be answered, SwapError
-    where its episode's adapter is not served any more, and EngineError while the engine is down.
+
+def addressed(parts: Parts, request: ChatCompletionRequest, caller: Caller) -> Addressed:
+    """Whom a request is for, and how its actions are found. A request that names an adapter is for the policy itself,
+    and gets no defaults of the agent's.
+
+    Raises UnknownModel, AgentRefused, FieldRefused for more draws than the server makes, and EngineError while the
+    engine is down.
     """
     if not (health := parts.engine.health()).is_alive:
         raise EngineError(health.problem)  # before adapters are looked for, which a dead engine has none of
     agent, pinned = chosen_agent(parts, request.model, caller.key)
     request = _with_defaults(parts, request, agent) if pinned is None else request
-    choosing = choosing.at(request.temperature)  # the agent's, where the request does not say
+    of_agent = agent.choosing if pinned is None else NOTHING_ASKED
+    asked = caller.choosing, request.metadata.purpose, request.temperature
+    return Addressed(agent, pinned, request, parts.choosing.chosen(*asked, of_agent))
+
+
+async def admit(
+    parts: Parts, to: Addressed, caller: Caller, lease: AsyncExitStack, previous: Step | None = None
+) -> list[Run]:
+    """The `n` runs of a request. Its episode's adapter is leased until `lease` is closed.
+
+    `previous` is the logged step that the request continues; None: its conversation tells.
+
+    Raises ValueError (UnknownTask, GrammarError ...) for a request that cannot be answered, and SwapError where its
+    episode's adapter is not served any more.
+    """
+    agent, pinned, request, choosing = to.agent, to.pinned, to.request, to.choosing
     is_large = previous is not None or _num_parts(request) > FEW_MESSAGES
     messages, letters = await off_loop(is_large, _conversation, request, agent, caller)
     is_large = is_large or letters > 10 * SMALL_LETTERS

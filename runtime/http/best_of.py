@@ -1,44 +1,19 @@
-"""How many actions are drawn at a step, and what chooses among them: what a request asks for, and what the server does
-by itself."""
+"""How many actions are drawn at a step, and what chooses among them: what a request asks for, and what is done where it
+says nothing of it."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 
-from runtime.agent.scorers import ChosenBy
+from runtime.agent.scorers import FIRST_DRAW, NOTHING_ASKED, Choosing, ChoosingAsked, ChosenBy
 from runtime.http.fields import FieldRefused
 from runtime.store.episodes import Purpose
 
 NUM_HEADER = "x-stepagent-best-of"
 BY_HEADER = "x-stepagent-best-of-by"
-
-
-@dataclass(frozen=True, slots=True)
-class Choosing:
-    """How the action of a step is found."""
-
-    num_draws: int = 1
-    by: ChosenBy = ChosenBy.AUTO
-    may_fall_back: bool = True
-    """Nobody asked for `by` by name: where it cannot choose, another may."""
-
-    def at(self, temperature: float) -> Choosing:
-        """At temperature 0 all draws are the same: one is made."""
-        return replace(self, num_draws=1) if temperature == 0.0 else self
-
-
-@dataclass(frozen=True, slots=True)
-class ChoosingAsked:
-    """What a request says of it; None where it does not."""
-
-    num_draws: int | None = None
-    by: ChosenBy | None = None
-
-
-FIRST_DRAW, NOTHING_ASKED = Choosing(), ChoosingAsked()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +24,24 @@ class ChoosingLimits:
     """For served requests that say nothing of it. Practice and evaluation want the policy's own draws."""
     most: int = 8
 
-    def chosen(self, asked: ChoosingAsked, purpose: Purpose, temperature: float) -> Choosing:
-        """What is done for a request. Raises FieldRefused for more draws than the server makes."""
-        own = self.default if purpose is Purpose.SERVE else FIRST_DRAW
-        num_draws = own.num_draws if asked.num_draws is None else asked.num_draws
-        if num_draws > (most := max(self.most, self.default.num_draws)):
+    def chosen(
+        self,
+        asked: ChoosingAsked,
+        purpose: Purpose,
+        temperature: float,
+        of_agent: ChoosingAsked = NOTHING_ASKED,
+    ) -> Choosing:
+        """What is done for a request: what it asks for, else what its agent's table says, else the server's own.
+
+        Raises FieldRefused for more draws than the server makes.
+        """
+        num_own, by = of_agent.num_draws or self.default.num_draws, of_agent.by or self.default.by
+        num_unasked = num_own if purpose is Purpose.SERVE else 1
+        num_draws = num_unasked if asked.num_draws is None else asked.num_draws
+        if num_draws > (most := max(self.most, num_own)):
             raise FieldRefused(NUM_HEADER, f"this server draws at most {most} actions at a step (--best-of-most)")
-        return Choosing(num_draws, asked.by or self.default.by, asked.by is None).at(temperature)
+        # At temperature 0 all draws are the same: one is made.
+        return Choosing(1 if temperature == 0.0 else num_draws, asked.by or by, asked.by is None)
 
 
 def asked_in_headers(headers: Headers) -> ChoosingAsked:

@@ -15,7 +15,7 @@ from openai.types.chat import ChatCompletion
 
 from runtime.agent.loop import Run, RunEvent, StepTaken
 from runtime.agent.scorers import ChosenBy
-from runtime.http.admission import Caller, admit
+from runtime.http.admission import Caller, addressed, admit
 from runtime.http.best_of import BY_HEADER, NUM_HEADER, asked_in_headers
 from runtime.http.chat_answer import ChatAnswer, Choice, step_summary
 from runtime.http.errors import ApiError, as_api_error
@@ -90,7 +90,7 @@ def chat_routes(parts: Parts) -> APIRouter:
     @router.post("/v1/chat/completions", responses=_ANSWERS, openapi_extra={"parameters": CALLERS_HEADERS})
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation. Every step behind the answer is in the log before its last byte leaves."""
-        runs, events = await open_runs(parts, body, caller_of(request))
+        runs, events = await until_gone(request.receive, open_runs(parts, body, caller_of(request)))
         choices = [Choice(index, parts.protocol, body.logprobs, body.functions is not None) for index in range(body.n)]
         answer = ChatAnswer(body.model, choices, runs[0].turn.step_id)
         if not body.stream:
@@ -130,17 +130,18 @@ async def open_runs(
     previous: Step | None = None,
     beside: Callable[[Run], tuple[Fact, ...]] = lambda run: (),
 ) -> tuple[list[Run], RunEvents]:
-    """A request's runs, and their events, which hold the adapter's lease until they are closed. Raises as `admit`.
+    """A request's runs, and their events, which hold the adapter's lease until they are closed. Raises as `addressed`
+    and `admit`.
 
     `beside` says what is logged together with a run's last step.
     """
-    choosing = parts.choosing.chosen(caller.choosing, body.metadata.purpose, body.temperature)
+    to = addressed(parts, body, caller)
     async with AsyncExitStack() as lease:
-        await lease.enter_async_context(parts.load.place(caller.key, body.n * choosing.num_draws))
+        await lease.enter_async_context(parts.load.place(caller.key, body.n * to.choosing.num_draws))
         used = partial(parts.load.usage_of, caller.key)
         runs = [
             replace(run, beside=beside(run), beside_each=used)
-            for run in await admit(parts, body, caller, lease, previous, choosing)
+            for run in await admit(parts, to, caller, lease, previous)
         ]
         return runs, RunEvents(parts, runs, lease.pop_all(), caller.key)
 

@@ -34,7 +34,7 @@ def message_routes(parts: Parts) -> APIRouter:
     async def create_message(body: MessagesRequest, request: Request) -> Response:
         """Answer a conversation. Every step behind the answer is in the log before its last byte leaves."""
         chat = await made_of_body(request, False, body.as_chat)
-        runs, events = await open_runs(parts, chat, caller_of(request))
+        runs, events = await until_gone(request.receive, open_runs(parts, chat, caller_of(request)))
         answer = MessageAnswer(body, runs[0].turn.step_id, parts.protocol)
         if not body.stream:
             await until_gone(request.receive, gather(answer, events))

@@ -48,7 +48,7 @@ def response_routes(parts: Parts) -> APIRouter:
     @router.post("", responses=_ANSWERS, openapi_extra={"parameters": CALLERS_HEADERS})
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
         """Answer an input. Every step behind the answer is in the log before its last byte leaves."""
-        runs, events, answer = await open_response(parts, body, request)
+        runs, events, answer = await until_gone(request.receive, open_response(parts, body, request))
         if body.background:
             background.start(answer, events, runs[0].turn.episode)
             return json_answer(answer.whole(), headers_of(runs, runs[0].turn.step_id, body.warnings))
