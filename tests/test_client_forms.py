@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,6 +13,7 @@ import pytest
 from policies.chat.chat_protocol import ChatProtocol
 from policies.types import MalformedAction
 from runtime.agent.tools import Toolbox
+from runtime.store.keys import KeyRing, KeyStore
 from tests.conftest import ServeScripted
 from tests.serving import MODEL, SayingEngine, Served
 
@@ -236,6 +239,33 @@ def test_an_error_has_anthropics_form_there(serve_scripted: ServeScripted) -> No
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
     assert "max_tokens" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+def test_what_is_refused_before_a_route_is_reached_has_anthropics_form_there_too(
+    serve_scripted: ServeScripted, tmp_path: Path, path: str
+) -> None:
+    """No key, a strange page, too much: middleware answers those."""
+    asking = serve_scripted(keys=KeyRing(KeyStore(tmp_path / "keys.db"), "s3cret"))
+    told = {
+        "authentication_error": httpx.post(f"{asking.url}{path}", json={}),
+        "permission_error": httpx.post(
+            f"{serve_scripted().url}{path}", json={}, headers={"origin": "http://evil.example"}
+        ),
+        "not_found_error": httpx.post(f"{asking.url}{path}/nowhere", headers={"x-api-key": "s3cret"}),
+    }
+    for kind, answer in told.items():
+        assert answer.json()["type"] == "error", answer.text
+        assert answer.json()["error"]["type"] == kind, answer.text
+    announced = HTTPConnection(asking.url.removeprefix("http://"), timeout=10)
+    announced.putrequest("POST", path)
+    announced.putheader("x-api-key", "s3cret")
+    announced.putheader("content-length", str(10**12))
+    announced.endheaders()
+    assert json.loads(announced.getresponse().read())["error"]["type"] == "request_too_large"
+    announced.close()
+    elsewhere = httpx.post(f"{asking.url}/v1/messages-of-others", json={})
+    assert elsewhere.json()["error"]["code"] == "invalid_api_key"
 
 
 # --------------------------------------------------------------------------------------------- /v1/responses

@@ -94,7 +94,7 @@ class _BodyLimit:
             return await self._app(scope, receive, send)
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > MAX_BODY_BYTES:
-            return await _too_large().response()(scope, receive, send)
+            return await _too_large().response(scope["path"])(scope, receive, send)
         num_bytes = 0
 
         async def receive_some() -> Message:

@@ -75,6 +75,10 @@ ANTHROPIC_ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
+MESSAGES = "/v1/messages"
+"""Where Anthropic's clients ask."""
+
+
 class ApiError(HTTPException):
     """An answer that is an error: HTTP status, message, and OpenAI's machine-readable code and parameter.
 
@@ -102,8 +106,10 @@ class ApiError(HTTPException):
     def body(self) -> dict[str, Any]:
         return {"error": self.error}
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body, self.status_code, self.headers)
+    def response(self, path: str) -> JSONResponse:
+        """In the form that clients of this path read: Anthropic's under /v1/messages, else OpenAI's."""
+        is_anthropic = path == MESSAGES or path.startswith(f"{MESSAGES}/")
+        return JSONResponse(anthropic_error(self) if is_anthropic else self.body, self.status_code, self.headers)
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -206,6 +212,7 @@ _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    413: "request_too_large",
     429: "rate_limit_error",
 }
 
@@ -218,10 +225,7 @@ def anthropic_error(error: ApiError) -> dict[str, Any]:
 
 def install_error_handlers(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> JSONResponse:
-        told = as_api_error(error)
-        if request.url.path.startswith("/v1/messages"):
-            return JSONResponse(anthropic_error(told), told.status_code, told.headers)
-        return told.response()
+        return as_api_error(error).response(request.url.path)
 
     refused = (ApiError, RequestValidationError, HTTPException, ValueError, ContextFull)
     of_adapters = (SwapError, AdapterRefused, RegistryError, LearnerBusy)

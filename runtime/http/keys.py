@@ -117,7 +117,7 @@ class KeyCheck:
         secret = _secret_of(scope)
         key = self._ring.key_of(secret)
         if needed is not None and (problem := _problem(key, secret, needed, scope)):
-            return await problem.response()(scope, receive, send)
+            return await problem.response(scope["path"])(scope, receive, send)
         scope[_SCOPE_KEY] = key or ANYBODY
         await self._app(scope, receive, send)
 

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from runtime.agent.loop import RunEvent
 from runtime.http.admission import prompt_length
 from runtime.http.chat import CALLERS_HEADERS, caller_of, gather, headers_of, open_runs
-from runtime.http.errors import ANTHROPIC_ERROR_RESPONSES, anthropic_error, as_api_error
+from runtime.http.errors import ANTHROPIC_ERROR_RESPONSES, MESSAGES, anthropic_error, as_api_error
 from runtime.http.messages_answer import MessageAnswer
 from runtime.http.messages_schemas import CountRequest, MessagesRequest
 from runtime.http.parts import Parts
@@ -28,7 +28,7 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
 
 
 def message_routes(parts: Parts) -> APIRouter:
-    router = APIRouter(prefix="/v1/messages", route_class=StrictJsonRoute, responses=ANTHROPIC_ERROR_RESPONSES)
+    router = APIRouter(prefix=MESSAGES, route_class=StrictJsonRoute, responses=ANTHROPIC_ERROR_RESPONSES)
 
     @router.post("", responses=_ANSWERS, openapi_extra={"parameters": CALLERS_HEADERS})
     async def create_message(body: MessagesRequest, request: Request) -> Response:

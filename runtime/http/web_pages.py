@@ -33,7 +33,7 @@ class LocalPagesOnly:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._ring.asks and (problem := self._problem(scope)):
-            return await problem.response()(scope, receive, send)
+            return await problem.response(scope["path"])(scope, receive, send)
         await self._app(scope, receive, send)
 
     def _problem(self, scope: Scope) -> ApiError | None:
