@@ -65,6 +65,57 @@ def test_a_forced_call_that_is_cut_off_is_told_as_far_as_it_got(serve_scripted: 
     assert isinstance(step.action, MalformedAction)
 
 
+@pytest.mark.parametrize("form", ["tools", "functions", "responses", "messages"])
+def test_a_call_that_was_cut_off_anywhere_can_be_sent_back(novice_server: Served, form: str) -> None:
+    """Clients keep their history as it was told: an answer that is refused in it is the end of the conversation."""
+    function = LOOK_TOOL["function"]
+    anthropic = {"name": "look", "input_schema": function["parameters"]}
+    asked: dict[str, Any] = {
+        "tools": {"tools": [LOOK_TOOL], "tool_choice": "required"},
+        "functions": {"functions": [function], "function_call": {"name": "look"}},
+        "responses": {"tools": [{"type": "function", **function}], "tool_choice": "required"},
+        "messages": {"tools": [anthropic], "tool_choice": {"type": "any"}},
+    }[form]
+    route, most, said = {
+        "responses": ("responses", "max_output_tokens", "input"),
+        "messages": ("messages", "max_tokens", "messages"),
+    }.get(form, ("chat/completions", "max_tokens", "messages"))
+
+    def ask(history: list[Any], num_tokens: int) -> httpx.Response:
+        body = {"model": MODEL, said: history, most: num_tokens, "temperature": 0, **asked}
+        return httpx.post(f"{novice_server.url}/v1/{route}", json=body, timeout=60)
+
+    for num_tokens in range(1, 14):
+        answer = ask([USER], num_tokens).json()
+        match form:
+            case "responses":
+                told = answer["output"]
+                back = [
+                    {"type": "function_call_output", "call_id": item["call_id"], "output": "It was cut off."}
+                    for item in told
+                    if item["type"] == "function_call"
+                ]
+            case "messages":
+                told = [{"role": "assistant", "content": answer["content"]}] if answer["content"] else []
+                results = [
+                    {"type": "tool_result", "tool_use_id": block["id"], "content": "It was cut off."}
+                    for block in answer["content"]
+                    if block["type"] == "tool_use"
+                ]
+                back = [{"role": "user", "content": results}] if results else []
+            case _:
+                message = answer["choices"][0]["message"]
+                told = [message]
+                back = [
+                    {"role": "tool", "tool_call_id": call["id"], "content": "It was cut off."}
+                    for call in message.get("tool_calls", ())
+                ]
+                if call := message.get("function_call"):
+                    back = [{"role": "function", "name": call["name"], "content": "It was cut off."}]
+        more = ask([USER, *told, *back, {"role": "user", "content": "Again."}], 20)
+        assert more.status_code == 200, (num_tokens, told, more.text)
+
+
 def test_functions_are_tools_of_an_older_form(serve_scripted: ServeScripted) -> None:
     served = serve_scripted(call("shelf"), "A globe.")
     function = LOOK_TOOL["function"]

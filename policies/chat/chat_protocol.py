@@ -32,7 +32,7 @@ from policies.chat.response_templates import (
     thinking_begins_the_turn,
 )
 from policies.chat.template_traits import QUESTION, CallHabits, find_traits
-from policies.types import Action, FinishReason, Message, TokenIds, ToolSchema
+from policies.types import Action, FinishReason, Message, TokenIds, ToolCall, ToolSchema
 
 __all__ = [
     "ActionReader",
@@ -287,12 +287,20 @@ def plain_message(message: Message, habits: CallHabits) -> Message:
     if calls := plain.pop("tool_calls", None):
         plain["tool_calls"] = [
             {"type": "function", "function": {"name": c.name, "arguments": c.arguments}, "id": _call_id(c.id, habits)}
-            for c in (tool_call_of(entry, number) for number, entry in enumerate(calls))
+            for c in (_call_as_told(entry, number) for number, entry in enumerate(calls))
         ]
         plain["content"] = "" if habits.drops_text else plain["content"]
     if "tool_call_id" in plain:
         plain["tool_call_id"] = _call_id(plain["tool_call_id"], habits)
     return plain
+
+
+def _call_as_told(entry: Any, number: int) -> ToolCall:
+    """A call of the history. One that was cut off before its name was told without it, and comes back so."""
+    function = entry.get("function") if isinstance(entry, dict) else None
+    if isinstance(function, dict) and function.get("name") == "":
+        return ToolCall(str(entry.get("id") or ""), "", {})
+    return tool_call_of(entry, number)
 
 
 def _call_id(call_id: str, habits: CallHabits) -> str:

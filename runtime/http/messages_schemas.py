@@ -38,7 +38,8 @@ class RedactedThinkingBlock(WireModel):
 class ToolUseBlock(WireModel):
     type: Literal["tool_use"]
     id: str = Field(min_length=1)
-    name: str = Field(min_length=1)
+    name: str
+    """Empty in one that was cut off before it."""
     input: dict[str, Any]
 
 

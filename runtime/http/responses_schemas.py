@@ -77,7 +77,8 @@ class InputFunctionCall(WireModel):
 
     type: Literal["function_call"]
     call_id: str = Field(min_length=1)
-    name: str = Field(min_length=1)
+    name: str
+    """Empty in one that was cut off before it."""
     arguments: str
     """A JSON object, as a string."""
 

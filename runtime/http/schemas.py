@@ -68,7 +68,8 @@ class TextPart(Nullable):
 
 
 class FunctionCall(Nullable):
-    name: str = Field(min_length=1)
+    name: str
+    """Empty in one that was cut off before it: told so, and sent back so."""
     arguments: str = "{}"
     """A JSON object, as a string."""
 
