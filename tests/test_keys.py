@@ -127,6 +127,25 @@ def test_keys_are_managed_over_http_by_an_admin_who_stands_on_each_change(house:
     assert rows.fetchall() == [("made", "admin"), ("revoked", "operator")]
 
 
+def test_nobody_locks_everybody_out_over_http(serve_scripted: ServeScripted, tmp_path: Path) -> None:
+    """The first key closes the server to all without one; who could make another then?"""
+    keys = f"{serve_scripted(keys=KeyRing(KeyStore(tmp_path / 'agent.db'))).url}/v1/keys"
+    refused = httpx.post(keys, json={"name": "ann", "role": "use"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "no_admin_key")
+    assert "role admin first" in refused.json()["error"]["message"]
+    assert httpx.get(keys).json()["data"] == [], "it is as open as before"
+    made = httpx.post(keys, json={"name": "head", "role": "admin"}).raise_for_status().json()
+    head = {"authorization": f"Bearer {made['secret']}"}
+    httpx.post(keys, json={"name": "ann", "role": "use"}, headers=head).raise_for_status()
+    assert httpx.post(f"{keys}/head/revoke", headers=head).status_code == 409
+    made = httpx.post(keys, json={"name": "deputy", "role": "admin"}, headers=head).raise_for_status().json()
+    deputy = {"authorization": f"Bearer {made['secret']}"}
+    assert httpx.post(f"{keys}/ann/revoke", headers=head).json()["is_revoked"]
+    assert httpx.post(f"{keys}/head/revoke", headers=head).json()["is_revoked"]
+    assert httpx.post(f"{keys}/deputy/revoke", headers=deputy).status_code == 409
+    assert httpx.post(f"{keys}/nobody/revoke", headers=deputy).json()["error"]["code"] == "key_conflict"
+
+
 def test_a_secret_is_stored_nowhere(house: House, tmp_path: Path) -> None:
     house.chat("teach")
     for file in tmp_path.glob("agent.db*"):

@@ -163,6 +163,8 @@ def key_routes(parts: Parts) -> APIRouter:
         """Make a key. Its secret is in this answer and nowhere else."""
         store, quota = _store(parts), Quota(body.requests_per_day, body.steps_per_day, body.tokens_per_day)
         agents = [_agent_of_key(parts, agent) for agent in body.agents or ()]
+        if body.role is not Role.ADMIN and not parts.keys.admins():
+            raise _locked_out("from the first key on nobody is answered without one, and none is an admin's", "role")
         secret = await _change(store.make, body.name, body.role, quota, asking_key(request).name, agents)
         return _named(store, body.name) | {"secret": secret}
 
@@ -177,10 +179,17 @@ def key_routes(parts: Parts) -> APIRouter:
     async def revoke_key(name: str, request: Request) -> dict[str, Any]:
         """Refuse a key from now on, for ever."""
         store = _store(parts)
+        if parts.keys.admins() == {name}:
+            raise _locked_out(f"{name!r} is the last admin key", "name")
         await _change(store.revoke, name, asking_key(request).name)
         return _named(store, name)
 
     return router
+
+
+def _locked_out(why: str, param: str) -> ApiError:
+    told = f"{why}: make a key with the role admin first, or use `python -m runtime.keys` beside the server"
+    return ApiError(409, told, "no_admin_key", param)
 
 
 def _agent_of_key(parts: Parts, name: str) -> str:

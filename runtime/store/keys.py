@@ -298,6 +298,11 @@ class KeyRing:
         known = self._by_digest.get(digest_of(secret)) if secret else None
         return known if known is not None or self._asks else ANYBODY
 
+    def admins(self) -> set[str]:
+        """Names of the keys that may make others. The learner's own is nobody's to use."""
+        self._refresh()
+        return {key.name for key in self._by_digest.values() if key.role is Role.ADMIN} - {LEARNER}
+
     def _refresh(self) -> None:
         """Take in what was changed since, perhaps by another process."""
         num_events = self.store.num_events() if self.store else 0
