@@ -176,8 +176,8 @@ class Endpoint:
         return await self.client.post(f"/adapters/{name}/canary", cast_to=object, body=body)
 
     async def waiting(self) -> list[Any]:
-        """The adapters that wait for somebody's yes, of all agents."""
-        listed: Any = await self.client.get("/adapters", cast_to=object)
+        """The adapters that wait for somebody's yes, of the named agent; of all where none is named."""
+        listed: Any = await (self._adapters() if self.agent else self.client.get("/adapters", cast_to=object))
         return [adapter for adapter in listed["data"] if adapter["proposal"]]
 
     async def approve(self, name: str) -> Any:

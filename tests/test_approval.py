@@ -139,6 +139,9 @@ def test_over_http_and_by_command_with_its_evidence(
         url = ["--url", f"{server.url}/v1"]
         assert learner_command(["approve", "agent-v0009", *url]) == 1
         assert candidate.name in capsys.readouterr().out
+        assert learner_command(["approve", "--agent", "night", *url]) == 1
+        assert candidate.name not in capsys.readouterr().out
+        assert candidate.acting == "base"
         assert learner_command(["approve", *url]) == 0
         assert httpx.get(f"{server.url}/v1/adapters").json()["data"][0]["is_acting"]
         assert learner_command(["approve", *url]) == 1

@@ -167,6 +167,45 @@ def test_a_client_cannot_choose_the_digest_of_a_demonstration(server: Served) ->
     assert post(server, {**said, "digest": "b9" * 32}).json()["already_known"] == 1
 
 
+def called(call_id: str, arguments: str, content: str | None) -> list[Message]:
+    """One call, whose id, arguments' spelling and absent words are up to the client that wrote it down."""
+    call = {"id": call_id, "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    return [
+        {"role": "user", "content": "Is it raining in Tromsø?"},
+        {"role": "assistant", "content": content, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": call_id, "content": "rain"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        called("toolu_01", '{"city": "Tromsø"}', ""),
+        called("x", '{"city":"Tromsø"}', ""),
+        called("x", '{"city": "Troms\\u00f8"}', None),
+    ],
+    ids=["another id", "other spaces", "no content"],
+)
+def test_what_differs_in_calls_ids_and_spelling_alone_is_known_already(server: Served, again: list[Message]) -> None:
+    """Promoted, exported and imported again, a demonstration was a second one: an import numbers the calls."""
+    read = read_record({"messages": called("c1", '{"city": "Tromsø"}', ""), "tools": [WEATHER]}, "f.jsonl", 1)
+    assert isinstance(read, ImportedDemonstration)
+    post(server, read.to_wire())
+    answer = post(server, {"messages": again, "tools": [WEATHER]}).json()
+    assert answer == {"imported": 0, "already_known": 1, "refused": []}
+
+
 # ------------------------------------------------------------------------------------------- known and refused
 
 

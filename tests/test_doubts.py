@@ -16,6 +16,8 @@ from learner.data.doubts import Doubt, DoubtKind, doubts_of
 from learner.data.experts import Corrections, WorldExpert
 from learner.options import CollectionOptions
 from policies.types import FinalAnswer, MalformedAction
+from runtime.agent.served_agent import ServedAgent
+from runtime.agent.tools import Toolbox
 from tests.conftest import ServeScripted
 from tests.demonstrations import WORLD, expert_demonstration, post
 from tests.records import make_episode, make_step
@@ -165,6 +167,18 @@ def test_an_import_says_that_demonstrations_contradict_each_other(
     path.write_text("".join(f"{json.dumps(each)}\n" for each in (asking("look"), asking("leap"))))
     assert main(["import", str(path), "--url", f"{server.url}/v1", "--state", str(tmp_path)]) == 0
     assert "2 of the steps are contradicted: python -m learner doubts" in capfd.readouterr().out
+
+
+def test_the_command_that_an_import_names_lists_the_doubts_of_its_agent(
+    serve_scripted: ServeScripted, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It named no agent, and listed the steps of the server's own: none."""
+    server, path = serve_scripted(named_agents=(ServedAgent("night", "night", Toolbox()),)), tmp_path / "demos.jsonl"
+    path.write_text("".join(f"{json.dumps(each)}\n" for each in (asking("look"), asking("leap"))))
+    assert main(["import", str(path), "--url", f"{server.url}/v1", "--state", str(tmp_path), "--agent", "night"]) == 0
+    _, _, named = capfd.readouterr().out.partition("python -m learner ")
+    assert main(named.split()) == 0
+    assert "2 of 4 steps of demonstrations are doubted" in capfd.readouterr().out
 
 
 def test_what_networks_trained_on_the_others_do_not_expect_is_listed(

@@ -80,7 +80,8 @@ def _outlook(state: Path, agent: str) -> str | None:
     doubts = asyncio.run(doubts_of([*dealt.demonstrations, *dealt.held_out], [Corrections(log)], None))
     told = f"{state}: where no world's tasks judge, {outlook.sentence}"
     if doubts:
-        told += f"\n{len(doubts)} of the steps are contradicted: python -m learner doubts --state {state}"
+        whose = f" --agent {agent}" if agent else ""
+        told += f"\n{len(doubts)} of the steps are contradicted: python -m learner doubts --state {state}{whose}"
     return told
 
 

@@ -19,6 +19,7 @@ from learner.importing.exact_json import dumps, holds_rounded, loads
 from learner.importing.fields import RefusedRecord, kind
 from learner.importing.formats import read_draft, records_of
 from learner.importing.json_lines import Record, Refusal, read_values
+from learner.importing.printed import is_print_of_nothing, require_no_template, require_words
 from learner.importing.tool_schemas import NAME_RULE, TOOL_NAME, holds_null, without_padding
 from learner.importing.turns import Call, Draft, SourceFormat, Turn
 from learner.importing.written_calls import ARGUMENT_NAMES, called_in_text
@@ -174,6 +175,7 @@ class _Transcript:
         elif turn.role == "assistant":
             self._add_action(turn)
         else:
+            require_no_template(turn.text)
             self.messages.append({"role": turn.role, "content": _sound(turn.text)})
 
     def _add_result(self, turn: Turn) -> None:
@@ -213,7 +215,9 @@ class _Transcript:
             raise RefusedRecord("the assistant says nothing and calls nothing")
         if not turn.calls and (called := called_in_text(turn.text) & set(self._schemas)):
             raise RefusedRecord(f"the assistant calls {min(called)!r} in its text: write the call as tool_calls")
-        message: Message = {"role": "assistant", "content": _sound(turn.text)}
+        text = "" if turn.calls and is_print_of_nothing(turn.text) else turn.text
+        require_words(text)
+        message: Message = {"role": "assistant", "content": _sound(text)}
         if turn.calls:
             message["tool_calls"] = [self._entry(call, number) for number, call in enumerate(turn.calls, 1)]
         if turn.thinking.strip():

@@ -16,6 +16,7 @@ from learner.importing.agent_logs import is_smolagents_step, read_atif, read_ins
 from learner.importing.fields import RefusedRecord, is_empty, is_harmless, kind
 from learner.importing.glaive import read_glaive
 from learner.importing.json_lines import Record, Refusal
+from learner.importing.message_rows import by_conversation
 from learner.importing.messages import is_langchain, is_message
 from learner.importing.pydantic_ai import is_pydantic_ai
 from learner.importing.rows import (
@@ -154,7 +155,8 @@ def records_of(values: Iterator[Record | Refusal], ignored: Collection[str] = ()
         elif (source := session_format(read.value)) is not None:
             yield from _sessions(source, read, values, ignored)
         elif is_message(read.value) or is_smolagents_step(read.value):
-            yield _gathered(read.line, list(chain([read], values)), ignored)
+            for parts in by_conversation(chain([read], values)):
+                yield _gathered(parts[0].line, parts, ignored)
         else:
             yield from (Record(read.line, without_ignored(value, ignored)) for value in _contained(read.value))
 

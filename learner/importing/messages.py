@@ -13,6 +13,7 @@ from typing import Any
 from learner.importing.contents import read_content, result_text, thought_text
 from learner.importing.fields import PART_TYPE_NAMES, THINKING_NAMES, Fields, RefusedRecord, is_empty, is_padding, kind
 from learner.importing.marks import close_message
+from learner.importing.message_rows import require_oldest_first
 from learner.importing.pydantic_ai import as_messages, is_pydantic_ai
 from learner.importing.turns import Call, Turn
 from learner.importing.written_calls import (
@@ -99,6 +100,7 @@ def read_turns(messages: Any, name: str) -> tuple[list[Turn], list[Any]]:
         raise RefusedRecord(f"{name} is empty")
     if len(messages) == 1 and isinstance(messages[0], list):  # LangSmith's: a batch of one conversation
         messages = messages[0]
+    require_oldest_first(messages)
     turns: list[Turn] = []
     tools: list[Any] = []
     for number, message in enumerate(messages, 1):

@@ -9,6 +9,7 @@ from learner.importing.exact_json import loads
 from learner.importing.fields import Fields, RefusedRecord, is_empty, snake_case
 from learner.importing.marks import Mark, close_record, mark_of
 from learner.importing.messages import is_message, read_message, read_turns
+from learner.importing.printed import require_not_printed
 from learner.importing.rows import take_beside, with_system
 from learner.importing.tool_schemas import read_tools
 from learner.importing.turns import Draft, SourceFormat, Turn
@@ -169,6 +170,7 @@ def require_success(fields: Fields) -> None:
 def read_asked(given: Any) -> tuple[list[Turn], list[Turn], list[Any]]:
     """(turns, system turns, tools) of what went in."""
     if isinstance(given, str):
+        require_not_printed(given)
         return [Turn("user", given)], [], []
     if is_message(given):
         given = [given]
@@ -204,6 +206,8 @@ def read_answer(answer: Any, tools: list[Any]) -> list[Turn]:
     if isinstance(answer, list) and answer and all(isinstance(each, list) for each in answer):
         answer = answer[0] if len(answer) == 1 else answer
     if isinstance(answer, list):
+        if answer and all(isinstance(each, dict) and "choices" in each for each in answer):
+            raise RefusedRecord("its output is the chunks of a stream: join what they say into one message")
         if len(answer) == 1 and isinstance(answer[0], dict) and "message" in answer[0]:
             return read_answer(answer[0], tools)
         turns, found = read_turns([_as_assistant(each) for each in answer], "the output")

@@ -148,7 +148,8 @@ def read_calls_text(text: str, where: str) -> tuple[Call, ...]:
 _OTHER_MARKS = (
     "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<functioncall>", "<function=", "<function_calls>", "<|tool_call",
     "<｜tool▁call", "<tool_use>", "<|tool_calls_section_begin|>",
-    "<|channel|>", "<|start|>", "<|message|>", "<TOOLCALL>",
+    "<|channel|>", "<|start|>", "<|message|>", "<TOOLCALL>", "<minimax:tool_call>", "<invoke name=", "functools[",
+    "```tool_code",
 )  # fmt: skip
 """How models of other makers begin a call, or a channel of their answer."""
 _CALL_BEHIND_WORDS = re.compile("(" + "|".join(map(re.escape, _OTHER_MARKS)) + r")[^\s{\[<]{0,40}\s*[{\[<]")

@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from enum import StrEnum
 from typing import Any
 
@@ -25,11 +26,47 @@ def new_id(prefix: str) -> str:
 def demonstration_digest(messages: Sequence[Message], tools: Sequence[ToolSchema], learn_from: Sequence[int]) -> str:
     """SHA-256 in hex of messages, tools and what is learned: equal for whatever teaches the same.
 
-    Nobody chooses it: one who could would have another demonstration taken for known.
+    Nobody chooses it: one who could would have another demonstration taken for known. Messages count as an import
+    writes them: each client makes ids of calls of its own, and spells their arguments its way.
     """
-    content = [list(messages), list(tools), list(learn_from)]
+    content = [_plainly_written(messages), list(tools), list(learn_from)]
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _plainly_written(messages: Sequence[Message]) -> list[Message]:
+    """The same, calls numbered, their arguments spelled one way, and no words for an empty text."""
+    numbers: dict[Any, str] = {}  # by the id that a call has: the newest, where several turns use one id
+    num_calls = 0
+    written: list[Message] = []
+    for message in messages:
+        calls = []
+        for call in message.get("tool_calls") or ():
+            number = numbers[call.get("id")] = f"call_{num_calls}"
+            num_calls += 1
+            function = {**call["function"], "arguments": _respelled(call["function"]["arguments"])}
+            calls.append({**call, "id": number, "function": function})
+        answered = message.get("tool_call_id")
+        pairing = {"tool_calls": calls} if calls else {"tool_call_id": numbers.get(answered, answered)}
+        words = {"content": ""} if message.get("content") is None else {}
+        written.append({**message, **words, **(pairing if calls or answered else {})})
+    return written
+
+
+def _respelled(arguments: str) -> str:
+    """JSON text with the usual spaces and no escapes; as it stands where that changes a number, or where it is none."""
+    exact = True
+
+    def number(spelled: str) -> float:
+        nonlocal exact
+        exact &= Decimal(repr(read := float(spelled))) == Decimal(spelled)
+        return read
+
+    try:
+        respelled = json.dumps(json.loads(arguments, parse_float=number), ensure_ascii=False, allow_nan=False)
+    except (ValueError, TypeError, RecursionError):
+        return arguments
+    return respelled if exact else arguments
 
 
 class Actor(StrEnum):
