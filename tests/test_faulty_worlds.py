@@ -19,10 +19,12 @@ import pytest
 from learner import practice
 from learner.practice import Attempt, PracticeOptions, practise
 from policies.chat.chat_protocol import ChatProtocol
+from policies.types import ToolCalls
 from runtime.agent.budget import RunLimits
 from runtime.agent.tools import Toolbox
 from tests.faulty_worlds import COUNT, NUMBERS, NumbersEpisode, numbers, raising
 from tests.serving import MODEL, SayingEngine, Served, parts_of, served
+from tools.worlds.calls import calling
 from tools.worlds.threads import MAX_LEFT_BEHIND, MAX_RUNNING
 
 CALL = '<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'
@@ -204,6 +206,36 @@ def test_each_task_offers_the_schemas_of_its_own() -> None:
         offered, _ = toolbox.open(f"numbers/train/{index}", ())
         item = NUMBERS["train"][index]
         assert offered[0]["function"]["parameters"]["properties"]["of"]["enum"] == [f"item {item}"]
+
+
+WORDS = {"type": "object", "properties": {"words": {"type": "array", "items": {"type": "string"}}}}
+CALL_WITH_WORDS = '<tool_call>\n{"name": "count", "arguments": {"words": ["a", "b"]}}\n</tool_call>'
+
+
+def consuming(episode: NumbersEpisode, _: str, arguments: dict[str, Any]) -> str:
+    words = arguments.pop("words")
+    while words:
+        episode.num_calls += len(words.pop())
+    return str(episode.num_calls)
+
+
+def test_what_a_call_does_with_its_arguments_changes_neither_the_log_nor_a_replay(serve: Serve) -> None:
+    """The step was logged, answered and replayed with the empty list that the world had left of it."""
+    server = serve(numbers(run=consuming, schemas=lambda _: [{**COUNT, "parameters": WORDS}]), CALL_WITH_WORDS, "Done.")
+    response = ask(server)
+    assert observations(server, response) == ["2"]
+    first = server.parts.log.steps(response.headers["x-episode-id"])[0]
+    assert isinstance(first.action, ToolCalls)
+    assert first.action.calls[0].arguments == {"words": ["a", "b"]}
+
+
+def test_a_copy_is_led_to_where_calls_led_that_used_up_their_arguments() -> None:
+    world = numbers(run=consuming, schemas=lambda _: [{**COUNT, "parameters": WORDS}])
+    episode = world.open(world.task("train", 0))
+    assert isinstance(episode, NumbersEpisode)
+    episode.play(calling("count", {"words": ["ab", "c"]}, 0))
+    assert episode.num_calls == 3
+    assert episode.copy().is_where(episode)
 
 
 async def run_async(*_: Any) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
+from copy import deepcopy
 from typing import Any
 
 from langchain_core.tools import BaseTool, StructuredTool, Tool, ToolException
@@ -83,7 +84,7 @@ class ToolThreads:
         """What the thread does. Its caller may have gone: `answer` is cancelled then, and takes nothing."""
         try:
             with turn:
-                text = read(_no_coroutine(tool, tool.invoke(dict(arguments))))
+                text = read(_no_coroutine(tool, tool.invoke(_own(arguments))))
         except BaseException as error:
             self._places.release()
             if answer.set_running_or_notify_cancel():
@@ -152,7 +153,7 @@ def is_async(tool: BaseTool) -> bool:
 async def _called(tool: BaseTool, arguments: Mapping[str, Any], read: Read, turn: Turn) -> str:
     try:
         with turn:
-            return read(await tool.ainvoke(dict(arguments)))
+            return read(await tool.ainvoke(_own(arguments)))
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
         if task is not None and task.cancelling():
@@ -162,6 +163,11 @@ async def _called(tool: BaseTool, arguments: Mapping[str, Any], read: Read, turn
         raise
     except BaseException as error:
         raise _as_tool_error(error) from error
+
+
+def _own(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """For the tool to change as it likes: the action that they are of is still to be logged."""
+    return deepcopy(dict(arguments))
 
 
 async def _nothing() -> None:

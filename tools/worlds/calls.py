@@ -11,6 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from functools import cached_property
 from inspect import iscoroutine
 from typing import Any
@@ -181,7 +182,7 @@ class ToolEpisode(ABC):
         if not isinstance(arguments, dict):
             return shown(f"Error: the arguments of {name} must be a JSON object")
         try:
-            given = self.run(name, arguments)
+            given = self.run(name, deepcopy(arguments))  # of which it may make what it likes: the move stays as it was
             return observed(asyncio.run(given) if iscoroutine(given) else given)
         except (KeyboardInterrupt, asyncio.CancelledError):
             raise
