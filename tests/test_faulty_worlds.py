@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -236,6 +237,24 @@ def test_a_copy_is_led_to_where_calls_led_that_used_up_their_arguments() -> None
     episode.play(calling("count", {"words": ["ab", "c"]}, 0))
     assert episode.num_calls == 3
     assert episode.copy().is_where(episode)
+
+
+@pytest.mark.parametrize("reopened", [lambda episode: episode, deepcopy])
+def test_an_attempt_that_is_not_reopened_afresh_is_told(reopened: Any) -> None:
+    """One that gave itself was replayed for ever; a copy was where the calls lead when they are made twice."""
+    world = numbers(reopened=reopened)
+    episode = world.open(world.task("train", 0))
+    episode.play(calling("count", {}, 0))
+    with pytest.raises(ValueError, match="`reopened` must give a fresh attempt"):
+        episode.same_effect(calling("count", {}, 1), calling("count", {}, 2))
+
+
+def test_an_argument_may_be_called_self(serve: Serve) -> None:
+    call = '<tool_call>\n{"name": "count", "arguments": {"self": "me"}}\n</tool_call>'
+    parameters = {"type": "object", "properties": {"self": {"type": "string"}}}
+    world = numbers(run=lambda *given: given[2], schemas=lambda _: [{**COUNT, "parameters": parameters}])
+    server = serve(world, call, "Done.")
+    assert observations(server, ask(server)) == ['{"self": "me"}']
 
 
 async def run_async(*_: Any) -> str:

@@ -43,7 +43,7 @@ class WorldTool(BaseTool):
         arguments = {"title": name, "type": "object", "properties": {}, **parameters}
         return cls(name=name, description=description, args_schema=arguments, run_call=run_call)
 
-    def _run(self, **arguments: Any) -> str:
+    def _run(self, /, **arguments: Any) -> str:
         return self.run_call(self.name, arguments)
 
 
@@ -154,7 +154,7 @@ class ToolEpisode(ABC):
 
     @abstractmethod
     def reopened(self) -> ToolEpisode:
-        """A fresh attempt at the same task."""
+        """A fresh attempt at the same task: another object, with which nothing was done yet."""
 
     @abstractmethod
     def is_where(self, other: Any) -> bool:
@@ -215,6 +215,8 @@ class ToolEpisode(ABC):
     def copy(self) -> ToolEpisode:
         """Another attempt that was led to the same state."""
         copy = self.reopened()
+        if copy is self or copy._moves:  # led on from there it would be somewhere else, or nowhere for ever
+            raise ValueError("`reopened` must give a fresh attempt at the task, not this one or one that was played")
         for move in self._moves:
             if isinstance(move, str):
                 copy._moves.append(move)
