@@ -131,6 +131,11 @@ class MessagesWithoutRole(Numbers):
         return ({"content": f"Count to {item}."},)
 
 
+class MessagesAreNoText(Numbers):
+    def messages_of(self, item: int) -> Any:
+        return ({"role": "user", "content": "Count to \ud800."},)
+
+
 class OtherTask(Numbers):
     def task(self, split: str, index: int) -> Task:
         return Task("other", split, index, ({"role": "user", "content": "Hello."},))

@@ -23,10 +23,11 @@ from policies.chat.chat_protocol import ChatProtocol
 from policies.types import ToolCalls
 from runtime.agent.budget import RunLimits
 from runtime.agent.tools import Toolbox
-from tests.faulty_worlds import COUNT, NUMBERS, NumbersEpisode, numbers, raising
+from tests.faulty_worlds import COUNT, NUMBERS, Numbers, NumbersEpisode, numbers, raising
 from tests.serving import MODEL, SayingEngine, Served, parts_of, served
-from tools.worlds.calls import calling
+from tools.worlds.calls import answering, calling
 from tools.worlds.threads import MAX_LEFT_BEHIND, MAX_RUNNING
+from tools.worlds.world import Task
 
 CALL = '<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'
 TWO_CALLS = f"{CALL}\n{CALL}"
@@ -174,6 +175,12 @@ def test_what_run_gives_back_is_shown_or_told(serve: Serve, given: object, shown
         (None, "schemas() must give a list of tools, perhaps an empty one; not None"),
         ([{"type": "function", "function": COUNT}], "is what OpenAI's form has under 'function'"),
         (2 * [{"name": "count", "description": "Counts.", "parameters": {}}], "two tools with the name 'count'"),
+        ([{**COUNT, "name": "count it"}], "a tool with the name 'count it'; it may have letters from a to z"),
+        ([{**COUNT, "name": "zähle"}], "a tool with the name 'zähle'"),
+        ([{**COUNT, "description": "\ud800"}], "the schema of the tool 'count' cannot be written as JSON"),
+        ([{**COUNT, "parameters": {"properties": {"a": {"enum": {1, 2}}}}}], "cannot be written as JSON"),
+        ([{**COUNT, "parameters": {"properties": {"a": {"maximum": float("nan")}}}}], "cannot be written as JSON"),
+        ([{**COUNT, "parameters": {"properties": {(1, 2): {}}}}], "keys must be str"),
     ],
 )
 def test_a_tool_that_does_not_say_what_it_is_is_told(serve: Serve, schemas: Any, words: str) -> None:
@@ -181,6 +188,8 @@ def test_a_tool_that_does_not_say_what_it_is_is_told(serve: Serve, schemas: Any,
     message = told(ask(server))
     assert words in message
     assert "the world numbers" in message
+    (attempt,) = practised(server, numbers(schemas=lambda _: schemas), 1)
+    assert words in attempt.error
 
 
 def test_what_is_opened_must_be_an_episode(serve: Serve) -> None:
@@ -455,6 +464,38 @@ def test_in_practice_an_outcome_that_is_none_is_told(serve: Serve, value: object
     world = numbers(outcome=lambda _: value)
     (attempt,) = practised(serve(world), world, 1)
     assert f"`outcome` of the world numbers gave {value!r}; it must be a number from 0 to 1" in attempt.error
+
+
+@pytest.mark.parametrize(
+    "told",
+    [None, "text", {"role": "tool", "content": "x"}, [{"content": "x"}], ["text"], (each for each in [COUNT]), [None],
+     [{"role": "user", "content": None}], [{"role": "user", "content": "\ud800"}],
+     [{"role": "assistant", "content": "Me too."}]],
+)  # fmt: skip
+def test_in_practice_what_a_world_says_must_be_messages(serve: Serve, told: Any) -> None:
+    """The first of them ended the whole run, or a learner's cycle."""
+    world = numbers(play=lambda *_: told)
+    failed, also_failed = practised(serve(world), world)
+    for attempt in (failed, also_failed):
+        assert "`play` of the world numbers raised ValueError: a world says a list of messages" in attempt.error
+
+
+def test_in_practice_a_task_whose_messages_cannot_be_sent_ends_its_own_attempt(serve: Serve) -> None:
+    class Numbered(Numbers):
+        def task(self, split: str, index: int) -> Task:
+            said: Any = "\ud800" if index == 0 else "Count."
+            return Task(self.name, split, index, ({"role": "user", "content": said},))
+
+    failed, done = practised(serve(Numbered(), "Done."), Numbered())
+    assert "cannot be written as JSON" in failed.error
+    assert (done.error, done.outcome) == ("", 1.0)
+
+
+def test_a_user_is_cut_as_an_observation_is() -> None:
+    episode = numbers(answer=lambda *_: "\ud800" + "x" * 1_000_000).open_item(0)
+    (said,) = episode.play(answering("Done."))
+    assert said["content"].startswith("?x")
+    assert said["content"].endswith("[cut here: the whole observation has 1000001 characters]")
 
 
 def test_in_practice_a_world_that_hangs_does_not_hold_up_the_end(

@@ -38,6 +38,7 @@ FAULTS = [
     ),
     ("tests.faulty_worlds:MessagesAreText", "a conversation begins with messages"),
     ("tests.faulty_worlds:MessagesWithoutRole", "is no message"),
+    ("tests.faulty_worlds:MessagesAreNoText", "cannot be written as JSON"),
     ("tests.faulty_worlds:OtherTask", "calls itself other/train/0"),
     ("tests.faulty_worlds:TaskRaises", "its simulator does not start"),
     ("tests.faulty_worlds:NoSteps", "its `max_steps` is 0"),

@@ -22,7 +22,7 @@ from policies.types import Action, MalformedAction, Message
 from runtime.store.damage import Damaged
 from runtime.store.episodes import Actor, Correction, Step
 from runtime.store.step_log import StepLog
-from tools.worlds.blame import blaming
+from tools.worlds.blame import blaming, told_by
 from tools.worlds.threads import patiently
 from tools.worlds.world import UnknownTask, World, WorldEpisode, WorldFailed, task_named
 
@@ -157,8 +157,7 @@ def _led_to(world: World, task: str, path: Sequence[Step]) -> WorldEpisode | Non
         episode = world.open(task_named(world, task))
     for step, following in pairwise(path):
         if not isinstance(step.action, MalformedAction):
-            with blaming(world.name, "play"):
-                told = [_said(message) for message in episode.play(action_message(step.action))]
+            told = [_said(message) for message in told_by(world.name, episode, action_message(step.action))]
             roles = {role for role, _ in told}  # where the world has nothing to say, a user may say what he likes
             if told != [said for message in following.new_messages if (said := _said(message))[0] in roles]:
                 return None

@@ -201,7 +201,7 @@ class ToolEpisode(ABC):
         said = self.answer(text)
         if said is not None and not isinstance(said, str):
             raise TypeError(f"`answer` must return the user's next message as text, or None; not {type(said).__name__}")
-        return [] if said is None else [{"role": "user", "content": said}]
+        return [] if said is None else [{"role": "user", "content": shown(said)}]
 
     def same_effect(self, message_a: Message, message_b: Message) -> bool:
         """Whether both messages go on or both answer, are told the same, and lead to the same state."""
