@@ -344,6 +344,40 @@ def test_rows_are_read_as_a_list_or_one_a_line(name: str, tmp_path: Path) -> Non
         assert all_messages(load_world(spec)) == plain
 
 
+def in_shards(file: Path, rows: list[Any], folder: Path) -> None:
+    """In twelve files."""
+    folder.mkdir()
+    for number in range(12):
+        write(folder / f"train-{number}-of-12{file.suffix}", rows[number::12])
+
+
+@pytest.mark.parametrize("named", ["{folder}", "{folder}/train-*"])
+@pytest.mark.parametrize("name", sorted({*WRITERS} - {"webshop"}))
+def test_what_is_published_in_several_files_is_one_world(name: str, named: str, tmp_path: Path) -> None:
+    spec, file = WRITERS[name](tmp_path), tmp_path / FILES[name][0]
+    rows = read(file)
+    rows += [{**row, "question": f"{row['question']} Say it.", "id": "x"} for row in rows[:2] if "question" in row]
+    write(file, rows)
+    plain = played(load_world(spec))
+    in_shards(file, rows, tmp_path / "shards")
+    (tmp_path / "shards" / "README.md").write_text("Not this one.")
+    assert played(load_world(f"{name}:{named.format(folder=tmp_path / 'shards')}")) == plain
+
+
+def test_the_steps_of_a_task_may_stand_in_several_files(tmp_path: Path) -> None:
+    plain = played(load_world(write_mind2web(tmp_path)))
+    steps = [step for row in read(tmp_path / "train_0.json") for step in in_steps(row)]
+    in_shards(tmp_path / "train_0.json", steps, tmp_path / "shards")
+    assert sorted(map(str, played(load_world(f"mind2web:{tmp_path / 'shards'}")))) == sorted(map(str, plain))
+
+
+@pytest.mark.parametrize("named", ["shards", "shards/train-*.json"])
+def test_a_folder_without_files_is_told(named: str, tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / named} stands for no file")):
+        load_world(f"mind2web:{tmp_path / named}")
+
+
 def as_columns(row: Any, key: str, names: tuple[str, str]) -> Any:
     return {name: [pair[at] for pair in row[key]] for at, name in enumerate(names)}
 

@@ -1,4 +1,4 @@
-"""Files that a user brings, as they are published: a JSON list or a JSON object a line, each row of one declared shape.
+"""Files that a user brings, as they are published: a JSON list or a JSON object a line, each row of a declared shape.
 
 Every refusal is a ValueError of one sentence: it names the file, the row (from 1; its id if it has one) and the field.
 """
@@ -6,6 +6,7 @@ Every refusal is a ValueError of one sentence: it names the file, the row (from 
 from __future__ import annotations
 
 import json
+import re
 from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,10 +64,34 @@ class Published(BaseModel):
 Row = TypeVar("Row", bound=Published)
 
 
-def read_rows(file: Path, shape: type[Row]) -> Iterator[Row]:
-    """The rows of a file in its order: those of a JSON list, or objects that follow each other."""
-    for number, row in enumerate(_values(file), start=1):
-        yield checked(f"{file}, row {number}", row, shape)
+def read_rows(named: Path, shape: type[Row]) -> Iterator[Row]:
+    """The rows of a file in its order: those of a JSON list, or objects that follow each other.
+
+    Where a folder is named, or a name with `*` stands for several files: those of one file after the other.
+    """
+    for file in _files(named):
+        for number, row in enumerate(_values(file), start=1):
+            yield checked(f"{file}, row {number}", row, shape)
+
+
+def _files(named: Path) -> list[Path]:
+    """`train_2.json` before `train_10.json`."""
+    try:
+        if "*" in named.name:
+            found = list(named.parent.glob(named.name))
+        elif named.is_dir():
+            found = [file for file in named.iterdir() if file.suffix in (".json", ".jsonl")]
+        else:
+            return [named]
+    except OSError as error:
+        raise ValueError(f"{named} cannot be read: {error.strerror}") from error
+    if not found:
+        raise ValueError(f"{named} stands for no file: a folder needs some that end in .json or .jsonl; {_HELP}")
+    return sorted(found, key=_by_numbers)
+
+
+def _by_numbers(file: Path) -> list[str | int]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]
 
 
 def checked(place: str, row: Any, shape: type[Row]) -> Row:
