@@ -436,6 +436,35 @@ def test_flashrags_form_asks_the_same_and_accepts_the_same(name: str, tmp_path: 
     ]
 
 
+def in_ircot(row: Any) -> Any:
+    """IRCoT's row of a published one."""
+    if "context" in row:
+        facts = {title for title, _ in row["supporting_facts"]}
+        paragraphs = [(title, " ".join(map(str.strip, texts)), title in facts) for title, texts in row["context"]]
+    else:
+        paragraphs = [(each["title"], each["paragraph_text"], each["is_supporting"]) for each in row["paragraphs"]]
+    keys = ("title", "paragraph_text", "is_supporting")
+    return {
+        "question_id": row.get("_id") or row["id"],
+        "question_text": row["question"],
+        "answers_objects": [{"number": "", "date": {"day": "", "month": "", "year": ""}, "spans": [row["answer"]]}],
+        "contexts": [{"idx": idx, **dict(zip(keys, each, strict=True))} for idx, each in enumerate(paragraphs)],
+    }
+
+
+@pytest.mark.parametrize("name", ["hotpotqa", "2wikimultihopqa", "musique"])
+def test_ircots_form_asks_the_same_and_is_searched_for_the_same(name: str, tmp_path: Path) -> None:
+    spec, file = WRITERS[name](tmp_path), tmp_path / FILES[name][0]
+    rows = [row for row in read(file) if row.get("answerable", True)]
+    write(file, rows)
+    plain = played(load_world(spec))
+    write(file, [in_ircot(row) for row in rows])
+    assert played(load_world(spec)) == plain
+    write(file, [in_ircot(row) | {"answers_objects": [{"spans": [" "]}]} for row in rows])
+    with pytest.raises(ValueError, match=r"row 1 .*: `answers_objects` has an empty answer, as in a test set"):
+        load_world(spec)
+
+
 def asked(world: World, task: Task) -> Question:
     episode = world.open(task)
     assert isinstance(episode, QuestionEpisode)

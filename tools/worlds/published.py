@@ -10,7 +10,7 @@ import re
 from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
@@ -60,17 +60,22 @@ class Published(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True)
 
+    told_by: ClassVar[str] = ""
+    """A key that rows of this shape alone have; empty for the shape of all others."""
+
 
 Row = TypeVar("Row", bound=Published)
 
 
-def read_rows(named: Path, shape: type[Row]) -> Iterator[Row]:
-    """The rows of a file in its order: those of a JSON list, or objects that follow each other.
+def read_rows(named: Path, *shapes: type[Row]) -> Iterator[Row]:
+    """The rows of a file in its order: those of a JSON list, or objects that follow each other. The last of the shapes
+    is that of any row.
 
     Where a folder is named, or a name with `*` stands for several files: those of one file after the other.
     """
     for file in _files(named):
         for number, row in enumerate(_values(file), start=1):
+            shape = next((each for each in shapes if isinstance(row, dict) and each.told_by in row), shapes[-1])
             yield checked(f"{file}, row {number}", row, shape)
 
 
@@ -101,7 +106,14 @@ def checked(place: str, row: Any, shape: type[Row]) -> Row:
     try:
         return shape.model_validate(row)
     except ValidationError as error:
-        id = next((row[key] for key in ("_id", "id", "asin", "annotation_id") if isinstance(row.get(key), str)), None)
+        id = next(
+            (
+                row[key]
+                for key in ("_id", "id", "question_id", "asin", "annotation_id")
+                if isinstance(row.get(key), str)
+            ),
+            None,
+        )
         named = f" (id {json.dumps(id)})" if id else ""
         raise ValueError(f"{place}{named}: {_problem(error)}; correct the row or take it out: {_HELP}") from error
 
