@@ -28,6 +28,7 @@ from tqdm import tqdm
 from learner.api_key import api_key
 from learner.endpoint_url import endpoint_url
 from policies.command_line import refuse_keys
+from tools.ending import ending_in_time
 from tools.schemas import schema_of
 from tools.worlds import WORLDS, load_world
 from tools.worlds.blame import blaming, outcome_of, told_by, tools_of
@@ -284,4 +285,5 @@ async def _main(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(asyncio.run(_main(_arguments())))
+    with ending_in_time():
+        raise SystemExit(asyncio.run(_main(_arguments())))
