@@ -39,7 +39,7 @@ FAULTS = [
         "its `splits` raised AttributeError: 'NothingCalled' object has no",
     ),
     ("tests.faulty_worlds:MessagesAreText", "a conversation begins with messages"),
-    ("tests.faulty_worlds:MessagesWithoutRole", "is no message"),
+    ("tests.faulty_worlds:MessagesWithoutRole", "a conversation begins with messages, .*; not .'content'"),
     ("tests.faulty_worlds:MessagesAreNoText", "cannot be written as JSON"),
     ("tests.faulty_worlds:OtherTask", "calls itself other/train/0"),
     ("tests.faulty_worlds:TaskRaises", "its simulator does not start"),

@@ -24,7 +24,7 @@ from runtime.store.episodes import Actor, Correction, Step
 from runtime.store.step_log import StepLog
 from tools.worlds.blame import blaming, told_by
 from tools.worlds.threads import patiently
-from tools.worlds.world import UnknownTask, World, WorldEpisode, WorldFailed, task_named
+from tools.worlds.world import UnknownTask, World, WorldEpisode, WorldFailed, require_action, task_named
 
 _log = logging.getLogger(__name__)
 
@@ -107,9 +107,10 @@ class WorldExpert:
 def _expert_action(world: str, episode: WorldEpisode) -> Action | None:
     with blaming(world, "expert_action"):
         message = episode.expert_action()
-        if message is not None and not isinstance(message, dict):
-            raise TypeError(f"it must give an assistant message or None, not {type(message).__name__}")
-        return None if message is None else message_action(message)
+        if message is None:
+            return None
+        require_action(message)
+        return message_action(message)
 
 
 @dataclass(slots=True)

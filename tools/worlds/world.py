@@ -48,10 +48,18 @@ def require_told(told: object) -> None:
         _require_message(message, form, ("tool", "user"))
 
 
+def require_action(said: object) -> None:
+    """Raises ValueError for what no assistant can say or call."""
+    form = "an expert gives an assistant message, such as {'role': 'assistant', 'content': 'Done.'}, or None"
+    if isinstance(said, dict) and said.get("tool_calls") and said.get("content") is None:
+        said = {**said, "content": ""}
+    _require_message(said, form, ("assistant",))
+
+
 def _require_message(message: object, form: str, roles: Sequence[str]) -> None:
     is_message = isinstance(message, dict) and message.get("role") in roles
     if not is_message or not isinstance(message.get("content"), str | list):
-        raise ValueError(f"{form}; {message!r:.300} is no message")
+        raise ValueError(f"{form}; not {message!r:.300}")
     try:
         json.dumps(message, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
