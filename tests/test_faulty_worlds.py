@@ -425,6 +425,19 @@ def test_a_call_that_hangs_holds_up_no_other_episode(serve: Serve, gate: Gate) -
     assert observations(server, hanging.result()) == ["late"]
 
 
+def test_calls_that_hang_in_one_world_close_no_tool_of_anothers(serve: Serve, gate: Gate) -> None:
+    limits = RunLimits(deadline_s=1, tool_timeout_s=0.1)
+    hanging = serve(numbers(run=gate.wait), *[CALL, "Done."] * 9, limits=limits)
+    for _ in range(8):
+        assert observations(hanging, ask(hanging)) == ["error: count took longer than 0.1 seconds"]
+    assert observations(hanging, ask(hanging)) == ["error: count hangs: 8 earlier calls of it have not ended yet"]
+    other = numbers()
+    other.name = "others"
+    server = serve(other, CALL, "Done.")
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Go."}], "metadata": {"task": "others/train/0"}}
+    assert observations(server, httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=20)) == ["1"]
+
+
 def test_calls_of_one_step_are_run_in_their_order(serve: Serve) -> None:
     def run(episode: NumbersEpisode, *_: Any) -> str:
         episode.num_calls += 1

@@ -47,21 +47,25 @@ class ToolThreads:
 
     def __init__(self) -> None:
         self._places = threading.Semaphore(MAX_RUNNING)
-        self._left_behind: defaultdict[str, list[threading.Thread]] = defaultdict(list)
+        self._left_behind: defaultdict[tuple[str, str], list[threading.Thread]] = defaultdict(list)
+        """By the tool's world and its name."""
         self._async_tools = _AsyncTools()
 
-    async def run(self, tool: BaseTool, arguments: Mapping[str, Any], read: Read, turn: Turn | None = None) -> str:
-        """What `read`, called where the tool runs, makes of its output; `turn` is held there meanwhile. Raises what the
-        tool raises, and TooManyCalls; an exception that would end a thread or a task becomes a ToolException."""
+    async def run(
+        self, tool: BaseTool, arguments: Mapping[str, Any], read: Read, turn: Turn | None = None, world: str = ""
+    ) -> str:
+        """What `read`, called where the tool runs, makes of its output; `turn` is held there meanwhile. `world` is that
+        of a world's tool: another world may have one of the same name. Raises what the tool raises, and TooManyCalls;
+        an exception that would end a thread or a task becomes a ToolException."""
         turn = turn or nullcontext()
         if isinstance(tool, McpTool):
             return await tool.loop.run(_called(tool, arguments, read, turn))
         if is_async(tool):
             return await self._async_tools.run(_called(tool, arguments, read, turn))
-        return await self._in_thread(tool, arguments, read, turn)
+        return await self._in_thread(tool, arguments, read, turn, world)
 
-    async def _in_thread(self, tool: BaseTool, arguments: Mapping[str, Any], read: Read, turn: Turn) -> str:
-        left_behind = self._still_running(tool.name)
+    async def _in_thread(self, tool: BaseTool, arguments: Mapping[str, Any], read: Read, turn: Turn, world: str) -> str:
+        left_behind = self._still_running(world, tool.name)
         if len(left_behind) >= MAX_LEFT_BEHIND:
             raise TooManyCalls(f"{tool.name} hangs: {len(left_behind)} earlier calls of it have not ended yet")
         if not self._places.acquire(blocking=False):
@@ -94,8 +98,8 @@ class ToolThreads:
             if answer.set_running_or_notify_cancel():
                 answer.set_result(text)
 
-    def _still_running(self, name: str) -> list[threading.Thread]:
-        threads = self._left_behind[name]
+    def _still_running(self, world: str, name: str) -> list[threading.Thread]:
+        threads = self._left_behind[world, name]
         threads[:] = [thread for thread in threads if thread.is_alive()]
         return threads
 
