@@ -44,12 +44,15 @@ def run(settings: Settings) -> None:
     """Serve until interrupted. Raises SystemExit with a sentence where the server cannot start."""
     import uvloop
 
+    from tools.ending import ending_in_time
+
     # uvicorn ends its connections first and then raises the signal again: as an exception it also closes the log.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        uvloop.run(_serve(settings))
-    except KeyboardInterrupt:
-        print("stopped.")
+    with ending_in_time():
+        try:
+            uvloop.run(_serve(settings))
+        except KeyboardInterrupt:
+            print("stopped.")
 
 
 async def _serve(settings: Settings) -> None:

@@ -7,6 +7,7 @@ from importlib import import_module
 
 from learner.terminal import printing
 from policies.command_line import parse, refuse
+from tools.ending import ending_in_time
 
 COMMANDS = {
     "once": ("learner.commands.once", "OnceOptions", "run one cycle"),
@@ -52,4 +53,5 @@ def _help() -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    with ending_in_time():
+        raise SystemExit(main(sys.argv[1:]))

@@ -28,11 +28,12 @@ from tqdm import tqdm
 from learner.api_key import api_key
 from learner.endpoint_url import endpoint_url
 from policies.command_line import refuse_keys
+from tools.ending import ending_in_time
 from tools.schemas import schema_of
 from tools.worlds import WORLDS, load_world
-from tools.worlds.blame import blaming, outcome_of, tools_of
+from tools.worlds.blame import blaming, outcome_of, told_by, tools_of
 from tools.worlds.threads import WorldThreads
-from tools.worlds.world import Message, Task, World, WorldEpisode, WorldFailed, max_steps_of
+from tools.worlds.world import Message, Task, World, WorldEpisode, WorldFailed, max_steps_of, require_messages
 
 WORLD_TIMEOUT_S = 60.0
 
@@ -92,7 +93,7 @@ async def practise(
 async def _attempt(
     client: AsyncOpenAI, world: World, threads: WorldThreads, task: Task, model: str, options: PracticeOptions
 ) -> Attempt:
-    messages: list[Any] = list(task.messages)
+    messages: list[Any] = []
     metadata: Any = {"task": task.id, "purpose": options.purpose}
     bound: Any = {"max_tokens": options.max_tokens} if options.max_tokens else {}
     episode_id, outcome, num_steps, num_malformed = "", 0.0, 0, 0
@@ -101,6 +102,8 @@ async def _attempt(
         return await threads.ask(partial(_blamed, world.name, method, function, *arguments), WORLD_TIMEOUT_S)
 
     try:
+        await in_world("task", require_messages, task.messages)
+        messages.extend(task.messages)
         episode = await in_world("open", world.open, task)
         tools = await in_world("tools", _tools_of, world.name, episode)
         while num_steps < max_steps_of(world):
@@ -120,7 +123,7 @@ async def _attempt(
                 num_malformed += 1
                 break
             messages.append(_message(answer.choices[0].message))
-            told = await in_world("play", episode.play, messages[-1])
+            told = await in_world("play", told_by, world.name, episode, messages[-1])
             if not told:
                 break
             messages.extend(told)
@@ -282,4 +285,5 @@ async def _main(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(asyncio.run(_main(_arguments())))
+    with ending_in_time():
+        raise SystemExit(asyncio.run(_main(_arguments())))

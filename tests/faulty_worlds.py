@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -131,6 +132,11 @@ class MessagesWithoutRole(Numbers):
         return ({"content": f"Count to {item}."},)
 
 
+class MessagesAreNoText(Numbers):
+    def messages_of(self, item: int) -> Any:
+        return ({"role": "user", "content": "Count to \ud800."},)
+
+
 class OtherTask(Numbers):
     def task(self, split: str, index: int) -> Task:
         return Task("other", split, index, ({"role": "user", "content": "Hello."},))
@@ -149,6 +155,12 @@ class RunsAnEventLoop(Numbers):
     def task(self, split: str, index: int) -> Task:
         asyncio.run(asyncio.sleep(0))
         return super().task(split, index)
+
+
+class ChangesFolder(Numbers):
+    def __init__(self) -> None:
+        os.chdir(os.sep)
+        super().__init__()
 
 
 class NoSteps(Numbers):

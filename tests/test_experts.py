@@ -332,7 +332,22 @@ def test_a_worlds_expert_that_hangs_is_given_up_and_soon_asked_no_more(
     assert sorted(expert.problems.values()) == [3, MAX_LEFT_BEHIND]
 
 
-@pytest.mark.parametrize("expert_action", [raising(KeyError("x")), raising(SystemExit(2)), lambda _: "five"])
+@pytest.mark.parametrize(
+    "expert_action",
+    [
+        raising(KeyError("x")),
+        raising(SystemExit(2)),
+        lambda _: "five",
+        lambda _: {"role": "assistant", "content": 5},
+        lambda _: {"role": "user", "content": "five"},
+        lambda _: {"role": "assistant", "content": None},
+        lambda _: answering("\ud800"),
+        lambda _: {"role": "assistant", "content": "", "tool_calls": "count"},
+        lambda _: {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": 5, "arguments": "{}"}}]},
+        lambda _: calling("count", '{"of": NaN}'),
+        lambda _: calling("count", '{"of": "\ud800"}'),
+    ],
+)
 def test_a_worlds_expert_that_fails_at_a_state_is_counted_and_says_nothing(
     counted: Callable[..., LoggedState], expert_action: Any
 ) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -19,11 +20,14 @@ import pytest
 from learner import practice
 from learner.practice import Attempt, PracticeOptions, practise
 from policies.chat.chat_protocol import ChatProtocol
+from policies.types import ToolCalls
 from runtime.agent.budget import RunLimits
 from runtime.agent.tools import Toolbox
-from tests.faulty_worlds import COUNT, NUMBERS, NumbersEpisode, numbers, raising
+from tests.faulty_worlds import COUNT, NUMBERS, Numbers, NumbersEpisode, numbers, raising
 from tests.serving import MODEL, SayingEngine, Served, parts_of, served
+from tools.worlds.calls import answering, calling
 from tools.worlds.threads import MAX_LEFT_BEHIND, MAX_RUNNING
+from tools.worlds.world import Task
 
 CALL = '<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'
 TWO_CALLS = f"{CALL}\n{CALL}"
@@ -171,6 +175,12 @@ def test_what_run_gives_back_is_shown_or_told(serve: Serve, given: object, shown
         (None, "schemas() must give a list of tools, perhaps an empty one; not None"),
         ([{"type": "function", "function": COUNT}], "is what OpenAI's form has under 'function'"),
         (2 * [{"name": "count", "description": "Counts.", "parameters": {}}], "two tools with the name 'count'"),
+        ([{**COUNT, "name": "count it"}], "a tool with the name 'count it'; it may have letters from a to z"),
+        ([{**COUNT, "name": "zähle"}], "a tool with the name 'zähle'"),
+        ([{**COUNT, "description": "\ud800"}], "the schema of the tool 'count' cannot be written as JSON"),
+        ([{**COUNT, "parameters": {"properties": {"a": {"enum": {1, 2}}}}}], "cannot be written as JSON"),
+        ([{**COUNT, "parameters": {"properties": {"a": {"maximum": float("nan")}}}}], "cannot be written as JSON"),
+        ([{**COUNT, "parameters": {"properties": {(1, 2): {}}}}], "keys must be str"),
     ],
 )
 def test_a_tool_that_does_not_say_what_it_is_is_told(serve: Serve, schemas: Any, words: str) -> None:
@@ -178,6 +188,8 @@ def test_a_tool_that_does_not_say_what_it_is_is_told(serve: Serve, schemas: Any,
     message = told(ask(server))
     assert words in message
     assert "the world numbers" in message
+    (attempt,) = practised(server, numbers(schemas=lambda _: schemas), 1)
+    assert words in attempt.error
 
 
 def test_what_is_opened_must_be_an_episode(serve: Serve) -> None:
@@ -204,6 +216,54 @@ def test_each_task_offers_the_schemas_of_its_own() -> None:
         offered, _ = toolbox.open(f"numbers/train/{index}", ())
         item = NUMBERS["train"][index]
         assert offered[0]["function"]["parameters"]["properties"]["of"]["enum"] == [f"item {item}"]
+
+
+WORDS = {"type": "object", "properties": {"words": {"type": "array", "items": {"type": "string"}}}}
+CALL_WITH_WORDS = '<tool_call>\n{"name": "count", "arguments": {"words": ["a", "b"]}}\n</tool_call>'
+
+
+def consuming(episode: NumbersEpisode, _: str, arguments: dict[str, Any]) -> str:
+    words = arguments.pop("words")
+    while words:
+        episode.num_calls += len(words.pop())
+    return str(episode.num_calls)
+
+
+def test_what_a_call_does_with_its_arguments_changes_neither_the_log_nor_a_replay(serve: Serve) -> None:
+    """The step was logged, answered and replayed with the empty list that the world had left of it."""
+    server = serve(numbers(run=consuming, schemas=lambda _: [{**COUNT, "parameters": WORDS}]), CALL_WITH_WORDS, "Done.")
+    response = ask(server)
+    assert observations(server, response) == ["2"]
+    first = server.parts.log.steps(response.headers["x-episode-id"])[0]
+    assert isinstance(first.action, ToolCalls)
+    assert first.action.calls[0].arguments == {"words": ["a", "b"]}
+
+
+def test_a_copy_is_led_to_where_calls_led_that_used_up_their_arguments() -> None:
+    world = numbers(run=consuming, schemas=lambda _: [{**COUNT, "parameters": WORDS}])
+    episode = world.open(world.task("train", 0))
+    assert isinstance(episode, NumbersEpisode)
+    episode.play(calling("count", {"words": ["ab", "c"]}, 0))
+    assert episode.num_calls == 3
+    assert episode.copy().is_where(episode)
+
+
+@pytest.mark.parametrize("reopened", [lambda episode: episode, deepcopy])
+def test_an_attempt_that_is_not_reopened_afresh_is_told(reopened: Any) -> None:
+    """One that gave itself was replayed for ever; a copy was where the calls lead when they are made twice."""
+    world = numbers(reopened=reopened)
+    episode = world.open(world.task("train", 0))
+    episode.play(calling("count", {}, 0))
+    with pytest.raises(ValueError, match="`reopened` must give a fresh attempt"):
+        episode.same_effect(calling("count", {}, 1), calling("count", {}, 2))
+
+
+def test_an_argument_may_be_called_self(serve: Serve) -> None:
+    call = '<tool_call>\n{"name": "count", "arguments": {"self": "me"}}\n</tool_call>'
+    parameters = {"type": "object", "properties": {"self": {"type": "string"}}}
+    world = numbers(run=lambda *given: given[2], schemas=lambda _: [{**COUNT, "parameters": parameters}])
+    server = serve(world, call, "Done.")
+    assert observations(server, ask(server)) == ['{"self": "me"}']
 
 
 async def run_async(*_: Any) -> str:
@@ -365,6 +425,19 @@ def test_a_call_that_hangs_holds_up_no_other_episode(serve: Serve, gate: Gate) -
     assert observations(server, hanging.result()) == ["late"]
 
 
+def test_calls_that_hang_in_one_world_close_no_tool_of_anothers(serve: Serve, gate: Gate) -> None:
+    limits = RunLimits(deadline_s=1, tool_timeout_s=0.1)
+    hanging = serve(numbers(run=gate.wait), *[CALL, "Done."] * 9, limits=limits)
+    for _ in range(8):
+        assert observations(hanging, ask(hanging)) == ["error: count took longer than 0.1 seconds"]
+    assert observations(hanging, ask(hanging)) == ["error: count hangs: 8 earlier calls of it have not ended yet"]
+    other = numbers()
+    other.name = "others"
+    server = serve(other, CALL, "Done.")
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Go."}], "metadata": {"task": "others/train/0"}}
+    assert observations(server, httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=20)) == ["1"]
+
+
 def test_calls_of_one_step_are_run_in_their_order(serve: Serve) -> None:
     def run(episode: NumbersEpisode, *_: Any) -> str:
         episode.num_calls += 1
@@ -404,6 +477,38 @@ def test_in_practice_an_outcome_that_is_none_is_told(serve: Serve, value: object
     world = numbers(outcome=lambda _: value)
     (attempt,) = practised(serve(world), world, 1)
     assert f"`outcome` of the world numbers gave {value!r}; it must be a number from 0 to 1" in attempt.error
+
+
+@pytest.mark.parametrize(
+    "told",
+    [None, "text", {"role": "tool", "content": "x"}, [{"content": "x"}], ["text"], (each for each in [COUNT]), [None],
+     [{"role": "user", "content": None}], [{"role": "user", "content": "\ud800"}],
+     [{"role": "assistant", "content": "Me too."}]],
+)  # fmt: skip
+def test_in_practice_what_a_world_says_must_be_messages(serve: Serve, told: Any) -> None:
+    """The first of them ended the whole run, or a learner's cycle."""
+    world = numbers(play=lambda *_: told)
+    failed, also_failed = practised(serve(world), world)
+    for attempt in (failed, also_failed):
+        assert "`play` of the world numbers raised ValueError: a world says a list of messages" in attempt.error
+
+
+def test_in_practice_a_task_whose_messages_cannot_be_sent_ends_its_own_attempt(serve: Serve) -> None:
+    class Numbered(Numbers):
+        def task(self, split: str, index: int) -> Task:
+            said: Any = "\ud800" if index == 0 else "Count."
+            return Task(self.name, split, index, ({"role": "user", "content": said},))
+
+    failed, done = practised(serve(Numbered(), "Done."), Numbered())
+    assert "cannot be written as JSON" in failed.error
+    assert (done.error, done.outcome) == ("", 1.0)
+
+
+def test_a_user_is_cut_as_an_observation_is() -> None:
+    episode = numbers(answer=lambda *_: "\ud800" + "x" * 1_000_000).open_item(0)
+    (said,) = episode.play(answering("Done."))
+    assert said["content"].startswith("?x")
+    assert said["content"].endswith("[cut here: the whole observation has 1000001 characters]")
 
 
 def test_in_practice_a_world_that_hangs_does_not_hold_up_the_end(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import time
 from typing import Any
 
 import pytest
 
 from learner.data.held_out import Conversation, HeldOut, TaskNames
 from policies.types import Message
+from tests.faulty_worlds import numbers, raising
+from tools.worlds import threads
 from tools.worlds.order_desk import OrderDesk
+from tools.worlds.world import WorldFailed
 
 WORLD = OrderDesk()
 
@@ -136,3 +141,20 @@ def test_anchors_are_kept_apart_with_their_tasks() -> None:
     assert apart.covers(anchor)
     assert apart.covers(conversation("ep_2", asked("train", 5)))
     assert not apart.covers(conversation("ep_3", user("Ship order 4")))
+
+
+@pytest.mark.parametrize(
+    ("find_task", "told"),
+    [
+        (raising(KeyError("x")), "`find_task` of the world numbers raised KeyError: 'x'"),
+        (raising(SystemExit(2)), "`find_task` of the world numbers raised SystemExit: 2"),
+        (lambda *_: "numbers/train/0", "`find_task` of the world numbers raised AttributeError"),
+        (lambda *_: time.sleep(1.0), "the world numbers did not answer within 0.2 seconds"),
+    ],
+)
+def test_a_world_that_cannot_find_a_task_is_named(find_task: Any, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cycle failed with KeyError: 'x', ended without a word, or hung for ever."""
+    monkeypatch.setattr(threads, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(threads, "_LEFT_BEHIND", {})  # other tests count what they leave behind themselves
+    with pytest.raises(WorldFailed, match=re.escape(told)):
+        HeldOut.among([conversation("ep_1", user("Hi"))], numbers(find_task=find_task), 0.5)

@@ -97,6 +97,10 @@ class Unwritable(BaseModel):
     model_config = {"arbitrary_types_allowed": True}
     lock: type(threading.Lock())
 
+@tool(description="Half of a letter: \\ud800.")
+def halved(text: str) -> str:
+    return text
+
 @tool(args_schema=Unwritable)
 def locked(lock) -> str:
     """Has arguments that JSON has no schema for."""
@@ -239,6 +243,7 @@ def test_they_stand_beside_the_built_in_ones_in_order(code: Any) -> None:
         ("shop_tools:twice", "two tools are called 'greet'"),
         ("shop_tools:spaced", "'a name with spaces' is no name that models know tools by"),
         ("shop_tools:lonely", "lonely wants shop from LangGraph"),
+        ("shop_tools:halved", "the schema of the tool 'halved' cannot be written as JSON"),
         ("shop_tools:locked", "the arguments of locked have no JSON schema: PydanticInvalidForJsonSchema"),
     ],
 )

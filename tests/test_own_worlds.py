@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,8 @@ FAULTS = [
         "its `splits` raised AttributeError: 'NothingCalled' object has no",
     ),
     ("tests.faulty_worlds:MessagesAreText", "a conversation begins with messages"),
-    ("tests.faulty_worlds:MessagesWithoutRole", "is no message"),
+    ("tests.faulty_worlds:MessagesWithoutRole", "a conversation begins with messages, .*; not .'content'"),
+    ("tests.faulty_worlds:MessagesAreNoText", "cannot be written as JSON"),
     ("tests.faulty_worlds:OtherTask", "calls itself other/train/0"),
     ("tests.faulty_worlds:TaskRaises", "its simulator does not start"),
     ("tests.faulty_worlds:NoSteps", "its `max_steps` is 0"),
@@ -50,6 +53,13 @@ def test_what_is_no_world_is_told_by_its_name(name: str, words: str) -> None:
         load_world(name)
     assert repr(name) in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_world_that_changes_the_working_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server made a new state folder there, and said that there was no model."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(f"changes the working folder to {os.sep}: the server's own paths")):
+        load_world("tests.faulty_worlds:ChangesFolder")
 
 
 async def loaded(name: str) -> World:

@@ -344,6 +344,40 @@ def test_rows_are_read_as_a_list_or_one_a_line(name: str, tmp_path: Path) -> Non
         assert all_messages(load_world(spec)) == plain
 
 
+def in_shards(file: Path, rows: list[Any], folder: Path) -> None:
+    """In twelve files."""
+    folder.mkdir()
+    for number in range(12):
+        write(folder / f"train-{number}-of-12{file.suffix}", rows[number::12])
+
+
+@pytest.mark.parametrize("named", ["{folder}", "{folder}/train-*"])
+@pytest.mark.parametrize("name", sorted({*WRITERS} - {"webshop"}))
+def test_what_is_published_in_several_files_is_one_world(name: str, named: str, tmp_path: Path) -> None:
+    spec, file = WRITERS[name](tmp_path), tmp_path / FILES[name][0]
+    rows = read(file)
+    rows += [{**row, "question": f"{row['question']} Say it.", "id": "x"} for row in rows[:2] if "question" in row]
+    write(file, rows)
+    plain = played(load_world(spec))
+    in_shards(file, rows, tmp_path / "shards")
+    (tmp_path / "shards" / "README.md").write_text("Not this one.")
+    assert played(load_world(f"{name}:{named.format(folder=tmp_path / 'shards')}")) == plain
+
+
+def test_the_steps_of_a_task_may_stand_in_several_files(tmp_path: Path) -> None:
+    plain = played(load_world(write_mind2web(tmp_path)))
+    steps = [step for row in read(tmp_path / "train_0.json") for step in in_steps(row)]
+    in_shards(tmp_path / "train_0.json", steps, tmp_path / "shards")
+    assert sorted(map(str, played(load_world(f"mind2web:{tmp_path / 'shards'}")))) == sorted(map(str, plain))
+
+
+@pytest.mark.parametrize("named", ["shards", "shards/train-*.json"])
+def test_a_folder_without_files_is_told(named: str, tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / named} stands for no file")):
+        load_world(f"mind2web:{tmp_path / named}")
+
+
 def as_columns(row: Any, key: str, names: tuple[str, str]) -> Any:
     return {name: [pair[at] for pair in row[key]] for at, name in enumerate(names)}
 
@@ -400,6 +434,35 @@ def test_flashrags_form_asks_the_same_and_accepts_the_same(name: str, tmp_path: 
     assert [asked(world, task).answers for task in promises.all_tasks(world)] == [
         asked(plain, task).answers for task in promises.all_tasks(plain)
     ]
+
+
+def in_ircot(row: Any) -> Any:
+    """IRCoT's row of a published one."""
+    if "context" in row:
+        facts = {title for title, _ in row["supporting_facts"]}
+        paragraphs = [(title, " ".join(map(str.strip, texts)), title in facts) for title, texts in row["context"]]
+    else:
+        paragraphs = [(each["title"], each["paragraph_text"], each["is_supporting"]) for each in row["paragraphs"]]
+    keys = ("title", "paragraph_text", "is_supporting")
+    return {
+        "question_id": row.get("_id") or row["id"],
+        "question_text": row["question"],
+        "answers_objects": [{"number": "", "date": {"day": "", "month": "", "year": ""}, "spans": [row["answer"]]}],
+        "contexts": [{"idx": idx, **dict(zip(keys, each, strict=True))} for idx, each in enumerate(paragraphs)],
+    }
+
+
+@pytest.mark.parametrize("name", ["hotpotqa", "2wikimultihopqa", "musique"])
+def test_ircots_form_asks_the_same_and_is_searched_for_the_same(name: str, tmp_path: Path) -> None:
+    spec, file = WRITERS[name](tmp_path), tmp_path / FILES[name][0]
+    rows = [row for row in read(file) if row.get("answerable", True)]
+    write(file, rows)
+    plain = played(load_world(spec))
+    write(file, [in_ircot(row) for row in rows])
+    assert played(load_world(spec)) == plain
+    write(file, [in_ircot(row) | {"answers_objects": [{"spans": [" "]}]} for row in rows])
+    with pytest.raises(ValueError, match=r"row 1 .*: `answers_objects` has an empty answer, as in a test set"):
+        load_world(spec)
 
 
 def asked(world: World, task: Task) -> Question:

@@ -7,7 +7,6 @@ Whatever is wrong with it is told before the server starts, not in an episode.
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Iterable, Sequence
 from importlib import import_module
@@ -43,7 +42,6 @@ def check_tool(tool: BaseTool, source: str) -> None:
         raise ValueError(f"{source}: {tool.name!r} is no name that models know tools by: {problem}")
     try:
         schema = schema_of(tool)["function"]
-        json.dumps(schema, allow_nan=False)
     except Exception as error:  # pydantic, langchain and the user's own types each have their own
         raise ValueError(f"{source}: the arguments of {tool.name} have no JSON schema: {_in_words(error)}") from error
     if schema.get("parameters", {}).get("type", "object") != "object":

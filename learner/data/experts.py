@@ -22,9 +22,9 @@ from policies.types import Action, MalformedAction, Message
 from runtime.store.damage import Damaged
 from runtime.store.episodes import Actor, Correction, Step
 from runtime.store.step_log import StepLog
-from tools.worlds.blame import blaming
+from tools.worlds.blame import blaming, told_by
 from tools.worlds.threads import patiently
-from tools.worlds.world import UnknownTask, World, WorldEpisode, WorldFailed, task_named
+from tools.worlds.world import UnknownTask, World, WorldEpisode, WorldFailed, require_action, task_named
 
 _log = logging.getLogger(__name__)
 
@@ -107,9 +107,10 @@ class WorldExpert:
 def _expert_action(world: str, episode: WorldEpisode) -> Action | None:
     with blaming(world, "expert_action"):
         message = episode.expert_action()
-        if message is not None and not isinstance(message, dict):
-            raise TypeError(f"it must give an assistant message or None, not {type(message).__name__}")
-        return None if message is None else message_action(message)
+        if message is None:
+            return None
+        require_action(message)
+        return message_action(message)
 
 
 @dataclass(slots=True)
@@ -157,8 +158,7 @@ def _led_to(world: World, task: str, path: Sequence[Step]) -> WorldEpisode | Non
         episode = world.open(task_named(world, task))
     for step, following in pairwise(path):
         if not isinstance(step.action, MalformedAction):
-            with blaming(world.name, "play"):
-                told = [_said(message) for message in episode.play(action_message(step.action))]
+            told = [_said(message) for message in told_by(world.name, episode, action_message(step.action))]
             roles = {role for role, _ in told}  # where the world has nothing to say, a user may say what he likes
             if told != [said for message in following.new_messages if (said := _said(message))[0] in roles]:
                 return None

@@ -19,11 +19,14 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from policies.chat.chat_protocol import message_action, text_of
 from policies.chat.meaning import meaning, normal_text
 from policies.types import FinalAnswer, Message
+from tools.worlds.blame import blaming
+from tools.worlds.threads import patiently
 from tools.worlds.world import TaskId, World
 
 TRAINED_SPLIT = "train"
@@ -121,8 +124,10 @@ class TaskNames:
 
     def _tasks(self, conversation: Conversation) -> Iterator[str]:
         """Ids of tasks: the world's own finding first, which no client can make up."""
-        if self._world is not None and (found := self._world.find_task(conversation.messages)):
-            yield found.id
+        if self._world is not None and (
+            found := patiently(self._world.name, partial(_found, self._world, conversation))
+        ):
+            yield found
         if conversation.task is not None:
             yield conversation.task
         if self._world is not None:
@@ -194,6 +199,13 @@ def _groups(oldest_first: Sequence[str], names: dict[str, list[str]]) -> dict[st
                 group_of[episode] = names[oldest][0]
                 waiting += [other for name in names[episode] for other in sharing[name]]
     return group_of
+
+
+def _found(world: World, conversation: Conversation) -> str | None:
+    """The id of the world's task that a conversation is about. Raises WorldFailed."""
+    with blaming(world.name, "find_task"):
+        task = world.find_task(conversation.messages)
+        return task.id if task else None
 
 
 def split_of(task: str, world: World) -> str | None:

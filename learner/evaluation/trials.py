@@ -92,7 +92,7 @@ class CycleTrials:
             units = _demonstrations(collected, twins_of(acting, who.learning_log))
         else:
             places = random.Random(acting).sample(range(most_tasks), min(num_tasks, most_tasks))
-            units = [Unit(fitting.task("validation", place)) for place in places]
+            units = [Unit(patiently(fitting.name, partial(_validating, fitting, place))) for place in places]
         shown = [step for each in (*collected.demonstrations, *collected.held_out) for step in each.path]
         max_task_tokens = max(map(most_tokens, shown), default=None)
         past = PastTrials(who.log, world, who.agent)
@@ -174,6 +174,12 @@ def task_named(name: str, world: World) -> Task:
     return world.task(split, int(index))
 
 
+def _validating(world: World, index: int) -> Task:
+    """Raises WorldFailed where the world cannot say what its task is."""
+    with blaming(world.name, "task"):
+        return world.task("validation", index)
+
+
 def _demonstrations(collected: Collected, twins: Mapping[int, Twin]) -> list[Unit]:
     """Those held out, by task; and by folds the others, where these are too few, as far as the fold's twin has seen
     none of the task's."""
@@ -218,8 +224,9 @@ def fitting_world(world: World | None, demonstrations: Sequence[LoggedEpisode]) 
 
 
 def _names_of_tools(world: World) -> set[str]:
+    task = _validating(world, 0)
     with blaming(world.name, "open"):
-        episode = world.open(world.task("validation", 0))
+        episode = world.open(task)
     return {tool.name for tool in tools_of(world.name, episode)}
 
 

@@ -239,6 +239,7 @@ async def _tool_results(
         server_tools.bounds,
         server_tools.turns,
         seconds_left=lambda: budget.seconds_left,
+        world=server_tools.threads.world,
     )
     return tuple(results if redactor is None else await asyncio.to_thread(_redacted, redactor, results))
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 from langchain_core.tools import BaseTool, ToolException
 from pydantic import ValidationError
 
 from policies.types import ToolCall
 from runtime.agent.tool_outputs import cut, shown
-from runtime.agent.tool_threads import ToolThreads, Turn
+from runtime.agent.tool_threads import Read, ToolThreads
 from runtime.store.episodes import ToolResult
 from tools.bounds import ToolBounds
 from tools.worlds.world import WorldFailed
@@ -26,6 +27,8 @@ _threads = ToolThreads()
 
 Turns = Mapping[str, Callable[[], AbstractContextManager[None]]]
 """By the tool's name: what a call holds while it runs."""
+Ask = Callable[[BaseTool, Mapping[str, Any], Read], Awaitable[str]]
+"""Calls a tool, and gives what is made of its output."""
 
 
 async def run_tool_calls(
@@ -35,11 +38,12 @@ async def run_tool_calls(
     bounds: Mapping[str, ToolBounds] | None = None,
     turns: Turns | None = None,
     seconds_left: Callable[[], float] = lambda: math.inf,
+    world: str = "",
 ) -> list[ToolResult]:
     """Run the calls of one step; the results come in the order of the calls. Never raises for a tool.
 
     Calls run side by side, but those of tools with a turn one after the other. `timeout_s` is for tools whose `bounds`
-    name none; no call lasts longer than the run's `seconds_left` when it begins.
+    name none; no call lasts longer than the run's `seconds_left` when it begins. Tools with a turn are of the `world`.
     """
     bounds, turns = bounds or {}, turns or {}
 
@@ -49,28 +53,27 @@ async def run_tool_calls(
         bound, turn = bounds.get(call.name, _UNBOUNDED), turns.get(call.name, nullcontext)
         async with in_order if call.name in turns else nullcontext():
             seconds = min(timeout_s if bound.timeout_s is None else bound.timeout_s, seconds_left())
-            return await _run(call, tools, seconds, bound.max_output_chars, turn())
+            ask = partial(_threads.run, turn=turn(), world=world if call.name in turns else "")
+            return await _run(call, tools, seconds, bound.max_output_chars, ask)
 
     return list(await asyncio.gather(*map(run, calls)))
 
 
-async def _run(
-    call: ToolCall, tools: Mapping[str, BaseTool], timeout_s: float, max_chars: int, turn: Turn
-) -> ToolResult:
+async def _run(call: ToolCall, tools: Mapping[str, BaseTool], timeout_s: float, max_chars: int, ask: Ask) -> ToolResult:
     began = time.perf_counter()
-    content, is_error = await _observe(call, tools, timeout_s, max_chars, turn)
+    content, is_error = await _observe(call, tools, timeout_s, max_chars, ask)
     return ToolResult(call.id, call.name, content, is_error, (time.perf_counter() - began) * 1000)
 
 
 async def _observe(
-    call: ToolCall, tools: Mapping[str, BaseTool], timeout_s: float, max_chars: int, turn: Turn
+    call: ToolCall, tools: Mapping[str, BaseTool], timeout_s: float, max_chars: int, ask: Ask
 ) -> tuple[str, bool]:
     tool = tools.get(call.name)
     if tool is None:
         return cut(f"error: there is no tool {call.name}; there are: {', '.join(tools) or 'none'}", max_chars), True
     try:
         async with asyncio.timeout(timeout_s):
-            return await _threads.run(tool, call.arguments, partial(shown, max_chars=max_chars), turn), False
+            return await ask(tool, call.arguments, partial(shown, max_chars=max_chars)), False
     except TimeoutError:
         return f"error: {call.name} took longer than {timeout_s:g} seconds", True
     except Exception as error:  # a tool is foreign code: whatever it raises, the agent is told and the server lives

@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
+from copy import deepcopy
 from typing import Any
 
 from langchain_core.tools import BaseTool, StructuredTool, Tool, ToolException
@@ -46,21 +47,25 @@ class ToolThreads:
 
     def __init__(self) -> None:
         self._places = threading.Semaphore(MAX_RUNNING)
-        self._left_behind: defaultdict[str, list[threading.Thread]] = defaultdict(list)
+        self._left_behind: defaultdict[tuple[str, str], list[threading.Thread]] = defaultdict(list)
+        """By the tool's world and its name."""
         self._async_tools = _AsyncTools()
 
-    async def run(self, tool: BaseTool, arguments: Mapping[str, Any], read: Read, turn: Turn | None = None) -> str:
-        """What `read`, called where the tool runs, makes of its output; `turn` is held there meanwhile. Raises what the
-        tool raises, and TooManyCalls; an exception that would end a thread or a task becomes a ToolException."""
+    async def run(
+        self, tool: BaseTool, arguments: Mapping[str, Any], read: Read, turn: Turn | None = None, world: str = ""
+    ) -> str:
+        """What `read`, called where the tool runs, makes of its output; `turn` is held there meanwhile. `world` is that
+        of a world's tool: another world may have one of the same name. Raises what the tool raises, and TooManyCalls;
+        an exception that would end a thread or a task becomes a ToolException."""
         turn = turn or nullcontext()
         if isinstance(tool, McpTool):
             return await tool.loop.run(_called(tool, arguments, read, turn))
         if is_async(tool):
             return await self._async_tools.run(_called(tool, arguments, read, turn))
-        return await self._in_thread(tool, arguments, read, turn)
+        return await self._in_thread(tool, arguments, read, turn, world)
 
-    async def _in_thread(self, tool: BaseTool, arguments: Mapping[str, Any], read: Read, turn: Turn) -> str:
-        left_behind = self._still_running(tool.name)
+    async def _in_thread(self, tool: BaseTool, arguments: Mapping[str, Any], read: Read, turn: Turn, world: str) -> str:
+        left_behind = self._still_running(world, tool.name)
         if len(left_behind) >= MAX_LEFT_BEHIND:
             raise TooManyCalls(f"{tool.name} hangs: {len(left_behind)} earlier calls of it have not ended yet")
         if not self._places.acquire(blocking=False):
@@ -83,7 +88,7 @@ class ToolThreads:
         """What the thread does. Its caller may have gone: `answer` is cancelled then, and takes nothing."""
         try:
             with turn:
-                text = read(_no_coroutine(tool, tool.invoke(dict(arguments))))
+                text = read(_no_coroutine(tool, tool.invoke(_own(arguments))))
         except BaseException as error:
             self._places.release()
             if answer.set_running_or_notify_cancel():
@@ -93,8 +98,8 @@ class ToolThreads:
             if answer.set_running_or_notify_cancel():
                 answer.set_result(text)
 
-    def _still_running(self, name: str) -> list[threading.Thread]:
-        threads = self._left_behind[name]
+    def _still_running(self, world: str, name: str) -> list[threading.Thread]:
+        threads = self._left_behind[world, name]
         threads[:] = [thread for thread in threads if thread.is_alive()]
         return threads
 
@@ -152,7 +157,7 @@ def is_async(tool: BaseTool) -> bool:
 async def _called(tool: BaseTool, arguments: Mapping[str, Any], read: Read, turn: Turn) -> str:
     try:
         with turn:
-            return read(await tool.ainvoke(dict(arguments)))
+            return read(await tool.ainvoke(_own(arguments)))
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
         if task is not None and task.cancelling():
@@ -162,6 +167,11 @@ async def _called(tool: BaseTool, arguments: Mapping[str, Any], read: Read, turn
         raise
     except BaseException as error:
         raise _as_tool_error(error) from error
+
+
+def _own(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """For the tool to change as it likes: the action that they are of is still to be logged."""
+    return deepcopy(dict(arguments))
 
 
 async def _nothing() -> None:

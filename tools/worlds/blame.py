@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import extract_tb
 from typing import TYPE_CHECKING, SupportsFloat
 
-from tools.worlds.world import UnknownTask, WorldEpisode, WorldFailed
+from tools.worlds.world import Message, UnknownTask, WorldEpisode, WorldFailed, require_told
 
 if TYPE_CHECKING:
     from langchain_core.tools import BaseTool
 
 MAX_SAID_CHARS = 300
 """Of what an exception says."""
+_TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+"""What the server takes of clients, too."""
 
 
 @contextmanager
@@ -51,9 +54,22 @@ def tools_of(world: str, episode: WorldEpisode) -> list[BaseTool]:
     with blaming(world, "tools"):
         tools = list(episode.tools)
         names = [tool.name for tool in tools]
+    if unfit := [name for name in names if not (isinstance(name, str) and _TOOL_NAME.fullmatch(name))]:
+        raise WorldFailed(
+            f"the world {world} has a tool with the name {unfit[0]!r}; it may have letters from a to z, digits, _, - "
+            "and . only, at most 64 of them; the fault is the world's"
+        )
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise WorldFailed(f"the world {world} has two tools with the name {twice[0]!r}; the fault is the world's")
     return tools
+
+
+def told_by(world: str, episode: WorldEpisode, message: Message) -> list[Message]:
+    """What the world says to an assistant message. Raises WorldFailed where a conversation cannot go on with it."""
+    with blaming(world, "play"):
+        told = episode.play(message)
+        require_told(told)
+        return list(told)
 
 
 def outcome_of(world: str, episode: WorldEpisode) -> float:

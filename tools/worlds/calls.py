@@ -11,6 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from functools import cached_property
 from inspect import iscoroutine
 from typing import Any
@@ -42,7 +43,7 @@ class WorldTool(BaseTool):
         arguments = {"title": name, "type": "object", "properties": {}, **parameters}
         return cls(name=name, description=description, args_schema=arguments, run_call=run_call)
 
-    def _run(self, **arguments: Any) -> str:
+    def _run(self, /, **arguments: Any) -> str:
         return self.run_call(self.name, arguments)
 
 
@@ -153,7 +154,7 @@ class ToolEpisode(ABC):
 
     @abstractmethod
     def reopened(self) -> ToolEpisode:
-        """A fresh attempt at the same task."""
+        """A fresh attempt at the same task: another object, with which nothing was done yet."""
 
     @abstractmethod
     def is_where(self, other: Any) -> bool:
@@ -181,7 +182,7 @@ class ToolEpisode(ABC):
         if not isinstance(arguments, dict):
             return shown(f"Error: the arguments of {name} must be a JSON object")
         try:
-            given = self.run(name, arguments)
+            given = self.run(name, deepcopy(arguments))  # of which it may make what it likes: the move stays as it was
             return observed(asyncio.run(given) if iscoroutine(given) else given)
         except (KeyboardInterrupt, asyncio.CancelledError):
             raise
@@ -200,7 +201,7 @@ class ToolEpisode(ABC):
         said = self.answer(text)
         if said is not None and not isinstance(said, str):
             raise TypeError(f"`answer` must return the user's next message as text, or None; not {type(said).__name__}")
-        return [] if said is None else [{"role": "user", "content": said}]
+        return [] if said is None else [{"role": "user", "content": shown(said)}]
 
     def same_effect(self, message_a: Message, message_b: Message) -> bool:
         """Whether both messages go on or both answer, are told the same, and lead to the same state."""
@@ -214,6 +215,8 @@ class ToolEpisode(ABC):
     def copy(self) -> ToolEpisode:
         """Another attempt that was led to the same state."""
         copy = self.reopened()
+        if copy is self or copy._moves:  # led on from there it would be somewhere else, or nowhere for ever
+            raise ValueError("`reopened` must give a fresh attempt at the task, not this one or one that was played")
         for move in self._moves:
             if isinstance(move, str):
                 copy._moves.append(move)

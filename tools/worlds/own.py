@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from tools.worlds.blame import raised
@@ -15,9 +16,15 @@ from tools.worlds.world import SPLITS, Task, World, require_messages
 
 def own_world(name: str) -> World:
     """The world of that `module:Class`. Raises ValueError, in words for who wrote it, for what is no world."""
+    folder = Path.cwd()
     kind = _class(name)
     world = in_own_thread(partial(_made, name, kind))
     in_own_thread(partial(_require_world, name, world))
+    if Path.cwd() != folder:  # the state folder was made where nobody looks for it
+        raise ValueError(
+            f"the world {name!r} changes the working folder to {Path.cwd()}: the server's own paths begin at "
+            f"{folder}; let it name its files by whole paths, such as Path(__file__).with_name('rooms.json')"
+        )
     return world
 
 
@@ -31,7 +38,7 @@ def _class(name: str) -> type[Any]:
         if _is_about(error, module_name):
             raise ValueError(
                 f"the world {name!r} is to be module:Class, and there is no module {module_name!r}: write it as in an "
-                "import, from the folder that the command is run in"
+                "import; it is looked for in this project's folder, in those on PYTHONPATH, and among what is installed"
             ) from error
         raise ValueError(f"the world {name!r} cannot be loaded: importing {module_name} {raised(error)}") from error
     if not hasattr(module, attribute):

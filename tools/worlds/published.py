@@ -1,4 +1,4 @@
-"""Files that a user brings, as they are published: a JSON list or a JSON object a line, each row of one declared shape.
+"""Files that a user brings, as they are published: a JSON list or a JSON object a line, each row of a declared shape.
 
 Every refusal is a ValueError of one sentence: it names the file, the row (from 1; its id if it has one) and the field.
 """
@@ -6,10 +6,11 @@ Every refusal is a ValueError of one sentence: it names the file, the row (from 
 from __future__ import annotations
 
 import json
+import re
 from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
@@ -59,14 +60,43 @@ class Published(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True)
 
+    told_by: ClassVar[str] = ""
+    """A key that rows of this shape alone have; empty for the shape of all others."""
+
 
 Row = TypeVar("Row", bound=Published)
 
 
-def read_rows(file: Path, shape: type[Row]) -> Iterator[Row]:
-    """The rows of a file in its order: those of a JSON list, or objects that follow each other."""
-    for number, row in enumerate(_values(file), start=1):
-        yield checked(f"{file}, row {number}", row, shape)
+def read_rows(named: Path, *shapes: type[Row]) -> Iterator[Row]:
+    """The rows of a file in its order: those of a JSON list, or objects that follow each other. The last of the shapes
+    is that of any row.
+
+    Where a folder is named, or a name with `*` stands for several files: those of one file after the other.
+    """
+    for file in _files(named):
+        for number, row in enumerate(_values(file), start=1):
+            shape = next((each for each in shapes if isinstance(row, dict) and each.told_by in row), shapes[-1])
+            yield checked(f"{file}, row {number}", row, shape)
+
+
+def _files(named: Path) -> list[Path]:
+    """`train_2.json` before `train_10.json`."""
+    try:
+        if "*" in named.name:
+            found = list(named.parent.glob(named.name))
+        elif named.is_dir():
+            found = [file for file in named.iterdir() if file.suffix in (".json", ".jsonl")]
+        else:
+            return [named]
+    except OSError as error:
+        raise ValueError(f"{named} cannot be read: {error.strerror}") from error
+    if not found:
+        raise ValueError(f"{named} stands for no file: a folder needs some that end in .json or .jsonl; {_HELP}")
+    return sorted(found, key=_by_numbers)
+
+
+def _by_numbers(file: Path) -> list[str | int]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]
 
 
 def checked(place: str, row: Any, shape: type[Row]) -> Row:
@@ -76,7 +106,14 @@ def checked(place: str, row: Any, shape: type[Row]) -> Row:
     try:
         return shape.model_validate(row)
     except ValidationError as error:
-        id = next((row[key] for key in ("_id", "id", "asin", "annotation_id") if isinstance(row.get(key), str)), None)
+        id = next(
+            (
+                row[key]
+                for key in ("_id", "id", "question_id", "asin", "annotation_id")
+                if isinstance(row.get(key), str)
+            ),
+            None,
+        )
         named = f" (id {json.dumps(id)})" if id else ""
         raise ValueError(f"{place}{named}: {_problem(error)}; correct the row or take it out: {_HELP}") from error
 

@@ -6,9 +6,9 @@ The search tool goes over all passages of the file. The published licences hold:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, Strict, model_validator
 
@@ -19,6 +19,8 @@ from tools.worlds.questions import Question, QuestionWorld, normalized
 Passage = tuple[str, str]
 """Title and text."""
 Read = tuple[Question, list[Passage]]
+Aliases = Mapping[str, tuple[str, ...]]
+"""Other names of answers, by their keys in 2WikiMultihopQA."""
 Second = TypeVar("Second")
 
 
@@ -26,7 +28,7 @@ class HotpotQA(QuestionWorld):
     """`hotpot_train_v1.1.json`, `hotpot_dev_distractor_v1.json` or `hotpot_dev_fullwiki_v1.json`, a row a line too."""
 
     def __init__(self, file: Path) -> None:
-        _load(self, "hotpotqa", file, (row.read() for row in read_rows(file, _ContextRow)))
+        _load(self, "hotpotqa", file, (row.read() for row in read_rows(file, _MarkedRow, _ContextRow)))
 
 
 class TwoWikiMultihopQA(QuestionWorld):
@@ -36,15 +38,16 @@ class TwoWikiMultihopQA(QuestionWorld):
         aliases_file = file.with_name("id_aliases.json")
         listed = read_rows(aliases_file, _AliasRow) if aliases_file.exists() else ()
         aliases = {row.Q_id: (*row.aliases, *row.demonyms) for row in listed}
-        rows = read_rows(file, _ContextRow)
-        _load(self, "2wikimultihopqa", file, (row.read(aliases.get(row.answer_id or "", ())) for row in rows))
+        rows = read_rows(file, _MarkedRow, _ContextRow)
+        _load(self, "2wikimultihopqa", file, (row.read(aliases) for row in rows))
 
 
 class MuSiQue(QuestionWorld):
     """`musique_ans_v1.0_dev.jsonl` and its like. Questions without an answer are left out."""
 
     def __init__(self, file: Path) -> None:
-        _load(self, "musique", file, (row.read() for row in read_rows(file, _MuSiQueRow) if row.answerable))
+        rows = read_rows(file, _MarkedRow, _MuSiQueRow)
+        _load(self, "musique", file, (row.read() for row in rows if row.answerable))
 
 
 def _load(world: QuestionWorld, name: str, file: Path, found: Iterable[Read]) -> None:
@@ -120,10 +123,11 @@ class _ContextRow(_QuestionRow):
     answer_id: Text | None = None
     """In 2WikiMultihopQA the key of its `id_aliases.json`."""
 
-    def read(self, aliases: tuple[str, ...] = ()) -> Read:
+    def read(self, aliases: Aliases | None = None) -> Read:
+        others = (aliases or {}).get(self.answer_id or "", ())
         passages = [(title, " ".join(sentence.strip() for sentence in sentences)) for title, sentences in self.context]
         titles = list(dict.fromkeys(title for title, _ in self.supporting_facts))
-        return Question(self.question, (*self.answers, *aliases), tuple(_in_order(self.question, titles))), passages
+        return Question(self.question, (*self.answers, *others), tuple(_in_order(self.question, titles))), passages
 
 
 class _AliasRow(Published):
@@ -174,6 +178,39 @@ class _MuSiQueRow(_QuestionRow):
         facts = dict.fromkeys(titles[hop.place] for hop in self.question_decomposition)
         passages = [(paragraph.title, paragraph.paragraph_text) for paragraph in self._all_paragraphs]
         return Question(self.question, self.answers, tuple(facts)), passages
+
+
+class _MarkedParagraph(Published):
+    title: Text
+    paragraph_text: Text
+    is_supporting: bool
+
+
+class _Answers(Published):
+    spans: Annotated[list[Text], Field(min_length=1)]
+
+
+class _MarkedRow(Published):
+    """A question of any of the three in IRCoT's form: each paragraph says whether a fact stands in it."""
+
+    told_by: ClassVar[str] = "question_text"
+    answerable: ClassVar[bool] = True
+
+    question_text: Text
+    answers_objects: Annotated[list[_Answers], Field(min_length=1)]
+    contexts: list[_MarkedParagraph]
+
+    @model_validator(mode="after")
+    def _has_an_answer(self) -> Self:
+        if not self.answers_objects[0].spans[0].strip():
+            raise ValueError("`answers_objects` has an empty answer, as in a test set: nothing could be right")
+        return self
+
+    def read(self, _: Aliases | None = None) -> Read:
+        titles = list(dict.fromkeys(each.title for each in self.contexts if each.is_supporting))
+        answers = tuple(span for answers in self.answers_objects for span in answers.spans)
+        passages = [(each.title, each.paragraph_text) for each in self.contexts]
+        return Question(self.question_text, answers, tuple(_in_order(self.question_text, titles))), passages
 
 
 def _in_order(question: str, titles: list[str]) -> list[str]:

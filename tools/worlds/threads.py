@@ -53,7 +53,8 @@ class WorldThreads:
     """The threads of one world, used on one event loop."""
 
     def __init__(self, world: str = "") -> None:
-        self._world = world
+        self.world = world
+        """Its name."""
         self._places = asyncio.Semaphore(MAX_RUNNING)
         self._left_behind = _LeftBehind(world)
 
@@ -68,7 +69,7 @@ class WorldThreads:
     async def _ask(self, work: Callable[[], T], timeout_s: float) -> T:
         async with self._places:
             self._left_behind.require_responsive()
-            thread, answer = _started(work, self._world)
+            thread, answer = _started(work, self.world)
             try:
                 async with asyncio.timeout(timeout_s):
                     return await asyncio.wrap_future(answer)

@@ -7,6 +7,7 @@ snapshots of a state were refused, because they would have to travel through log
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,11 +34,36 @@ def require_messages(said: object) -> None:
     if not isinstance(said, list | tuple) or not said:
         raise ValueError(f"{form}; not with {said!r:.300}")
     for message in said:
-        is_message = isinstance(message, dict) and message.get("role") in _ROLES
-        if not is_message or not isinstance(message.get("content"), str | list):
-            raise ValueError(f"{form}; {message!r:.300} is no message")
+        _require_message(message, form, _ROLES)
     if not any(message["role"] == "user" for message in said):
         raise ValueError(f"{form}; there is none of the user's")
+
+
+def require_told(told: object) -> None:
+    """Raises ValueError for what a world cannot say to an assistant message."""
+    form = "a world says a list of messages, perhaps an empty one: of tools, or of the user"
+    if not isinstance(told, list | tuple):
+        raise ValueError(f"{form}; not {told!r:.300}")
+    for message in told:
+        _require_message(message, form, ("tool", "user"))
+
+
+def require_action(said: object) -> None:
+    """Raises ValueError for what no assistant can say or call."""
+    form = "an expert gives an assistant message, such as {'role': 'assistant', 'content': 'Done.'}, or None"
+    if isinstance(said, dict) and said.get("tool_calls") and said.get("content") is None:
+        said = {**said, "content": ""}
+    _require_message(said, form, ("assistant",))
+
+
+def _require_message(message: object, form: str, roles: Sequence[str]) -> None:
+    is_message = isinstance(message, dict) and message.get("role") in roles
+    if not is_message or not isinstance(message.get("content"), str | list):
+        raise ValueError(f"{form}; not {message!r:.300}")
+    try:
+        json.dumps(message, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{form}; {message!r:.300} cannot be written as JSON: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
