@@ -7,7 +7,7 @@ give way: a call into a library that keeps the interpreter's lock for long holds
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
@@ -25,6 +25,16 @@ def free_off_loop(*things: object) -> None:
     small ones take tens of milliseconds, which whoever drops the last reference would spend on the event loop."""
     held = [*things]
     asyncio.get_running_loop().call_later(FREE_AFTER_S, lambda: _threads.submit(held.clear))
+
+
+async def to_its_end(work: Awaitable[T]) -> T:
+    """Await what must not be left half done: whoever asks for it and goes away ends only after it."""
+    working = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(working)
+    finally:
+        if not working.done():
+            await asyncio.wait({working})
 
 
 async def off_loop(is_large: bool, work: Callable[P, T], *values: P.args, **more: P.kwargs) -> T:

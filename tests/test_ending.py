@@ -45,5 +45,18 @@ def test_what_clears_up_may_take_longer() -> None:
     assert ended_of(code).stdout == "done cleared up\n"
 
 
+def test_what_hangs_while_clearing_up_does_not_hold_up_the_end_either() -> None:
+    for seconds in (0, 60):
+        last = "atexit.register(time.sleep, 60); ending.CLEARING_S = 1"
+        began = time.perf_counter()
+        assert ended_of(LEFT_BEHIND.format(seconds=seconds, last=last)).returncode == 0
+        assert time.perf_counter() - began < 20
+
+
+def test_what_clears_up_is_called_once_where_the_thread_ends_meanwhile() -> None:
+    last = "atexit.register(lambda: (print('once', end=' '), time.sleep(1.5)))"
+    assert ended_of(LEFT_BEHIND.format(seconds=1, last=last)).stdout == "done once cleared up\n"
+
+
 def ended_of(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

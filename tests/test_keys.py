@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import subprocess
 import sys
@@ -144,6 +145,23 @@ def test_nobody_locks_everybody_out_over_http(serve_scripted: ServeScripted, tmp
     assert httpx.post(f"{keys}/head/revoke", headers=head).json()["is_revoked"]
     assert httpx.post(f"{keys}/deputy/revoke", headers=deputy).status_code == 409
     assert httpx.post(f"{keys}/nobody/revoke", headers=deputy).json()["error"]["code"] == "key_conflict"
+
+
+async def test_two_admins_who_revoke_each_other_at_once_leave_one(
+    serve_scripted: ServeScripted, tmp_path: Path
+) -> None:
+    store = KeyStore(tmp_path / "agent.db")
+    keys = f"{serve_scripted(keys=KeyRing(store)).url}/v1/keys"
+    ann, bob = (store.make(name, Role.ADMIN) for name in ("ann", "bob"))
+    async with httpx.AsyncClient(timeout=30) as client:
+        asked = [
+            client.post(f"{keys}/{name}/revoke", headers={"x-api-key": secret})
+            for name, secret in (("bob", ann), ("ann", bob))
+        ]
+        statuses = {answer.status_code for answer in await asyncio.gather(*asked)}
+    assert 200 in statuses
+    assert statuses <= {200, 401, 409}
+    assert sum(not key.is_revoked for key in store.all_keys()) == 1
 
 
 def test_a_secret_is_stored_nowhere(house: House, tmp_path: Path) -> None:

@@ -98,6 +98,35 @@ async def test_a_life_from_registered_to_unloaded(house: House):
     ]  # fmt: skip
 
 
+async def test_who_hangs_up_while_his_adapter_comes_up_again_leaves_it_served(
+    house: House, monkeypatch: pytest.MonkeyPatch
+):
+    """The engine does what it has begun, though nobody waits for it: the next who asked found an adapter that was
+    loaded and not served, which was refused for ever."""
+    first, second = house.register(1), house.register(2)
+    await house.swap.promote(first, "better")
+    assert await house.step("ep_1") == first
+    await house.swap.promote(second, "better still")
+    await house.swap.unload(first, "its slot was needed")
+    load, has_begun = house.engine.load_adapter, asyncio.Event()
+
+    async def slow_load(adapter: Adapter) -> None:
+        has_begun.set()
+        await asyncio.shield(asyncio.create_task(later(adapter)))
+
+    async def later(adapter: Adapter) -> None:
+        await asyncio.sleep(0.05)
+        await load(adapter)
+
+    monkeypatch.setattr(house.engine, "load_adapter", slow_load)
+    impatient = asyncio.create_task(house.step("ep_1"))
+    await has_begun.wait()
+    impatient.cancel()
+    await asyncio.wait({impatient})
+    assert await house.step("ep_1") == first
+    assert "refused" not in states(house, first)
+
+
 async def test_the_base_network_serves_where_nothing_was_promoted(house: House):
     assert await house.step("ep_1") == "base"
     await house.swap.bring_up(house.register(1))

@@ -361,6 +361,9 @@ def test_what_is_published_in_several_files_is_one_world(name: str, named: str, 
     plain = played(load_world(spec))
     in_shards(file, rows, tmp_path / "shards")
     (tmp_path / "shards" / "README.md").write_text("Not this one.")
+    (tmp_path / "shards" / "._train-0.json").write_bytes(b"\0\5\26\7")  # what macOS leaves in archives
+    for beside in FILES[name][1:]:
+        (tmp_path / beside).rename(tmp_path / "shards" / beside)
     assert played(load_world(f"{name}:{named.format(folder=tmp_path / 'shards')}")) == plain
 
 

@@ -10,11 +10,14 @@ import atexit
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 PATIENCE_S = 5.0
 """For threads to end by themselves once all work is done."""
+CLEARING_S = 30.0
+"""For what clears up then."""
 
 
 @contextmanager
@@ -28,16 +31,34 @@ def ending_in_time() -> Iterator[None]:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         raise
     finally:
-        is_past_threads = threading.Event()
-        atexit.register(is_past_threads.set)  # the first thing that is done once threads are no longer waited for
-        threading.Thread(target=_end, args=(code, is_past_threads), name="ending", daemon=True).start()
+        ending = _Ending(code)
+        atexit.register(ending.begin)  # done first of all, once threads are no longer waited for
+        threading.Thread(target=ending.hurry, name="ending", daemon=True).start()
 
 
-def _end(code: int, is_past_threads: threading.Event) -> None:
-    if is_past_threads.wait(PATIENCE_S):
-        return
-    atexit._run_exitfuncs()  # processes of worlds are ended, and their folders removed
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        with suppress(OSError, ValueError):  # whoever read it is gone
-            stream.flush()
-    os._exit(code)
+class _Ending:
+    """The end of the process: Python's own, or where a thread holds that up, ours."""
+
+    def __init__(self, code: int) -> None:
+        self._code = code
+        self._clears_up = threading.Lock()
+        """Held by whoever does: one of the two, once."""
+        self._clearing = threading.Thread(target=atexit._run_exitfuncs, name="clearing up", daemon=True)
+
+    def begin(self) -> None:
+        """Python clears up by itself; where that is done already it waits here for the end."""
+        if threading.current_thread() is not self._clearing:
+            self._clears_up.acquire()
+
+    def hurry(self) -> None:
+        """After `PATIENCE_S` clear up in Python's place, and after `CLEARING_S` end, done or not."""
+        time.sleep(PATIENCE_S)
+        if self._clears_up.acquire(blocking=False):
+            self._clearing.start()  # processes of worlds are ended, and their folders removed
+            self._clearing.join(CLEARING_S)
+        else:
+            time.sleep(CLEARING_S)
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with suppress(OSError, ValueError):  # whoever read it is gone
+                stream.flush()
+        os._exit(self._code)

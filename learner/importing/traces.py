@@ -170,7 +170,7 @@ def require_success(fields: Fields) -> None:
 def read_asked(given: Any) -> tuple[list[Turn], list[Turn], list[Any]]:
     """(turns, system turns, tools) of what went in."""
     if isinstance(given, str):
-        require_not_printed(given)
+        require_not_printed(given, is_users=True)
         return [Turn("user", given)], [], []
     if is_message(given):
         given = [given]

@@ -115,9 +115,11 @@ class RewardModels:
     async def _bring_up(self, reward: RewardModel) -> None:
         name = reward.adapter.name
         most = self._engine.limits.max_adapters
-        for other in [each for each in self._engine.loaded_adapters() if each.is_reward]:
-            is_outdated = other.parent == reward.adapter.parent
-            if is_outdated or len(self._engine.loaded_adapters()) >= most:  # another agent may choose by it
+        others = [each for each in self._engine.loaded_adapters() if each.is_reward]
+        for other in sorted(
+            others, key=lambda each: each.parent != reward.adapter.parent
+        ):  # what is outdated goes first
+            if other.parent == reward.adapter.parent or len(self._engine.loaded_adapters()) >= most:
                 await self._engine.unload_adapter(other)
         if len(self._engine.loaded_adapters()) >= most:
             raise NoRewardModel(f"{name} has no slot in the engine now: adapters hold all of them")

@@ -30,6 +30,7 @@ from policies.types import BASE_ADAPTER, Adapter, Engine, EngineError
 from runtime.adapters.leases import Leases
 from runtime.adapters.verification import verify_adapter
 from runtime.background import keep_doing
+from runtime.off_loop import to_its_end
 from runtime.store.adapter_registry import AdapterRegistry, AdapterState, RegistryError
 
 P = ParamSpec("P")
@@ -255,7 +256,7 @@ class Swap:
         while True:
             try:
                 async with self._changes:
-                    return self._served.get(name) or await self._load_again(name)
+                    return self._served.get(name) or await to_its_end(self._load_again(name))
             except (AdapterRefused, EngineError, RegistryError, SwapError) as error:
                 if not isinstance(error, NoSlot) or time.monotonic() >= deadline:
                     raise SwapError(f"the episode began with {name}, which is no longer served: {error}") from error
@@ -369,12 +370,7 @@ class Swap:
     async def write(self, change: Callable[P, T], *values: P.args, **more: P.kwargs) -> T:
         """Let the registry write, beside the event loop: running streams must not wait for the disk, nor for another
         process that writes. Where whoever asked goes away, the write still ends before the next change begins."""
-        writing = asyncio.ensure_future(asyncio.to_thread(change, *values, **more))
-        try:
-            return await asyncio.shield(writing)
-        finally:
-            if not writing.done():
-                await asyncio.wait({writing})
+        return await to_its_end(asyncio.to_thread(change, *values, **more))
 
     async def _require_slot(self) -> None:
         limit = self._engine.limits.max_adapters

@@ -139,10 +139,8 @@ async def open_runs(
     async with AsyncExitStack() as lease:
         await lease.enter_async_context(parts.load.place(caller.key, body.n * to.choosing.num_draws))
         used = partial(parts.load.usage_of, caller.key)
-        runs = [
-            replace(run, beside=beside(run), beside_each=used)
-            for run in await admit(parts, to, caller, lease, previous)
-        ]
+        admitted = await admit(parts, to, caller, lease, previous)
+        runs = [replace(run, beside=beside(run), beside_each=used) for run in admitted]
         return runs, RunEvents(parts, runs, lease.pop_all(), caller.key)
 
 

@@ -96,7 +96,8 @@ def for_agent(agent: ServedAgent, demonstration: Demonstration) -> Demonstration
 
 async def import_demonstration(parts: Parts, agent: ServedAgent, demonstration: Demonstration, key: Key) -> bool:
     """Log one; False where it is known already. Raises ValueError where it is refused."""
-    if parts.log.episode(demonstration.episode_id) is not None:
+    episode_id = await asyncio.to_thread(lambda: demonstration.episode_id)  # of all that was said
+    if parts.log.episode(episode_id) is not None:
         return False
     task = await agent.toolbox.find_task(parts.limits.deadline_s, demonstration.task, demonstration.messages)
     episode = replace(demonstrated_episode(demonstration), task=task, owner=key.name)
@@ -105,7 +106,7 @@ async def import_demonstration(parts: Parts, agent: ServedAgent, demonstration: 
     try:
         await parts.log.commit(episode, *steps)
     except StepLogError:
-        if parts.log.episode(demonstration.episode_id) is None:
+        if parts.log.episode(episode_id) is None:
             raise
         return False  # another request imported it meanwhile
     return True

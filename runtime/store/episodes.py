@@ -44,7 +44,9 @@ def _plainly_written(messages: Sequence[Message]) -> list[Message]:
         for call in message.get("tool_calls") or ():
             number = numbers[call.get("id")] = f"call_{num_calls}"
             num_calls += 1
-            function = {**call["function"], "arguments": _respelled(call["function"]["arguments"])}
+            function = call.get("function") or {}
+            if isinstance(arguments := function.get("arguments"), str):
+                function = {**function, "arguments": _respelled(arguments)}
             calls.append({**call, "id": number, "function": function})
         answered = message.get("tool_call_id")
         pairing = {"tool_calls": calls} if calls else {"tool_call_id": numbers.get(answered, answered)}
@@ -59,7 +61,8 @@ def _respelled(arguments: str) -> str:
 
     def number(spelled: str) -> float:
         nonlocal exact
-        exact &= Decimal(repr(read := float(spelled))) == Decimal(spelled)
+        read = float(spelled)
+        exact &= repr(read) == spelled or Decimal(repr(read)) == Decimal(spelled)
         return read
 
     try:

@@ -79,6 +79,10 @@ def read_rows(named: Path, *shapes: type[Row]) -> Iterator[Row]:
             yield checked(f"{file}, row {number}", row, shape)
 
 
+BESIDE_ROWS = frozenset({"id_aliases.json"})
+"""Published in the folder of the rows, and none."""
+
+
 def _files(named: Path) -> list[Path]:
     """`train_2.json` before `train_10.json`."""
     try:
@@ -90,6 +94,7 @@ def _files(named: Path) -> list[Path]:
             return [named]
     except OSError as error:
         raise ValueError(f"{named} cannot be read: {error.strerror}") from error
+    found = [file for file in found if file.name not in BESIDE_ROWS and not file.name.startswith(".")]
     if not found:
         raise ValueError(f"{named} stands for no file: a folder needs some that end in .json or .jsonl; {_HELP}")
     return sorted(found, key=_by_numbers)

@@ -35,7 +35,7 @@ class TwoWikiMultihopQA(QuestionWorld):
     """`train.json` or `dev.json` of 2WikiMultihopQA. `id_aliases.json` beside it is read too."""
 
     def __init__(self, file: Path) -> None:
-        aliases_file = file.with_name("id_aliases.json")
+        aliases_file = (file if file.is_dir() else file.parent) / "id_aliases.json"
         listed = read_rows(aliases_file, _AliasRow) if aliases_file.exists() else ()
         aliases = {row.Q_id: (*row.aliases, *row.demonyms) for row in listed}
         rows = read_rows(file, _MarkedRow, _ContextRow)
