@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from runtime.config import Settings, parse_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
+    from types import FrameType
 
     from policies.chat.chat_protocol import ChatProtocol
     from policies.types import Engine
@@ -46,13 +47,24 @@ def run(settings: Settings) -> None:
 
     from tools.ending import ending_in_time
 
-    # uvicorn ends its connections first and then raises the signal again: as an exception it also closes the log.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    on_signals(leave_at_once)
     with ending_in_time():
         try:
             uvloop.run(_serve(settings))
         except KeyboardInterrupt:
             print("stopped.")
+
+
+def on_signals(handler: Callable[[int, FrameType | None], object]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def leave_at_once(number: int, frame: FrameType | None) -> None:
+    """Before there is anything to close. Raised in the midst of an import, an exception may be lost and leave the
+    import lock held: a server came neither up nor to an end."""
+    os.write(sys.stdout.fileno(), b"stopped.\n")
+    os._exit(0)
 
 
 async def _serve(settings: Settings) -> None:
@@ -66,6 +78,8 @@ async def _serve(settings: Settings) -> None:
     from runtime.store.damage import StepLogError
 
     parts = build_parts(settings)
+    # uvicorn ends its connections first and then raises the signal again: as an exception it also closes the log.
+    on_signals(signal.default_int_handler)
     assert parts.learning is not None
     parts.learning.process.url = url_of(sock)
     server = server_of(create_app(parts), parts.cutting, log_level=settings.log_level, grace_s=settings.shutdown_grace)

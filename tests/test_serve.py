@@ -130,6 +130,19 @@ def test_with_a_key_the_ready_made_requests_work_and_demonstrations_are_imported
         server.end(signal.SIGTERM)
 
 
+@pytest.mark.parametrize("with_signal", [signal.SIGTERM, signal.SIGINT])
+def test_a_start_that_is_cut_off_ends_at_once(tmp_path: Path, with_signal: signal.Signals) -> None:
+    """Whatever is being imported: an exception there was lost now and then, and left the import lock held."""
+    for delay_s in (0.2, 1.0, 1.8):
+        with started("--port", "0", "--state", str(tmp_path)) as server:
+            server.wait_for("(loading)")
+            time.sleep(delay_s)
+            code, seconds = server.end(with_signal)
+        assert (code, server.said.splitlines()[-1]) == (0, "stopped.")
+        assert "Traceback" not in server.said, server.said
+        assert seconds < 8
+
+
 def test_streams_in_mid_sentence_do_not_hold_up_the_end(tmp_path: Path) -> None:
     with started("--port", "0", "--state", str(tmp_path)) as server:
         url = server.wait_for(r"listening +(\S+)")
