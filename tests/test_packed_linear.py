@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from runtime.engines.embedded import packed_linear
 from runtime.engines.embedded.lora import LoraRows, LoraWeights
-from runtime.engines.embedded.packed_linear import MIN_WEIGHTS, pack_linears
+from runtime.engines.embedded.packed_linear import MIN_WEIGHTS, pack_linears, packs
 
 NUM_IN, NUM_OUT = 512, 1024 + 37
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -31,11 +31,21 @@ def test_it_multiplies_as_before(dtype: torch.dtype, has_bias: bool, shape: tupl
     rows = torch.randn(*shape, NUM_IN).to(dtype)
     linear = network[0]
     expected = functional.linear(rows.double(), linear.weight.double(), linear.bias.double() if has_bias else None)
-    assert pack_linears(network) == 1
+    assert pack_linears(network) == packs(dtype)
     told = network[0](rows)
     assert told.dtype == dtype
     assert told.shape == expected.shape
     torch.testing.assert_close(told.double(), expected, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=1e-2)
+
+
+def test_16_bits_stay_as_they_are_where_the_processor_has_no_layout_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There oneDNN raises an error: a server with --precision bfloat16 did not start on a processor without AVX512."""
+    monkeypatch.setattr(packed_linear, "packs", lambda dtype: dtype == torch.float32)
+    network = network_of(torch.bfloat16)
+    assert pack_linears(network) == 0
+    assert network[0](torch.randn(2, NUM_IN).bfloat16()).shape == (2, NUM_OUT)
+    assert packs(torch.float32)
+    assert not packs(torch.float16)
 
 
 def test_small_layers_and_small_machines_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ def pack_linears(network: nn.Module) -> int:
     the weights see stays the same."""
     linears = [module for module in network.modules() if type(module) is nn.Linear and _is_worth_packing(module)]
     num_bytes = sum(each.weight.nbytes for each in linears)
-    if not torch.backends.mkldnn.is_available() or num_bytes > SHARE_OF_FREE_MEMORY * free_bytes():
+    if num_bytes > SHARE_OF_FREE_MEMORY * free_bytes():
         return 0
     for linear in linears:
         linear.forward = _packed_forward(linear)  # pyright: ignore[reportAttributeAccessIssue]
@@ -35,8 +35,14 @@ def pack_linears(network: nn.Module) -> int:
 
 def _is_worth_packing(linear: nn.Linear) -> bool:
     weight = linear.weight
-    is_plain = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
-    return is_plain and weight.numel() >= MIN_WEIGHTS
+    return weight.device.type == "cpu" and packs(weight.dtype) and weight.numel() >= MIN_WEIGHTS
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN lays out such weights on this processor: 16 bits want AVX512, and raise an error on any other."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _packed_forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
