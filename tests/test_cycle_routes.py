@@ -101,17 +101,22 @@ def test_a_learner_that_is_killed_in_the_middle_of_training_leaves_a_failed_cycl
     assert asks_well(server)
 
 
-DYING_LEARNER = """
+DYING_LEARNERS = """
 import os, sys
+import learner.commands.once, learner.cycle  # seconds: once for all learners, which are forks
+from learner.__main__ import main
 from runtime.store.learning_log import LearningLog
 note = LearningLog.note
-def note_and_die(self, cycle, stage, *more, **options):
-    note(self, cycle, stage, *more, **options)
-    if stage == sys.argv[1]:
-        os._exit(9)
-LearningLog.note = note_and_die
-from learner.__main__ import main
-sys.exit(main(sys.argv[2:]))
+for stage in map(str.strip, sys.stdin):
+    def note_and_die(self, cycle, noted, *more, **options):
+        note(self, cycle, noted, *more, **options)
+        if noted == stage:
+            os._exit(9)
+    if (child := os.fork()) == 0:
+        LearningLog.note = note_and_die
+        os.dup2(2, 1)
+        os._exit(main(sys.argv[1:]))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -123,12 +128,16 @@ def test_a_learner_may_die_at_any_stage_and_the_next_one_clears_up(
         import_demonstrations(server, 12)
         where = ["once", "--url", f"{server.url}/v1", "--state", str(tmp_path)]
         options = ["--gate-tasks", "40", "--lr", "4e-3", "--epochs", "8"]  # enough for a promotion
-        for stage in stages:
-            died = subprocess.run([sys.executable, "-c", DYING_LEARNER, stage, *where, *options], timeout=240)
-            assert died.returncode == 9, stage
-            assert asks_well(server)
-            newest = LearningReader(tmp_path).cycles()[0]
-            assert newest.stage == stage
+        command = [sys.executable, "-c", DYING_LEARNERS, *where, *options]
+        with subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as learners:
+            assert learners.stdin is not None
+            assert learners.stdout is not None
+            for stage in stages:
+                print(stage, file=learners.stdin, flush=True)
+                assert learners.stdout.readline() == "9\n", stage
+                assert asks_well(server)
+                newest = LearningReader(tmp_path).cycles()[0]
+                assert newest.stage == stage
         assert len(engine.loaded_adapters()) == 1, "the last one died with a candidate in the engine"
         assert learner([*where, "--gate-tasks", "8", "--epochs", "1"]) == 0
         newest, *killed = LearningReader(tmp_path).cycles()
