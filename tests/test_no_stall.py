@@ -19,9 +19,8 @@ from tests.conftest import ServeScripted
 from tests.serving import MODEL, Served
 from tests.test_step_log import make_episode, make_step
 
-MOST_CPU_S = 0.03
-"""That the loop's thread may work between two beats: the 20 ms of the promise, and half as much for slow machines (20.4
-were seen on one that took 1.7 times as long for all the tests)."""
+MOST_CPU_S = 0.02
+"""That the loop's thread may work between two beats."""
 MOST_WALL_S = 0.5
 """Between two beats: a library that keeps the interpreter's lock shows here. Generous, since machines are shared."""
 

@@ -1,8 +1,12 @@
-"""How long one tool may take, and how much of what it says is read."""
+"""What a tool may be called, how long one may take, and how much of what it says is read."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+"""What the server and OpenAI's clients take as a name."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from learner.importing.fields import CACHE_MARK, Fields, RefusedRecord, is_empty
 from learner.importing.type_texts import TYPES, schema_of_type
 from learner.importing.written_calls import read_literal
 from policies.types import ToolSchema
+from tools.bounds import TOOL_NAME
 
-TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 NAME_RULE = "a name has 1 to 64 of A-Z, a-z, 0-9, '_', '-' and '.'"
 
 _SCHEMA_NAMES = (

@@ -2,9 +2,9 @@
 
 A reward model lies in the engine like an adapter and never acts: no lease, no name that a client could pin. It is
 brought up when a step is first to be chosen by it: validated and held against the digest it was registered with,
-loaded, and verified. Verified means that the engine tells, for the continuations of its probe, the
-log probabilities that its trainer saw, under it and under the base network: an engine that scores wrongly (some
-releases of vLLM did, with adapters) chooses by nothing. It gives way where an adapter needs its slot.
+loaded, and verified. Verified means that the engine tells, for the continuations of its probe, the log probabilities
+that its trainer saw, under it and under the base network: an engine that scores wrongly (some releases of vLLM did,
+with adapters) chooses by nothing. It gives way where an adapter needs its slot.
 """
 
 from __future__ import annotations
@@ -114,14 +114,14 @@ class RewardModels:
 
     async def _bring_up(self, reward: RewardModel) -> None:
         name = reward.adapter.name
-        most = self._engine.limits.max_adapters
         others = [each for each in self._engine.loaded_adapters() if each.is_reward]
-        for other in sorted(
-            others, key=lambda each: each.parent != reward.adapter.parent
-        ):  # what is outdated goes first
-            if other.parent == reward.adapter.parent or len(self._engine.loaded_adapters()) >= most:
+        outdated = [each for each in others if each.parent == reward.adapter.parent]
+        for other in outdated:
+            await self._engine.unload_adapter(other)
+        for other in others:
+            if self._is_full() and other not in outdated:
                 await self._engine.unload_adapter(other)
-        if len(self._engine.loaded_adapters()) >= most:
+        if self._is_full():
             raise NoRewardModel(f"{name} has no slot in the engine now: adapters hold all of them")
         try:
             await self._engine.load_adapter(reward.adapter)
@@ -136,6 +136,9 @@ class RewardModels:
             with suppress(EngineError):
                 await self._engine.unload_adapter(reward.adapter)
             raise
+
+    def _is_full(self) -> bool:
+        return len(self._engine.loaded_adapters()) >= self._engine.limits.max_adapters
 
     # ------------------------------------------------------------------------------------------------- files
 

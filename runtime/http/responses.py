@@ -19,7 +19,7 @@ from runtime.http.chat import CALLERS_HEADERS, caller_of, gather, headers_of, op
 from runtime.http.errors import ApiError, as_api_error
 from runtime.http.keys import asking_key
 from runtime.http.parts import Parts
-from runtime.http.responses_answer import ResponseAnswer, replayed, response_id, said_in
+from runtime.http.responses_answer import ResponseAnswer, echo_of, replayed, response_id, said_in
 from runtime.http.responses_schemas import ResponsesRequest
 from runtime.http.run_events import RunEvents
 from runtime.http.schemas import ChatCompletionRequest
@@ -128,8 +128,9 @@ async def open_response(
     caller = caller_of(request)
     chat, previous = await made_of_body(request, _is_slow(body), _as_chat, parts, body, caller.key)
     logged = await made_of_body(request, False, _logged_request, body) if body.store else None
+    echo = await made_of_body(request, False, echo_of, body)
     runs, events = await open_runs(parts, chat, caller, previous, lambda run: _record(run, logged))
-    return runs, events, ResponseAnswer(body, runs[0].turn.step_id, parts.protocol, runs[0].turn.sampling)
+    return runs, events, ResponseAnswer(body, echo, runs[0].turn.step_id, parts.protocol, runs[0].turn.sampling)
 
 
 def _is_slow(body: ResponsesRequest) -> bool:

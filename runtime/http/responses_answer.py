@@ -31,6 +31,23 @@ def response_id(first_step_id: str) -> str:
     return f"resp_{first_step_id}"
 
 
+def echo_of(request: ResponsesRequest) -> dict[str, Any]:
+    """What a response repeats of its request. Of thousands of tools it takes too long for the event loop."""
+    repeated = {
+        "model", "instructions", "previous_response_id", "top_logprobs", "max_output_tokens", "parallel_tool_calls",
+        "store", "background", "user", "safety_identifier",
+    }  # fmt: skip
+    choice, effort = request.tool_choice, request.reasoning.effort
+    return request.model_dump(mode="json", by_alias=True, include=repeated) | {
+        "text": {"format": _shown_format(request)},
+        "tools": [tool.model_dump() for tool in request.tools or ()],
+        "tool_choice": "auto" if choice is None else choice if isinstance(choice, str) else choice.model_dump(),
+        "metadata": {key: str(value) for key, value in request.metadata.model_dump(exclude_none=True).items()},
+        "reasoning": {"effort": effort if effort in EFFORTS else None, "summary": None},
+        "truncation": "disabled",
+    }
+
+
 def said_in(steps: Sequence[Step]) -> str:
     """What a run's steps said, as it was shown: an empty line between two of them."""
     return "\n\n".join(text for step in steps if (text := step.action.text))
@@ -40,7 +57,8 @@ def replayed(
     protocol: ChatProtocol, request: ResponsesRequest, steps: Sequence[Step]
 ) -> tuple[list[dict[str, Any]], ResponseAnswer]:
     """The stream's events of a logged response, and its answer."""
-    answer = ResponseAnswer(request, steps[0].id, protocol, steps[0].sampling, created_at=steps[0].created_at)
+    first = steps[0]
+    answer = ResponseAnswer(request, echo_of(request), first.id, protocol, first.sampling, first.created_at)
     events = answer.opening()
     for number, step in enumerate(steps):
         deltas = _deltas_of(step, is_first=not said_in(steps[:number]))
@@ -91,12 +109,14 @@ class ResponseAnswer:
     def __init__(
         self,
         request: ResponsesRequest,
+        echo: dict[str, Any],
         step_id: str,
         protocol: ChatProtocol,
         sampling: SamplingParams,
         created_at: float | None = None,
     ) -> None:
-        """`sampling` is how the agent samples for this request: where it says nothing, the agent's own way counts."""
+        """`echo` is the request's `echo_of`; `sampling` is how the agent samples for this request: where it says
+        nothing, the agent's own way counts."""
         self.id = response_id(step_id)
         self.steps: list[Step] = []
         self._step_id = step_id
@@ -105,7 +125,9 @@ class ResponseAnswer:
         self._logprobs = Logprobs(protocol) if request.wants_logprobs else None
         self._error: dict[str, Any] | None = None
         self._num_events = 0
-        self._head = _echo(request, sampling) | {
+        self._head = echo | {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
             "id": self.id,
             "object": "response",
             "created_at": int(created_at or time.time()),
@@ -290,25 +312,6 @@ class ResponseAnswer:
 
 def text_part(text: str, logprobs: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
-
-
-def _echo(request: ResponsesRequest, sampling: SamplingParams) -> dict[str, Any]:
-    """What a response repeats of its request, with the sampling that came of it."""
-    repeated = {
-        "model", "instructions", "previous_response_id", "top_logprobs", "max_output_tokens", "parallel_tool_calls",
-        "store", "background", "user", "safety_identifier",
-    }  # fmt: skip
-    choice, effort = request.tool_choice, request.reasoning.effort
-    return request.model_dump(mode="json", by_alias=True, include=repeated) | {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "text": {"format": _shown_format(request)},
-        "tools": [tool.model_dump() for tool in request.tools or ()],
-        "tool_choice": "auto" if choice is None else choice if isinstance(choice, str) else choice.model_dump(),
-        "metadata": {key: str(value) for key, value in request.metadata.model_dump(exclude_none=True).items()},
-        "reasoning": {"effort": effort if effort in EFFORTS else None, "summary": None},
-        "truncation": "disabled",
-    }
 
 
 def _shown_format(request: ResponsesRequest) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from runtime.agent.conversation import LEGACY_CALL_ID
 from runtime.agent.demonstrations import Demonstration, DemonstrationRefused
 from runtime.http.fields import CHAT_FIELDS, check_fields
 from runtime.store.episodes import Purpose, Role
+from tools.bounds import TOOL_NAME
 
 _NAME = r"^[A-Za-z0-9_.-]{1,64}$"
 EPISODE_ID = r"^[A-Za-z0-9_.:-]{1,128}$"
@@ -191,7 +192,7 @@ class ChatMessage(WireModel):
 
 
 class FunctionSchema(Nullable):
-    name: str = Field(pattern=_NAME)
+    name: str = Field(pattern=rf"^{TOOL_NAME.pattern}$")
     description: str = ""
     parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
     """JSON schema of the arguments."""

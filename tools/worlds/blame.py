@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import extract_tb
 from typing import TYPE_CHECKING, SupportsFloat
 
+from tools.bounds import TOOL_NAME
 from tools.worlds.world import Message, UnknownTask, WorldEpisode, WorldFailed, require_told
 
 if TYPE_CHECKING:
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 MAX_SAID_CHARS = 300
 """Of what an exception says."""
-_TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-"""What the server takes of clients, too."""
 
 
 @contextmanager
@@ -54,7 +52,7 @@ def tools_of(world: str, episode: WorldEpisode) -> list[BaseTool]:
     with blaming(world, "tools"):
         tools = list(episode.tools)
         names = [tool.name for tool in tools]
-    if unfit := [name for name in names if not (isinstance(name, str) and _TOOL_NAME.fullmatch(name))]:
+    if unfit := [name for name in names if not (isinstance(name, str) and TOOL_NAME.fullmatch(name))]:
         raise WorldFailed(
             f"the world {world} has a tool with the name {unfit[0]!r}; it may have letters from a to z, digits, _, - "
             "and . only, at most 64 of them; the fault is the world's"
