@@ -26,7 +26,7 @@ from runtime.agent.tools import Toolbox
 from runtime.engines.embedded.engine import EmbeddedEngine
 from runtime.learning.trigger import CycleTrigger
 from runtime.store.adapter_registry import AdapterRegistry, ForeignAdapter
-from runtime.store.episodes import Actor, Correction, Episode, Outcome, Purpose, new_id
+from runtime.store.episodes import Actor, Correction, Episode, Outcome, Purpose, Step, new_id
 from runtime.store.learning_log import CycleStage, LearningLog
 from runtime.store.step_log import StepLog
 from tests.cycles import QUICK, collaborators, run
@@ -35,6 +35,7 @@ from tests.logged_episodes import step
 from tests.scripted_engine import ScriptedEngine
 from tests.serving import MODEL, Served, parts_of, served, wait_until
 from tests.tiny_adapters import TinyNetwork, faithful_script
+from tools.calculator import calculator
 from tools.worlds.order_desk import OrderDesk
 
 AGENTS = (
@@ -164,6 +165,40 @@ def test_a_response_handed_to_another_agent_begins_an_episode_under_its_own_prom
 
 
 # ------------------------------------------------------------------------------------------- demonstrations
+
+
+def calling(name: str) -> dict[str, Any]:
+    """A transcript that does not say which tools were on offer."""
+    call = {"id": "c", "type": "function", "function": {"name": name, "arguments": '{"expression": "6 * 7"}'}}
+    return {"messages": [
+        QUESTION,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "42"},
+        {"role": "assistant", "content": "It is 42."},
+    ]}  # fmt: skip
+
+
+def test_a_transcript_without_tools_is_learned_with_those_that_the_agent_is_served_with(serve_scripted: Any) -> None:
+    """It was learned from prompts without any, which the agent never reads."""
+    agents = (
+        ServedAgent("sums", "sums", Toolbox([calculator]), "You do sums."),
+        ServedAgent("asked", "asked", Toolbox([calculator], is_default=False)),
+    )
+    server = serve_scripted(named_agents=agents)
+    ask(server, "sums")
+    (served_step,) = server.parts.log.steps(server.parts.log.episodes()[0].id)
+    offered: dict[tuple[str, str], Step] = {}
+    known = set[str]()
+    for agent, name in (("sums", "calculator"), ("sums", "scales"), ("asked", "calculator"), ("", "calculator")):
+        body = {"demonstrations": [calling(name)], "agent": agent}
+        assert httpx.post(f"{server.url}/v1/demonstrations", json=body, timeout=30).json()["imported"] == 1
+        assert httpx.post(f"{server.url}/v1/demonstrations", json=body, timeout=30).json()["already_known"] == 1
+        (new,) = {each.id for each in server.parts.log.episodes(actor=Actor.EXPERT)} - known
+        known.add(new)
+        offered[agent, name] = server.parts.log.steps(new)[0]
+    assert offered["sums", "calculator"].prompt_token_ids == served_step.prompt_token_ids
+    assert offered["sums", "calculator"].tools == served_step.tools != ()
+    assert {each.tools for case, each in offered.items() if case != ("sums", "calculator")} == {()}
 
 
 def test_a_demonstration_is_one_agents_and_is_told_its_prompt(scripted: Served) -> None:

@@ -61,6 +61,18 @@ def test_an_import_takes_what_it_can_and_tells_the_rest_by_line(
     assert "0 imported, 1 known already, 0 refused" in capfd.readouterr().out
 
 
+def test_an_import_says_where_calls_are_learned_and_no_tools_are_named(
+    serve_scripted: ServeScripted, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server, untold = serve_scripted(), demonstration(1)
+    del untold["tools"]
+    path = jsonl(tmp_path / "untold.jsonl", untold, demonstration(2))
+    assert main(["import", str(path), "--url", f"{server.url}/v1"]) == 0
+    assert f"{path}: 1 call tools and do not say which were on offer" in capfd.readouterr().out
+    assert main(["import", "--dry-run", str(path)]) == 0
+    assert re.search(r"records that call tools and name none on offer +1\n", capfd.readouterr().out)
+
+
 ESCAPE = "\x1b]0;title\x07\x1b[2J\x9b31m\u202e"
 
 

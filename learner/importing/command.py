@@ -163,6 +163,7 @@ async def _import(options: ImportOptions, endpoint: Endpoint) -> int:
         for read in tqdm(read_demonstrations(path, options.ignore), desc=str(path), unit=" records"):
             if isinstance(read, ImportedDemonstration):
                 batch.append(read)
+                sums["without tools"] += read.calls_without_tools
             else:
                 _refused(path, read.line, read.reason, sums)
             if len(batch) == BATCH:
@@ -170,8 +171,18 @@ async def _import(options: ImportOptions, endpoint: Endpoint) -> int:
                 batch = []
         await _send(path, batch, endpoint, sums)
         print(f"{path}: {sums['imported']} imported, {sums['known']} known already, {sums['refused']} refused")
+        if sums["without tools"]:
+            print(f"{path}: {_without_tools(sums['without tools'])}")
         num_refused += sums["refused"]
     return num_refused
+
+
+def _without_tools(number: int) -> str:
+    return (
+        f"{number} call tools and do not say which were on offer. Where the agent's own tools are those, they are "
+        "learned with them, as they are served; else without any in the prompt: if your requests bring `tools`, put "
+        "the same `tools` into the records"
+    )
 
 
 async def _send(path: Path, batch: Sequence[ImportedDemonstration], endpoint: Endpoint, sums: Counter[str]) -> None:

@@ -31,6 +31,8 @@ class Coverage:
     """Learned of each demonstration."""
     num_characters: list[int] = field(default_factory=list)
     """Of each conversation."""
+    num_without_tools: int = 0
+    """That call tools and do not say which were on offer."""
     num_with_thinking: int = 0
     num_answers: int = 0
     """Learned steps that call nothing."""
@@ -46,6 +48,7 @@ class Coverage:
         self.num_with_thinking += sum("reasoning_content" in message for message in learned)
         asked = next((m["content"] for m in demonstration.messages if m["role"] == "user"), "")
         self.tasks[demonstration.task or asked] += 1
+        self.num_without_tools += demonstration.calls_without_tools
         self.num_steps.append(len(learned))
         self.num_characters.append(sum(len(str(message)) for message in demonstration.messages))
 
@@ -70,6 +73,8 @@ class Coverage:
                 ("characters of a record, least / median / most", _spread(self.num_characters)),
                 ("tasks, told apart by what the user says first", f"{len(self.tasks)}"),
             ]
+        if self.num_without_tools:
+            rows.append(("records that call tools and name none on offer", f"{self.num_without_tools}"))
         names = sorted({*self.offered, *self.called}, key=lambda name: (-self.called[name], name))
         tools = [(f"  {name}", f"{self.called[name]} / {self.offered[name]}") for name in names]
         rows += [("tools: calls learned / records that offer it", f"{len(names)}"), *_shortened(tools)] if names else []

@@ -57,6 +57,11 @@ class ImportedDemonstration:
     """`world/split/index`, where the source tells."""
 
     @property
+    def calls_without_tools(self) -> bool:
+        """Whether it calls tools and does not say which were on offer."""
+        return not self.tools and any("tool_calls" in message for message in self.messages)
+
+    @property
     def digest(self) -> str:
         """Equal for whatever teaches the same, as the server computes it."""
         return demonstration_digest(self.messages, self.tools, self.learn_from)

@@ -83,6 +83,14 @@ class Demonstration:
             raise DemonstrationRefused("message 0 is to be learned from, but nothing was seen before it")
         return tuple(asked)
 
+    @property
+    def called_without_tools(self) -> frozenset[str]:
+        """Names of the tools that it calls, where it does not say which were on offer; empty where it does."""
+        if self.tools:
+            return frozenset()
+        calls = (call for message in self.messages for call in message.get("tool_calls") or ())
+        return frozenset(call["function"]["name"] for call in calls)
+
     @cached_property
     def digest(self) -> str:
         """Equal for whatever teaches the same."""

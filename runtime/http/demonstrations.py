@@ -7,6 +7,7 @@ is logged by itself, so that an import that was broken off can be sent again who
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Set
 from contextlib import closing
 from dataclasses import asdict, replace
 from typing import Annotated, Any
@@ -96,10 +97,12 @@ def for_agent(agent: ServedAgent, demonstration: Demonstration) -> Demonstration
 
 async def import_demonstration(parts: Parts, agent: ServedAgent, demonstration: Demonstration, key: Key) -> bool:
     """Log one; False where it is known already. Raises ValueError where it is refused."""
+    if called := demonstration.called_without_tools:
+        demonstration = await _with_served_tools(parts, agent, demonstration, called)
     episode_id = await asyncio.to_thread(lambda: demonstration.episode_id)  # of all that was said
     if parts.log.episode(episode_id) is not None:
         return False
-    task = await agent.toolbox.find_task(parts.limits.deadline_s, demonstration.task, demonstration.messages)
+    task = await _task_of(parts, agent, demonstration)
     episode = replace(demonstrated_episode(demonstration), task=task, owner=key.name)
     # Templates of a long conversation take a while, and answers must go on meanwhile.
     steps = await asyncio.to_thread(demonstrated_steps, demonstration, parts.protocol, parts.engine.limits)
@@ -110,3 +113,20 @@ async def import_demonstration(parts: Parts, agent: ServedAgent, demonstration: 
             raise
         return False  # another request imported it meanwhile
     return True
+
+
+async def _task_of(parts: Parts, agent: ServedAgent, demonstration: Demonstration) -> str | None:
+    return await agent.toolbox.find_task(parts.limits.deadline_s, demonstration.task, demonstration.messages)
+
+
+async def _with_served_tools(
+    parts: Parts, agent: ServedAgent, demonstration: Demonstration, called: Set[str]
+) -> Demonstration:
+    """One that does not say which tools were on offer, with those that the agent is served with, if it calls no others:
+    what is learned without them in its prompt is not what the agent will read."""
+    if not agent.toolbox.is_default:
+        return demonstration
+    task = await _task_of(parts, agent, demonstration)
+    offered, _ = await agent.toolbox.in_thread(parts.limits.deadline_s, agent.toolbox.open, task, ())
+    names = {tool["function"]["name"] for tool in offered}
+    return replace(demonstration, tools=offered) if called <= names else demonstration
