@@ -25,7 +25,7 @@ from runtime.http.schemas import (
     CanaryRequest,
     RewardRegistration,
 )
-from runtime.http.strict_json import OwnRoute
+from runtime.http.strict_json import OwnRoute, router_at
 from runtime.store.adapter_registry import AdapterRegistry
 from runtime.store.damage import Damaged
 from runtime.store.keys import LEARNER
@@ -35,7 +35,7 @@ _PROMOTION = AdapterPromotion()
 
 
 def adapter_routes(parts: Parts) -> APIRouter:
-    router = APIRouter(prefix="/v1/adapters", route_class=OwnRoute)
+    router = router_at("/v1/adapters", OwnRoute)
     registry, swap = parts.registry, parts.swap
     approval = parts.approval or Approval(swap, registry)
 

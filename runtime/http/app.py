@@ -18,7 +18,7 @@ from runtime.http.cycles import learner_routes
 from runtime.http.demonstrations import demonstration_routes
 from runtime.http.episodes import episode_routes
 from runtime.http.erasures import erasure_routes
-from runtime.http.errors import ERROR_RESPONSES, ApiError, install_error_handlers
+from runtime.http.errors import ApiError, install_error_handlers
 from runtime.http.export import export_routes
 from runtime.http.keys import KeyCheck, key_routes
 from runtime.http.messages import message_routes
@@ -57,12 +57,12 @@ def create_app(parts: Parts) -> FastAPI:
 
     if parts.learning is not None:
         parts.metrics.show_cycles(parts.learning.log)
-    app = FastAPI(title="StepAgent", version=__version__, lifespan=lifespan, responses=ERROR_RESPONSES)
+    app = FastAPI(title="StepAgent", version=__version__, lifespan=lifespan)
     app.state.redactor = parts.redactor
     install_error_handlers(app)
     of_agent = (chat_routes, response_routes, message_routes, episode_routes, demonstration_routes, export_routes)
     for routes in (*of_agent, erasure_routes, adapter_routes, learner_routes, watch_routes, key_routes, server_routes):
-        app.include_router(routes(parts))
+        app.router.routes.extend(routes(parts).routes)
     _describe_off_loop(app)
     app.add_middleware(_BodyLimit)
     app.add_middleware(_RequestCount, metrics=parts.metrics)

@@ -24,7 +24,7 @@ from runtime.http.parts import Parts
 from runtime.http.run_events import RunEvents
 from runtime.http.schemas import EPISODE_ID, ChatCompletionRequest
 from runtime.http.sse import EventStream, json_answer, sse_event, until_gone
-from runtime.http.strict_json import StrictJsonRoute
+from runtime.http.strict_json import router_at
 from runtime.store.episodes import Fact, Step
 
 TOOLS_OF = ("server", "client")
@@ -85,7 +85,7 @@ class Answer(Protocol):
 
 
 def chat_routes(parts: Parts) -> APIRouter:
-    router = APIRouter(route_class=StrictJsonRoute)
+    router = router_at("")
 
     @router.post("/v1/chat/completions", responses=_ANSWERS, openapi_extra={"parameters": CALLERS_HEADERS})
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:

@@ -12,7 +12,7 @@ from runtime.http.errors import ApiError
 from runtime.http.pages import left_out
 from runtime.http.parts import Parts
 from runtime.http.schemas import CycleRequest
-from runtime.http.strict_json import OwnRoute
+from runtime.http.strict_json import OwnRoute, router_at
 from runtime.learning.learning import Learning
 from runtime.store.damage import Damaged
 
@@ -20,7 +20,7 @@ _AS_STARTED = CycleRequest.model_validate({})
 
 
 def learner_routes(parts: Parts) -> APIRouter:
-    router = APIRouter(prefix="/v1/learner/cycles", route_class=OwnRoute)
+    router = router_at("/v1/learner/cycles", OwnRoute)
 
     @router.post("", status_code=202)
     async def start_cycle(body: Annotated[CycleRequest, Body()] = _AS_STARTED) -> dict[str, Any]:

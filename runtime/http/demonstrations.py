@@ -22,7 +22,7 @@ from runtime.http.keys import asking_key
 from runtime.http.pages import episode_page, page
 from runtime.http.parts import Parts
 from runtime.http.schemas import DemonstrationsRequest, WithdrawalRequest
-from runtime.http.strict_json import OwnRoute
+from runtime.http.strict_json import OwnRoute, router_at
 from runtime.store.damage import Damaged
 from runtime.store.episodes import Actor, Withdrawal, new_id
 from runtime.store.keys import Key
@@ -32,7 +32,7 @@ NO_REASON = WithdrawalRequest(reason="")
 
 
 def demonstration_routes(parts: Parts) -> APIRouter:
-    router = APIRouter(prefix="/v1/demonstrations", route_class=OwnRoute)
+    router = router_at("/v1/demonstrations", OwnRoute)
 
     @router.post("")
     async def import_demonstrations(body: DemonstrationsRequest, request: Request) -> dict[str, Any]:

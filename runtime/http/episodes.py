@@ -21,7 +21,7 @@ from runtime.http.keys import asking_key
 from runtime.http.pages import episode_page, left_out, page, shown_episode, that_fit
 from runtime.http.parts import Parts
 from runtime.http.schemas import CorrectionRequest, OutcomeRequest, PromotionRequest, WithdrawalRequest
-from runtime.http.strict_json import OwnRoute
+from runtime.http.strict_json import OwnRoute, router_at
 from runtime.store.damage import Damaged
 from runtime.store.episodes import Actor, Correction, Episode, Outcome, Purpose, Role, Step, new_id
 from runtime.store.keys import Key
@@ -34,7 +34,7 @@ WORLD = "world"
 
 
 def episode_routes(parts: Parts) -> APIRouter:
-    router = APIRouter(prefix="/v1/episodes", route_class=OwnRoute)
+    router = router_at("/v1/episodes", OwnRoute)
     log = parts.log
 
     @router.get("")

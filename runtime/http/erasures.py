@@ -18,7 +18,7 @@ from runtime.http.keys import asking_key
 from runtime.http.pages import left_out
 from runtime.http.parts import Parts
 from runtime.http.schemas import ErasureRequest
-from runtime.http.strict_json import OwnRoute
+from runtime.http.strict_json import OwnRoute, router_at
 from runtime.privacy.erasing import Erasing
 from runtime.store.damage import Damaged
 from runtime.store.episodes import Role
@@ -32,7 +32,7 @@ MOST_SHOWN = 1000
 
 
 def erasure_routes(parts: Parts) -> APIRouter:
-    router = APIRouter(prefix="/v1", route_class=OwnRoute)
+    router = router_at("/v1", OwnRoute)
 
     @router.delete("/episodes")
     async def erase_episodes(

@@ -13,13 +13,13 @@ from fastapi.responses import StreamingResponse
 from runtime.http.agents import listed_agent
 from runtime.http.keys import asking_key
 from runtime.http.parts import Parts
-from runtime.http.strict_json import OwnRoute
+from runtime.http.strict_json import OwnRoute, router_at
 from runtime.store.episodes import Actor, Purpose
 from runtime.store.export import ExportFilter, export
 
 
 def export_routes(parts: Parts) -> APIRouter:
-    router = APIRouter(prefix="/v1/export", route_class=OwnRoute)
+    router = router_at("/v1/export", OwnRoute)
 
     @router.get("", response_class=StreamingResponse)
     def export_episodes(

@@ -18,7 +18,7 @@ from runtime.http.agents import agent_named
 from runtime.http.errors import ApiError
 from runtime.http.parts import Parts
 from runtime.http.schemas import KeyRequest
-from runtime.http.strict_json import OwnRoute
+from runtime.http.strict_json import OwnRoute, router_at
 from runtime.store.adapter_registry import UNNAMED
 from runtime.store.episodes import Role
 from runtime.store.keys import ANYBODY, Key, KeyProblem, KeyRing, KeyStore, Quota
@@ -151,7 +151,7 @@ def _problem(key: Key | None, secret: str | None, needed: Role, scope: Scope) ->
 
 
 def key_routes(parts: Parts) -> APIRouter:
-    router = APIRouter(prefix="/v1/keys", route_class=OwnRoute)
+    router = router_at("/v1/keys", OwnRoute)
     one_by_one = asyncio.Lock()  # else two admins who revoke each other at once both find another left
 
     @router.get("")

@@ -17,7 +17,7 @@ from runtime.http.messages_schemas import CountRequest, MessagesRequest
 from runtime.http.parts import Parts
 from runtime.http.run_events import RunEvents
 from runtime.http.sse import EventStream, json_answer, sse_event, until_gone
-from runtime.http.strict_json import StrictJsonRoute, made_of_body
+from runtime.http.strict_json import made_of_body, router_at
 
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
@@ -28,7 +28,7 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
 
 
 def message_routes(parts: Parts) -> APIRouter:
-    router = APIRouter(prefix=MESSAGES, route_class=StrictJsonRoute, responses=ANTHROPIC_ERROR_RESPONSES)
+    router = router_at(MESSAGES, errors=ANTHROPIC_ERROR_RESPONSES)
 
     @router.post("", responses=_ANSWERS, openapi_extra={"parameters": CALLERS_HEADERS})
     async def create_message(body: MessagesRequest, request: Request) -> Response:

@@ -24,7 +24,7 @@ from runtime.http.responses_schemas import ResponsesRequest
 from runtime.http.run_events import RunEvents
 from runtime.http.schemas import ChatCompletionRequest
 from runtime.http.sse import EventStream, json_answer, sse_event, until_gone
-from runtime.http.strict_json import StrictJsonRoute, made_of_body
+from runtime.http.strict_json import made_of_body, router_at
 from runtime.off_loop import off_loop
 from runtime.store.episodes import Episode, ResponseDeletion, ResponseRecord, Step
 from runtime.store.keys import Key
@@ -40,7 +40,7 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
 
 
 def response_routes(parts: Parts) -> APIRouter:
-    router = APIRouter(prefix="/v1/responses", route_class=StrictJsonRoute)
+    router = router_at("/v1/responses")
     background = Background()
     if parts.erasing is not None:
         parts.erasing.on_erased.append(background.forget)

@@ -17,6 +17,7 @@ from runtime.http.admission import chosen_agent
 from runtime.http.agents import model_names
 from runtime.http.keys import asking_key
 from runtime.http.parts import Parts
+from runtime.http.strict_json import router_at
 from runtime.store.damage import StepLogError
 from runtime.store.keys import Key
 
@@ -24,7 +25,7 @@ T = TypeVar("T")
 
 
 def server_routes(parts: Parts) -> APIRouter:
-    router = APIRouter()
+    router = router_at("")
     started = int(time.time())
     parts.metrics.show_storage(parts.log.storage, lambda: num_damaged_rows(parts))
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
 import orjson
-from fastapi import Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
 from policies.chat.messages import MAX_DEPTH, is_deeper
-from runtime.http.errors import ApiError, as_api_error
+from runtime.http.errors import ERROR_RESPONSES, ApiError, as_api_error
 from runtime.off_loop import free_off_loop, off_loop
 from runtime.privacy.redaction import RedactionFailed, Redactor
 
@@ -67,6 +67,16 @@ class OwnRoute(StrictJsonRoute):
             return await answer(request)
 
         return answer_to_known
+
+
+def router_at(
+    prefix: str,
+    route_class: type[APIRoute] = StrictJsonRoute,
+    errors: dict[int | str, dict[str, Any]] = ERROR_RESPONSES,
+) -> APIRouter:
+    """For the routes below a path. Their errors are told here and not by the app: it takes the routes as they are, for
+    FastAPI's `include_router` makes each of them anew, half of a server's start."""
+    return APIRouter(prefix=prefix, route_class=route_class, responses=errors)
 
 
 async def made_of_body(request: Request, is_slow: bool, make: Callable[P, T], *values: P.args, **more: P.kwargs) -> T:

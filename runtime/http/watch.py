@@ -16,14 +16,14 @@ from runtime.http.keys import asking_key
 from runtime.http.pages import left_out
 from runtime.http.parts import Parts
 from runtime.http.schemas import AgentChange
-from runtime.http.strict_json import OwnRoute
+from runtime.http.strict_json import OwnRoute, router_at
 from runtime.store.damage import Damaged
 
 _OWN_AGENT = AgentChange()
 
 
 def watch_routes(parts: Parts) -> APIRouter:
-    router = APIRouter(prefix="/v1/learner/watch", route_class=OwnRoute)
+    router = router_at("/v1/learner/watch", OwnRoute)
     registry = parts.registry
 
     def shown(agent: str) -> dict[str, Any]:
