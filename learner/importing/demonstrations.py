@@ -218,7 +218,7 @@ class _Transcript:
             raise RefusedRecord("two messages of the assistant in a row: nothing was seen between them")
         if not turn.calls and not turn.text.strip():
             raise RefusedRecord("the assistant says nothing and calls nothing")
-        if not turn.calls and (called := called_in_text(turn.text) & set(self._schemas)):
+        if not turn.calls and (called := called_in_text(turn.text, self._schemas)):
             raise RefusedRecord(f"the assistant calls {min(called)!r} in its text: write the call as tool_calls")
         text = "" if turn.calls and is_print_of_nothing(turn.text) else turn.text
         require_words(text)

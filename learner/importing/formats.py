@@ -64,6 +64,8 @@ def _read_object(record: dict[str, Any]) -> Draft:
         return read_atif(record)
     if isinstance(record.get("steps"), list) and record["steps"] and is_smolagents_step(record["steps"][0]):
         return read_smolagents(record["steps"])
+    if record.get("object") in ("trace", "trace.span"):
+        return read_trace(_generation(record), SourceFormat.ITEMS)
     if is_span(record):
         return read_span(record)
     if "preferred_output" in record or "non_preferred_output" in record:
@@ -112,6 +114,17 @@ def _read_object(record: dict[str, Any]) -> Draft:
         f"no known format: it has no messages, conversations or chosen; its keys are {keys}. "
         'Write each conversation as {"messages": [{"role": ..., "content": ...}], "tools": [...]}, one a line'
     )
+
+
+def _generation(record: dict[str, Any]) -> dict[str, Any]:
+    """What a span of OpenAI's Agents SDK says of a model's call. Raises RefusedRecord for its other spans."""
+    held = record.get("span_data")
+    if not isinstance(held, dict) or held.get("type") != "generation":
+        what = held.get("type") if isinstance(held, dict) else "trace"
+        only_id = ", which keeps the response's id and not its words" if what == "response" else ""
+        raise RefusedRecord(f"it is a span of type {what!r}{only_id}: export the generation spans alone")
+    beside = {key: value for key, value in record.items() if key not in ("span_data", "object")}
+    return {**beside, "input": held.get("input"), "output": held.get("output")}
 
 
 def _is_messages(value: Any) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Collection, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -149,12 +150,20 @@ _OTHER_MARKS = (
     "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<functioncall>", "<function=", "<function_calls>", "<|tool_call",
     "<｜tool▁call", "<tool_use>", "<|tool_calls_section_begin|>",
     "<|channel|>", "<|start|>", "<|message|>", "<TOOLCALL>", "<minimax:tool_call>", "<invoke name=", "functools[",
-    "```tool_code",
+    "```tool_code", "<｜DSML｜", "<｜tool_call", "✿FUNCTION✿", "✿ARGS✿", "<start_function_call>", "<tool_calls>",
+    "<function_call>", "<seed:tool_call>", "<steptml:", "<longcat_tool_call>", "<xai:function_call name=",
+    "<|START_ACTION|>", "<|action_start|>", "<|plugin|>", "<|FunctionCallBegin|>", "<|function_call", "<|recipient|>",
 )  # fmt: skip
 """How models of other makers begin a call, or a channel of their answer."""
 _CALL_BEHIND_WORDS = re.compile("(" + "|".join(map(re.escape, _OTHER_MARKS)) + r")[^\s{\[<]{0,40}\s*[{\[<]")
 """A mark behind words begins a call where what follows looks like one: a text may also tell of such marks."""
-_FENCE = re.compile(r"```\w*\s*(.*?)\s*```", re.DOTALL)
+_UNMARKED_CHANNEL = re.compile(r"\Aanalysis.*assistant(?:final|commentary)|\bto=functions\.[^\n{]{1,100}\{", re.DOTALL)
+"""gpt-oss's answer where its marks were left out on the way."""
+_NAMED_CALL = re.compile(r"(?:>>>|print\()?\s*([A-Za-z_][\w.\-]*)\s*(?:\(.*\)|\{.*\}|```.*)", re.DOTALL)
+"""A call as Python writes it, or a tool's name with its arguments below."""
+_CLOSING_TAG = re.compile(r"</([\w.\-]{1,64})>\Z")
+_AROUND_CALLS = re.compile(r"</?(?:execute|tool|code|function|action)>")
+_LANGUAGE = re.compile(r"\A\w*\s*")
 
 
 def require_no_other_call(text: str, where: str) -> None:
@@ -164,19 +173,41 @@ def require_no_other_call(text: str, where: str) -> None:
         raise RefusedRecord(f"{where} begins with {begun}: write the call as tool_calls")
     if found := _CALL_BEHIND_WORDS.search(text):
         raise RefusedRecord(f"{where} has a call behind {found[1]}: write the call as tool_calls")
+    if _UNMARKED_CHANNEL.search(text.lstrip()):
+        raise RefusedRecord(f"{where} has the channels of gpt-oss in its text: write thinking, calls and answer apart")
 
 
-def called_in_text(text: str) -> set[str]:
-    """The tools that a text calls, where it is a call in JSON, or a list of such calls, and nothing else."""
-    fenced = _FENCE.fullmatch(text.strip())
+def called_in_text(text: str, names: Collection[str]) -> set[str]:
+    """Those of these tools that a text calls in JSON, behind words or alone; as Python would, or within a tag of the
+    tool's name. A ReAct agent's `Action:` lines are words that its own program reads."""
+    text = text.strip()
+    blocks = [_LANGUAGE.sub("", block).strip() for block in text.split("```")[1::2]]
+    lines = [line for line in text.split("\n") if line.startswith(("{", "["))]
+    behind_words = text[text.index(lines[0]) :] if lines else text
+    called = {name for each in {text, behind_words, *blocks, *lines} for name in _called_in_json(each)}
+    whole = _AROUND_CALLS.sub("", blocks[0] if len(blocks) == 1 and text.startswith("```") else text).strip()
+    if found := _NAMED_CALL.fullmatch(whole):
+        called.add(found[1])
+    if (found := _CLOSING_TAG.search(text)) and f"<{found[1]}>" in text:
+        called.add(found[1])
+    return called & set(names)
+
+
+def _called_in_json(text: str) -> Iterator[str]:
+    if not text.startswith(("{", "[")):
+        return
     try:
-        value = loads(fenced[1] if fenced else text)
-    except (ValueError, RecursionError):
-        return set()
+        value = read_literal(text, "the text")
+    except RefusedRecord:
+        return
     values = value if isinstance(value, list) else [value]
-    calls = [each.get("function", each) for each in values if isinstance(each, dict)]
-    calls = [call for call in calls if isinstance(call, dict) and set(call) & set(ARGUMENT_NAMES)]
-    return {call["name"] for call in calls if isinstance(call.get("name"), str)}
+    if isinstance(value, dict):
+        within = next((value[key] for key in ("tool_calls", "function_call", "tool_call") if key in value), value)
+        values = within if isinstance(within, list) else [within]
+    for call in (each for each in values if isinstance(each, dict)):
+        inner = call["function"] if isinstance(call.get("function"), dict) else call
+        if set(inner) & set(ARGUMENT_NAMES):
+            yield from (str(inner[key]) for key in (*CALL_NAMES, "function") if isinstance(inner.get(key), str))
 
 
 def split_tagged_calls(text: str, where: str) -> tuple[str, tuple[Call, ...]]:
