@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import fcntl
 import hashlib
 import json
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import sqrt
@@ -195,16 +198,23 @@ def summary(attempts: Sequence[Attempt]) -> str:
 
 
 class Record:
-    """Attempts, one JSON line each, so that a run can be stopped and goes on where it was."""
+    """Attempts, one JSON line each, so that a run can be stopped and goes on where it was. Raises ValueError for what
+    is no such file, and where another run writes it."""
 
     def __init__(self, path: Path, options: PracticeOptions) -> None:
         self._options = {"model": options.model, "temperature": options.temperature, "seed": options.seed}
-        self.attempts: dict[str, Attempt] = {}
-        """By task; those that ended with an error are left out, and tried again."""
-        lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
+        self._made: list[Attempt] = []
+        """Those that ended with an error are left out, and tried again."""
+        self._file: TextIO = path.open("a+", encoding="utf-8", newline="")
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"another run writes {path}: wait until it ends, or name another file") from None
+        self._file.seek(0)
+        lines = self._file.read().splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):  # the run was ended while it wrote this line
+            self._file.truncate(len("".join(lines[:-1]).encode()))
             lines.pop()
-            path.write_text("".join(lines), "utf-8")
         for number, line in enumerate(lines, start=1):
             try:
                 entry = json.loads(line)
@@ -212,12 +222,48 @@ class Record:
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path} line {number} is no attempt: {error}") from error
             if made_with == self._options and not attempt.error:
-                self.attempts[attempt.task_id] = attempt
-        self._file: TextIO = path.open("a", encoding="utf-8")
+                self._made.append(attempt)
+
+    @property
+    def attempts(self) -> dict[str, Attempt]:
+        """The newest by task."""
+        return {attempt.task_id: attempt for attempt in self._made}
+
+    def known_and_missing(self, tasks: Sequence[Task]) -> tuple[list[Attempt], list[Task]]:
+        """Of these tasks the attempts that were made, and what is left to try: a task that is to be tried several times
+        is known as often as it was tried."""
+        made, known, missing = defaultdict[str, list[Attempt]](list), list[Attempt](), list[Task]()
+        for attempt in reversed(self._made):
+            made[attempt.task_id].append(attempt)
+        for task in tasks:
+            if made[task.id]:
+                known.append(made[task.id].pop())
+            else:
+                missing.append(task)
+        return known, missing
 
     def add(self, attempt: Attempt) -> None:
         self._file.write(json.dumps({"options": self._options, "attempt": asdict(attempt)}) + "\n")
         self._file.flush()
+
+
+def _from(least: int) -> Callable[[str], int]:
+    """Reads a whole number from there on."""
+
+    def read(text: str) -> int:
+        with suppress(ValueError):
+            if int(text) >= least:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
+
+    return read
+
+
+def _temperature(text: str) -> float:
+    with suppress(ValueError):
+        if 0.0 <= float(text) <= 2.0:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 2")
 
 
 def _arguments() -> argparse.Namespace:
@@ -231,13 +277,13 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--world", default="order_desk", help=f"{', '.join(sorted(WORLDS))}, or module:Class")
     parser.add_argument("--split", default="train", choices=("train", "validation", "heldout"))
-    parser.add_argument("--episodes", type=int, default=100, help="how many tasks")
-    parser.add_argument("--first", type=int, default=0, help="index of the first task")
+    parser.add_argument("--episodes", type=_from(1), default=100, help="how many tasks")
+    parser.add_argument("--first", type=_from(0), default=0, help="index of the first task")
     parser.add_argument(
         "--model", default="", help="served name, or an adapter's name to pin it; default: the acting one"
     )
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--temperature", type=_temperature, default=1.0)
+    parser.add_argument("--concurrency", type=_from(1), default=8)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument(
         "--record", type=Path, default=None, help="JSONL file of attempts; what is in it is not tried again"
@@ -265,8 +311,7 @@ async def _main(arguments: argparse.Namespace) -> int:
     except WorldFailed as error:
         print(f"cannot start: the world {arguments.world} opens no task: {error}")
         return 2
-    known = [record.attempts[task.id] for task in tasks if task.id in record.attempts] if record else []
-    missing = [task for task in tasks if record is None or task.id not in record.attempts]
+    known, missing = record.known_and_missing(tasks) if record else ([], tasks)
     client = AsyncOpenAI(base_url=endpoint_url(arguments.url), api_key=api_key(arguments.api_key_file), max_retries=1)
 
     def done(attempt: Attempt) -> None:
@@ -279,6 +324,9 @@ async def _main(arguments: argparse.Namespace) -> int:
             attempts = known + await practise(client, world, missing, options, done)
     except OpenAIError as error:
         print(f"no answer from {arguments.url}: {error}; is the server up?")
+        return 1
+    except OSError as error:  # a full disk
+        print(f"{arguments.record} cannot be written: {error.strerror}; the same command goes on from what is in it")
         return 1
     print(summary(attempts))
     return 0 if not any(attempt.error for attempt in attempts) else 1

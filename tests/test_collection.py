@@ -69,6 +69,21 @@ def test_what_is_said_of_an_episode_after_it_was_read_is_learned_first(log: Step
     assert none.policy_episodes == []
 
 
+def test_steps_beside_the_main_line_are_read_to_be_rewarded(log: StepLog) -> None:
+    """Of a request with `n` the other choices had no rewards, and neither had a way that its client left."""
+    chosen_from = episode(log)
+    (first,) = log.steps(chosen_from)
+    other, left, chosen, newest = (step(chosen_from, parent) for parent in (None, first, first, first))
+    newest = replace(newest, parent_id=chosen.id, index=2)
+    log.append(other, left, chosen, newest).result()
+    episode(log)
+    read = collect(log, None, LINEAGE, OPTIONS, seed=0)
+    lines = {each.episode.id: each.path for each in read.policy_episodes}
+    assert [step.id for step in lines[chosen_from]] == [first.id, chosen.id, newest.id]
+    beside = {tuple(step.id for step in each.path) for each in read.own_beside}
+    assert beside == {(other.id,), (first.id, left.id)}
+
+
 def test_an_episode_that_goes_on_is_new_again(log: StepLog) -> None:
     going_on = episode(log)
     first = collect(log, None, LINEAGE, OPTIONS, seed=0)

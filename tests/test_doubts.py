@@ -12,7 +12,7 @@ import pytest
 
 from learner.__main__ import main
 from learner.data.collect import LoggedEpisode, dealt_demonstrations
-from learner.data.doubts import Doubt, DoubtKind, doubts_of
+from learner.data.doubts import Doubt, DoubtKind, doubted, doubts_of
 from learner.data.experts import Corrections, WorldExpert
 from learner.options import CollectionOptions
 from policies.types import FinalAnswer, MalformedAction
@@ -105,6 +105,19 @@ def test_a_worlds_expert_finds_the_mistake_and_not_the_steps_that_mend_it(serve_
     (doubt,) = found(server, WorldExpert(WORLD))
     assert (doubt.index, doubt.kind) == (0, DoubtKind.EXPERT)
     assert doubt.reason.startswith("world would do this: ")
+
+
+def test_what_an_expert_would_do_as_well_is_doubted_by_nobody_else(serve_scripted: ServeScripted) -> None:
+    """The right step of two peers was accused beside the wrong one, though the world's expert had confirmed it."""
+    server = serve_scripted()
+    post(server, mistaken(3), expert_demonstration(3)).raise_for_status()
+    log = server.parts.log
+    demonstrations = dealt_demonstrations(log, CollectionOptions(held_out_share=0.0)).demonstrations
+    assert [each.kind for each in found(server)] == [DoubtKind.PEERS] * 2
+    unlikely = [doubted(each.states()[0], DoubtKind.UNLIKELY, "9.0 nats") for each in demonstrations]
+    doubts = asyncio.run(doubts_of(demonstrations, [WorldExpert(WORLD)], WORLD, unlikely))
+    assert [each.kind for each in doubts] == [DoubtKind.EXPERT]
+    assert [each.kind for each in asyncio.run(doubts_of(demonstrations[:1], [], WORLD, unlikely[:1]))] == ["unlikely"]
 
 
 def test_a_correction_and_an_outcome_speak_against_a_demonstration_until_they_are_taken_back(

@@ -228,6 +228,22 @@ def test_what_a_policy_or_a_user_writes_cannot_speak_to_the_terminal(
     assert json.loads(told)["task"] == "desk\n\x1b]0;owned\x07"
 
 
+def test_rewards_of_steps_beside_the_main_line_are_in_the_json(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log, episode = StepLog(tmp_path / "agent.db"), make_episode()
+    beside, chosen = make_step(episode, action=FinalAnswer("no")), make_step(episode, action=FinalAnswer("yes"))
+    log.append(episode, beside, chosen).result()
+    log.close()
+    learning_log = LearningLog(tmp_path)
+    learning_log.add_rewards([reward(beside, RewardSource.IMPLICIT, -1.0), reward(chosen, RewardSource.IMPLICIT, 1.0)])
+    learning_log.close()
+    assert main(["steps", episode.id, "--state", str(tmp_path), "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    rewarded = [[each["rewards"]["implicit"]["value"] for each in told[key]] for key in ("steps", "steps_beside")]
+    assert (rewarded, told["num_steps_beside"]) == ([[1.0], [-1.0]], 1)
+
+
 def test_letters_of_any_width_stand_in_columns_and_half_ones_are_told(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from examples.own_world import Lamps, LampsEpisode
+from learner import practice
 from learner.data.collect import LoggedState, main_line
 from learner.data.experts import WorldExpert, open_at
 from learner.practice import Attempt, PracticeOptions, Record, practise
@@ -20,6 +23,7 @@ from runtime.agent.tools import Toolbox
 from tests.serving import LIMITS, MODEL, SayingEngine, Served, parts_of, served
 from tools.worlds import load_world
 from tools.worlds.calls import LONGEST_OBSERVATION, answering, calling
+from tools.worlds.listed import ListedWorld
 from tools.worlds.world import Task, TaskId, UnknownTask, task_named
 
 # ---------------------------------------------------------------------------------------- by name, by id
@@ -47,6 +51,13 @@ def test_a_world_is_found_by_name_and_by_place() -> None:
 def test_a_world_that_cannot_be_loaded_is_told_in_words(name: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         load_world(name)
+
+
+@pytest.mark.parametrize("tasks", [{"b", "a"}, {"a": 1}, "ab", None, 3])
+def test_tasks_in_no_fixed_order_are_none(tasks: Any) -> None:
+    """Of a set `lamps/train/0` was another task in the server than in the learner: its order differs by process."""
+    with pytest.raises(ValueError, match=r"a list for validation, perhaps empty; not "):
+        ListedWorld.__init__(Lamps(), {"train": range(2), "validation": tasks, "heldout": []})
 
 
 def test_a_missing_package_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,6 +271,71 @@ def test_a_record_goes_on_where_a_run_was_stopped(tmp_path: Path) -> None:
     again.add(Attempt("lamps/train/1", "ep_2", 0.0, 2, 0))
     assert set(Record(path, options).attempts) == {"lamps/train/0", "lamps/train/1"}
     assert Record(path, PracticeOptions(MODEL, temperature=0.5)).attempts == {}
+
+
+def test_a_task_that_is_tried_several_times_is_known_as_often_as_it_was_tried(tmp_path: Path) -> None:
+    """Two hundred episodes of twenty tasks, stopped after one round: the first attempts were counted ten times each."""
+    path, options, task = tmp_path / "attempts.jsonl", PracticeOptions(MODEL), Lamps().task("train", 0)
+    record = Record(path, options)
+    first, second = (Attempt(task.id, f"ep_{number}", float(number), 3, 0) for number in (0, 1))
+    record.add(first)
+    assert Record(path, options).known_and_missing([task] * 3) == ([first], [task] * 2)
+    record.add(second)
+    assert Record(path, options).known_and_missing([task] * 3) == ([first, second], [task])
+    assert Record(path, options).known_and_missing([task]) == ([first], [])
+
+
+def test_two_runs_do_not_write_one_record(tmp_path: Path) -> None:
+    """The second took a line that the first was writing for one that was cut off, and emptied the file for a moment."""
+    path = tmp_path / "attempts.jsonl"
+    holding = "import sys; from learner.practice import *; held = Record(Path(sys.argv[1]), PracticeOptions())"
+    command = [sys.executable, "-c", f"{holding}; print(1, flush=True); input()", str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "1\n"
+        with pytest.raises(ValueError, match="another run writes"):
+            Record(path, PracticeOptions())
+        other.communicate("\n")
+    Record(path, PracticeOptions())
+
+
+class OnAFullDisk(Record):
+    def add(self, attempt: Attempt) -> None:
+        with Path("/dev/full").open("w") as self._file:
+            super().add(attempt)
+
+
+def test_a_disk_that_takes_no_more_attempts_is_told(
+    server: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was a traceback."""
+    path = tmp_path / "attempts.jsonl"
+    monkeypatch.setattr(practice, "Record", OnAFullDisk)
+    arguments = ["--url", f"{server.url}/v1", "--world", "examples.own_world:Lamps", "--episodes", "1"]
+    monkeypatch.setattr(sys, "argv", ["practice", *arguments, "--record", str(path)])
+    assert asyncio.run(practice._main(practice._arguments())) == 1
+    assert f"{path} cannot be written: No space left on device" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--concurrency", "0", "is no whole number from 1 on"),
+        ("--concurrency", "-1", "is no whole number from 1 on"),
+        ("--episodes", "0", "is no whole number from 1 on"),
+        ("--first", "-1", "is no whole number from 0 on"),
+        ("--temperature", "nan", "is no number from 0 to 2"),
+    ],
+)
+def test_an_option_of_practice_that_cannot_be_used_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, value: str, words: str
+) -> None:
+    """With no place for any attempt it waited for ever."""
+    monkeypatch.setattr(sys, "argv", ["practice", option, value])
+    with pytest.raises(SystemExit) as ended:
+        practice._arguments()
+    assert ended.value.code == 2
+    assert f"argument {option}: '{value}' {words}" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_record_is_refused(tmp_path: Path) -> None:

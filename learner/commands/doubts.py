@@ -74,10 +74,8 @@ def _found(log: StepLog, options: DoubtsOptions) -> tuple[int, list[Doubt]]:
     dealt = dealt_demonstrations(log, everything, options.agent)
     demonstrations = [*dealt.demonstrations, *dealt.held_out]
     experts: list[Expert] = [Corrections(log), *([WorldExpert(world)] if world else [])]
-    doubts = asyncio.run(doubts_of(demonstrations, experts, world))
-    if options.cross_fit:
-        known = {doubt.step_id for doubt in doubts}
-        doubts += [doubt for doubt in _unlikely(demonstrations, dealt.task_of, options) if doubt.step_id not in known]
+    unlikely = _unlikely(demonstrations, dealt.task_of, options) if options.cross_fit else []
+    doubts = asyncio.run(doubts_of(demonstrations, experts, world, unlikely))
     return sum(len(each.path) for each in demonstrations), doubts
 
 

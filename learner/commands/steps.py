@@ -15,7 +15,7 @@ from learner.data.collect import main_line
 from learner.data.explanation import Explanation, JudgedStep, lost_at, short, to_compare
 from learner.terminal import columns, padded, plain, width
 from runtime.store.damage import Damaged
-from runtime.store.episodes import Episode
+from runtime.store.episodes import Episode, Step
 from runtime.store.learning_log import LearningReader, RewardSource
 from runtime.store.step_log import StepLog
 
@@ -33,7 +33,8 @@ _COLUMNS_BESIDE = 57
 
 class StepsOptions(ServerOptions):
     """Show the steps of an episode along its main line, with their rewards: of each source those of one cycle, the one
-    that judged most of them and of equals the newest; of agreement the newest."""
+    that judged most of them and of equals the newest; of agreement the newest. Steps beside that line are in the
+    JSON."""
 
     episode: CliPositionalArg[str]
     """Its id, as answers carry it in x-episode-id."""
@@ -53,30 +54,41 @@ def run(options: StepsOptions) -> int:
                 how = "was erased from" if log.erased_among([options.episode]) else "is not in"
                 print(f"the episode {options.episode!r} {how} {options.state}", file=sys.stderr)
                 return 1
-            steps, num_beside, outcome = _judged(log, LearningReader(options.state), episode)
+            steps, beside, outcome = _judged(log, LearningReader(options.state), episode)
         except Damaged as damaged:
             print(f"{damaged}: it cannot be shown (docs/OPERATIONS.md, Damage)", file=sys.stderr)
             return 1
     lost = lost_at(steps, outcome)
     if options.as_json:
-        print(json.dumps(_told(episode, steps, num_beside, outcome, lost)))
+        print(json.dumps(_told(episode, steps, beside, outcome, lost)))
     else:
-        print("\n".join(map(plain, _table(episode, steps, num_beside, outcome, lost))))
+        print("\n".join(map(plain, _table(episode, steps, len(beside), outcome, lost))))
     return 0
 
 
-def _judged(log: StepLog, rewards: LearningReader, episode: Episode) -> tuple[list[JudgedStep], int, float | None]:
-    """The steps of its main line, how many lie beside it, and how it ended."""
-    every = log.steps(episode.id)
+def _judged(
+    log: StepLog, rewards: LearningReader, episode: Episode
+) -> tuple[list[JudgedStep], list[JudgedStep], float | None]:
+    """The steps of its main line, those beside it, and how it ended."""
+    every, given = log.steps(episode.id), rewards.rewards_of(episode.id)
     path, outcomes = main_line(every), log.outcomes(episode.id)
     on_path = {step.id for step in path}
-    given = to_compare([reward for reward in rewards.rewards_of(episode.id) if reward.step_id in on_path])
-    judged = [JudgedStep(step, given.get(step.id, {}), log.corrections(step.id)) for step in path]
-    return judged, len(every) - len(path), outcomes[-1].value if outcomes else None
+
+    def judged(steps: Sequence[Step]) -> list[JudgedStep]:
+        ids = {step.id for step in steps}
+        known = to_compare([reward for reward in given if reward.step_id in ids])
+        return [JudgedStep(step, known.get(step.id, {}), log.corrections(step.id)) for step in steps]
+
+    beside = [step for step in every if step.id not in on_path]
+    return judged(path), judged(beside), outcomes[-1].value if outcomes else None
 
 
 def _told(
-    episode: Episode, steps: Sequence[JudgedStep], num_beside: int, outcome: float | None, lost: Explanation | None
+    episode: Episode,
+    steps: Sequence[JudgedStep],
+    beside: Sequence[JudgedStep],
+    outcome: float | None,
+    lost: Explanation | None,
 ) -> dict[str, object]:
     return {
         "episode": episode.id,
@@ -85,7 +97,8 @@ def _told(
         "adapter": episode.adapter,
         "outcome": outcome,
         "steps": [each.to_json() for each in steps],
-        "num_steps_beside": num_beside,
+        "num_steps_beside": len(beside),
+        "steps_beside": [each.to_json() for each in beside],
         "lost_at": None if lost is None else lost.to_json(),
     }
 
@@ -106,7 +119,7 @@ def _table(
     widths = [max(map(width, column)) for column in zip(*rows, strict=True)]
     lines += ["  ".join(map(padded, row, widths)).rstrip() for row in rows]
     if num_beside:
-        lines.append(f"{num_beside} more steps lie beside this line: other choices, or ways that were left")
+        lines.append(f"{num_beside} more steps lie beside this line: other choices, or ways that were left (--json)")
     if not any(each.rewards for each in steps):
         lines.append("no cycle has rewarded these steps yet")
     lines.append(_verdict(outcome, lost))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from learner.data.held_out import Conversation, HeldOut, is_held_out, split_of
 from learner.data.training_data import NO_ANCESTOR
@@ -90,6 +90,9 @@ class Collected:
     policy_episodes: list[LoggedEpisode]
     own_held_out: list[LoggedEpisode]
     """The policy's own at held-out tasks: their steps are rewarded, and never learned from."""
+    own_beside: list[LoggedEpisode]
+    """Of all the policy's own the lines beside the main one: other choices of a step, ways that a client left. Rewarded
+    like these."""
     anchors: list[LoggedEpisode]
     """What went well, or is to go well: never trained on either."""
     anchor_tasks: list[str]
@@ -135,6 +138,7 @@ def collect(
     demonstrations, held_out, counts = _dealt(experts, apart, options, seed)
     behind = {name: number for number, name in enumerate(parents)}
     own, last_step_id, own_counts = _own(log, last_step_id, behind, options, seed, agent)
+    beside = [line for each in (*own, *anchors) for line in _beside(log, each)]
     own += _corrected(log, own, agent)
     trained, own_held_out = list[LoggedEpisode](), list[LoggedEpisode]()
     for each in own:
@@ -144,7 +148,7 @@ def collect(
     grouped = (*demonstrations, *held_out, *trained)
     groups_of = {each.episode.id: apart.groups(each.conversation) for each in grouped}
     return Collected(
-        demonstrations, held_out, trained, own_held_out, anchors, anchor_tasks, last_step_id, groups_of, counts
+        demonstrations, held_out, trained, own_held_out, beside, anchors, anchor_tasks, last_step_id, groups_of, counts
     )
 
 
@@ -283,10 +287,22 @@ def _logged(log: StepLog, episode: Episode, num_versions_old: int = 0) -> Logged
     return LoggedEpisode(episode, path, outcomes[-1].value if outcomes else None, num_versions_old)
 
 
+def _beside(log: StepLog, own: LoggedEpisode) -> list[LoggedEpisode]:
+    """The same episode along each of its other lines."""
+    steps = log.steps(own.episode.id)
+    by_id = {step.id: step for step in steps}
+    no_ends = {step.parent_id for step in steps} | {step.id for step in own.path}
+    ends = [step for step in steps if step.id not in no_ends]
+    return [replace(own, path=_line_to(end, by_id)) for end in ends]
+
+
 def main_line(steps: Sequence[Step]) -> tuple[Step, ...]:
     """From the first step to the newest one, along the parents; side branches are left out."""
-    by_id = {step.id: step for step in steps}
-    step = steps[-1] if steps else None
+    return _line_to(steps[-1], {step.id: step for step in steps}) if steps else ()
+
+
+def _line_to(end: Step, by_id: Mapping[str, Step]) -> tuple[Step, ...]:
+    step: Step | None = end
     line: list[Step] = []
     while step is not None:
         line.append(step)

@@ -16,7 +16,7 @@ from typing import Any
 
 from learner.data.collect import LoggedEpisode, LoggedState
 from learner.data.comparison import compare
-from learner.data.experts import Expert, ask, same_effect_at
+from learner.data.experts import CORRECTION, Expert, ask, same_effect_at
 from learner.data.explanation import short
 from learner.data.same_state import state_key
 from policies.chat.meaning import meaning
@@ -50,18 +50,27 @@ class Doubt:
 
 
 async def doubts_of(
-    demonstrations: Sequence[LoggedEpisode], experts: Sequence[Expert], world: World | None
+    demonstrations: Sequence[LoggedEpisode],
+    experts: Sequence[Expert],
+    world: World | None,
+    unlikely: Sequence[Doubt] = (),
 ) -> list[Doubt]:
-    """By demonstration and step; of several reasons against one step the strongest. `experts` are asked at every step.
+    """By demonstration and step, then what is only `unlikely`; of several reasons against one step the strongest.
 
-    The outcome is named where no expert contradicts a step of its demonstration.
+    `experts` are asked at every step. Where the world's would do the same, peers and networks are not heard; a person's
+    word stands beside theirs. The outcome is named where no expert contradicts a step of its demonstration.
     """
     by_step = {doubt.step_id: doubt for doubt in _by_peers(demonstrations, world)}
-    contradicted = await asyncio.gather(*(_by_experts(each, experts, world) for each in demonstrations))
-    for demonstration, doubts in zip(demonstrations, contradicted, strict=True):
-        by_step |= {doubt.step_id: doubt for doubt in doubts or _by_outcome(demonstration)}
+    only_unlikely = {doubt.step_id: doubt for doubt in unlikely if doubt.step_id not in by_step}
+    asked = await asyncio.gather(*(_by_experts(each, experts, world) for each in demonstrations))
+    for demonstration, (doubts, confirmed) in zip(demonstrations, asked, strict=True):
+        stronger = {doubt.step_id: doubt for doubt in doubts or _by_outcome(demonstration)}
+        for step_id in (*confirmed, *stronger):
+            by_step.pop(step_id, None)
+            only_unlikely.pop(step_id, None)
+        by_step |= stronger
     steps = [step.id for demonstration in demonstrations for step in demonstration.path]
-    return [by_step[step_id] for step_id in dict.fromkeys(steps) if step_id in by_step]
+    return [*(by_step[step_id] for step_id in dict.fromkeys(steps) if step_id in by_step), *only_unlikely.values()]
 
 
 def doubted(state: LoggedState, kind: DoubtKind, reason: str) -> Doubt:
@@ -79,14 +88,21 @@ def _by_outcome(demonstration: LoggedEpisode) -> list[Doubt]:
     return [doubted(state, DoubtKind.OUTCOME, reason) for state in demonstration.states()[-1:]]
 
 
-async def _by_experts(demonstration: LoggedEpisode, experts: Sequence[Expert], world: World | None) -> list[Doubt]:
+async def _by_experts(
+    demonstration: LoggedEpisode, experts: Sequence[Expert], world: World | None
+) -> tuple[list[Doubt], list[str]]:
+    """What they contradict, and the ids of the steps that others than people confirm."""
     states = demonstration.states()
-    answers = await asyncio.gather(*(ask(experts, state) for state in states))
-    return [
-        doubted(state, DoubtKind.EXPERT, f"{answer.source} would do this: {short(answer.action)}")
-        for state, answer in zip(states, answers, strict=True)
-        if answer is not None and not compare(state.step.action, answer.action, same_effect_at(world, state)).agrees
-    ]
+    doubts, confirmed = list[Doubt](), list[str]()
+    for state, answer in zip(states, await asyncio.gather(*(ask(experts, each) for each in states)), strict=True):
+        if answer is None:
+            continue
+        if compare(state.step.action, answer.action, same_effect_at(world, state)).agrees:
+            confirmed += [state.step.id] if answer.source != CORRECTION else []
+        else:
+            reason = f"{answer.source} would do this: {short(answer.action)}"
+            doubts.append(doubted(state, DoubtKind.EXPERT, reason))
+    return doubts, confirmed
 
 
 def _by_peers(demonstrations: Sequence[LoggedEpisode], world: World | None) -> list[Doubt]:

@@ -84,8 +84,8 @@ class TrainingData:
     policy_episodes: tuple[Trajectory, ...] = ()
     """The policy's own logged episodes; each state has the action taken, and an expert's where one answered."""
     held_out: tuple[Trajectory, ...] = ()
-    """Episodes of either kind that are kept for the gate, anchors too: their steps are rewarded, and never learned
-    from."""
+    """Episodes of either kind that are kept for the gate, anchors too, and own lines beside the main one: their steps
+    are rewarded, and never learned from."""
 
     @property
     def trajectories(self) -> tuple[Trajectory, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -18,11 +18,17 @@ class ListedWorld(ABC, Generic[Item]):
     name: str
 
     def __init__(self, items: Mapping[str, Sequence[Item]]) -> None:
-        if missing := [split for split in SPLITS if split not in items]:
+        if missing := [split for split in SPLITS if not isinstance(items, Mapping) or split not in items]:
             raise ValueError(
                 f"a ListedWorld wants a list of tasks, perhaps empty, for each of {', '.join(SPLITS)}; it was given "
                 f"none for {', '.join(missing)}"
             )
+        for split in SPLITS:
+            if not isinstance(items[split], Iterable) or isinstance(items[split], Set | Mapping | str | bytes):
+                raise ValueError(
+                    f"a ListedWorld wants its tasks in an order that is always the same: a list for {split}, perhaps "
+                    f"empty; not {items[split]!r:.200}"
+                )
         self._items = {split: tuple(items[split]) for split in SPLITS}
         self._places: dict[str, tuple[str, int]] = {}
         for split, listed in self._items.items():
