@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from learner.data.collect import collect, main_line
+from learner.data.collect import collect, dealt_demonstrations, main_line
 from learner.data.training_data import NO_ANCESTOR
 from learner.options import CollectionOptions
 from policies.types import FinalAnswer
-from runtime.store.episodes import Actor, Correction, Episode, Outcome, Purpose, new_id
+from runtime.store.episodes import Actor, Correction, Episode, Outcome, Purpose, Step, new_id
 from runtime.store.step_log import StepLog
 from tests.logged_episodes import step
 
@@ -80,8 +80,27 @@ def test_steps_beside_the_main_line_are_read_to_be_rewarded(log: StepLog) -> Non
     read = collect(log, None, LINEAGE, OPTIONS, seed=0)
     lines = {each.episode.id: each.path for each in read.policy_episodes}
     assert [step.id for step in lines[chosen_from]] == [first.id, chosen.id, newest.id]
-    beside = {tuple(step.id for step in each.path) for each in read.own_beside}
+    beside = {tuple(step.id for step in each.path) for each in read.rewarded_alone}
     assert beside == {(other.id,), (first.id, left.id)}
+
+
+def test_a_demonstration_that_another_one_repeats_is_rewarded_and_learned_once(log: StepLog) -> None:
+    """Traces hold a record for each call, with all before it: of a run of three steps the first was learned three
+    times."""
+    calls = [(5, 6), (5, 6, 7, 8), (5, 6, 7, 8, 9)]
+    for number in (1, 3, 2):
+        new, path = Episode(f"demo_{number}", Actor.EXPERT, Purpose.SERVE, "expert"), list[Step]()
+        for prompt in calls[:number]:
+            path.append(replace(step(new.id, path[-1] if path else None), prompt_token_ids=prompt))
+        log.append(new, *path).result()
+    alone = Episode("demo_alone", Actor.EXPERT, Purpose.SERVE, "expert")
+    log.append(alone, replace(step(alone.id), prompt_token_ids=(5, 6, 7))).result()
+    read = collect(log, None, LINEAGE, replace(OPTIONS, held_out_share=0.0), seed=0)
+    assert {each.episode.id for each in read.demonstrations} == {"demo_3", "demo_alone"}
+    assert {each.episode.id for each in read.rewarded_alone} == {"demo_1", "demo_2"}
+    assert read.counts["demonstrations_repeated"] == 2
+    dealt = dealt_demonstrations(log, replace(OPTIONS, held_out_share=0.0))
+    assert {each.episode.id for each in dealt.demonstrations} == {"demo_3", "demo_alone"}
 
 
 def test_an_episode_that_goes_on_is_new_again(log: StepLog) -> None:

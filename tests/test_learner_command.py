@@ -73,6 +73,19 @@ def test_an_import_says_where_calls_are_learned_and_no_tools_are_named(
     assert re.search(r"records that call tools and name none on offer +1\n", capfd.readouterr().out)
 
 
+def test_a_run_that_comes_as_one_record_for_each_call_is_one_demonstration(
+    serve_scripted: ServeScripted, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server, whole = serve_scripted(), expert_demonstration(1)
+    said = [index for index, message in enumerate(whole["messages"]) if message["role"] == "assistant"]
+    calls = [{"messages": whole["messages"][: index + 1], "tools": whole["tools"]} for index in said]
+    path = jsonl(tmp_path / "trace.jsonl", *calls)
+    assert main(["import", str(path), "--url", f"{server.url}/v1", "--state", str(tmp_path)]) == 0
+    printed = capfd.readouterr().out
+    assert f"{len(said)} imported" in printed
+    assert f"with 1 demonstration of {len(said)} states" in printed
+
+
 ESCAPE = "\x1b]0;title\x07\x1b[2J\x9b31m\u202e"
 
 

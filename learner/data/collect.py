@@ -10,7 +10,7 @@ read, also where both act by the same network or the same was said to both.
 
 A task is held out as a whole, for the gate: its demonstrations are never trained on, nor what the policy did at it. So
 are anchors, at which the gate sees whether a candidate forgets: those that the user lists, and a share of what users
-were content with.
+were content with. A demonstration that another one repeats step by step counts once.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from learner.data.held_out import Conversation, HeldOut, is_held_out, split_of
+from learner.data.repeated import repeated
 from learner.data.training_data import NO_ANCESTOR
 from learner.options import CollectionOptions
 from policies.chat.chat_protocol import action_message
@@ -90,9 +91,9 @@ class Collected:
     policy_episodes: list[LoggedEpisode]
     own_held_out: list[LoggedEpisode]
     """The policy's own at held-out tasks: their steps are rewarded, and never learned from."""
-    own_beside: list[LoggedEpisode]
-    """Of all the policy's own the lines beside the main one: other choices of a step, ways that a client left. Rewarded
-    like these."""
+    rewarded_alone: list[LoggedEpisode]
+    """What is rewarded, too, and neither learned from nor tried: of the policy's own the lines beside the main one
+    (other choices of a step, ways that a client left), and demonstrations that others repeat."""
     anchors: list[LoggedEpisode]
     """What went well, or is to go well: never trained on either."""
     anchor_tasks: list[str]
@@ -125,7 +126,7 @@ def collect(
 
     `world`: whose tasks the gate may try; what is of them is held out, whatever names it.
     """
-    experts = _experts(log, agent)
+    experts, repeats = _experts(log, agent)
     anchors, anchor_tasks = _listed_anchors(log, options.anchors, world, agent)
     anchors += _contented(log, parents, options, agent)
     apart = HeldOut.among(
@@ -144,11 +145,22 @@ def collect(
     for each in own:
         (own_held_out if apart.covers(each.conversation) else trained).append(each)
     counts |= own_counts | {"own_held_out": len(own_held_out), "anchors": len(anchors) + len(anchor_tasks)}
+    counts |= {"demonstrations_repeated": len(repeats)} if repeats else {}
     counts |= {"damaged_rows": len(log.damage)} if len(log.damage) else {}
     grouped = (*demonstrations, *held_out, *trained)
     groups_of = {each.episode.id: apart.groups(each.conversation) for each in grouped}
+    rewarded_alone = [*beside, *repeats]
     return Collected(
-        demonstrations, held_out, trained, own_held_out, beside, anchors, anchor_tasks, last_step_id, groups_of, counts
+        demonstrations,
+        held_out,
+        trained,
+        own_held_out,
+        rewarded_alone,
+        anchors,
+        anchor_tasks,
+        last_step_id,
+        groups_of,
+        counts,
     )
 
 
@@ -165,15 +177,19 @@ class Dealt:
 
 def dealt_demonstrations(log: StepLog, options: CollectionOptions, agent: str = "") -> Dealt:
     """Those of an agent."""
-    experts = _experts(log, agent)
+    experts, _ = _experts(log, agent)
     apart = HeldOut.among([expert.conversation for expert in experts], None, options.held_out_share)
     demonstrations, held_out, _ = _dealt(experts, apart, options, seed=0)
     task_of = {each.episode.id: min(apart.groups(each.conversation)) for each in (*demonstrations, *held_out)}
     return Dealt(demonstrations, held_out, task_of)
 
 
-def _experts(log: StepLog, agent: str) -> list[LoggedEpisode]:
-    return _readable(log, log.episodes(limit=1_000_000, actor=Actor.EXPERT, agent=agent))
+def _experts(log: StepLog, agent: str) -> tuple[list[LoggedEpisode], list[LoggedEpisode]]:
+    """The demonstrations, and those of them that another one repeats."""
+    every = _readable(log, log.episodes(limit=1_000_000, actor=Actor.EXPERT, agent=agent))
+    names = repeated({each.episode.id: each.path for each in every})
+    once = [each for each in every if each.episode.id not in names]
+    return once, [each for each in every if each.episode.id in names]
 
 
 def _listed_anchors(

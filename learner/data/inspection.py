@@ -67,7 +67,7 @@ async def inspect(
     demonstrations = collected.demonstrations
     demonstrated, at_expert_states = await inspect_demonstrations(who, demonstrations, acting, num_samples, on_done)
     episodes, at_policy_states, num_answers = await _inspect_policy_states(who, collected.policy_episodes, on_done)
-    not_learned = (*collected.held_out, *collected.own_held_out, *collected.own_beside, *collected.anchors)
+    not_learned = (*collected.held_out, *collected.own_held_out, *collected.rewarded_alone, *collected.anchors)
     held_out = tuple(as_logged(each) for each in not_learned)
     training_data = TrainingData(tuple(demonstrated), tuple(episodes), held_out)
     return Inspection(training_data, at_expert_states, at_policy_states, num_answers)
