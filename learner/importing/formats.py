@@ -31,6 +31,7 @@ from learner.importing.rows import (
     read_xlam,
 )
 from learner.importing.sessions import is_gemini_cli, read_gemini_cli, read_session, session_format
+from learner.importing.tau2 import is_simulation, read_simulation, simulations_of
 from learner.importing.telemetry import holds_conversation, is_span, read_span, spans_of_logs
 from learner.importing.traces import as_pair, read_trace
 from learner.importing.turns import Draft, SourceFormat
@@ -74,6 +75,8 @@ def _read_object(record: dict[str, Any]) -> Draft:
         return read_preference(record)
     if isinstance(record.get("chat"), str) and "messages" not in record:
         return read_glaive(record)
+    if is_simulation(record):
+        return read_simulation(record)
     if is_gemini_cli(record):
         return read_gemini_cli(record)
     if "messages" in record and "epoch" in record and "scores" in record:
@@ -211,6 +214,8 @@ def _contained(value: Any) -> Iterator[Any]:
                 "samples": [{**s, "status": value["status"]} for s in value["samples"] if isinstance(s, dict)],
             }
         yield from value["samples"]
+    elif (simulations := simulations_of(value)) is not None:
+        yield from simulations
     elif isinstance(value, dict) and "resourceSpans" in value:  # OTLP
         scopes = [each for resource in _objects(value, "resourceSpans") for each in _objects(resource, "scopeSpans")]
         spans = [span for scope in scopes for span in _objects(scope, "spans") if is_span(span)]

@@ -30,6 +30,7 @@ class SourceFormat(StrEnum):
     LANGFUSE = "langfuse"  # observations
     INSPECT = "inspect"  # samples of an evaluation log
     SMOLAGENTS = "smolagents"  # an agent's memory
+    TAU2 = "tau2"  # simulations of tau2-bench
     ATIF = "atif"  # the Agent Trajectory Interchange Format
 
 
