@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Collection, Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -117,8 +118,9 @@ def read_literal(text: str, what: str) -> Any:
     except (ValueError, RecursionError) as error:
         reason = error
     try:
-        value = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        with warnings.catch_warnings(action="ignore"):  # of what looks odd to Python's compiler
+            value = ast.literal_eval(text.strip())
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # a set of sets is a TypeError
         raise RefusedRecord(f"{what} is not JSON: {reason}") from reason
     _require_exact(value, text, what)
     return value
@@ -150,20 +152,27 @@ _OTHER_MARKS = (
     "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<functioncall>", "<function=", "<function_calls>", "<|tool_call",
     "<｜tool▁call", "<tool_use>", "<|tool_calls_section_begin|>",
     "<|channel|>", "<|start|>", "<|message|>", "<TOOLCALL>", "<minimax:tool_call>", "<invoke name=", "functools[",
-    "```tool_code", "<｜DSML｜", "<｜tool_call", "✿FUNCTION✿", "✿ARGS✿", "<start_function_call>", "<tool_calls>",
-    "<function_call>", "<seed:tool_call>", "<steptml:", "<longcat_tool_call>", "<xai:function_call name=",
+    "```tool_code", "<｜DSML｜", "<｜tool_call", "✿FUNCTION✿", "✿ARGS✿", "<start_function_call>",
+    "<seed:tool_call>", "<steptml:", "<longcat_tool_call>", "<xai:function_call name=",
     "<|START_ACTION|>", "<|action_start|>", "<|plugin|>", "<|FunctionCallBegin|>", "<|function_call", "<|recipient|>",
 )  # fmt: skip
 """How models of other makers begin a call, or a channel of their answer."""
 _CALL_BEHIND_WORDS = re.compile("(" + "|".join(map(re.escape, _OTHER_MARKS)) + r")[^\s{\[<]{0,40}\s*[{\[<]")
 """A mark behind words begins a call where what follows looks like one: a text may also tell of such marks."""
-_UNMARKED_CHANNEL = re.compile(r"\Aanalysis.*assistant(?:final|commentary)|\bto=functions\.[^\n{]{1,100}\{", re.DOTALL)
+_CALL_IN_TAGS = re.compile(r"(<tool_calls>|<function_call>)\s*[{\[]|```python\s*(tool_call\()")
+"""Tags that other files have, too, begin a call where JSON follows; ChatGLM3 writes Python behind the tool's name."""
+_UNMARKED_CHANNEL = re.compile(
+    r"\Aanalysis(?=[A-Z\n]).*assistant(?:final\S|commentary)|\bto=functions\.[^\n{]{1,100}\{", re.DOTALL
+)
 """gpt-oss's answer where its marks were left out on the way."""
-_NAMED_CALL = re.compile(r"(?:>>>|print\()?\s*([A-Za-z_][\w.\-]*)\s*(?:\(.*\)|\{.*\}|```.*)", re.DOTALL)
-"""A call as Python writes it, or a tool's name with its arguments below."""
+_NAMED_OBJECT = re.compile(r"([\w.\-]{1,64})\s*(?:```\w*\s*)?(\{.*\})\s*(?:```)?", re.DOTALL)
+"""A tool's name with its arguments below, or in a fence."""
 _CLOSING_TAG = re.compile(r"</([\w.\-]{1,64})>\Z")
-_AROUND_CALLS = re.compile(r"</?(?:execute|tool|code|function|action)>")
+_OPENING_TAG = re.compile(r"\s*<([\w.\-]{1,64})>")
+_AROUND_CALLS = re.compile(r"</?(?:execute|tool|code|function|action)>|\A>>>")
 _LANGUAGE = re.compile(r"\A\w*\s*")
+_BESIDE_ARGUMENTS = frozenset((*CALL_NAMES, *ARGUMENT_NAMES, *"function id call_id tool_call_id type index".split()))
+"""What a call in JSON has, and nothing else."""
 
 
 def require_no_other_call(text: str, where: str) -> None:
@@ -171,29 +180,36 @@ def require_no_other_call(text: str, where: str) -> None:
     begun = next((mark for mark in _OTHER_MARKS if text.lstrip().startswith(mark)), None)
     if begun is not None:
         raise RefusedRecord(f"{where} begins with {begun}: write the call as tool_calls")
-    if found := _CALL_BEHIND_WORDS.search(text):
-        raise RefusedRecord(f"{where} has a call behind {found[1]}: write the call as tool_calls")
+    if found := _CALL_BEHIND_WORDS.search(text) or _CALL_IN_TAGS.search(text):
+        raise RefusedRecord(f"{where} has a call behind {found[found.lastindex or 0]}: write the call as tool_calls")
     if _UNMARKED_CHANNEL.search(text.lstrip()):
         raise RefusedRecord(f"{where} has the channels of gpt-oss in its text: write thinking, calls and answer apart")
 
 
-def called_in_text(text: str, names: Collection[str]) -> set[str]:
-    """Those of these tools that a text calls in JSON, behind words or alone; as Python would, or within a tag of the
-    tool's name. A ReAct agent's `Action:` lines are words that its own program reads."""
+def called_in_text(text: str, schemas: Mapping[str, Any]) -> set[str]:
+    """Those of these tools that a text calls, behind words or alone: in JSON, as Python would, by name with the
+    arguments below, or within a tag of the tool's name. A ReAct agent's `Action:` lines are words that its own program
+    reads.
+
+    `schemas` are the tools' parameters by their names. What the user may have asked for is no call: words that begin
+    with a tool's name, a schema, a log's line, code of another signature, markup.
+    """
+    if not schemas:
+        return set()
     text = text.strip()
     blocks = [_LANGUAGE.sub("", block).strip() for block in text.split("```")[1::2]]
     lines = [line for line in text.split("\n") if line.startswith(("{", "["))]
     behind_words = text[text.index(lines[0]) :] if lines else text
-    called = {name for each in {text, behind_words, *blocks, *lines} for name in _called_in_json(each)}
-    whole = _AROUND_CALLS.sub("", blocks[0] if len(blocks) == 1 and text.startswith("```") else text).strip()
-    if found := _NAMED_CALL.fullmatch(whole):
-        called.add(found[1])
-    if (found := _CLOSING_TAG.search(text)) and f"<{found[1]}>" in text:
-        called.add(found[1])
-    return called & set(names)
+    is_one_block = len(blocks) == 1 and text.startswith("```") and text.endswith("```")
+    within = {behind_words, *blocks, *lines} - {text}
+    called = {*_called_in_json(text, is_alone=True), *_called_in_tag(text, schemas)}
+    called |= {name for each in within for name in _called_in_json(each, is_alone=is_one_block)}
+    called |= _called_by_name(_AROUND_CALLS.sub("", blocks[0] if is_one_block else text).strip(), schemas, is_one_block)
+    return called & set(schemas)
 
 
-def _called_in_json(text: str) -> Iterator[str]:
+def _called_in_json(text: str, is_alone: bool) -> Iterator[str]:
+    """Among words only what has nothing but a call's keys."""
     if not text.startswith(("{", "[")):
         return
     try:
@@ -206,8 +222,57 @@ def _called_in_json(text: str) -> Iterator[str]:
         values = within if isinstance(within, list) else [within]
     for call in (each for each in values if isinstance(each, dict)):
         inner = call["function"] if isinstance(call.get("function"), dict) else call
-        if set(inner) & set(ARGUMENT_NAMES):
+        arguments = [inner[key] for key in ARGUMENT_NAMES if key in inner]
+        if arguments and (is_alone or set(inner) <= _BESIDE_ARGUMENTS) and not _describes(inner, arguments):
             yield from (str(inner[key]) for key in (*CALL_NAMES, "function") if isinstance(inner.get(key), str))
+
+
+def _describes(call: dict[str, Any], arguments: list[Any]) -> bool:
+    """Whether it is a tool's description, whose arguments are a schema."""
+    schemas = [each for each in arguments if isinstance(each, dict) and ("properties" in each or each.get("type"))]
+    return "description" in call or any("properties" in each or each["type"] == "object" for each in schemas)
+
+
+def _called_by_name(text: str, schemas: Mapping[str, Any], is_code: bool) -> set[str]:
+    """A call as Python writes it, or a tool's name before an object. A block of code may be what the user asked for:
+    there only a call by the tool's own parameters is one."""
+    if (found := _NAMED_OBJECT.fullmatch(text)) and found[1] in schemas and _is_object(found[2]):
+        return {found[1]}
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            called = ast.parse(text, mode="eval").body
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return set()
+    if isinstance(called, ast.Call) and ast.unparse(called.func) == "print" and len(called.args) == 1:
+        called = called.args[0]
+    if not isinstance(called, ast.Call):
+        return set()
+    name, named = ast.unparse(called.func), {each.arg for each in called.keywords}
+    is_own = not called.args and named <= set(_properties(schemas.get(name)))
+    return {name} if is_own or not is_code else set()
+
+
+def _called_in_tag(text: str, schemas: Mapping[str, Any]) -> set[str]:
+    """What stands in a tag of the tool's name as an object, or with a tag for each argument."""
+    closing = _CLOSING_TAG.search(text)
+    if closing is None or closing[1] not in schemas or f"<{closing[1]}>" not in text:
+        return set()
+    inside = text[text.rindex(f"<{closing[1]}>") + len(closing[1]) + 2 : closing.start()]
+    first = _OPENING_TAG.match(inside)
+    is_call = _is_object(inside) or (first is not None and first[1] in _properties(schemas[closing[1]]))
+    return {closing[1]} if is_call else set()
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(read_literal(text, "the text"), dict)
+    except RefusedRecord:
+        return False
+
+
+def _properties(schema: Any) -> dict[str, Any]:
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    return properties if isinstance(properties, dict) else {}
 
 
 def split_tagged_calls(text: str, where: str) -> tuple[str, tuple[Call, ...]]:
