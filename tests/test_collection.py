@@ -81,7 +81,7 @@ def test_steps_beside_the_main_line_are_read_to_be_rewarded(log: StepLog) -> Non
     lines = {each.episode.id: each.path for each in read.policy_episodes}
     assert [step.id for step in lines[chosen_from]] == [first.id, chosen.id, newest.id]
     beside = {tuple(step.id for step in each.path) for each in read.rewarded_alone}
-    assert beside == {(other.id,), (first.id, left.id)}
+    assert beside == {(other.id,), (left.id,)}
 
 
 def test_a_demonstration_that_another_one_repeats_is_rewarded_and_learned_once(log: StepLog) -> None:
@@ -101,6 +101,20 @@ def test_a_demonstration_that_another_one_repeats_is_rewarded_and_learned_once(l
     assert read.counts["demonstrations_repeated"] == 2
     dealt = dealt_demonstrations(log, replace(OPTIONS, held_out_share=0.0))
     assert {each.episode.id for each in dealt.demonstrations} == {"demo_3", "demo_alone"}
+
+
+def test_a_demonstration_that_another_one_repeats_names_the_task_of_both(log: StepLog) -> None:
+    """Left out of what names tasks, it let go of what was held out with it: the longer one, and own episodes."""
+    for name, task, calls in (("demo_short", "ticket-0", [(5, 6)]), ("demo_long", None, [(5, 6), (5, 6, 7, 8)])):
+        new, path = Episode(name, Actor.EXPERT, Purpose.SERVE, "expert", task=task), list[Step]()
+        for prompt in calls:
+            path.append(replace(step(new.id, path[-1] if path else None), prompt_token_ids=prompt))
+        log.append(new, *path).result()
+    own = Episode("ep_own", Actor.POLICY, Purpose.SERVE, "agent-v0004", task="ticket-0")
+    log.append(own, replace(step(own.id), new_messages=({"role": "user", "content": "Other words."},))).result()
+    read = collect(log, None, LINEAGE, replace(OPTIONS, held_out_share=1.0), seed=0)
+    assert [each.episode.id for each in read.held_out] == ["demo_long"]
+    assert [each.episode.id for each in read.own_held_out] == ["ep_own"]
 
 
 def test_an_episode_that_goes_on_is_new_again(log: StepLog) -> None:

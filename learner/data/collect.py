@@ -108,8 +108,9 @@ class Collected:
 
     @property
     def read(self) -> list[LoggedEpisode]:
-        """All that the cycle may train on or try."""
-        return [*self.demonstrations, *self.held_out, *self.policy_episodes, *self.own_held_out, *self.anchors]
+        """All that the cycle may train on, try or reward."""
+        tried = [*self.held_out, *self.own_held_out, *self.anchors]
+        return [*self.demonstrations, *self.policy_episodes, *tried, *self.rewarded_alone]
 
 
 def collect(
@@ -126,7 +127,7 @@ def collect(
 
     `world`: whose tasks the gate may try; what is of them is held out, whatever names it.
     """
-    experts, repeats = _experts(log, agent)
+    experts = _experts(log, agent)
     anchors, anchor_tasks = _listed_anchors(log, options.anchors, world, agent)
     anchors += _contented(log, parents, options, agent)
     apart = HeldOut.among(
@@ -136,7 +137,8 @@ def collect(
         [anchor.conversation for anchor in anchors],
         anchor_tasks,
     )
-    demonstrations, held_out, counts = _dealt(experts, apart, options, seed)
+    once, repeats = _told_once(experts)
+    demonstrations, held_out, counts = _dealt(once, apart, options, seed)
     behind = {name: number for number, name in enumerate(parents)}
     own, last_step_id, own_counts = _own(log, last_step_id, behind, options, seed, agent)
     beside = [line for each in (*own, *anchors) for line in _beside(log, each)]
@@ -177,19 +179,23 @@ class Dealt:
 
 def dealt_demonstrations(log: StepLog, options: CollectionOptions, agent: str = "") -> Dealt:
     """Those of an agent."""
-    experts, _ = _experts(log, agent)
+    experts = _experts(log, agent)
     apart = HeldOut.among([expert.conversation for expert in experts], None, options.held_out_share)
-    demonstrations, held_out, _ = _dealt(experts, apart, options, seed=0)
+    once, _ = _told_once(experts)
+    demonstrations, held_out, _ = _dealt(once, apart, options, seed=0)
     task_of = {each.episode.id: min(apart.groups(each.conversation)) for each in (*demonstrations, *held_out)}
     return Dealt(demonstrations, held_out, task_of)
 
 
-def _experts(log: StepLog, agent: str) -> tuple[list[LoggedEpisode], list[LoggedEpisode]]:
-    """The demonstrations, and those of them that another one repeats."""
-    every = _readable(log, log.episodes(limit=1_000_000, actor=Actor.EXPERT, agent=agent))
-    names = repeated({each.episode.id: each.path for each in every})
-    once = [each for each in every if each.episode.id not in names]
-    return once, [each for each in every if each.episode.id in names]
+def _experts(log: StepLog, agent: str) -> list[LoggedEpisode]:
+    return _readable(log, log.episodes(limit=1_000_000, actor=Actor.EXPERT, agent=agent))
+
+
+def _told_once(experts: Sequence[LoggedEpisode]) -> tuple[list[LoggedEpisode], list[LoggedEpisode]]:
+    """Those that are learned or tried, and those that another one repeats. All of them name their task."""
+    names = repeated({each.episode.id: each.path for each in experts})
+    once = [each for each in experts if each.episode.id not in names]
+    return once, [each for each in experts if each.episode.id in names]
 
 
 def _listed_anchors(
@@ -304,12 +310,17 @@ def _logged(log: StepLog, episode: Episode, num_versions_old: int = 0) -> Logged
 
 
 def _beside(log: StepLog, own: LoggedEpisode) -> list[LoggedEpisode]:
-    """The same episode along each of its other lines."""
-    steps = log.steps(own.episode.id)
-    by_id = {step.id: step for step in steps}
-    no_ends = {step.parent_id for step in steps} | {step.id for step in own.path}
-    ends = [step for step in steps if step.id not in no_ends]
-    return [replace(own, path=_line_to(end, by_id)) for end in ends]
+    """The same episode along each of its other lines, from where it leaves those before."""
+    steps, on_path = log.steps(own.episode.id), {step.id for step in own.path}
+    by_id = {step.id: step for step in steps if step.id not in on_path}
+    parents = {step.parent_id for step in steps}
+    lines = list[LoggedEpisode]()
+    for end in [step for step in by_id.values() if step.id not in parents]:
+        line = _line_to(end, by_id)
+        lines.append(replace(own, path=line))
+        for step in line:
+            del by_id[step.id]
+    return lines
 
 
 def main_line(steps: Sequence[Step]) -> tuple[Step, ...]:

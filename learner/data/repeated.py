@@ -7,6 +7,7 @@ demonstrations, and learned from all of them its first step would count n times.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TypeVar
 
 from runtime.store.episodes import Step
@@ -15,18 +16,14 @@ T = TypeVar("T")
 
 
 def repeated(paths: dict[T, Sequence[Step]]) -> set[T]:
-    """The names of the paths whose steps, all of them and token by token, are also steps of one longer path."""
-    told_by: dict[int, set[T]] = {}
+    """The names of the paths whose steps, one by one and token by token, are the first steps of a longer path."""
+    begun, whole = set[int](), dict[T, int]()
     for name, path in paths.items():
-        for step in path:
-            told_by.setdefault(_told(step), set()).add(name)
-    found = set[T]()
-    for name, path in paths.items():
-        tell_all = set.intersection(*(told_by[_told(step)] for step in path)) if path else set[T]()
-        if any(len(paths[other]) > len(path) for other in tell_all):
-            found.add(name)
-    return found
+        so_far = list(accumulate(path, _and_then, initial=0))
+        begun.update(so_far[1:-1])
+        whole[name] = so_far[-1]
+    return {name for name, steps in whole.items() if steps in begun}
 
 
-def _told(step: Step) -> int:
-    return hash((step.prompt_token_ids, step.completion_token_ids))
+def _and_then(before: int, step: Step) -> int:
+    return hash((before, step.prompt_token_ids, step.completion_token_ids))

@@ -58,6 +58,11 @@ class Toolbox:
         """Tools of its own, beside those of a world's tasks."""
         return bool(self._tools)
 
+    @property
+    def always_offered(self) -> tuple[ToolSchema, ...]:
+        """What every request without tools is offered; none where that depends on its task, or on its asking."""
+        return self._schemas_of(self._tools) if self.is_default and self._world is None else ()
+
     def task_of(self, task_id: str | None, messages: Sequence[Message]) -> str | None:
         """The id of the world's task that a request names or that its conversation is about; None for neither.
 

@@ -7,7 +7,6 @@ is logged by itself, so that an import that was broken off can be sent again who
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Set
 from contextlib import closing
 from dataclasses import asdict, replace
 from typing import Annotated, Any
@@ -90,19 +89,22 @@ async def withdraw(parts: Parts, fact_id: str, reason: str, key: Key) -> dict[st
 
 
 def for_agent(agent: ServedAgent, demonstration: Demonstration) -> Demonstration:
-    """A client's demonstration as one of an agent: it is told what the agent is told where it brings no prompt."""
+    """A client's demonstration as one of an agent: it is told what the agent is told where it brings no prompt, and is
+    offered what the agent is offered where it does not say what was on offer and calls nothing else: what is learned
+    without tools in its prompt is not what the agent will read."""
     opening = () if has_system(demonstration.messages) else agent.opening
-    return replace(demonstration, agent=agent.name, opening=opening)
+    called, offered = demonstration.called_without_tools, agent.toolbox.always_offered
+    is_offered = called and called <= {tool["function"]["name"] for tool in offered}
+    tools = offered if is_offered else demonstration.tools
+    return replace(demonstration, agent=agent.name, opening=opening, tools=tools)
 
 
 async def import_demonstration(parts: Parts, agent: ServedAgent, demonstration: Demonstration, key: Key) -> bool:
     """Log one; False where it is known already. Raises ValueError where it is refused."""
-    if called := demonstration.called_without_tools:
-        demonstration = await _with_served_tools(parts, agent, demonstration, called)
     episode_id = await asyncio.to_thread(lambda: demonstration.episode_id)  # of all that was said
     if parts.log.episode(episode_id) is not None:
         return False
-    task = await _task_of(parts, agent, demonstration)
+    task = await agent.toolbox.find_task(parts.limits.deadline_s, demonstration.task, demonstration.messages)
     episode = replace(demonstrated_episode(demonstration), task=task, owner=key.name)
     # Templates of a long conversation take a while, and answers must go on meanwhile.
     steps = await asyncio.to_thread(demonstrated_steps, demonstration, parts.protocol, parts.engine.limits)
@@ -113,20 +115,3 @@ async def import_demonstration(parts: Parts, agent: ServedAgent, demonstration: 
             raise
         return False  # another request imported it meanwhile
     return True
-
-
-async def _task_of(parts: Parts, agent: ServedAgent, demonstration: Demonstration) -> str | None:
-    return await agent.toolbox.find_task(parts.limits.deadline_s, demonstration.task, demonstration.messages)
-
-
-async def _with_served_tools(
-    parts: Parts, agent: ServedAgent, demonstration: Demonstration, called: Set[str]
-) -> Demonstration:
-    """One that does not say which tools were on offer, with those that the agent is served with, if it calls no others:
-    what is learned without them in its prompt is not what the agent will read."""
-    if not agent.toolbox.is_default:
-        return demonstration
-    task = await _task_of(parts, agent, demonstration)
-    offered, _ = await agent.toolbox.in_thread(parts.limits.deadline_s, agent.toolbox.open, task, ())
-    names = {tool["function"]["name"] for tool in offered}
-    return replace(demonstration, tools=offered) if called <= names else demonstration
