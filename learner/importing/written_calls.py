@@ -167,6 +167,7 @@ _UNMARKED_CHANNEL = re.compile(
 """gpt-oss's answer where its marks were left out on the way."""
 _NAMED_OBJECT = re.compile(r"([\w.\-]{1,64})\s*(?:```\w*\s*)?(\{.*\})\s*(?:```)?", re.DOTALL)
 """A tool's name with its arguments below, or in a fence."""
+_PYTHON_CALL = re.compile(r"(print\()?([A-Za-z_][\w.]{0,63})\(")
 _CLOSING_TAG = re.compile(r"</([\w.\-]{1,64})>\Z")
 _OPENING_TAG = re.compile(r"\s*<([\w.\-]{1,64})>")
 _AROUND_CALLS = re.compile(r"</?(?:execute|tool|code|function|action)>|\A>>>")
@@ -238,18 +239,19 @@ def _called_by_name(text: str, schemas: Mapping[str, Any], is_code: bool) -> set
     there only a call by the tool's own parameters is one."""
     if (found := _NAMED_OBJECT.fullmatch(text)) and found[1] in schemas and _is_object(found[2]):
         return {found[1]}
+    found = _PYTHON_CALL.match(text)
+    if found is None or found[2] not in schemas or not text.endswith(")"):
+        return set()
     try:
         with warnings.catch_warnings(action="ignore"):
-            called = ast.parse(text, mode="eval").body
+            called = ast.parse(text.removeprefix("print(").removesuffix(")") if found[1] else text, mode="eval").body
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return set()
-    if isinstance(called, ast.Call) and ast.unparse(called.func) == "print" and len(called.args) == 1:
-        called = called.args[0]
     if not isinstance(called, ast.Call):
         return set()
-    name, named = ast.unparse(called.func), {each.arg for each in called.keywords}
-    is_own = not called.args and named <= set(_properties(schemas.get(name)))
-    return {name} if is_own or not is_code else set()
+    named = {each.arg for each in called.keywords}
+    is_own = not called.args and named <= set(_properties(schemas[found[2]]))
+    return {found[2]} if is_own or not is_code else set()
 
 
 def _called_in_tag(text: str, schemas: Mapping[str, Any]) -> set[str]:
