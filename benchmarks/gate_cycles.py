@@ -4,11 +4,13 @@ candidate really was.
     python -m benchmarks.gate_cycles [--seeds 1-20] [--demonstrations 10] [--cycles FILE] [--report]
 
 The base is the novice with noise on its weights, so that there is something to learn. A run is a server, an import of
-transcripts of the order desk that no other seed has, and one cycle, at the learning rate of an arm: the default, a
-tenth of it, a thirtieth, and one so small that the candidate is hardly another. The true gain is the candidate's step
-agreement less the base's, at the expert's states of 100 held-out tasks, four draws each at temperature 1.
+transcripts of the order desk that no other seed has, and cycles, at the learning rate of an arm: the default, a
+tenth of it, a thirtieth, and one so small that the candidate is hardly another. What a cycle promotes acts in the next
+one, where there is ever less to learn: its candidates are really others, and hardly better. The true gain is the
+candidate's step agreement less that of what acted, at the expert's states of 100 held-out tasks, four draws each at
+temperature 1.
 
-Finished runs are lines of a file and not run again.
+Finished cycles are lines of a file; a server whose last one is there is not run again.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shutil import copytree
@@ -58,6 +60,8 @@ class CycleRun:
     """By the gate, in agreement from 0 to 1."""
     gain: float
     """The true one."""
+    cycle: int = 1
+    """Of its server, from 1."""
 
 
 def noisy_novice(folder: Path) -> Path:
@@ -81,8 +85,8 @@ def agreement(base: Path, adapter: Path | None) -> float:
     return fmean(bool(action.agrees) for each in seen for state in each.states for action in state.policy_actions)
 
 
-def run(base: Path, before: float, arm: str, seed: int, number: int) -> CycleRun:
-    """A server's first cycle."""
+def runs_of(base: Path, before: float, arm: str, seed: int, number: int, num_cycles: int) -> Iterator[CycleRun]:
+    """A server's first cycles."""
     rate = RATES[arm]
     options = ["--learner-arg", f"seed={seed}", "--learner-arg", "discriminator=false"]
     options += ["--learner-arg", "implicit-rewards=false", "--learner-arg", "gate-tasks=0"]
@@ -93,34 +97,41 @@ def run(base: Path, before: float, arm: str, seed: int, number: int) -> CycleRun
         with server(folder / "state", ["--model", str(base), *options], folder / "server.log") as url:
             command = [sys.executable, "-m", "learner", "import", str(folder / "transcripts.jsonl")]
             subprocess.run([*command, "--url", f"{url}/v1"], check=True, capture_output=True)
-            cycle = see_through(url, folder / "state")
-            if not cycle["decisions"]:
-                raise SystemExit(f"{arm}, seed {seed}: {cycle['stage']}: {cycle['message']}")
-            decision = cycle["decisions"][0]
-            evidence = decision["evidence"]
-            after = agreement(base, folder / "state" / "adapters" / decision["candidate"])
-    return CycleRun(
-        arm, seed, number, decision["promote"], evidence["num_trials"], round(evidence["gain"], 4),
-        round(after - before, 4),
-    )  # fmt: skip
+            for cycle in range(1, num_cycles + 1):
+                seen = see_through(url, folder / "state")
+                if not seen["decisions"]:
+                    raise SystemExit(f"{arm}, seed {seed}, cycle {cycle}: {seen['stage']}: {seen['message']}")
+                decision = seen["decisions"][0]
+                evidence = decision["evidence"]
+                after = agreement(base, folder / "state" / "adapters" / decision["candidate"])
+                yield CycleRun(
+                    arm, seed, number, decision["promote"], evidence["num_trials"], round(evidence["gain"], 4),
+                    round(after - before, 4), cycle,
+                )  # fmt: skip
+                before = after if decision["promote"] else before
 
 
 def table(runs: Sequence[CycleRun]) -> str:
     """By learning rate: what was promoted, with its 95 % interval, and the gains in points."""
-    lines = ["| learning rate | runs | true gain | gain seen | promoted | demonstrations tried |", "|" + "---|" * 6]
-    for arm in RATES:
-        found = [each for each in runs if each.arm == arm]
-        if not found:
-            continue
+    lines = [
+        "| learning rate | cycle | runs | true gain | gain seen | promoted | demonstrations tried |",
+        "|" + "---|" * 7,
+    ]
+    for arm, cycle in sorted(
+        {(each.arm, each.cycle) for each in runs}, key=lambda each: (list(RATES).index(each[0]), each)
+    ):
+        found = [each for each in runs if (each.arm, each.cycle) == (arm, cycle)]
         lines.append(
-            f"| {arm} | {len(found)} | {spread([100 * each.gain for each in found], 0)} "
+            f"| {arm} | {cycle} | {len(found)} | {spread([100 * each.gain for each in found], 0)} "
             f"| {spread([100 * each.gain_seen for each in found], 0)} | {_share(found)} "
             f"| {spread([each.num_tried for each in found], 0)} |"
         )
     for low, high in ((-1.0, 0.01), (0.01, 0.1), (0.1, 0.2), (0.2, 0.3), (0.3, 1.0)):
         found = [each for each in runs if low <= each.gain < high]
         if found:
-            lines.append(f"| true gain {100 * low:+.0f} to {100 * high:+.0f} | {len(found)} | | | {_share(found)} | |")
+            lines.append(
+                f"| true gain {100 * low:+.0f} to {100 * high:+.0f} | | {len(found)} | | | {_share(found)} | |"
+            )
     return "\n".join(lines)
 
 
@@ -134,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--seeds", default="1-20", help="from-to (default 1-20)")
     parser.add_argument("--arms", default=";".join(RATES), help="with semicolons (default: all)")
+    parser.add_argument("--num-cycles", type=int, default=1, help="of each server, one after the other")
     parser.add_argument("--demonstrations", type=int, default=10)
     parser.add_argument("--cycles", type=Path, default=Path("state/gate_cycles.jsonl"), help="the finished runs")
     parser.add_argument("--report", action="store_true", help="only print what is there")
@@ -149,13 +161,18 @@ def main() -> None:
         before = agreement(base, None)
         print(f"step agreement of the base: {100 * before:.1f} %", flush=True)
         wanted = [(arm, seed) for seed in range(first, last + 1) for arm in options.arms.split(";")]
-        there = {(each.arm, each.seed) for each in runs if each.demonstrations == options.demonstrations}
+        there = {
+            (each.arm, each.seed)
+            for each in runs
+            if each.demonstrations == options.demonstrations and each.cycle == options.num_cycles
+        }
         for arm, seed in () if options.report else wanted:
             if (arm, seed) not in there:
-                runs.append(run(base, before, arm, seed, options.demonstrations))
-                print(runs[-1], flush=True)
-                with options.cycles.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(runs[-1])) + "\n")
+                for each in runs_of(base, before, arm, seed, options.demonstrations, options.num_cycles):
+                    runs.append(each)
+                    print(each, flush=True)
+                    with options.cycles.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(asdict(each)) + "\n")
     print(table([each for each in runs if each.demonstrations == options.demonstrations]))
 
 
