@@ -109,7 +109,7 @@ def train(cell: Cell, base: Path, rollouts: Rollouts, folder: Path) -> Made:
     student = load_policy(base, folder / "student")
     of_student = TrainingData(
         tuple(rollouts.inspected(student, demonstrated, NUM_SAMPLES, draw)),
-        tuple(rollouts.own_trajectories(student, others, draw, "own")),
+        tuple(rollouts.own_trajectories(student, others, draw, "own", range(len(others)))),
     )
     held_out = [world.task(cell.split, index) for index in range(cell.num_tasks)]
     of_held_out = TrainingData(tuple(rollouts.inspected(student, held_out, NUM_DRAWS, draw)))

@@ -10,7 +10,7 @@ one, where there is ever less to learn: its candidates are really others, and ha
 candidate's step agreement less that of what acted, at the expert's states of 100 held-out tasks, four draws each at
 temperature 1.
 
-Finished cycles are lines of a file; a server whose last one is there is not run again.
+A server's cycles are lines of a file once it is done, and not run again.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def agreement(base: Path, adapter: Path | None) -> float:
 
 
 def runs_of(base: Path, before: float, arm: str, seed: int, number: int, num_cycles: int) -> Iterator[CycleRun]:
-    """A server's first cycles."""
+    """A server's first cycles: fewer, where there is nothing left to learn."""
     rate = RATES[arm]
     options = ["--learner-arg", f"seed={seed}", "--learner-arg", "discriminator=false"]
     options += ["--learner-arg", "implicit-rewards=false", "--learner-arg", "gate-tasks=0"]
@@ -99,6 +99,9 @@ def runs_of(base: Path, before: float, arm: str, seed: int, number: int, num_cyc
             subprocess.run([*command, "--url", f"{url}/v1"], check=True, capture_output=True)
             for cycle in range(1, num_cycles + 1):
                 seen = see_through(url, folder / "state")
+                if not seen["decisions"] and cycle > 1:
+                    print(f"{arm}, seed {seed}, cycle {cycle}: {seen['stage']}: {seen['message']}", flush=True)
+                    return
                 if not seen["decisions"]:
                     raise SystemExit(f"{arm}, seed {seed}, cycle {cycle}: {seen['stage']}: {seen['message']}")
                 decision = seen["decisions"][0]
@@ -161,18 +164,14 @@ def main() -> None:
         before = agreement(base, None)
         print(f"step agreement of the base: {100 * before:.1f} %", flush=True)
         wanted = [(arm, seed) for seed in range(first, last + 1) for arm in options.arms.split(";")]
-        there = {
-            (each.arm, each.seed)
-            for each in runs
-            if each.demonstrations == options.demonstrations and each.cycle == options.num_cycles
-        }
+        there = {(each.arm, each.seed) for each in runs if each.demonstrations == options.demonstrations}
         for arm, seed in () if options.report else wanted:
             if (arm, seed) not in there:
-                for each in runs_of(base, before, arm, seed, options.demonstrations, options.num_cycles):
-                    runs.append(each)
-                    print(each, flush=True)
-                    with options.cycles.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(asdict(each)) + "\n")
+                found = list(runs_of(base, before, arm, seed, options.demonstrations, options.num_cycles))
+                print(*found, sep="\n", flush=True)
+                runs += found
+                with options.cycles.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(asdict(each)) + "\n" for each in found)
     print(table([each for each in runs if each.demonstrations == options.demonstrations]))
 
 

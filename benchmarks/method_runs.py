@@ -347,7 +347,8 @@ class Run:
         """Of this cycle's policy, with what the method may know of them."""
         is_first = number == int(not self._method.at_once)
         name = f"own episodes at {self._method.lr}" if is_first else f"{self._folder.name}/{number}"
-        played = self._take(f"{name} {self._method.at_once}", lambda: self._played(number))
+        asks = self._asks_expert
+        played = self._take(f"{name} {self._method.at_once} {asks}", lambda: self._played(number))
         began = time.process_time()
         known = self._known(played, number)
         self._seconds += time.process_time() - began
@@ -358,7 +359,14 @@ class Run:
         num_episodes = stage.scene.num_own_episodes * stage.scene.axis.traffic
         num_others = num_episodes - len(stage.demonstrated)
         tasks = stage.demonstrated + stage.others[number * num_others : (number + 1) * num_others]
-        return stage.rollouts.own_trajectories(self._network(), tasks, self._generator(number, 1), f"own/{number}")
+        num_answered = len(stage.demonstrated)
+        answered = range(num_answered, 2 * num_answered) if self._asks_expert else ()
+        draw = self._generator(number, 1)
+        return stage.rollouts.own_trajectories(self._network(), tasks, draw, f"own/{number}", answered)
+
+    @property
+    def _asks_expert(self) -> bool:
+        return Takes.ANSWERS in self._method.takes
 
     def _known(self, played: Sequence[Trajectory], number: int) -> list[Trajectory]:
         draw = Random(f"judged/{self._scene.seed}/{number}")

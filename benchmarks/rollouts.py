@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -55,6 +55,8 @@ class Attempt:
     messages: list[Message]
     prompt: TokenIds
     """What the policy reads before its next action."""
+    is_answered: bool
+    """The expert says at each state what it would do."""
     states: list[State] = field(default_factory=list)
     is_over: bool = False
     is_malformed: bool = False
@@ -87,11 +89,13 @@ class Rollouts:
         temperatures: Sequence[float],
         generator: torch.Generator,
         episode_ids: Sequence[str] | None = None,
+        answered: Collection[int] = (),
     ) -> list[Attempt]:
         """Try every task once, many in lockstep.
 
-        With `episode_ids` the states are kept, with the expert's answer at each, and the attempts go on to the last
-        word; without, they end when the outcome is known. A conversation that fills the network's context ends there.
+        With `episode_ids` the states are kept, and the attempts go on to the last word; without, they end when the
+        outcome is known. The expert is asked at the states of the tasks whose places are `answered`. A conversation
+        that fills the network's context ends there.
         """
         ids = episode_ids or [""] * len(tasks)
         attempts = []
@@ -99,24 +103,23 @@ class Rollouts:
         num_rows = MAX_LIVE if is_simulated else MAX_ROWS
         for first in range(0, len(tasks), num_rows):
             part = slice(first, first + num_rows)
-            attempts += self._attempts(
-                network, tasks[part], temperatures[part], generator, ids[part], episode_ids is not None
-            )
+            opened = [self._open(task, place in answered) for place, task in enumerate(tasks[part], first)]
+            attempts += opened
+            self._attempt(network, opened, temperatures[part], generator, ids[part], episode_ids is not None)
         return attempts
 
-    def _attempts(
+    def _attempt(
         self,
         network: Any,
-        tasks: Sequence[Task],
+        all_attempts: Sequence[Attempt],
         temperatures: Sequence[float],
         generator: torch.Generator,
         episode_ids: Sequence[str],
         keeps_states: bool,
-    ) -> list[Attempt]:
-        all_attempts = [self._open(task) for task in tasks]
-        lockstep = self._lockstep(network, len(tasks), generator)
+    ) -> None:
+        lockstep = self._lockstep(network, len(all_attempts), generator)
         lockstep.read([attempt.prompt for attempt in all_attempts])
-        running, heat = list(range(len(tasks))), torch.tensor(temperatures)
+        running, heat = list(range(len(all_attempts))), torch.tensor(temperatures)
         for number in range(self.max_steps):
             completions = lockstep.complete(heat[running])
             told = []
@@ -135,14 +138,14 @@ class Rollouts:
             running = [running[place] for place in places]
             lockstep.keep(places)
             lockstep.read([told[place] for place in places])
-        return all_attempts
 
     def own_trajectories(
-        self, network: Any, tasks: Sequence[Task], generator: torch.Generator, name: str
+        self, network: Any, tasks: Sequence[Task], generator: torch.Generator, name: str, answered: Collection[int]
     ) -> list[Trajectory]:
-        """Own episodes at temperature 1, with the expert's answer at every state where it has one."""
+        """Own episodes at temperature 1; of those whose places are `answered`, with the expert's answer at every state
+        where it has one. To ask, and to hold what was done against the answer, can cost more than the episode."""
         ids = [f"{name}/{number}" for number in range(len(tasks))]
-        attempts = self.attempts(network, tasks, [1.0] * len(tasks), generator, ids)
+        attempts = self.attempts(network, tasks, [1.0] * len(tasks), generator, ids, answered)
         return [
             Trajectory(episode_id, tuple(attempt.states), attempt.task.id, attempt.outcome)
             for episode_id, attempt in zip(ids, attempts, strict=True)
@@ -185,9 +188,9 @@ class Rollouts:
         kind = GraphedLockstep if network.device.type == "cuda" else Lockstep
         return kind(network, num_rows, self.protocol.stop_token_ids[0], generator, self.max_action_tokens)
 
-    def _open(self, task: Task) -> Attempt:
+    def _open(self, task: Task, is_answered: bool = True) -> Attempt:
         prompt = self.protocol.render(task.messages, self._tools)
-        return Attempt(task, self.world.open(task), list(task.messages), prompt)
+        return Attempt(task, self.world.open(task), list(task.messages), prompt, is_answered)
 
     def _play(self, attempt: Attempt, completion: Completion) -> TokenIds:
         """Play the action; returns what the policy is told. A malformed action ends the attempt, and so does an answer
@@ -218,7 +221,7 @@ class Rollouts:
         return state.expert + told
 
     def _state(self, attempt: Attempt, own: Sequence[Completion], state_id: str) -> State:
-        message = attempt.episode.expert_action()
+        message = attempt.episode.expert_action() if attempt.is_answered else None
         expert = None if message is None else _written(self.protocol, message)
         actions = tuple(self._own_action(attempt.episode, message, completion, state_id) for completion in own)
         return State(state_id, attempt.prompt, expert, actions)

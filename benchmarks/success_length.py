@@ -67,7 +67,7 @@ def compare_limits(stage: Stage, experts: Sequence[Trajectory]) -> None:
     first = trained(scene, shown, 1.0, None, folder / "first", 1000 * scene.seed)
     tasks = [*stage.demonstrated, *stage.others][: scene.num_own_episodes]
     network = load_policy(scene.base, folder / "first", scene.device)
-    own = stage.rollouts.own_trajectories(network, tasks, torch.Generator().manual_seed(scene.seed), "own")
+    own = stage.rollouts.own_trajectories(network, tasks, torch.Generator().manual_seed(scene.seed), "own", ())
     longest = max(len(each.states) for each in stage.demonstrations)
     lengths = sorted(len(each.states) for each in own if each.outcome == 1.0)
     print(f"seed {scene.seed}: demonstrations of up to {longest} steps, own successes of {lengths}")

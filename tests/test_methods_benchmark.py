@@ -65,7 +65,7 @@ def network() -> Any:
 
 @pytest.fixture(scope="module")
 def own(desk: Desk, network: Any) -> list[Trajectory]:
-    return desk.own_trajectories(network, TASKS, draw(), "own")
+    return desk.own_trajectories(network, TASKS, draw(), "own", range(len(TASKS)))
 
 
 class RecordingDesk(Desk):
@@ -86,10 +86,21 @@ def test_steps_with_every_tensor_in_its_place_are_the_same_steps(
     desk: Desk, network: Any, own: list[Trajectory], protocol: ChatProtocol
 ) -> None:
     recording = RecordingDesk(protocol)
-    again = recording.own_trajectories(network, TASKS, draw(), "own")
+    again = recording.own_trajectories(network, TASKS, draw(), "own", range(len(TASKS)))
     assert [_tokens(each) for each in again] == [_tokens(each) for each in own]
     inspected, again = (each.inspected(network, TASKS[:4], 3, draw()) for each in (desk, recording))
     assert [_tokens(each) for each in again] == [_tokens(each) for each in inspected]
+
+
+def test_the_expert_is_asked_where_somebody_wants_to_know_and_the_episodes_are_the_same(
+    desk: Desk, network: Any, own: list[Trajectory]
+) -> None:
+    again = desk.own_trajectories(network, TASKS, draw(), "own", range(1, 3))
+    assert [(_tokens(each), each.outcome) for each in again] == [(_tokens(each), each.outcome) for each in own]
+    assert list(again[1].states) == list(own[1].states) and any(state.expert for state in again[2].states)
+    others = [state for each in (again[0], *again[3:]) for state in each.states]
+    assert {state.expert for state in others} == {None}
+    assert {action.agrees for state in others for action in state.policy_actions} == {None}
 
 
 def _tokens(trajectory: Trajectory) -> list[Any]:
@@ -124,7 +135,7 @@ def test_an_attempt_that_goes_round_in_circles_is_cut_where_that_is_asked_for(
     stubborn = StubbornDesk(protocol, first_of_the_expert or ())
     for max_repeats, num_steps in ((3, 3), (None, stubborn.max_steps)):
         stubborn.max_repeats = max_repeats
-        (own,) = stubborn.own_trajectories(network, TASKS[:1], draw(), "own")
+        (own,) = stubborn.own_trajectories(network, TASKS[:1], draw(), "own", range(1))
         assert (len(own.states), own.outcome) == (num_steps, 0.0)
 
 
@@ -249,7 +260,7 @@ def test_hard_negatives_are_the_expert_s_call_with_one_argument_changed(protocol
 
 
 def test_experience_learns_what_the_world_said_and_nothing_that_the_policy_wrote(desk: Desk, network: Any) -> None:
-    own = desk.own_trajectories(network, TASKS[:3], draw(), "own")
+    own = desk.own_trajectories(network, TASKS[:3], draw(), "own", range(3))
     objective = experience(TrainingData((), tuple(own)))
     texts = [desk.protocol.decode(row.token_ids[row.spans[0].start :]) for row in objective.sequences]
     assert len(texts) == sum(len(each.states) - 1 for each in own)

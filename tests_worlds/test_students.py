@@ -62,7 +62,7 @@ def draw() -> torch.Generator:
 def test_prompts_answers_and_outcomes_are_those_of_the_conversation_replayed(rollouts: Rollouts, network: Any) -> None:
     world, protocol = rollouts.world, rollouts.protocol
     tasks = tasks_of(world, 24)
-    own, num_compared = rollouts.own_trajectories(network, tasks, draw(), "own"), 0
+    own, num_compared = rollouts.own_trajectories(network, tasks, draw(), "own", range(24)), 0
     for task, trajectory in zip(tasks, own, strict=True):
         episode, messages = world.open(task), list(task.messages)
         prompt = protocol.render(messages)
@@ -92,7 +92,7 @@ def test_a_sampled_action_has_the_logprobs_that_the_trainer_finds(
     rollouts: Rollouts, network: Any, folder: Path
 ) -> None:
     """Also after holes were closed: episodes of twenty steps and more are among them."""
-    own = rollouts.own_trajectories(network, tasks_of(rollouts.world, 24), draw(), "own")
+    own = rollouts.own_trajectories(network, tasks_of(rollouts.world, 24), draw(), "own", ())
     rows = [
         (state.prompt, action, state.id) for each in own for state in each.states for action in state.policy_actions
     ]
