@@ -97,7 +97,8 @@ def test_the_expert_is_asked_where_somebody_wants_to_know_and_the_episodes_are_t
 ) -> None:
     again = desk.own_trajectories(network, TASKS, draw(), "own", range(1, 3))
     assert [(_tokens(each), each.outcome) for each in again] == [(_tokens(each), each.outcome) for each in own]
-    assert list(again[1].states) == list(own[1].states) and any(state.expert for state in again[2].states)
+    assert list(again[1].states) == list(own[1].states)
+    assert any(state.expert for state in again[2].states)
     others = [state for each in (again[0], *again[3:]) for state in each.states]
     assert {state.expert for state in others} == {None}
     assert {action.agrees for state in others for action in state.policy_actions} == {None}
