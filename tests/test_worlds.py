@@ -60,6 +60,13 @@ def test_tasks_in_no_fixed_order_are_none(tasks: Any) -> None:
         ListedWorld.__init__(Lamps(), {"train": range(2), "validation": tasks, "heldout": []})
 
 
+def test_a_task_that_stands_in_two_splits_is_told() -> None:
+    """What a cycle learns of it would be judged by itself."""
+    wish = Lamps().item("train", 1)
+    with pytest.raises(ValueError, match=r"task 0 of heldout is task 1 of train once more"):
+        ListedWorld.__init__(Lamps(), {"train": [Lamps().item("train", 0), wish], "validation": [], "heldout": [wish]})
+
+
 def test_a_missing_package_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

@@ -35,7 +35,12 @@ class ListedWorld(ABC, Generic[Item]):
             for index, item in enumerate(listed):
                 messages = self.messages_of(item)
                 require_messages(messages)
-                self._places.setdefault(opening_of(messages), (split, index))
+                known, place = self._places.setdefault(opening_of(messages), (split, index))
+                if known != split and self.item(known, place) == item:
+                    raise ValueError(
+                        f"task {index} of {split} is task {place} of {known} once more: what is learned from one would "
+                        "be judged by the other. Each task belongs to one split"
+                    )
 
     @abstractmethod
     def messages_of(self, item: Item) -> tuple[Message, ...]:
