@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import tempfile
 
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="stepagent-tests-worlds-")
+_folder = tempfile.TemporaryDirectory(prefix="stepagent-tests-worlds-")
+atexit.register(_folder.cleanup)
+os.environ["XDG_CACHE_HOME"] = _folder.name
