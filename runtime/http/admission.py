@@ -118,13 +118,7 @@ async def admit(
     messages, letters = await off_loop(is_large, _conversation, request, agent, caller)
     is_large = is_large or letters > 10 * SMALL_LETTERS
     asked_id = request.metadata.episode_id or caller.episode_id
-    named = None if asked_id is None else parts.log.episode(asked_id)
-    if named is not None and not caller.key.sees(named.owner):
-        raise ForeignEpisode(f"episode {asked_id!r} belongs to another key: choose another id")
-    if named is not None and named.agent != agent.name:
-        raise ForeignEpisode(f"episode {asked_id!r} belongs to another agent than {agent.model!r}: choose another id")
-    if named is None and asked_id is not None and parts.log.erased_among([asked_id]):
-        raise ErasedEpisode(f"episode {asked_id!r} was erased, for good: choose another id")
+    named = None if asked_id is None else _named_episode(parts, asked_id, agent, caller.key)
     whose = Whose(caller.key.name, request.user_name, asked_id, agent=agent.name)
     if previous is None or not _is_of(parts, previous, agent):
         place = await off_loop(is_large or asked_id is not None, locate, parts.log, messages, whose, request.stop_texts)
@@ -134,15 +128,11 @@ async def admit(
     episode_id = logged.id if logged else asked_id or new_id("ep")
     began_with = logged.adapter if logged else None
     leased = parts.swap.lease(episode_id, began_with=began_with, pinned=pinned, agent=agent.name)
-    adapter = await lease.enter_async_context(leased)
-    protocol = await off_loop(bool(request.template_options), parts.protocol.with_options, request.template_options)
-    who = (choosing.by, adapter, parts.reward_models, choosing.may_fall_back)
-    scorer = None if choosing.num_draws == 1 else await scorer_of(*who)
-    policy, is_assigned = Policy(parts.engine, protocol, adapter, scorer), pinned is None
+    policy = await _policy(parts, request, choosing, await lease.enter_async_context(leased))
     episode = logged
     if episode is None:
         task = await agent.toolbox.find_task(parts.limits.deadline_s, request.metadata.task, messages)
-        episode = _new_episode(agent, request, episode_id, policy, task, caller.key, is_assigned)
+        episode = _new_episode(agent, request, episode_id, policy, task, caller.key, is_assigned=pinned is None)
     admitted = _Admitted(parts, agent, request, caller, policy, episode, logged is None, place, messages, choosing)
     opens_world = request.tools is None and episode.task is not None  # which may take its time to replay what was done
     if opens_world:
@@ -150,6 +140,28 @@ async def admit(
         return [await in_thread(admitted.run, choice) for choice in range(request.n)]
     is_large = is_large or len(place.path) > FEW_MESSAGES or request.asks_for_grammar or _has_large_tools(request)
     return [await off_loop(is_large, admitted.run, choice) for choice in range(request.n)]
+
+
+def _named_episode(parts: Parts, episode_id: str, agent: ServedAgent, key: Key) -> Episode | None:
+    """The logged episode that a request names; None for one that is to begin under this id. Raises ForeignEpisode and
+    ErasedEpisode."""
+    named = parts.log.episode(episode_id)
+    if named is None and parts.log.erased_among([episode_id]):
+        raise ErasedEpisode(f"episode {episode_id!r} was erased, for good: choose another id")
+    if named is not None and not key.sees(named.owner):
+        raise ForeignEpisode(f"episode {episode_id!r} belongs to another key: choose another id")
+    if named is not None and named.agent != agent.name:
+        raise ForeignEpisode(f"episode {episode_id!r} belongs to another agent than {agent.model!r}: choose another id")
+    return named
+
+
+async def _policy(parts: Parts, request: ChatCompletionRequest, choosing: Choosing, adapter: Adapter | None) -> Policy:
+    """What acts, as it was leased, and what chooses among its draws."""
+    protocol = await off_loop(bool(request.template_options), parts.protocol.with_options, request.template_options)
+    if choosing.num_draws == 1:
+        return Policy(parts.engine, protocol, adapter)
+    scorer = await scorer_of(choosing.by, adapter, parts.reward_models, choosing.may_fall_back)
+    return Policy(parts.engine, protocol, adapter, scorer)
 
 
 def _has_large_tools(request: ChatCompletionRequest) -> bool:
