@@ -347,8 +347,8 @@ class Run:
         """Of this cycle's policy, with what the method may know of them."""
         is_first = number == int(not self._method.at_once)
         name = f"own episodes at {self._method.lr}" if is_first else f"{self._folder.name}/{number}"
-        asks = self._asks_expert
-        played = self._take(f"{name} {self._method.at_once} {asks}", lambda: self._played(number))
+        way = f"{self._method.at_once} {self._asks_expert} {self._max_own_steps}"
+        played = self._take(f"{name} {way}", lambda: self._played(number))
         began = time.process_time()
         known = self._known(played, number)
         self._seconds += time.process_time() - began
@@ -362,7 +362,16 @@ class Run:
         num_answered = len(stage.demonstrated)
         answered = range(num_answered, 2 * num_answered) if self._asks_expert else ()
         draw = self._generator(number, 1)
-        return stage.rollouts.own_trajectories(self._network(), tasks, draw, f"own/{number}", answered)
+        longest = self._max_own_steps
+        return stage.rollouts.own_trajectories(self._network(), tasks, draw, f"own/{number}", answered, longest)
+
+    @property
+    def _max_own_steps(self) -> int | None:
+        """Where nothing but successes is learned, an episode ends one step after it has become too long for that."""
+        if self._method.objective != "sft_rft" or self._method.takes != (Takes.OUTCOMES,):
+            return None
+        longest = max(len(each.states) for each in self._stage.demonstrations)
+        return int(self._method.objectives.max_success_length * longest) + 1
 
     @property
     def _asks_expert(self) -> bool:

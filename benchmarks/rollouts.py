@@ -90,8 +90,9 @@ class Rollouts:
         generator: torch.Generator,
         episode_ids: Sequence[str] | None = None,
         answered: Collection[int] = (),
+        max_steps: int | None = None,
     ) -> list[Attempt]:
-        """Try every task once, many in lockstep.
+        """Try every task once, many in lockstep, in at most so many steps; None: as many as the world lets it have.
 
         With `episode_ids` the states are kept, and the attempts go on to the last word; without, they end when the
         outcome is known. The expert is asked at the states of the tasks whose places are `answered`. A conversation
@@ -105,7 +106,7 @@ class Rollouts:
             part = slice(first, first + num_rows)
             opened = [self._open(task, place in answered) for place, task in enumerate(tasks[part], first)]
             attempts += opened
-            self._attempt(network, opened, temperatures[part], generator, ids[part], episode_ids is not None)
+            self._attempt(network, opened, temperatures[part], generator, ids[part], max_steps, episode_ids is not None)
         return attempts
 
     def _attempt(
@@ -115,12 +116,14 @@ class Rollouts:
         temperatures: Sequence[float],
         generator: torch.Generator,
         episode_ids: Sequence[str],
+        max_steps: int | None,
         keeps_states: bool,
     ) -> None:
+        max_steps = min(max_steps or self.max_steps, self.max_steps)
         lockstep = self._lockstep(network, len(all_attempts), generator)
         lockstep.read([attempt.prompt for attempt in all_attempts])
         running, heat = list(range(len(all_attempts))), torch.tensor(temperatures)
-        for number in range(self.max_steps):
+        for number in range(max_steps):
             completions = lockstep.complete(heat[running])
             told = []
             for index, completion in zip(running, completions, strict=True):
@@ -133,19 +136,25 @@ class Rollouts:
                 attempt.is_over |= not keeps_states and attempt.episode.is_done
                 attempt.is_over |= len(attempt.prompt) + MAX_ACTION_TOKENS > network.config.max_position_embeddings
             places = [place for place, index in enumerate(running) if not all_attempts[index].is_over]
-            if not places or number + 1 == self.max_steps:
+            if not places or number + 1 == max_steps:
                 break
             running = [running[place] for place in places]
             lockstep.keep(places)
             lockstep.read([told[place] for place in places])
 
     def own_trajectories(
-        self, network: Any, tasks: Sequence[Task], generator: torch.Generator, name: str, answered: Collection[int]
+        self,
+        network: Any,
+        tasks: Sequence[Task],
+        generator: torch.Generator,
+        name: str,
+        answered: Collection[int],
+        max_steps: int | None = None,
     ) -> list[Trajectory]:
         """Own episodes at temperature 1; of those whose places are `answered`, with the expert's answer at every state
         where it has one. To ask, and to hold what was done against the answer, can cost more than the episode."""
         ids = [f"{name}/{number}" for number in range(len(tasks))]
-        attempts = self.attempts(network, tasks, [1.0] * len(tasks), generator, ids, answered)
+        attempts = self.attempts(network, tasks, [1.0] * len(tasks), generator, ids, answered, max_steps)
         return [
             Trajectory(episode_id, tuple(attempt.states), attempt.task.id, attempt.outcome)
             for episode_id, attempt in zip(ids, attempts, strict=True)

@@ -104,6 +104,12 @@ def test_the_expert_is_asked_where_somebody_wants_to_know_and_the_episodes_are_t
     assert {action.agrees for state in others for action in state.policy_actions} == {None}
 
 
+def test_own_episodes_end_where_they_have_become_too_long(desk: Desk, network: Any, own: list[Trajectory]) -> None:
+    again = desk.own_trajectories(network, TASKS, draw(), "own", (), max_steps=2)
+    assert [len(each.states) for each in again] == [min(2, len(each.states)) for each in own]
+    assert {each.outcome for each, whole in zip(again, own, strict=True) if len(whole.states) > 2} == {0.0}
+
+
 def _tokens(trajectory: Trajectory) -> list[Any]:
     """What was read and written at each state."""
     return [(state.prompt, [action.token_ids for action in state.policy_actions]) for state in trajectory.states]
