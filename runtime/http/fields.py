@@ -144,6 +144,7 @@ MESSAGE_FIELDS: dict[str, Rule] = {
 """Of Anthropic's form."""
 
 BESIDE_OPENAIS = {
+    "best_of": _honoured("as the header `x-stepagent-best-of`, which goes before it; with `n` above 1 only `n` itself"),
     "chat_template_kwargs": _honoured("passed to the chat template, as vLLM does"),
     "min_p": _honoured(),
     "repetition_penalty": _honoured("of prompt and answer, as transformers and vLLM have it"),

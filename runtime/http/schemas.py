@@ -17,7 +17,7 @@ from policies.chat.messages import MAX_DEPTH, is_deeper
 from policies.types import EngineLimits, Message, SamplingParams, ToolSchema
 from runtime.agent.conversation import LEGACY_CALL_ID
 from runtime.agent.demonstrations import Demonstration, DemonstrationRefused
-from runtime.http.fields import CHAT_FIELDS, check_fields
+from runtime.http.fields import CHAT_FIELDS, FieldRefused, check_fields
 from runtime.store.episodes import Purpose, Role
 from tools.bounds import TOOL_NAME
 
@@ -312,6 +312,8 @@ class ChatCompletionRequest(WireModel):
     stop: _StopText | Annotated[ListOf[_StopText], Field(max_length=16)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int = Field(1, ge=1, le=32)
+    best_of: int | None = Field(None, ge=1, lt=10**6)
+    """Of OpenAI's older completions: so many are drawn, and the best is answered. None: as the server was started."""
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
     max_tokens: int | None = Field(None, ge=1, lt=2**63)
@@ -403,6 +405,9 @@ class ChatCompletionRequest(WireModel):
         if self.tool_choice == "required" and not names:
             raise ValueError("tool_choice is 'required' but there are no tools")
 
+        if self.best_of not in (None, self.n) and self.n > 1:
+            raise FieldRefused("best_of", f"it finds one answer, and n asks for {self.n}: leave one of them out")
+
     def _check_tool_messages(self) -> None:
         called: set[str | None] = set()
         for number, message in enumerate(self.messages):
@@ -470,6 +475,11 @@ class ChatCompletionRequest(WireModel):
         effort = self.reasoning_effort
         asked = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": _thinks(effort)}
         return asked | (self.chat_template_kwargs or {})
+
+    @property
+    def num_draws(self) -> int | None:
+        """Of which each choice is the best. As many as are answered leave nothing to choose; None: nothing is said."""
+        return 1 if self.best_of == self.n else self.best_of
 
     @property
     def asked_max_tokens(self) -> int | None:
