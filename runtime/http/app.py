@@ -85,7 +85,7 @@ def _describe_off_loop(app: FastAPI) -> None:
 
 
 class _HeadAsGet:
-    """Answers HEAD as GET, of which the protocol leaves out the body: monitors and load balancers ask so for /health."""
+    """Answers HEAD as GET, without the body, as the protocol does by itself: monitors ask for /health so."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
