@@ -285,6 +285,8 @@ def _require_few_bytes(what: str, value: Any) -> None:
         raise ValueError(f"{what} may have {MAX_METADATA_BYTES} bytes, this has {size}: keep the rest elsewhere")
 
 
+_RESULTS = ("tool", "function")
+
 _StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 
@@ -345,7 +347,10 @@ class ChatCompletionRequest(WireModel):
     @model_validator(mode="before")
     @classmethod
     def _check_fields(cls, body: Any) -> Any:
-        return check_fields(body, CHAT_FIELDS)
+        checked = check_fields(body, CHAT_FIELDS)
+        if isinstance(checked, dict) and _has_names(checked.get("messages")):
+            checked["warnings"].append("names of messages have no effect: say in the content who speaks")
+        return checked
 
     @field_validator(
         "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "n",
@@ -382,16 +387,15 @@ class ChatCompletionRequest(WireModel):
         return self
 
     def _take_the_older_form(self) -> None:
+        if self.tool_choice is None:
+            named = self.function_call
+            self.tool_choice = NamedToolChoice(function=named) if isinstance(named, NamedFunction) else named
         if self.functions is None:
             return
         if self.tools:
             raise ValueError("tools and functions are two forms of one thing: send tools alone")
         self.tools = [Tool(function=function) for function in self.functions] or None
         self.parallel_tool_calls = False  # the older form has a place for one call
-        if isinstance(self.function_call, NamedFunction):
-            self.tool_choice = NamedToolChoice(function=self.function_call)
-        elif self.function_call is not None:
-            self.tool_choice = self.function_call
 
     def _check_together(self) -> None:
         if self.top_logprobs and not self.logprobs:
@@ -504,6 +508,12 @@ class ChatCompletionRequest(WireModel):
             presence_penalty=self.presence_penalty,
             logit_bias=tuple((int(token_id), bias) for token_id, bias in (self.logit_bias or {}).items()),
         )
+
+
+def _has_names(messages: Any) -> bool:
+    """Whether a message says who speaks, beside its role. Of a result it is the tool's name, which its call tells."""
+    told = messages if isinstance(messages, list) else []
+    return any(isinstance(each, dict) and each.get("name") and each.get("role") not in _RESULTS for each in told)
 
 
 def _thinks(reasoning_effort: str) -> bool:
