@@ -208,7 +208,8 @@ class BestOfRollouts(Rollouts):
 
     def _as_draw(self, completion: Completion) -> Draw:
         action = self.protocol.parse(completion.token_ids, completion.finish_reason)
-        return Draw(completion.token_ids, completion.logprobs, action)
+        is_cut = completion.finish_reason is FinishReason.LENGTH
+        return Draw(completion.token_ids, completion.logprobs, action, is_cut)
 
     def agrees(self, attempt: Attempt, draws: Sequence[Draw]) -> list[bool] | None:
         """Whether the expert would do what each draw does; None where he does not answer."""

@@ -310,6 +310,8 @@ class Draw:
     logprobs: tuple[float, ...]
     """Of each token, as it was drawn."""
     action: Action
+    is_cut: bool = False
+    """It ended at a limit of tokens or time, and not by itself."""
 
 
 class Scorer(Protocol):

@@ -33,7 +33,7 @@ from tests.cycles import QUICK, collaborators, run
 from tests.demonstrations import expert_demonstration, post
 from tests.logged_episodes import step
 from tests.scripted_engine import ScriptedEngine
-from tests.serving import MODEL, Served, parts_of, served, wait_until
+from tests.serving import MODEL, SayingEngine, Served, parts_of, served, wait_until
 from tests.tiny_adapters import TinyNetwork, faithful_script
 from tools.calculator import calculator
 from tools.worlds.order_desk import OrderDesk
@@ -218,11 +218,33 @@ def test_a_demonstration_is_one_agents_and_is_told_its_prompt(scripted: Served) 
     assert len({each.id for each in by_agent.values()}) == 3
     opening = {agent: log.steps(each.id)[0].new_messages[0]["role"] for agent, each in by_agent.items()}
     assert opening == {"": "user", "night": "system", "day": "user"}
-    for agent, number in (("night", 1), (MODEL, 1), ("", 1), (None, 3), ("nobody", 0)):
+    for agent, number in (("night", 1), (MODEL, 1), ("", 1), (None, 3)):
         query = {} if agent is None else {"agent": agent}
         for path in ("demonstrations", "episodes"):
             listed = httpx.get(f"{scripted.url}/v1/{path}", params=query).json()["data"]
             assert len(listed) == number, (path, agent)
+
+
+def test_a_list_of_an_agent_that_nobody_knows_is_refused_and_one_of_a_former_agent_is_not(
+    protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    """A misspelled name got an empty list, and an empty export."""
+
+    def ask_all(server: Served, agent: str) -> list[httpx.Response]:
+        paths = ("episodes", "demonstrations", "adapters", "learner/cycles", "export")
+        more = {"export": {"format": "openai"}}
+        return [httpx.get(f"{server.url}/v1/{each}", params={"agent": agent, **more.get(each, {})}) for each in paths]
+
+    with served(parts_of(SayingEngine(protocol), protocol, tmp_path, named_agents=AGENTS)) as server:
+        episode_id = ask(server, "night").headers["x-episode-id"]
+        for refused in ask_all(server, "nigth"):
+            assert (refused.status_code, refused.json()["error"]["code"]) == (404, "agent_not_found")
+            assert "there are: novice, night, day" in refused.json()["error"]["message"]
+    with served(parts_of(SayingEngine(protocol), protocol, tmp_path)) as server:
+        episodes, *others = ask_all(server, "night")
+        assert [each["id"] for each in episodes.json()["data"]] == [episode_id]
+        assert {each.status_code for each in others} == {200}
+        assert {each.status_code for each in ask_all(server, "day")} == {404}
 
 
 def test_where_a_demonstration_is_wrong_is_told_by_its_own_numbers(scripted: Served) -> None:

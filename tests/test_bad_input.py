@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import logging
 import socket
@@ -300,6 +301,17 @@ def test_a_false_length_does_no_harm(server: Served, length: str) -> None:
 def test_a_client_that_hangs_up_while_it_sends_does_no_harm(server: Served) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as sock:
         sock.sendall(b'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{"model"')
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "gzip, br"])
+def test_a_packed_body_is_refused_by_what_it_is(server: Served, encoding: str) -> None:
+    """It was "not valid JSON: surrogates not allowed at character 0"."""
+    packed = gzip.compress(json.dumps(chat()).encode())
+    assert f"comes as {encoding}" in refusal(post(server, packed, headers={"content-encoding": encoding}), 415)
+
+
+def test_a_body_that_says_it_is_not_packed_is_read(server: Served) -> None:
+    assert post(server, chat(), headers={"content-encoding": "identity"}).status_code == 200
 
 
 # ---------------------------------------------------------------------------------------------- other routes

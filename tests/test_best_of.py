@@ -69,6 +69,12 @@ def test_what_cannot_be_read_is_taken_only_where_nothing_can_and_equals_go_to_th
     assert best([broken, broken], [0.0, 1.0]) == 1
 
 
+def test_what_a_limit_cut_off_is_taken_only_where_no_draw_is_whole() -> None:
+    cut, broken = replace(draw("b", -0.01), is_cut=True), Draw((1,), (-0.01,), MalformedAction("<x", "no end"))
+    assert best([cut, draw("c", -1.0), broken], [9.0, 1.0, 9.0]) == 1
+    assert best([broken, cut], [9.0, 1.0]) == 1
+
+
 # ----------------------------------------------------------------------------------- what is asked for
 
 
@@ -153,6 +159,63 @@ def test_the_choice_is_answered_and_all_draws_are_logged_with_their_scores(
     assert engine.samplings[0].seed == 7, "the first draw is what would have been answered without a choice"
     assert len({sampling.seed for sampling in engine.samplings}) == 4
     assert all(-(2**63) <= sampling.seed < 2**63 for sampling in engine.samplings if sampling.seed is not None)
+
+
+@pytest.mark.parametrize(
+    ("body", "header", "num_drawn"),
+    [
+        ({"best_of": 3}, None, 3),
+        ({"best_of": 3, "stream": True}, None, 3),
+        ({"best_of": 3}, 2, 2),
+        ({"best_of": 3, "temperature": 0}, None, 0),
+        ({"best_of": 1}, None, 0),
+        ({"best_of": None}, None, 2),
+        ({"best_of": 2, "n": 2}, None, 0),
+    ],
+)
+def test_the_body_may_say_how_many_are_drawn_as_in_openais_older_completions(
+    protocol: ChatProtocol, tmp_path: Path, body: dict[str, Any], header: int | None, num_drawn: int
+) -> None:
+    """It was passed over, with a warning."""
+    limits = ChoosingLimits(Choosing(2, ChosenBy.MEAN_LOGPROB))
+    headers = {} if header is None else {"x-stepagent-best-of": str(header)}
+    with served(parts_of(SayingEngine(protocol), protocol, tmp_path, choosing=limits)) as server:
+        sent = {"model": MODEL, "messages": ASKED, **body}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=sent, headers=headers, timeout=60)
+        assert (answer.status_code, answer.headers.get("x-stepagent-warning")) == (200, None)
+        assert server.parts.log.counts()["step_candidates"] == num_drawn
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"best_of": 0}, "best_of: Input should be greater than or equal to 1"),
+        ({"best_of": "3"}, "best_of: Input should be a valid integer"),
+        ({"best_of": 9}, "best_of: this server draws at most 8"),
+        ({"best_of": 4, "n": 2}, "best_of: it finds one answer, and n asks for 2"),
+        ({"best_of": 1, "n": 2}, "best_of: it finds one answer, and n asks for 2"),
+    ],
+)
+def test_a_best_of_in_the_body_that_cannot_be_is_refused_by_its_name(
+    protocol: ChatProtocol, tmp_path: Path, body: dict[str, Any], words: str
+) -> None:
+    with served(parts_of(SayingEngine(protocol), protocol, tmp_path)) as server:
+        sent = {"model": MODEL, "messages": ASKED, **body}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=sent, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "best_of")
+    assert words in answer.json()["error"]["message"]
+
+
+def test_an_answer_that_max_tokens_cuts_is_not_chosen_before_one_that_fits(
+    protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    """A cut one lacks the end of its turn, which is often the least sure of its tokens: half a JSON object won."""
+    whole, endless = "Yes.", "No, " * 20
+    max_tokens = len(protocol.encode(whole + "<|im_end|>"))
+    engine = SayingEngine(protocol, endless, whole, endless)
+    with served(parts_of(engine, protocol, tmp_path)) as server:
+        answer = ask(server, best_of=3, by="majority", max_tokens=max_tokens)
+        assert (said(answer), answer.json()["choices"][0]["finish_reason"]) == (whole, "stop")
 
 
 def test_a_stream_is_the_chosen_answer_after_the_choice(protocol: ChatProtocol, tmp_path: Path) -> None:

@@ -11,11 +11,16 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.testclient import TestClient
 
 from runtime.agent.served_agent import ServedAgent
 from runtime.agent.tools import Toolbox
 from runtime.http.app import create_app
-from runtime.http.keys import NEEDS, NO_KEY
+from runtime.http.keys import NEEDS, NO_KEY, KeyCheck
 from runtime.keys import main as keys_command
 from runtime.store.adapter_registry import AdapterRegistry
 from runtime.store.episodes import Role
@@ -69,7 +74,7 @@ def test_every_route_has_a_role_that_somebody_decided_on(protocol: Any, tmp_path
     assert not served - decided, "these need a line in runtime/http/keys.py"
 
 
-@pytest.mark.parametrize(("role", "method", "path"), [*NEEDS, (Role.ADMIN, "POST", "/v1/not/thought/of/yet")])
+@pytest.mark.parametrize(("role", "method", "path"), NEEDS)
 def test_a_route_refuses_every_role_below_its_own(house: House, role: Role, method: str, path: str) -> None:
     for lower in Role:
         if not lower.may(role):
@@ -79,6 +84,47 @@ def test_a_route_refuses_every_role_below_its_own(house: House, role: Role, meth
     allowed = house.ask(role, method, path.replace("{", "").replace("}", ""))
     assert allowed.status_code not in (401, 403)
     assert httpx.request(method, f"{house.url}{path}").status_code == 401
+
+
+def test_a_route_that_nobody_decided_on_is_an_admins(tmp_path: Path) -> None:
+    async def answered(_: Request) -> Response:
+        return Response()
+
+    store = KeyStore(tmp_path / "agent.db")
+    secrets = {role: store.make(role.value, role) for role in Role}
+    app = Starlette(routes=[Route("/v1/new", answered, methods=["POST"])])
+    app.add_middleware(KeyCheck, ring=KeyRing(store))
+    client = TestClient(app)
+    for role, secret in secrets.items():
+        answer = client.post("/v1/new", headers={"x-api-key": secret})
+        assert answer.status_code == (200 if role is Role.ADMIN else 403)
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/v1/completions", 404),
+        ("GET", "/v1/nothing/here", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("POST", "/v1/chat/completions/", 307),
+    ],
+)
+def test_what_is_not_served_is_told_to_every_key(house: House, method: str, path: str, status: int) -> None:
+    """It "needs a key with the role admin", who then was told that there is nothing."""
+    for role in Role:
+        assert house.ask(role, method, path).status_code == status
+    assert httpx.request(method, f"{house.url}{path}").status_code == 401
+
+
+def test_head_is_asked_as_get_is(house: House) -> None:
+    """A monitor that asks for /health so was answered 405: a server that is well looked dead."""
+    assert httpx.head(f"{house.url}/health").status_code == 200
+    asked = house.ask("use", "HEAD", "/v1/models")
+    assert (asked.status_code, asked.content, int(asked.headers["content-length"]) > 0) == (200, b"", True)
+    assert httpx.head(f"{house.url}/v1/models").status_code == 401
+    assert house.ask("use", "HEAD", "/metrics").status_code == 403
+    assert house.ask("use", "HEAD", "/v1/chat/completions").status_code == 405
 
 
 def test_a_key_is_taken_in_every_way_that_clients_send_it(house: House) -> None:

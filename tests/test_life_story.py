@@ -18,6 +18,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletio
 
 from policies.chat.chat_protocol import ChatProtocol
 from policies.types import FinalAnswer, ToolCalls
+from runtime.agent.loop import RunLimits
 from runtime.agent.tools import Toolbox
 from runtime.store.episodes import Purpose, StopReason
 from runtime.store.keys import KeyRing
@@ -293,6 +294,21 @@ def test_max_tokens_bounds_the_whole_of_a_run(serve_scripted: ServeScripted) -> 
     assert answer.usage is not None
     assert answer.usage.completion_tokens <= 90
     assert answer.choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_that_the_server_ran_are_not_told_as_the_clients_where_a_limit_ends_the_run(
+    serve_scripted: ServeScripted, stream: bool
+) -> None:
+    """Sent whole, the answer had `tool_calls` of a tool that the client does not have; streamed it had none."""
+    served = serve_scripted(LOOK, toolbox=Toolbox([look]), limits=RunLimits(max_steps=1))
+    if stream:
+        deltas = [chunk.choices[0].delta for chunk in ask_streaming(served)]
+        assert not any(delta.tool_calls for delta in deltas)
+    else:
+        (choice,) = ask(served.client()).choices
+        assert (choice.message.tool_calls, choice.finish_reason) == (None, "length")
+    assert served.parts.log.steps_since(None, 1)[0].stop_reason is StopReason.STEP_LIMIT
 
 
 # ------------------------------------------------------------------------------------------- server-run tools

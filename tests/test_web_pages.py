@@ -7,8 +7,10 @@ from typing import Any
 import httpx
 import pytest
 
+from runtime.privacy.redaction import Redactor
 from runtime.store.keys import KeyRing
 from tests.conftest import ServeScripted
+from tests.serving import MODEL
 
 CHANGES = ("/v1/adapters/rollback", "/v1/adapters/agent-v0001/promote", "/v1/learner/cycles", "/v1/episodes/e/promote")
 FROM_A_PAGE: tuple[dict[str, str], ...] = (
@@ -87,3 +89,15 @@ def test_a_server_with_keys_answers_whoever_knows_one_under_any_name(serve_scrip
     headers: dict[str, Any] = {"authorization": "Bearer s3cret", "host": "agent.example", "origin": "https://a.example"}
     answer = httpx.post(f"{served.url}/v1/adapters/rollback", headers=headers)
     assert answer.json()["error"]["code"] == "adapter_conflict" or "nothing to roll back" in answer.text
+
+
+def test_a_page_may_read_every_header_that_an_answer_tells_something_in(serve_scripted: ServeScripted) -> None:
+    """What had no effect, and what was replaced, no page could find out."""
+    page = "https://chat.example"
+    served = serve_scripted(cors_origins=(page,), redactor=Redactor())
+    secret = "sk-proj-" + "a1B2c3D4e5F6g7H8" * 3
+    body = {"model": MODEL, "messages": [{"role": "user", "content": f"My key is {secret}"}], "frobnicate": 1}
+    answer = httpx.post(f"{served.url}/v1/chat/completions", json=body, headers={"origin": page}, timeout=60)
+    told = {name for name in answer.headers if name.startswith("x-")}
+    assert {"x-stepagent-warning", "x-stepagent-redacted"} <= told
+    assert told <= set(answer.headers["access-control-expose-headers"].split(", "))

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 
-from policies.types import Draw, Scorer, TokenIds
+from policies.types import Draw, FinishReason, Scorer, TokenIds
 from runtime.adapters.reward_models import NoRewardModel
 from runtime.agent.scorers import MeanLogprob, best
 from runtime.agent.step import Progress, SampledStep, StepSampler
@@ -52,10 +52,7 @@ class BestOf:
         began = time.perf_counter()
         told = await self._draw_all(choice)
         sampled = [sampler.sampled for sampler in self._samplers]
-        draws = [
-            Draw(each.completion_token_ids, tuple(token.logprob for token in each.tokens), each.action)
-            for each in sampled
-        ]
+        draws = [_draw_of(each) for each in sampled]
         name, scores = await self._scores(draws)
         chosen = best(draws, scores)
         candidates = tuple(
@@ -111,6 +108,12 @@ def sampler_of(
 async def _whole(sampler: StepSampler, choice: int) -> list[Progress]:
     async with aclosing(sampler.progress(choice)) as stream:
         return [progress async for progress in stream]
+
+
+def _draw_of(sampled: SampledStep) -> Draw:
+    logprobs = tuple(token.logprob for token in sampled.tokens)
+    is_cut = sampled.finish_reason is FinishReason.LENGTH
+    return Draw(sampled.completion_token_ids, logprobs, sampled.action, is_cut)
 
 
 def _drawn_turn(turn: Turn, number: int) -> Turn:

@@ -117,12 +117,12 @@ def _warn_once(problem: str) -> None:
 def best(draws: Sequence[Draw], scores: Sequence[float]) -> int:
     """The place of the draw that is taken: the best score; among equals the surer one, then the first.
 
-    What cannot be read as an action is taken only where no draw can.
+    What cannot be read as an action is taken only where no draw can, and what a limit cut off only where none is whole.
     """
 
-    def rank(place: int) -> tuple[bool, float, float, int]:
+    def rank(place: int) -> tuple[bool, bool, float, float, int]:
         draw = draws[place]
         is_sound = not isinstance(draw.action, MalformedAction)
-        return is_sound, scores[place], sum(draw.logprobs) / len(draw.logprobs), -place
+        return is_sound, not draw.is_cut, scores[place], sum(draw.logprobs) / len(draw.logprobs), -place
 
     return max(range(len(draws)), key=rank)

@@ -99,7 +99,8 @@ def addressed(parts: Parts, request: ChatCompletionRequest, caller: Caller) -> A
     agent, pinned = chosen_agent(parts, request.model, caller.key)
     request = _with_defaults(parts, request, agent) if pinned is None else request
     of_agent = agent.choosing if pinned is None else NOTHING_ASKED
-    choosing = parts.choosing.chosen(caller.choosing, request.metadata.purpose, request.temperature, of_agent)
+    asked = caller.choosing if caller.choosing.num_draws else replace(caller.choosing, num_draws=request.num_draws)
+    choosing = parts.choosing.chosen(asked, request.metadata.purpose, request.temperature, of_agent)
     return Addressed(agent, pinned, request, choosing)
 
 

@@ -15,17 +15,35 @@ def agent_named(parts: Parts, name: str | None, key: Key = ANYBODY) -> ServedAge
     that the key is not for."""
     agent = parts.agent(parts.agent_filter(name) or "")
     if agent is None:
-        there_are = ", ".join(each.model for each in agents_of(parts, key))
-        raise ApiError(404, f"there is no agent {name!r}; there are: {there_are}", "agent_not_found", "agent")
+        raise _no_agent(parts, name, key)
     return require_agent(key, agent)
 
 
-def listed_agent(parts: Parts, name: str | None, key: Key) -> str | None:
-    """The agent whose entries a list is asked for, as the stores know it; None: those of all. Raises AgentRefused."""
+def listed_agent(parts: Parts, name: str | None, key: Key = ANYBODY) -> str | None:
+    """The agent whose entries a list is asked for, as the stores know it; None: those of all. One that is no longer
+    served still has its entries.
+
+    Raises AgentRefused, and ApiError (404) for a name that nothing bears: an empty list would hide that it is
+    misspelled.
+    """
     agent = parts.agent_filter(name)
-    if agent is not None and not key.may_use(agent):
+    if agent is None:
+        return None
+    if not key.may_use(agent):
         raise AgentRefused(refusal(key, str(name)))
+    if parts.agent(agent) is None and not _has_entries(parts, agent):
+        raise _no_agent(parts, name, key)
     return agent
+
+
+def _has_entries(parts: Parts, agent: str) -> bool:
+    cycles = parts.learning.cycles.newest(1, [], agent) if parts.learning else []
+    return bool(cycles or parts.log.episodes(limit=1, agent=agent))
+
+
+def _no_agent(parts: Parts, name: str | None, key: Key) -> ApiError:
+    there_are = ", ".join(each.model for each in agents_of(parts, key))
+    return ApiError(404, f"there is no agent {name!r}; there are: {there_are}", "agent_not_found", "agent")
 
 
 def model_names(parts: Parts, key: Key) -> list[str]:

@@ -70,6 +70,7 @@ def create_app(parts: Parts) -> FastAPI:
     app.add_middleware(LocalPagesOnly, ring=parts.keys, cors_origins=parts.cors_origins)
     if parts.cors_origins:
         app.add_middleware(with_cors, cors_origins=parts.cors_origins)
+    app.add_middleware(_HeadAsGet)
     return app
 
 
@@ -81,6 +82,17 @@ def _describe_off_loop(app: FastAPI) -> None:
 
     app.router.routes = [route for route in app.router.routes if getattr(route, "path", None) != app.openapi_url]
     app.add_route(str(app.openapi_url), described, ["GET"], include_in_schema=False)
+
+
+class _HeadAsGet:
+    """Answers HEAD as GET, without the body, as the protocol does by itself: monitors ask for /health so."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_head = scope["type"] == "http" and scope["method"] == "HEAD"
+        await self._app({**scope, "method": "GET"} if is_head else scope, receive, send)
 
 
 class _BodyLimit:

@@ -39,7 +39,7 @@ class ChoosingLimits:
         num_unasked = num_own if purpose is Purpose.SERVE else 1
         num_draws = num_unasked if asked.num_draws is None else asked.num_draws
         if num_draws > (most := max(self.most, num_own)):
-            raise FieldRefused(NUM_HEADER, f"this server draws at most {most} actions at a step (--best-of-most)")
+            raise FieldRefused("best_of", f"this server draws at most {most} actions at a step (--best-of-most)")
         # At temperature 0 all draws are the same: one is made.
         return Choosing(1 if temperature == 0.0 else num_draws, asked.by or by, asked.by is None)
 

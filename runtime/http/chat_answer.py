@@ -59,7 +59,8 @@ class Choice:
         message: dict[str, Any] = {"role": "assistant", "content": self._shown.text, "refusal": None}
         if self._shown.reasoning:
             message["reasoning_content"] = self._shown.reasoning
-        if calls := self._shown.tool_calls(self.steps[-1].action):
+        if self._shown.calls:  # else the server ran them, as the last of its steps that a limit ended
+            calls = self._shown.tool_calls(self.steps[-1].action)
             message |= {"content": message["content"] or None, **self._in_its_form(calls)}
         logprobs = {"content": self._logprobs.told, "refusal": None} if self._logprobs else None
         return {"index": self.index, "message": message, "finish_reason": self._finish(), "logprobs": logprobs}

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query
 
-from runtime.http.agents import agent_named
+from runtime.http.agents import agent_named, listed_agent
 from runtime.http.errors import ApiError
 from runtime.http.pages import left_out
 from runtime.http.parts import Parts
@@ -34,8 +34,8 @@ def learner_routes(parts: Parts) -> APIRouter:
     async def list_cycles(limit: Annotated[int, Query(ge=1, le=1000)] = 50, agent: str | None = None) -> dict[str, Any]:
         """Newest first, of all agents or of one."""
         damaged = list[Damaged]()
-        newest = learning_of(parts).cycles.newest
-        cycles = await asyncio.to_thread(newest, limit, damaged, parts.agent_filter(agent))
+        newest, wanted = learning_of(parts).cycles.newest, listed_agent(parts, agent)
+        cycles = await asyncio.to_thread(newest, limit, damaged, wanted)
         return {"object": "list", "data": cycles} | left_out(damaged)
 
     @router.get("/{cycle}")

@@ -166,6 +166,9 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(503, f"the answer could not be logged, so it was not given: {error}", "log_error")
         case HTTPException(status_code=404):
             return ApiError(404, "nothing is served at this path; GET /openapi.json tells what is")
+        case HTTPException(status_code=405):
+            problem = "this path is served, but not with this method; GET /openapi.json tells with which"
+            return ApiError(405, problem, headers=error.headers)
         case HTTPException():
             return ApiError(error.status_code, error.detail, headers=error.headers)
         case FieldRefused(param=param):

@@ -74,13 +74,13 @@ _IN_BOTH = {
 CHAT_FIELDS: dict[str, Rule] = _IN_BOTH | {
     "audio": _refused("only text is answered"),
     "frequency_penalty": _honoured("of what the answer has so far; logged logprobs stay the policy's own"),
-    "function_call": _honoured("as `tool_choice`"),
+    "function_call": _honoured("as `tool_choice`, which goes before it"),
     "functions": _honoured("as `tools`; the answer has `function_call`"),
     "logit_bias": _honoured("by token ids of the served model; logged logprobs stay the policy's own"),
     "logprobs": _honoured("of the tokens of the content"),
     "max_completion_tokens": _honoured("of all steps of the answer together"),
     "max_tokens": _honoured("as `max_completion_tokens`, which goes before it"),
-    "messages": _honoured("text; images, audio and files are refused"),
+    "messages": _honoured("text; images, audio and files are refused; a `name` has no effect, with a warning"),
     "modalities": _refused("only text is answered", ["text"]),
     "n": _honoured(),
     "prediction": _without_effect("it would only make the answer quicker"),
@@ -144,6 +144,7 @@ MESSAGE_FIELDS: dict[str, Rule] = {
 """Of Anthropic's form."""
 
 BESIDE_OPENAIS = {
+    "best_of": _honoured("as the header `x-stepagent-best-of`, which goes before it; with `n` above 1 only `n` itself"),
     "chat_template_kwargs": _honoured("passed to the chat template, as vLLM does"),
     "min_p": _honoured(),
     "repetition_penalty": _honoured("of prompt and answer, as transformers and vLLM have it"),

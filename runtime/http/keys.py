@@ -1,7 +1,7 @@
 """Who may ask what: which key a request comes with, and which role its route needs.
 
 A route that is not in the table below needs an admin key: a new one is safe until somebody decides (a test lists those
-that nobody decided on).
+that nobody decided on). What is not served at all is told to every key: an admin's would be of no more use there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.routing import compile_path
+from starlette.routing import Match, compile_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from runtime.http.agents import agent_named
@@ -90,12 +90,15 @@ _SCOPE_KEY = "stepagent.key"
 
 def needed_role(method: str, path: str) -> Role | None:
     """The least role for a request; None: no key at all."""
-    method = "GET" if method == "HEAD" else method
     if (method, path) in NO_KEY:
         return None
     if role := _PLAIN.get((method, path)):
         return role
     return next((role for role, verb, pattern in _PATTERNS if verb == method and pattern.match(path)), Role.ADMIN)
+
+
+def _is_served(scope: Scope) -> bool:
+    return any(route.matches(scope)[0] is Match.FULL for route in scope["app"].routes)
 
 
 def asking_key(request: Request) -> Key:
@@ -114,6 +117,8 @@ class KeyCheck:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         needed = needed_role(scope["method"], scope["path"])
+        if needed is Role.ADMIN and not _is_served(scope):
+            needed = Role.USE
         secret = _secret_of(scope)
         key = self._ring.key_of(secret)
         if needed is not None and (problem := _problem(key, secret, needed, scope)):

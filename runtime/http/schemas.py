@@ -17,7 +17,7 @@ from policies.chat.messages import MAX_DEPTH, is_deeper
 from policies.types import EngineLimits, Message, SamplingParams, ToolSchema
 from runtime.agent.conversation import LEGACY_CALL_ID
 from runtime.agent.demonstrations import Demonstration, DemonstrationRefused
-from runtime.http.fields import CHAT_FIELDS, check_fields
+from runtime.http.fields import CHAT_FIELDS, FieldRefused, check_fields
 from runtime.store.episodes import Purpose, Role
 from tools.bounds import TOOL_NAME
 
@@ -285,6 +285,8 @@ def _require_few_bytes(what: str, value: Any) -> None:
         raise ValueError(f"{what} may have {MAX_METADATA_BYTES} bytes, this has {size}: keep the rest elsewhere")
 
 
+_RESULTS = ("tool", "function")
+
 _StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 
@@ -312,6 +314,8 @@ class ChatCompletionRequest(WireModel):
     stop: _StopText | Annotated[ListOf[_StopText], Field(max_length=16)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int = Field(1, ge=1, le=32)
+    best_of: int | None = Field(None, ge=1, lt=10**6)
+    """Of OpenAI's older completions: so many are drawn, and the best is answered. None: as the server was started."""
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
     max_tokens: int | None = Field(None, ge=1, lt=2**63)
@@ -343,7 +347,10 @@ class ChatCompletionRequest(WireModel):
     @model_validator(mode="before")
     @classmethod
     def _check_fields(cls, body: Any) -> Any:
-        return check_fields(body, CHAT_FIELDS)
+        checked = check_fields(body, CHAT_FIELDS)
+        if isinstance(checked, dict) and _has_names(checked.get("messages")):
+            checked["warnings"].append("names of messages have no effect: say in the content who speaks")
+        return checked
 
     @field_validator(
         "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "n",
@@ -380,16 +387,15 @@ class ChatCompletionRequest(WireModel):
         return self
 
     def _take_the_older_form(self) -> None:
+        if self.tool_choice is None:
+            named = self.function_call
+            self.tool_choice = NamedToolChoice(function=named) if isinstance(named, NamedFunction) else named
         if self.functions is None:
             return
         if self.tools:
             raise ValueError("tools and functions are two forms of one thing: send tools alone")
         self.tools = [Tool(function=function) for function in self.functions] or None
         self.parallel_tool_calls = False  # the older form has a place for one call
-        if isinstance(self.function_call, NamedFunction):
-            self.tool_choice = NamedToolChoice(function=self.function_call)
-        elif self.function_call is not None:
-            self.tool_choice = self.function_call
 
     def _check_together(self) -> None:
         if self.top_logprobs and not self.logprobs:
@@ -402,6 +408,9 @@ class ChatCompletionRequest(WireModel):
             raise ValueError(f"tool_choice names {unknown[0]!r}, which is not among the tools: {offered}")
         if self.tool_choice == "required" and not names:
             raise ValueError("tool_choice is 'required' but there are no tools")
+
+        if self.best_of not in (None, self.n) and self.n > 1:
+            raise FieldRefused("best_of", f"it finds one answer, and n asks for {self.n}: leave one of them out")
 
     def _check_tool_messages(self) -> None:
         called: set[str | None] = set()
@@ -472,6 +481,11 @@ class ChatCompletionRequest(WireModel):
         return asked | (self.chat_template_kwargs or {})
 
     @property
+    def num_draws(self) -> int | None:
+        """Of which each choice is the best. As many as are answered leave nothing to choose; None: nothing is said."""
+        return 1 if self.best_of == self.n else self.best_of
+
+    @property
     def asked_max_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
@@ -494,6 +508,12 @@ class ChatCompletionRequest(WireModel):
             presence_penalty=self.presence_penalty,
             logit_bias=tuple((int(token_id), bias) for token_id, bias in (self.logit_bias or {}).items()),
         )
+
+
+def _has_names(messages: Any) -> bool:
+    """Whether a message says who speaks, beside its role. Of a result it is the tool's name, which its call tells."""
+    told = messages if isinstance(messages, list) else []
+    return any(isinstance(each, dict) and each.get("name") and each.get("role") not in _RESULTS for each in told)
 
 
 def _thinks(reasoning_effort: str) -> bool:

@@ -101,6 +101,10 @@ class _StrictJsonRequest(Request):
         """The body's value; of a large one already its model, which FastAPI takes as it is: a hundred thousand messages
         are not checked on the event loop. Raises orjson.JSONDecodeError, which FastAPI takes for the json module's own.
         """
+        encoding = self.headers.get("content-encoding", "identity").strip()
+        if encoding.lower() != "identity":
+            told = f"the body comes as {encoding}, which is not read here: send it as it is, without content-encoding"
+            raise ApiError(415, told, "content_encoding")
         body = await self.body()
         is_large = len(body) > LARGE_BYTES
         is_slow = self.redactor is not None and self.redactor.is_slow

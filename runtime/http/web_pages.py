@@ -20,7 +20,9 @@ from runtime.http.errors import ApiError
 from runtime.store.keys import KeyRing
 
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
-_ANSWER_HEADERS = ("x-episode-id", "x-step-id", "x-adapter", "retry-after")
+_ANSWER_HEADERS = (
+    "x-episode-id", "x-step-id", "x-adapter", "x-stepagent-warning", "x-stepagent-redacted", "retry-after",
+)  # fmt: skip
 
 
 class LocalPagesOnly:
