@@ -290,6 +290,18 @@ def test_the_status_lists_cycles(
     assert "no_lesson" in capfd.readouterr().out
 
 
+def test_the_status_says_whom_a_cycle_had_to_do_without(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A wrong key of a judge or an expert stood in the cycle's report alone, which nobody had a reason to read."""
+    StepLog(tmp_path / "agent.db").close()
+    refused = {"it refuses the key\x1b[2J": 8, "it was not asked any more": 2}
+    report = {"expert_problems": refused, "judge": {"problems": {"nobody answers at 127.0.0.1:9": 3}}}
+    LearningLog(tmp_path).note("cycle_1", CycleStage.REFUSED, "no gain", report=report)
+    assert main(["status", "--state", str(tmp_path)]) == 0
+    said = capfd.readouterr().out
+    assert "    experts gave no answer 10 times, mostly: it refuses the key\\x1b[2J" in said
+    assert "    the judge gave no scores 3 times, mostly: nobody answers at 127.0.0.1:9" in said
+
+
 def test_the_status_says_of_a_cycle_whose_learner_is_gone_that_it_failed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

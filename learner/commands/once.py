@@ -184,13 +184,15 @@ def _experts(options: OnceOptions, log: StepLog, world: World | None) -> list[Ex
     from openai import AsyncOpenAI
 
     from learner.data.experts import Corrections, ModelExpert, WorldExpert
+    from learner.data.other_model import NUM_RETRIES
 
     experts: list[Expert] = [Corrections(log)]
     if world is not None:
         experts.append(WorldExpert(world))
     if options.expert_url:
         key = key_in("STEPAGENT_EXPERT_API_KEY")
-        experts.append(ModelExpert(AsyncOpenAI(base_url=options.expert_url, api_key=key), options.expert_model))
+        client = AsyncOpenAI(base_url=options.expert_url, api_key=key, max_retries=NUM_RETRIES)
+        experts.append(ModelExpert(client, options.expert_model))
     return experts
 
 
@@ -198,11 +200,13 @@ def _judge(options: OnceOptions) -> Judge | None:
     from openai import AsyncOpenAI
 
     from learner.data.judge import Judge
+    from learner.data.other_model import NUM_RETRIES
 
     if not options.judge_url:
         return None
     key = key_in("STEPAGENT_JUDGE_API_KEY")
-    return Judge(AsyncOpenAI(base_url=options.judge_url, api_key=key), options.judge_model)
+    client = AsyncOpenAI(base_url=options.judge_url, api_key=key, max_retries=NUM_RETRIES)
+    return Judge(client, options.judge_model)
 
 
 def _live_beside(server: int) -> None:
