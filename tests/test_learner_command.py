@@ -252,6 +252,23 @@ def test_a_second_learner_waits_for_the_first(
     assert "another cycle runs" in capfd.readouterr().err
 
 
+def test_a_cycle_that_cannot_be_logged_ends_with_a_sentence(
+    serve_scripted: ServeScripted, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """On a full disk it was a traceback. Here nothing may write, since its file's size is bounded."""
+    server = serve_scripted()
+    command = [sys.executable, "-m", "learner", "once", "--url", f"{server.url}/v1", "--state", str(tmp_path)]
+    LearningLog(tmp_path).close()
+    ended = subprocess.run(
+        ["bash", "-c", "ulimit -f 0; trap '' XFSZ; \"$@\" 2>&1 | cat", "bash", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert f"the cycle cannot be logged in {tmp_path / 'agent.db'}" in ended.stdout
+    assert "Traceback" not in ended.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import os
 import signal
+import sqlite3
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -131,7 +132,12 @@ def run(options: OnceOptions) -> int:
             options.world = ask(options, lambda server: server.world())
         if options.world is None:
             return 1
-        stage = asyncio.run(_clear_up_and_run(options))
+        try:
+            stage = asyncio.run(_clear_up_and_run(options))
+        except sqlite3.OperationalError as error:  # a cycle's ending is told in the database, else nowhere but here
+            told = f"the cycle cannot be logged in {options.state / 'agent.db'}: {error}"
+            print(f"{told}; make room, or end who keeps it locked, and start one again", file=sys.stderr)
+            return 1
         show_status(StatusOptions(state=options.state, limit=1))
     return 1 if stage is CycleStage.FAILED else 0
 
