@@ -80,6 +80,11 @@ class Endpoint:
             name = parents[name]
         return [*chain, BASE_ADAPTER]
 
+    async def digest(self, adapter: str) -> str:
+        """Of the weights of an adapter of the agent, as they were registered."""
+        listed = await self._adapters()
+        return next(each["digest"] for each in listed["data"] if each["name"] == adapter)
+
     async def world(self) -> str:
         """The name of the agent's world, as the server loads it; empty: it has none."""
         return (await self._adapters()).get("world", "")

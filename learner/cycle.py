@@ -44,6 +44,7 @@ from learner.training.candidates import (
 from learner.training.discriminator import Discriminator, DiscriminatorOptions, discriminate
 from learner.training.freed_memory import hand_back_freed_memory
 from learner.training.trainer import TrainingFailed
+from policies.adapters.files import AdapterRefused, adapter_rank, weights_digest
 from policies.types import BASE_ADAPTER
 from runtime.store.learning_log import CycleStage
 
@@ -109,7 +110,27 @@ async def refuse_left_over(cycles: Sequence[str], who: Collaborators) -> None:
 async def _acting_and_parents(who: Collaborators, options: CycleOptions) -> list[str]:
     if options.canary_share and (canary := await who.endpoint.canary()):
         raise NothingToLearn(f"{canary} is a canary still: it is promoted or refused by how it does, or by you")
-    return await who.endpoint.parents()
+    parents = await who.endpoint.parents()
+    if parents[0] != BASE_ADAPTER:
+        _require_sound(parents[0], who, await who.endpoint.digest(parents[0]))
+    return parents
+
+
+def _require_sound(acting: str, who: Collaborators, digest: str) -> None:
+    """Raises TrainingFailed where the files of the acting adapter, which are trained further, are not what acts: the
+    engine goes on with what it has read."""
+    folder = who.adapter_folder(acting)
+    try:
+        adapter_rank(folder)
+        problem = "" if weights_digest(folder) == digest else "its weights are not those that were registered"
+    except AdapterRefused as error:
+        problem = str(error)
+    if problem:
+        whose = f" --agent {who.agent}" if who.agent else ""
+        raise TrainingFailed(
+            f"{acting} acts and cannot be trained further from its files in {folder}: {problem}; copy them back from a "
+            f"backup, or go back to what acted before (python -m learner rollback{whose})"
+        )
 
 
 def _collect(record: CycleRecord, who: Collaborators, options: CycleOptions, parents: Sequence[str]) -> Collected:

@@ -138,7 +138,9 @@ def test_over_http_and_by_command_with_its_evidence(
         assert f"{candidate.name} waits for somebody's yes" in capsys.readouterr().out
         url = ["--url", f"{server.url}/v1"]
         assert learner_command(["approve", "agent-v0009", *url]) == 1
-        assert candidate.name in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert said.startswith("agent-v0009 does not wait for a yes\n")
+        assert candidate.name in said
         assert learner_command(["approve", "--agent", "night", *url]) == 1
         assert candidate.name not in capsys.readouterr().out
         assert candidate.acting == "base"

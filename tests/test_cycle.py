@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,28 @@ def test_a_disk_that_takes_no_adapter_fails_the_cycle_and_serving_goes_on(
             model=MODEL, messages=[{"role": "user", "content": "Hi"}], max_tokens=4
         )
         assert answer.choices
+
+
+def test_an_acting_adapter_whose_files_are_damaged_is_not_trained_further(
+    engine: EmbeddedEngine, protocol: ChatProtocol, tmp_path: Path
+) -> None:
+    """With a byte changed it was trained from what never acted; without its folder a cycle ended in the words of a
+    library, after all sampling."""
+    with served(parts_of(engine, protocol, tmp_path)) as server:
+        options = learned_well(server)
+        assert run(server, tmp_path, options=options).stage is CycleStage.PROMOTED
+        weights = tmp_path / "adapters" / "agent-v0001" / "adapter_model.safetensors"
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        status = run(server, tmp_path, "cycle_2", options)
+        assert status.stage is CycleStage.FAILED
+        assert "its weights are not those that were registered; copy them back from a backup" in status.message
+        shutil.rmtree(weights.parent)
+        status = run(server, tmp_path, "cycle_3", options)
+        assert status.stage is CycleStage.FAILED
+        assert "agent-v0001 acts and cannot be trained further" in status.message
+        assert "python -m learner rollback" in status.message
+        assert status.report["collected"] == {}, "nothing was done before"
 
 
 def test_a_server_that_goes_away_fails_the_cycle(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -108,7 +109,17 @@ def test_a_group_that_gets_nonsense_goes_without_and_the_next_does_not(protocol:
 def test_a_judge_that_is_not_there_is_a_problem_and_no_error() -> None:
     judge = Judge(AsyncOpenAI(base_url="http://127.0.0.1:9/v1", api_key="none", max_retries=0), "nobody")
     assert asyncio.run(judge.scores(episodes("desk/1", "desk/1"))) == {}
-    assert next(iter(judge.problems)).startswith("APIConnectionError")
+    assert next(iter(judge.problems)).startswith("nobody answers at 127.0.0.1:9: APIConnectionError")
+
+
+def test_braces_without_end_are_read_in_seconds() -> None:
+    """Each of them was tried to the end of the answer: 400 kB took the learner half a minute, and 2 MB a quarter of
+    an hour."""
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="no score of each attempt"):
+        read_scores('{"scores":' * 100_000, 2)
+    assert time.monotonic() - began < 15.0
+    assert read_scores("{" * 100_000 + scored(0.25, 0.75), 2) == [0.25, 0.75]
 
 
 def test_a_judge_may_think_aloud_before_it_answers() -> None:

@@ -252,6 +252,23 @@ def test_a_second_learner_waits_for_the_first(
     assert "another cycle runs" in capfd.readouterr().err
 
 
+def test_a_cycle_that_cannot_be_logged_ends_with_a_sentence(
+    serve_scripted: ServeScripted, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """On a full disk it was a traceback. Here nothing may write, since its file's size is bounded."""
+    server = serve_scripted()
+    command = [sys.executable, "-m", "learner", "once", "--url", f"{server.url}/v1", "--state", str(tmp_path)]
+    LearningLog(tmp_path).close()
+    ended = subprocess.run(
+        ["bash", "-c", "ulimit -f 0; trap '' XFSZ; \"$@\" 2>&1 | cat", "bash", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert f"the cycle cannot be logged in {tmp_path / 'agent.db'}" in ended.stdout
+    assert "Traceback" not in ended.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -288,6 +305,18 @@ def test_the_status_lists_cycles(
     capfd.readouterr()
     assert main(["status", "--state", str(tmp_path)]) == 0
     assert "no_lesson" in capfd.readouterr().out
+
+
+def test_the_status_says_whom_a_cycle_had_to_do_without(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A wrong key of a judge or an expert stood in the cycle's report alone, which nobody had a reason to read."""
+    StepLog(tmp_path / "agent.db").close()
+    refused = {"it refuses the key\x1b[2J": 8, "it was not asked any more": 2}
+    report = {"expert_problems": refused, "judge": {"problems": {"nobody answers at 127.0.0.1:9": 3}}}
+    LearningLog(tmp_path).note("cycle_1", CycleStage.REFUSED, "no gain", report=report)
+    assert main(["status", "--state", str(tmp_path)]) == 0
+    said = capfd.readouterr().out
+    assert "    experts gave no answer 10 times, mostly: it refuses the key\\x1b[2J" in said
+    assert "    the judge gave no scores 3 times, mostly: nobody answers at 127.0.0.1:9" in said
 
 
 def test_the_status_says_of_a_cycle_whose_learner_is_gone_that_it_failed(

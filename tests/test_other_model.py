@@ -7,7 +7,8 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -16,7 +17,7 @@ from openai import AsyncOpenAI
 
 from learner.api_key import NO_KEY, key_in
 from learner.commands.once import OnceOptions
-from learner.data.collect import LoggedEpisode
+from learner.data.collect import LoggedEpisode, LoggedState
 from learner.data.experts import ExpertAnswer, ModelExpert
 from learner.data.judge import Judge
 from learner.data.other_model import MOST_SILENCES
@@ -146,6 +147,66 @@ def test_refusals_in_a_row_are_no_silence() -> None:
         expert = ModelExpert(client, "m", timeout_s=20.0)
         asyncio.run(ask(expert))
     assert expert.problems == {"BadRequestError: Error code: 400": MOST_SILENCES + 2}
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        (401, "it refuses the key (STEPAGENT_EXPERT_API_KEY, STEPAGENT_JUDGE_API_KEY)"),
+        (404, "it has no such address or no such model"),
+        (429, "it is asked too often, or its quota is used up"),
+        (500, "InternalServerError"),
+    ],
+)
+def test_who_refuses_whatever_is_asked_is_not_asked_for_ever(status: int, told: str) -> None:
+    """One that said of each of thousands of states "come again in a minute" held up a cycle for a day."""
+
+    def refuse(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(status)
+        request.send_header("content-length", "0")
+        request.end_headers()
+
+    async def ask(expert: ModelExpert) -> None:
+        for each in episodes(MOST_SILENCES + 20):
+            await expert.answer(each.states()[0])
+
+    with endpoint(refuse) as client:
+        expert = ModelExpert(client, "m", timeout_s=20.0)
+        asyncio.run(ask(expert))
+    assert sorted(expert.problems.values()) == [MOST_SILENCES, 20]
+    assert any(problem.startswith(told) for problem in expert.problems)
+
+
+def test_an_answer_that_breaks_off_or_never_ends_is_a_problem() -> None:
+    def break_off(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.send_header("content-length", "1000")
+        request.end_headers()
+        request.wfile.write(b'{"choices":')
+
+    def go_on(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.end_headers()
+        with suppress(OSError):
+            while True:
+                request.wfile.write(b" " * 65536)
+
+    for answers, told in ((break_off, "broke off"), (go_on, "larger than 4 MiB")):
+        with endpoint(answers) as client:
+            expert = ModelExpert(client, "m", timeout_s=20.0)
+            assert asyncio.run(expert.answer(episodes(1)[0].states()[0])) is None
+        assert told in next(iter(expert.problems))
+
+
+def test_a_call_where_no_tools_were_offered_is_no_answer() -> None:
+    """It was learned: an agent without tools began to call them."""
+    call = {"id": "a", "type": "function", "function": {"name": "search", "arguments": "{}"}}
+    (state,) = episodes(1)[0].states()
+    state = LoggedState(state.task, (replace(state.step, tools=()),))
+    with endpoint(completion({"role": "assistant", "content": None, "tool_calls": [call]})) as client:
+        expert = ModelExpert(client, "m", timeout_s=20.0)
+        assert asyncio.run(expert.answer(state)) is None
+    assert expert.problems == {"ValueError: it calls search where no tools were offered": 1}
 
 
 def test_an_empty_key_is_none_and_no_other_endpoints_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,9 +32,11 @@ def run(options: ApproveOptions) -> int:
     waiting = {adapter["name"]: adapter["proposal"] for adapter in listed}
     name = options.name or (next(iter(waiting)) if len(waiting) == 1 else "")
     if name not in waiting:
+        if options.name:
+            print(plain(f"{options.name} does not wait for a yes"))
         for each, proposal in waiting.items():
             print(plain(f"{each} waits since {time.ctime(proposal['created_at'])}: {proposal['reason']}"))
-        print("name one of them" if waiting else "nothing waits")
+        print("name one of these" if waiting else "nothing waits")
         return 1
     return _answer(options, name)
 

@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import os
 import signal
+import sqlite3
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -131,7 +132,12 @@ def run(options: OnceOptions) -> int:
             options.world = ask(options, lambda server: server.world())
         if options.world is None:
             return 1
-        stage = asyncio.run(_clear_up_and_run(options))
+        try:
+            stage = asyncio.run(_clear_up_and_run(options))
+        except sqlite3.OperationalError as error:  # a cycle's ending is told in the database, else nowhere but here
+            told = f"the cycle cannot be logged in {options.state / 'agent.db'}: {error}"
+            print(f"{told}; make room, or end who keeps it locked, and start one again", file=sys.stderr)
+            return 1
         show_status(StatusOptions(state=options.state, limit=1))
     return 1 if stage is CycleStage.FAILED else 0
 
@@ -184,13 +190,15 @@ def _experts(options: OnceOptions, log: StepLog, world: World | None) -> list[Ex
     from openai import AsyncOpenAI
 
     from learner.data.experts import Corrections, ModelExpert, WorldExpert
+    from learner.data.other_model import NUM_RETRIES
 
     experts: list[Expert] = [Corrections(log)]
     if world is not None:
         experts.append(WorldExpert(world))
     if options.expert_url:
         key = key_in("STEPAGENT_EXPERT_API_KEY")
-        experts.append(ModelExpert(AsyncOpenAI(base_url=options.expert_url, api_key=key), options.expert_model))
+        client = AsyncOpenAI(base_url=options.expert_url, api_key=key, max_retries=NUM_RETRIES)
+        experts.append(ModelExpert(client, options.expert_model))
     return experts
 
 
@@ -198,11 +206,13 @@ def _judge(options: OnceOptions) -> Judge | None:
     from openai import AsyncOpenAI
 
     from learner.data.judge import Judge
+    from learner.data.other_model import NUM_RETRIES
 
     if not options.judge_url:
         return None
     key = key_in("STEPAGENT_JUDGE_API_KEY")
-    return Judge(AsyncOpenAI(base_url=options.judge_url, api_key=key), options.judge_model)
+    client = AsyncOpenAI(base_url=options.judge_url, api_key=key, max_retries=NUM_RETRIES)
+    return Judge(client, options.judge_model)
 
 
 def _live_beside(server: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from learner.commands.server import ServerOptions, has_state
 from learner.terminal import plain
 from runtime.store.learning_log import CycleStage, CycleStatus, LearningReader
@@ -25,7 +27,18 @@ def run(options: StatusOptions) -> int:
         whose = f"{status.agent}  " if status.agent else ""
         stage, message = _as_of_now(log.as_of_now(status), log)
         print(f"{status.cycle}  {whose}{stage}  {seconds:.0f} s  {plain(message)}")
+        for silent in _without_answer(status.report):
+            print(f"    {plain(silent)}")
     return 0
+
+
+def _without_answer(report: dict[str, Any]) -> list[str]:
+    """Which experts and judges a cycle had to do without, and mostly why."""
+    asked = {
+        "experts gave no answer": report.get("expert_problems"),
+        "the judge gave no scores": (report.get("judge") or {}).get("problems"),
+    }
+    return [f"{what} {sum(why.values())} times, mostly: {max(why, key=why.get)}" for what, why in asked.items() if why]
 
 
 def _as_of_now(status: CycleStatus, log: LearningReader) -> tuple[CycleStage, str]:

@@ -18,7 +18,7 @@ from learner.data.collect import LoggedState
 from learner.data.comparison import SameEffect
 from learner.data.other_model import OtherModel
 from policies.chat.chat_protocol import action_message, message_action, text_of
-from policies.types import Action, MalformedAction, Message
+from policies.types import Action, MalformedAction, Message, ToolCalls
 from runtime.store.damage import Damaged
 from runtime.store.episodes import Actor, Correction, Step
 from runtime.store.step_log import StepLog
@@ -121,10 +121,18 @@ class ModelExpert(OtherModel):
         options: Any = {"tools": list(state.step.tools)} if state.step.tools else {}
         said = await self.message(state.messages, **options)
         try:
-            return None if said is None else ExpertAnswer(message_action(said), self.model)
+            return None if said is None else ExpertAnswer(_answered_action(said, state.step), self.model)
         except ValueError as error:
             self.note(error)
             return None
+
+
+def _answered_action(said: Message, step: Step) -> Action:
+    """The action that another model answers at a step. Raises ValueError for a call where it was offered no tools."""
+    action = message_action(said)
+    if isinstance(action, ToolCalls) and not step.tools:
+        raise ValueError(f"it calls {action.calls[0].name} where no tools were offered")
+    return action
 
 
 async def ask(experts: Sequence[Expert], state: LoggedState) -> ExpertAnswer | None:

@@ -31,6 +31,8 @@ MOST_IN_GROUP = 8
 """Episodes that are shown together."""
 MOST_LETTERS = 60_000
 """Of a group, as it is shown; what is longer is not judged."""
+MOST_LETTERS_SAID = 40_000
+"""Of a judge's answer, its last ones, in which the scores are looked for: each brace costs a try."""
 AS_GOOD_AS_SUCCESS = 0.9
 """A score from which an episode counts as a success."""
 
@@ -91,6 +93,7 @@ def read_scores(said: str, num: int) -> list[float]:
 
 def _last_object(said: str) -> dict[str, Any]:
     """The last JSON object with scores in it: a judge may think aloud before. Empty where there is none."""
+    said = said[-MOST_LETTERS_SAID:]
     for start in reversed([brace.start() for brace in re.finditer("{", said)]):
         with suppress(ValueError, RecursionError):
             found, _ = json.JSONDecoder().raw_decode(said, start)

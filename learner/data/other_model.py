@@ -2,23 +2,41 @@
 
 Nothing is believed of the other side. A body that is no chat completion, an answer that was cut off, and silence are
 counted as problems. Who does not answer at all is not asked for ever: each of a thousand states would wait for him.
+So is one that refuses every question for a reason of its own: a wrong key, a quota that is used up, an error inside.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from openai import APIConnectionError, AsyncOpenAI, OpenAIError
+from openai import APIConnectionError, APIStatusError, AsyncOpenAI, OpenAIError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from policies.types import Message
 
 MOST_SILENCES = 8
 """In a row, after which it is not asked any more."""
+NUM_RETRIES = 5
+"""Of a question that the endpoint does not take now. An endpoint that says when to come again is asked then."""
+MOST_BYTES = 4 * 2**20
+"""Of one answer."""
+
+_REFUSED_QUESTIONS = frozenset({400, 413, 422})
+"""Statuses by which an endpoint refuses this question, as a rule because it is too long; the next one may be taken."""
+
+_MEANINGS = {
+    401: "it refuses the key (STEPAGENT_EXPERT_API_KEY, STEPAGENT_JUDGE_API_KEY)",
+    402: "its quota is used up",
+    403: "it does not let this key in",
+    404: "it has no such address or no such model",
+    405: "it has no such address",
+    429: "it is asked too often, or its quota is used up",
+}
+"""What a status says of the endpoint, for whoever gave its address, name and key."""
 
 
 class _Said(BaseModel):
@@ -64,30 +82,59 @@ class OtherModel:
             try:
                 async with asyncio.timeout(self.timeout_s):
                     said = await self._asked(messages, options)
-            except (APIConnectionError, TimeoutError) as error:
-                self._num_silences += 1
-                self.note(error)
-                return None
-            except (OpenAIError, ValueError) as error:
+            except (OpenAIError, ConnectionError, TimeoutError, ValueError) as error:
                 said = None
                 self.note(error)
-            self._num_silences = 0
+                self._num_silences = self._num_silences + 1 if _is_silence(error) else 0
+            else:
+                self._num_silences = 0
             return said
 
     def note(self, error: Exception) -> None:
         """Count an error among the problems."""
         if isinstance(error, TimeoutError):
             error = TimeoutError(f"no whole answer in {self.timeout_s:g} s")
-        self.problems[f"{type(error).__name__}: {error}"[:200]] += 1
+        meaning = _meaning(error, self.client.base_url.netloc.decode())
+        self.problems[f"{meaning}{type(error).__name__}: {error}"[:200]] += 1
 
     async def _asked(self, messages: Sequence[Message], options: dict[str, Any]) -> Message:
         sent: Any = list(messages)
-        completions = self.client.chat.completions.with_raw_response
-        answer = await completions.create(model=self.model, messages=sent, temperature=0.0, **options)
+        completions = self.client.chat.completions.with_streaming_response
+        async with completions.create(model=self.model, messages=sent, temperature=0.0, **options) as answer:
+            body = await _read(answer.iter_bytes())
         try:
-            choice = _Completion.model_validate_json(answer.content).choices[0]
+            choice = _Completion.model_validate_json(body).choices[0]
         except ValidationError as error:
-            raise ValueError(f"its answer is no chat completion: {answer.content[:80]!r}") from error
+            raise ValueError(f"its answer is no chat completion: {body[:80]!r}") from error
         if choice.finish_reason in ("length", "content_filter"):
             raise ValueError(f"its answer was cut off ({choice.finish_reason})")
         return choice.message.model_dump(exclude_none=True)
+
+
+async def _read(parts: AsyncIterator[bytes]) -> bytes:
+    """The whole body. Raises ConnectionError where it breaks off, ValueError for one too large to be an answer."""
+    body = bytearray()
+    while len(body) <= MOST_BYTES:
+        try:
+            body += await anext(parts)
+        except StopAsyncIteration:
+            return bytes(body)
+        except Exception as error:  # of whichever HTTP library the client uses: it passes them on here
+            raise ConnectionError(f"its answer broke off: {error}") from error
+    raise ValueError(f"its answer is larger than {MOST_BYTES // 2**20} MiB")
+
+
+def _is_silence(error: Exception) -> bool:
+    """Whether the endpoint answers nothing now, whatever is asked: not whether it refuses this question."""
+    if isinstance(error, APIStatusError):
+        return error.status_code not in _REFUSED_QUESTIONS
+    return isinstance(error, APIConnectionError | ConnectionError | TimeoutError)
+
+
+def _meaning(error: Exception, place: str) -> str:
+    """What an error says of the endpoint, to stand before it; empty where the error says it itself."""
+    if isinstance(error, APIConnectionError):
+        return f"nobody answers at {place}: "
+    if isinstance(error, APIStatusError) and error.status_code in _MEANINGS:
+        return f"{_MEANINGS[error.status_code]}: "
+    return ""
