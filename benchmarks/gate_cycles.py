@@ -1,7 +1,8 @@
 """The gate with real networks: ten transcripts, no world, one whole cycle; what it decided, and how much better the
 candidate really was.
 
-    python -m benchmarks.gate_cycles [--seeds 1-20] [--demonstrations 10] [--cycles FILE] [--report]
+    python -m benchmarks.gate_cycles [--seeds 1-20] [--demonstrations 10] [--num-cycles 2] [--cycles FILE]
+        [--report]
 
 The base is the novice with noise on its weights, so that there is something to learn. A run is a server, an import of
 transcripts of the order desk that no other seed has, and cycles, at the learning rate of an arm: the default, a
@@ -99,7 +100,7 @@ def runs_of(base: Path, before: float, arm: str, seed: int, number: int, num_cyc
             subprocess.run([*command, "--url", f"{url}/v1"], check=True, capture_output=True)
             for cycle in range(1, num_cycles + 1):
                 seen = see_through(url, folder / "state")
-                if not seen["decisions"] and cycle > 1:
+                if seen["stage"] == "no_lesson" and cycle > 1:
                     print(f"{arm}, seed {seed}, cycle {cycle}: {seen['stage']}: {seen['message']}", flush=True)
                     return
                 if not seen["decisions"]:
@@ -148,7 +149,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--seeds", default="1-20", help="from-to (default 1-20)")
     parser.add_argument("--arms", default=";".join(RATES), help="with semicolons (default: all)")
-    parser.add_argument("--num-cycles", type=int, default=1, help="of each server, one after the other")
+    parser.add_argument(
+        "--num-cycles", type=int, default=1, help="of each server, one after the other; a file is of one number"
+    )
     parser.add_argument("--demonstrations", type=int, default=10)
     parser.add_argument("--cycles", type=Path, default=Path("state/gate_cycles.jsonl"), help="the finished runs")
     parser.add_argument("--report", action="store_true", help="only print what is there")

@@ -135,9 +135,10 @@ def test_anchors_that_are_demonstrations_are_rewarded_and_not_learned(protocol: 
         assert of_experts <= {reward.step_id for reward in rewards}
 
 
-def kind_of(draw: StepCandidate) -> tuple[FinishReason, type]:
-    """What a draw that is cut off or cannot be read is not held against."""
-    return draw.finish_reason, type(draw.action)
+def worth_of(draw: StepCandidate) -> tuple[bool, bool, float]:
+    """What a choice goes by: readable, whole, liked."""
+    is_readable = not isinstance(draw.action, MalformedAction)
+    return is_readable, draw.finish_reason is not FinishReason.LENGTH, draw.score
 
 
 def test_one_cycle_rewards_every_own_action_from_every_source_and_answers_own_states(
@@ -184,8 +185,7 @@ def test_one_cycle_rewards_every_own_action_from_every_source_and_answers_own_st
         drawn = server.parts.log.candidates(answer.headers["x-step-id"])
         assert {(each.scorer, each.step_id) for each in drawn} == {("discriminator", answer.headers["x-step-id"])}
         (chosen,) = (each for each in drawn if each.is_chosen)
-        rivals = [each for each in drawn if kind_of(each) == kind_of(chosen)]
-        assert chosen.score == max(each.score for each in rivals)
+        assert worth_of(chosen) == max(map(worth_of, drawn))
         served_models = httpx.get(f"{server.url}/v1/models").json()["data"]
         assert f"{made}-reward1" not in {each["id"] for each in served_models}
         asked["model"] = f"{made}-reward1"

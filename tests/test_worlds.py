@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from examples.own_world import Lamps, LampsEpisode
@@ -24,7 +25,7 @@ from tests.serving import LIMITS, MODEL, SayingEngine, Served, parts_of, served
 from tools.worlds import load_world
 from tools.worlds.calls import LONGEST_OBSERVATION, answering, calling
 from tools.worlds.listed import ListedWorld
-from tools.worlds.world import Task, TaskId, UnknownTask, task_named
+from tools.worlds.world import Message, Task, TaskId, UnknownTask, task_named
 
 # ---------------------------------------------------------------------------------------- by name, by id
 
@@ -60,11 +61,28 @@ def test_tasks_in_no_fixed_order_are_none(tasks: Any) -> None:
         ListedWorld.__init__(Lamps(), {"train": range(2), "validation": tasks, "heldout": []})
 
 
+class Alike(ListedWorld[Any]):
+    """Every task begins with the same words."""
+
+    name = "alike"
+
+    def messages_of(self, item: Any) -> tuple[Message, ...]:
+        return ({"role": "user", "content": "Do it."},)
+
+    def open_item(self, item: Any) -> Any:
+        raise NotImplementedError
+
+
 def test_a_task_that_stands_in_two_splits_is_told() -> None:
     """What a cycle learns of it would be judged by itself."""
-    wish = Lamps().item("train", 1)
     with pytest.raises(ValueError, match=r"task 0 of heldout is task 1 of train once more"):
-        ListedWorld.__init__(Lamps(), {"train": [Lamps().item("train", 0), wish], "validation": [], "heldout": [wish]})
+        Alike({"train": ["a", "b"], "validation": ["c"], "heldout": ["b"]})
+
+
+def test_tasks_that_differ_in_what_no_one_reads_may_begin_alike() -> None:
+    assert Alike({"train": ["a", "a"], "validation": ["b"], "heldout": ["c"]}).splits["train"] == 2
+    arrays = [np.arange(number) for number in (3, 3, 3)]
+    assert Alike({"train": arrays[:1], "validation": arrays[1:2], "heldout": arrays[2:]}).splits["heldout"] == 1
 
 
 def test_a_missing_package_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Body, Request
 
 from policies.types import Adapter, adapter_name
 from runtime.adapters.approval import Approval, PromotionMode
-from runtime.http.agents import agent_named, listed_agent
+from runtime.http.agents import agent_named
 from runtime.http.errors import ApiError
 from runtime.http.keys import asking_key
 from runtime.http.pages import left_out
@@ -46,7 +46,7 @@ def adapter_routes(parts: Parts) -> APIRouter:
     async def list_adapters(agent: str | None = None) -> dict[str, Any]:
         """Every version that was ever registered (for an agent), oldest first, with its history; of one agent also the
         name of its world, empty for none, which its learner has to know."""
-        wanted = listed_agent(parts, agent)
+        wanted = None if agent is None else agent_named(parts, agent).name
 
         def listed() -> dict[str, Any]:
             damaged = list[Damaged]()

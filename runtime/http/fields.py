@@ -74,7 +74,7 @@ _IN_BOTH = {
 CHAT_FIELDS: dict[str, Rule] = _IN_BOTH | {
     "audio": _refused("only text is answered"),
     "frequency_penalty": _honoured("of what the answer has so far; logged logprobs stay the policy's own"),
-    "function_call": _honoured("as `tool_choice`, which goes before it"),
+    "function_call": _honoured("as `tool_choice`, which goes before it, but not beside `functions`"),
     "functions": _honoured("as `tools`; the answer has `function_call`"),
     "logit_bias": _honoured("by token ids of the served model; logged logprobs stay the policy's own"),
     "logprobs": _honoured("of the tokens of the content"),

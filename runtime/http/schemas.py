@@ -387,8 +387,8 @@ class ChatCompletionRequest(WireModel):
         return self
 
     def _take_the_older_form(self) -> None:
-        if self.tool_choice is None:
-            named = self.function_call
+        named = self.function_call
+        if named is not None and (self.tool_choice is None or self.functions is not None):
             self.tool_choice = NamedToolChoice(function=named) if isinstance(named, NamedFunction) else named
         if self.functions is None:
             return

@@ -101,16 +101,19 @@ class _StrictJsonRequest(Request):
         """The body's value; of a large one already its model, which FastAPI takes as it is: a hundred thousand messages
         are not checked on the event loop. Raises orjson.JSONDecodeError, which FastAPI takes for the json module's own.
         """
-        encoding = self.headers.get("content-encoding", "identity").strip()
-        if encoding.lower() != "identity":
-            told = f"the body comes as {encoding}, which is not read here: send it as it is, without content-encoding"
-            raise ApiError(415, told, "content_encoding")
+        self._require_plain()
         body = await self.body()
         is_large = len(body) > LARGE_BYTES
         is_slow = self.redactor is not None and self.redactor.is_slow
         value = await off_loop(is_large or is_slow, self._read, body)
         self.large_value = value if is_large else None
         return value
+
+    def _require_plain(self) -> None:
+        encodings = {each.strip().lower() for each in self.headers.get("content-encoding", "").split(",")}
+        if packed := ", ".join(sorted(encodings - {"", "identity"})):
+            told = f"the body comes as {packed}, which is not read here: send it as it is, without content-encoding"
+            raise ApiError(415, told, "content_encoding")
 
     def _read(self, body: bytes) -> Any:
         value = orjson.loads(body)
