@@ -127,8 +127,34 @@ def test_who_answers_byte_by_byte_is_given_up_and_who_never_answers_is_not_asked
         began = time.monotonic()
         assert asyncio.run(ask(expert)) == [None] * len(states)
         assert time.monotonic() - began < 5.0
-    assert expert.problems["TimeoutError: no whole answer in 0.3 s"] >= MOST_SILENCES
-    assert sum(number for problem, number in expert.problems.items() if "not asked any more" in problem) >= 1
+    silence = "TimeoutError: no whole answer in 0.3 s"
+    given_up = f"it was not asked any more after {MOST_SILENCES} questions without any answer, the last one: {silence}"
+    assert expert.problems == {silence: MOST_SILENCES, given_up: len(states) - MOST_SILENCES}  # nor a second round
+
+
+def test_who_answers_after_silences_is_asked_on() -> None:
+    """Where silences and open questions together are as many as end the asking, the others wait for the open ones."""
+    silent = iter([True] * (MOST_SILENCES - 1))
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        if next(silent, False):
+            time.sleep(0.5)
+            return
+        time.sleep(0.7)
+        body = completion({"role": "assistant", "content": "Sold out."})
+        request.send_response(200)
+        request.send_header("content-length", str(len(body)))
+        request.end_headers()
+        request.wfile.write(body)
+
+    states = [each.states()[0] for each in episodes(MOST_SILENCES + 4)]
+
+    async def ask(expert: ModelExpert) -> list[ExpertAnswer | None]:
+        return list(await asyncio.gather(*map(expert.answer, states)))
+
+    with endpoint(answer) as client:
+        answers = asyncio.run(ask(ModelExpert(client, "m", timeout_s=20.0)))
+    assert answers.count(None) == MOST_SILENCES - 1
 
 
 def test_refusals_in_a_row_are_no_silence() -> None:

@@ -74,26 +74,51 @@ class OtherModel:
     """Of one answer, with all that the client tries again: one that comes byte by byte ends there, too."""
     problems: Counter[str] = field(default_factory=Counter)
     """Why there was no answer, counted."""
+    _num_open: int = 0
+    """Questions that are asked now."""
     _num_silences: int = 0
     _last_silence: str = ""
+    _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     async def message(self, messages: Sequence[Message], **options: Any) -> Message | None:
         """What it says to these messages; None where it does not answer, or not with a whole message."""
         async with self.places:
+            if not await self._begin():
+                return None
+            try:
+                return await self._answer(messages, options)
+            finally:
+                await self._end()
+
+    async def _begin(self) -> bool:
+        """Whether it is asked once more. Where all that are asked now may be silences, and too many, nobody else asks
+        before one of them has ended: each could cost the whole patience again."""
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self._num_silences >= MOST_SILENCES or self._num_silences + self._num_open < MOST_SILENCES
+            )
             if self._num_silences >= MOST_SILENCES:
                 told = f"it was not asked any more after {MOST_SILENCES} questions without any answer"
                 self.problems[f"{told}, the last one: {self._last_silence}"] += 1
-                return None
-            try:
-                async with asyncio.timeout(self.timeout_s):
-                    said = await self._asked(messages, options)
-            except (OpenAIError, ConnectionError, TimeoutError, ValueError) as error:
-                said, problem = None, self.note(error)
-                self._num_silences = self._num_silences + 1 if _is_silence(error) else 0
-                self._last_silence = problem
-            else:
-                self._num_silences = 0
-            return said
+                return False
+            self._num_open += 1
+            return True
+
+    async def _end(self) -> None:
+        async with self._changed:
+            self._num_open -= 1
+            self._changed.notify_all()
+
+    async def _answer(self, messages: Sequence[Message], options: dict[str, Any]) -> Message | None:
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                said = await self._asked(messages, options)
+        except (OpenAIError, ConnectionError, TimeoutError, ValueError) as error:
+            said, self._last_silence = None, self.note(error)
+            self._num_silences = self._num_silences + 1 if _is_silence(error) else 0
+        else:
+            self._num_silences = 0
+        return said
 
     def note(self, error: Exception) -> str:
         """Count an error among the problems; gives what is told of it. Errors come uncut: of half a key nobody knows
