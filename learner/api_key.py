@@ -16,6 +16,12 @@ def key_in(variable: str) -> str:
     return os.environ.get(variable, "").strip() or NO_KEY
 
 
+def without_key(text: str, key: str) -> str:
+    """What another program said, without the key that it was asked with: some repeat it in their errors, and errors are
+    stored and printed."""
+    return text if key in ("", NO_KEY) else text.replace(key, "[the key]")
+
+
 def api_key(file: Path | None) -> str:
     """The key to ask with; a server that asks for none takes any. Ends the process where the file cannot be read."""
     if file is None:

@@ -388,6 +388,16 @@ def test_informative_only_finds_nothing_where_all_is_mastered() -> None:
         make("sft", MASTERED, replace(OPTIONS, informative_only=True))
 
 
+def test_outcomes_that_are_nearly_a_success_are_told_to_be_none() -> None:
+    """Of a hundred episodes rated 0.95 it was said that all had failed, and not that 1 alone is a success."""
+    nearly = TrainingData((), tuple(attempt(f"own {value}", value, [own(RIGHT)]) for value in (0.95, 0.3, 0.0)))
+    with pytest.raises(NothingToLearn) as refusal:
+        make("rft", nearly)
+    assert str(refusal.value).endswith(
+        "3 own episodes, 0 succeeded, 3 failed, 2 of them in part (only an outcome of exactly 1 is a success)"
+    )
+
+
 def test_equal_rewards_are_no_lesson() -> None:
     with pytest.raises(NothingToLearn, match="rewards all 12 own actions alike"):
         objective_of("inverse", rich_training_data(), OPTIONS, EqualRewards())

@@ -7,13 +7,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
-from learner.data.collect import LoggedState, main_line
+from learner.data.collect import LoggedEpisode, LoggedState, main_line
 from learner.data.experts import Corrections, ModelExpert, WorldExpert, ask, open_at, same_effect_at
+from learner.data.inspection import inspect
 from learner.practice import PracticeOptions, practise
 from policies.chat.chat_protocol import ChatProtocol, action_message
 from policies.types import FinalAnswer, ToolCalls
@@ -23,6 +25,7 @@ from runtime.store.step_log import StepLog
 from tests.conftest import ServeScripted
 from tests.demonstrations import expert_demonstration
 from tests.faulty_worlds import numbers, raising
+from tests.records import make_chain, make_episode
 from tests.serving import MODEL, SayingEngine, Served, parts_of, served
 from tools.worlds import threads
 from tools.worlds.calls import answering
@@ -369,3 +372,31 @@ def test_a_world_that_cannot_judge_finds_actions_different(counted: Callable[...
 def test_a_world_that_opens_no_task_any_more_judges_nothing(counted: Callable[..., LoggedState]) -> None:
     state = counted(numbers())
     assert same_effect_at(numbers(open_item=raising(RuntimeError("kaput"))), state) is None
+
+
+async def test_each_answer_is_counted_when_it_comes() -> None:
+    """While an expert was slow or silent, a cycle's status stood still for minutes, at the demonstrations' states."""
+    counted, another = list[str](), asyncio.Event()
+
+    class Slow:
+        num_asked = 0
+
+        async def answer(self, state: LoggedState) -> None:
+            self.num_asked += 1
+            if self.num_asked == 1:
+                await another.wait()
+
+    def count() -> None:
+        counted.append("state")
+        another.set()
+
+    async def no_samples(*_: Any) -> list[Any]:
+        return []
+
+    who: Any = SimpleNamespace(experts=[Slow()], world=None, protocol=None, endpoint=SimpleNamespace(sample=no_samples))
+    own = [LoggedEpisode(each, tuple(make_chain(each, 2)), None) for each in (make_episode(), make_episode())]
+    collected: Any = SimpleNamespace(
+        demonstrations=(), policy_episodes=own, held_out=(), own_held_out=(), rewarded_alone=(), anchors=()
+    )
+    await asyncio.wait_for(inspect(who, collected, "base", 0, count), 10)
+    assert len(counted) == 4

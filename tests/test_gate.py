@@ -138,6 +138,10 @@ async def test_few_pairs_of_a_test_that_was_given_up_are_not_told_to_be_too_few(
         (73.2, "perplexity after training is 73.2, so train longer, with a larger --learner-arg min-gradient-steps=N"),
         (None, ": train longer, with a larger --learner-arg min-gradient-steps=N or another lr=X"),
         (1.3, "it has learned its demonstrations (perplexity 1.3) and they do not carry over: import more, of other"),
+        (
+            1.3,
+            "import more, of other tasks; where that does not help, the model may be too weak for them, or what it is",
+        ),
     ],
 )
 async def test_where_neither_acts_as_the_experts_do_it_is_said_what_to_do(
@@ -158,6 +162,21 @@ async def test_of_an_ordinary_refusal_nothing_is_advised() -> None:
         assert "perplexity" not in reason
     unread = await judged(scores([0.5] * 12, [0.5] * 12, num_malformed=1), kind="demonstrations", perplexity=73.0)
     assert "cannot be read (the acting adapter's: 0): perplexity after training is 73, so train" in unread.reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("demonstrations", "import demonstrations of other tasks first"),
+        ("held-out demonstrations", "import demonstrations of other tasks first"),
+        ("tasks", "try more tasks (--learner-arg gate-tasks=N; 0 lets demonstrations decide) first"),
+    ],
+)
+async def test_with_fewer_units_than_can_decide_more_of_them_come_first(kind: str, more: str) -> None:
+    """Of four demonstrations at which nothing could be shown, it was said to train longer."""
+    units = [ScriptedUnit(Trial(0.0, 5), Trial(0.0, 1))] * 4
+    reason = (await judged(units, kind=kind, perplexity=73.2)).reason
+    assert reason.endswith(f" of 4 {kind}; no gain at all can be shown on fewer than 6: {more}")
 
 
 async def test_folds_that_were_not_tried_are_named_with_the_reason() -> None:

@@ -61,6 +61,15 @@ def test_every_whole_number_of_every_route_has_bounds_that_the_engine_and_the_lo
         assert -(2**63) <= least <= most <= 2**63, place
 
 
+def test_the_description_of_the_routes_says_what_the_fields_mean(server: Served) -> None:
+    """What stood under a field in the source was told to nobody: not that an outcome of 0.99 is no success."""
+    schemas = httpx.get(f"{server.url}/openapi.json", timeout=60).json()["components"]["schemas"]
+    outcome = schemas["OutcomeRequest"]["properties"]
+    assert "Only exactly 1 is learned from as a success" in outcome["value"]["description"]
+    fields = [field for each in schemas.values() for field in each.get("properties", {}).values()]
+    assert sum("description" in field for field in fields) > 40
+
+
 def test_every_list_of_every_request_is_refused_at_its_first_wrong_item() -> None:
     """A message of 1.9 million wrong parts made as many errors, of which one was told: nobody else was answered for
     18 seconds."""

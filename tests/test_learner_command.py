@@ -315,6 +315,7 @@ def test_the_status_says_whom_a_cycle_had_to_do_without(tmp_path: Path, capfd: p
     LearningLog(tmp_path).note("cycle_1", CycleStage.REFUSED, "no gain", report=report)
     assert main(["status", "--state", str(tmp_path)]) == 0
     said = capfd.readouterr().out
+    assert said.startswith("1 cycle\n")
     assert "    experts gave no answer 10 times, mostly: it refuses the key\\x1b[2J" in said
     assert "    the judge gave no scores 3 times, mostly: nobody answers at 127.0.0.1:9" in said
 

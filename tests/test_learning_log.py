@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,6 +44,20 @@ def test_a_killed_learners_cycle_is_failed_at_the_next_start(tmp_path: Path) -> 
     assert status is not None
     assert status.stage is CycleStage.FAILED
     assert "gate" in status.message
+
+
+def test_a_killed_cycle_ran_until_it_was_last_heard_of_and_what_it_knew_stays_known(log: LearningLog) -> None:
+    """A cycle that died after minutes, and was marked at the next start, was told to have run for days; and its report,
+    with what an expert had answered to every question, was empty since."""
+    days_ago = time.time() - 300_000
+    log.note("c1", CycleStage.COLLECT, created_at=days_ago)
+    log.note("c1", CycleStage.TRAIN, report={"expert_problems": {"silent": 8}}, created_at=days_ago + 90)
+    log.fail_unfinished()
+    status = log.status("c1")
+    assert status is not None
+    assert status.stage is CycleStage.FAILED
+    assert status.created_at - status.started_at == pytest.approx(90)
+    assert status.report == {"expert_problems": {"silent": 8}}
 
 
 def test_rewards_are_kept_and_not_given_twice(log: LearningLog) -> None:

@@ -21,7 +21,7 @@ def run(options: StatusOptions) -> int:
         return 1
     log = LearningReader(options.state)
     cycles = log.cycles(options.limit, agent=options.agent or None)
-    print(f"{len(cycles)} cycles" + (", newest first" if len(cycles) > 1 else ""))
+    print("1 cycle" if len(cycles) == 1 else f"{len(cycles)} cycles" + (", newest first" if cycles else ""))
     for status in cycles:
         seconds = status.created_at - status.started_at
         whose = f"{status.agent}  " if status.agent else ""

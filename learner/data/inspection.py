@@ -17,7 +17,7 @@ from learner.client import StateTrial
 from learner.data.collaborators import Collaborators
 from learner.data.collect import Collected, LoggedEpisode, LoggedState
 from learner.data.comparison import ComparedState, compare_state, report_on
-from learner.data.experts import CORRECTION, ask, same_effect_at
+from learner.data.experts import CORRECTION, ExpertAnswer, ask, same_effect_at
 from learner.data.training_data import PolicyAction, State, TrainingData, Trajectory
 from policies.chat.chat_protocol import ChatProtocol, ChatProtocolError
 from policies.chat.learnable import unlearnable
@@ -150,11 +150,16 @@ async def _inspect_policy_states(
     who: Collaborators, policy_episodes: Sequence[LoggedEpisode], on_done: Callable[[], object]
 ) -> tuple[list[Trajectory], list[ComparedState], Counter[str]]:
     places = [(episode, state) for episode in policy_episodes for state in episode.states()]
-    answers = await asyncio.gather(*(ask(who.experts, place) for _, place in places))
+
+    async def answer_at(place: LoggedState) -> ExpertAnswer | None:
+        answer = await ask(who.experts, place)
+        on_done()
+        return answer
+
+    answers = await asyncio.gather(*(answer_at(place) for _, place in places))
     states: dict[str, State] = {}
     compared, num_answers = [], Counter[str]()
     for (episode, place), answer in zip(places, answers, strict=True):
-        on_done()
         step = place.step
         expert = None if answer is None else _in_tokens(who.protocol, place, answer.action)
         agrees = None

@@ -85,7 +85,7 @@ def read_scores(said: str, num: int) -> list[float]:
         scores = {str(each["id"]): float(each["score"]) for each in listed}
         found = [scores[str(number)] for number in range(1, num + 1)]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"the judge's answer has no score of each attempt: {said[:80]!r}") from error
+        raise ValueError(f"the judge's answer has no score of each attempt: {said!r}") from error
     if wrong := [score for score in found if not 0.0 <= score <= 1.0]:
         raise ValueError(f"the judge's score {wrong[0]} does not lie in [0, 1]")
     return found

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI, OpenAIError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from learner.api_key import without_key
 from policies.types import Message
 
 MOST_SILENCES = 8
@@ -24,6 +25,8 @@ NUM_RETRIES = 5
 """Of a question that the endpoint does not take now. An endpoint that says when to come again is asked then."""
 MOST_BYTES = 4 * 2**20
 """Of one answer."""
+MOST_LETTERS_TOLD = 200
+"""Of a problem."""
 
 _REFUSED_QUESTIONS = frozenset({400, 413, 422})
 """Statuses by which an endpoint refuses this question, as a rule because it is too long; the next one may be taken."""
@@ -71,31 +74,61 @@ class OtherModel:
     """Of one answer, with all that the client tries again: one that comes byte by byte ends there, too."""
     problems: Counter[str] = field(default_factory=Counter)
     """Why there was no answer, counted."""
+    _num_open: int = 0
+    """Questions that are asked now."""
     _num_silences: int = 0
+    _last_silence: str = ""
+    _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     async def message(self, messages: Sequence[Message], **options: Any) -> Message | None:
         """What it says to these messages; None where it does not answer, or not with a whole message."""
         async with self.places:
-            if self._num_silences >= MOST_SILENCES:
-                self.problems[f"it was not asked any more after {MOST_SILENCES} questions without any answer"] += 1
+            if not await self._begin():
                 return None
             try:
-                async with asyncio.timeout(self.timeout_s):
-                    said = await self._asked(messages, options)
-            except (OpenAIError, ConnectionError, TimeoutError, ValueError) as error:
-                said = None
-                self.note(error)
-                self._num_silences = self._num_silences + 1 if _is_silence(error) else 0
-            else:
-                self._num_silences = 0
-            return said
+                return await self._answer(messages, options)
+            finally:
+                await self._end()
 
-    def note(self, error: Exception) -> None:
-        """Count an error among the problems."""
+    async def _begin(self) -> bool:
+        """Whether it is asked once more. Where all that are asked now may be silences, and too many, nobody else asks
+        before one of them has ended: each could cost the whole patience again."""
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self._num_silences >= MOST_SILENCES or self._num_silences + self._num_open < MOST_SILENCES
+            )
+            if self._num_silences >= MOST_SILENCES:
+                told = f"it was not asked any more after {MOST_SILENCES} questions without any answer"
+                self.problems[f"{told}, the last one: {self._last_silence}"] += 1
+                return False
+            self._num_open += 1
+            return True
+
+    async def _end(self) -> None:
+        async with self._changed:
+            self._num_open -= 1
+            self._changed.notify_all()
+
+    async def _answer(self, messages: Sequence[Message], options: dict[str, Any]) -> Message | None:
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                said = await self._asked(messages, options)
+        except (OpenAIError, ConnectionError, TimeoutError, ValueError) as error:
+            said, self._last_silence = None, self.note(error)
+            self._num_silences = self._num_silences + 1 if _is_silence(error) else 0
+        else:
+            self._num_silences = 0
+        return said
+
+    def note(self, error: Exception) -> str:
+        """Count an error among the problems; gives what is told of it. Errors come uncut: of half a key nobody knows
+        that it is one."""
         if isinstance(error, TimeoutError):
             error = TimeoutError(f"no whole answer in {self.timeout_s:g} s")
         meaning = _meaning(error, self.client.base_url.netloc.decode())
-        self.problems[f"{meaning}{type(error).__name__}: {error}"[:200]] += 1
+        told = without_key(f"{meaning}{type(error).__name__}: {error}", self.client.api_key)[:MOST_LETTERS_TOLD]
+        self.problems[told] += 1
+        return told
 
     async def _asked(self, messages: Sequence[Message], options: dict[str, Any]) -> Message:
         sent: Any = list(messages)
@@ -105,7 +138,7 @@ class OtherModel:
         try:
             choice = _Completion.model_validate_json(body).choices[0]
         except ValidationError as error:
-            raise ValueError(f"its answer is no chat completion: {body[:80]!r}") from error
+            raise ValueError(f"its answer is no chat completion: {body!r}") from error
         if choice.finish_reason in ("length", "content_filter"):
             raise ValueError(f"its answer was cut off ({choice.finish_reason})")
         return choice.message.model_dump(exclude_none=True)

@@ -27,6 +27,13 @@ def advice(evidence: Mapping[str, Any], perplexity: float | None) -> str:
     return "; ".join(found)
 
 
+def more_to_try(kind: str) -> str:
+    """How more units of a kind are had."""
+    if kind == TASKS:
+        return "try more tasks (--learner-arg gate-tasks=N; 0 lets demonstrations decide)"
+    return "import demonstrations of other tasks"
+
+
 def _symptoms(evidence: Mapping[str, Any], of_tasks: bool) -> list[str]:
     symptoms = []
     if not of_tasks and not evidence["acting_score"] and not evidence["candidate_score"]:
@@ -41,7 +48,8 @@ def _remedy(perplexity: float | None) -> str:
     if perplexity is not None and perplexity <= LEARNED:
         return (
             f"it has learned its demonstrations (perplexity {perplexity:.1f}) and they do not carry over: "
-            "import more, of other tasks"
+            "import more, of other tasks; where that does not help, the model may be too weak for them, or what it is "
+            "served with (prompt, tools) not what the experts had"
         )
     measured = "" if perplexity is None else f"perplexity after training is {perplexity:.3g}, so "
     return f"{measured}train longer, with a larger --learner-arg min-gradient-steps=N or another lr=X"

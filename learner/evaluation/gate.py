@@ -15,7 +15,7 @@ from itertools import groupby
 from statistics import fmean
 from typing import Any, Protocol, TypeVar
 
-from learner.evaluation.advice import advice
+from learner.evaluation.advice import advice, more_to_try
 from learner.evaluation.evidence import Pair, gains, summary
 from learner.evaluation.outlook import ERROR_RATE
 from learner.evaluation.sequential import Answer, SequentialTest
@@ -187,9 +187,8 @@ def decide(
     words = f"gain {gain:+.1%} on {len(pairs)} of {test.num_pairs} {kind}{bound}"
     if test.answer is Answer.SHOWN:
         return GateDecision(*_guarded(words, evidence, pairs, anchors), evidence)
-    words = "; ".join(
-        [words, *_why_not_shown(test, len(pairs)), *not_tried, *filter(None, [advice(evidence, perplexity)])]
-    )
+    advised = [] if _is_too_small(test) else list(filter(None, [advice(evidence, perplexity)]))
+    words = "; ".join([words, *_why_not_shown(test, len(pairs), kind), *not_tried, *advised])
     is_open = gain > 0 and test.answer is Answer.NOT_SHOWN
     return GateDecision(Finding.UNDECIDED if is_open else Finding.NOT_BETTER, words, evidence)
 
@@ -202,10 +201,17 @@ def _why_none(test: SequentialTest, kind: str, untried: Sequence[Untried]) -> li
     return [f"none of {num_tried} {kind} was finished under the acting adapter"] if num_tried else []
 
 
-def _why_not_shown(test: SequentialTest, num_pairs: int) -> list[str]:
+def _is_too_small(test: SequentialTest) -> bool:
+    """Whether no candidate at all could pass. Before there is more to try it on, no other advice is of use."""
+    return test.num_pairs < fewest_pairs(test.level)
+
+
+def _why_not_shown(test: SequentialTest, num_pairs: int, kind: str) -> list[str]:
     """Judged by what was planned: a test that was given up could have tried more."""
     fewest = fewest_pairs(test.level)
-    if test.num_pairs < fewest or (test.is_ended and num_pairs < fewest):
+    if _is_too_small(test):
+        return [f"no gain at all can be shown on fewer than {fewest}: {more_to_try(kind)} first"]
+    if test.is_ended and num_pairs < fewest:
         return [f"no gain at all can be shown on fewer than {fewest}"]
     return ["stopped early, since the rest could hardly show a gain"] if test.answer is Answer.GIVEN_UP else []
 

@@ -101,9 +101,11 @@ def is_failure(trajectory: Trajectory) -> bool:
 
 
 def outcome_counts(own: Sequence[Trajectory]) -> str:
-    """`12 own episodes, 3 succeeded, 8 failed`"""
+    """`12 own episodes, 3 succeeded, 8 failed, 5 of them in part (only an outcome of exactly 1 is a success)`"""
     num_successes = sum(each.outcome == 1.0 for each in own)
-    return f"{len(own)} own episodes, {num_successes} succeeded, {sum(map(is_failure, own))} failed"
+    num_in_part = sum(is_failure(each) and each.outcome != 0.0 for each in own)
+    in_part = f", {num_in_part} of them in part (only an outcome of exactly 1 is a success)" if num_in_part else ""
+    return f"{len(own)} own episodes, {num_successes} succeeded, {sum(map(is_failure, own))} failed{in_part}"
 
 
 def policy_gradient(

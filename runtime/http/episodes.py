@@ -99,7 +99,8 @@ def episode_routes(parts: Parts) -> APIRouter:
 
     @router.post("/{episode_id}/outcome", status_code=201)
     async def report_outcome(episode_id: str, body: OutcomeRequest, request: Request) -> dict[str, Any]:
-        """Say how an episode ended. May be said again: of those who are trusted most, what was said last counts."""
+        """Say how an episode ended: exactly 1 is a success. May be said again: of those who are trusted most, what was
+        said last counts."""
         key = asking_key(request)
         episode = _known(parts, key, episode_id)
         if body.source == WORLD and not key.may(Role.ADMIN):

@@ -37,7 +37,7 @@ ListOf = Annotated[list[T], Field(fail_fast=True)]
 class WireModel(BaseModel):
     """A request body: strict about the types it knows, silent about fields it does not."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
+    model_config = ConfigDict(extra="ignore", strict=True, use_attribute_docstrings=True)
 
     def said(self, name: str) -> Any:
         """The value of a field, None where the client said nothing."""
@@ -544,9 +544,12 @@ class OutcomeRequest(WireModel):
     """Body of POST /v1/episodes/{id}/outcome."""
 
     value: float = Field(ge=0, le=1, allow_inf_nan=False)
-    """0 is failure, 1 success; parts of it lie between."""
+    """0 is failure, 1 success; parts of it lie between. Only exactly 1 is learned from as a success: 0.99 is none to
+    the default objective and `rft`, and a failure to `eto`. `ppo` and the watch over what acts take it as it is."""
     source: str = Field("user", pattern=_NAME)
+    """Who says so. `world` is for the server, its learner and admin keys."""
     note: str = Field("", max_length=10_000)
+    """For people: nothing is learned from it."""
 
 
 # ---------------------------------------------------------------------------------------- demonstrations

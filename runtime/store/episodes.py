@@ -234,7 +234,7 @@ class Outcome:
     id: str
     episode_id: str
     value: float
-    """0 is failure, 1 success; parts of it lie between."""
+    """0 is failure, exactly 1 success; parts of it lie between."""
     source: str
     """Who says so: `user`, `world`, ..."""
     note: str = ""

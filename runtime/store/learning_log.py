@@ -92,7 +92,7 @@ class CycleStatus:
     started_at: float
     """Unix seconds."""
     created_at: float
-    """Unix seconds."""
+    """Unix seconds. Of a cycle that was cut off: when its learner wrote the last row; it ran so long at the least."""
     agent: str = ""
     """The agent that it is for; empty: the server's own."""
 
@@ -472,14 +472,16 @@ class LearningLog(LearningReader):
         report: dict[str, Any] | None = None,
         last_step_id: str | None = None,
         agent: str = "",
+        created_at: float | None = None,
     ) -> None:
-        """Append where a cycle is now. Raises ValueError for a cycle that has ended."""
+        """Append where a cycle is, or was at `created_at` (None: now). Raises ValueError for a cycle that has ended."""
         status = self.status(cycle)
         if status is not None and status.has_ended:
             raise ValueError(f"cycle {cycle} ended as {status.stage}; it cannot go on to {stage}")
         self._insert("cycles", {
             "cycle": cycle, "stage": stage, "done": done, "total": total, "message": message,
             "report": json.dumps(report or {}), "last_step_id": last_step_id, "agent": agent,
+            "created_at": time.time() if created_at is None else created_at,
         })  # fmt: skip
 
     def add_rewards(self, rewards: Iterable[StepReward]) -> None:
@@ -495,19 +497,25 @@ class LearningLog(LearningReader):
         """Append what the gate decided on a candidate, and on what evidence."""
         self._insert("gate_decisions", {
             "cycle": cycle, "candidate": candidate, "against": against, "promote": int(promote), "reason": reason,
-            "evidence": json.dumps(evidence),
+            "evidence": json.dumps(evidence), "created_at": time.time(),
         })  # fmt: skip
 
     def fail_unfinished(self) -> list[str]:
-        """Mark the cycles of a learner that was killed as failed; returns them. For a learner that starts."""
+        """Mark the cycles of a learner that was killed as failed; returns them. For a learner that starts.
+
+        What was known of them stays known, and they have ended when they were last heard of: days may lie between.
+        """
         unfinished = [status for status in self.cycles(limit=1000) if not status.has_ended]
-        for status in unfinished:
-            self.note(status.cycle, CycleStage.FAILED, _cut_off_message(status), agent=status.agent)
+        for each in unfinished:
+            self.note(
+                each.cycle, CycleStage.FAILED, _cut_off_message(each), report=each.report, agent=each.agent,
+                last_step_id=each.last_step_id, created_at=each.created_at,
+            )  # fmt: skip
         return [status.cycle for status in unfinished]
 
     def _insert(self, table: str, record: dict[str, Any]) -> None:
         with write_transaction(self.db):
-            self.db.table(table).insert({**record, "created_at": time.time()})
+            self.db.table(table).insert(record)
 
 
 def migrate_learning_log(state: Path) -> None:
