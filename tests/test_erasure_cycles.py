@@ -56,7 +56,9 @@ def test_a_running_cycle_that_has_read_an_erased_episode_is_ended_and_named(
         erased = ask(server, "DELETE", f"/episodes/{episode}").raise_for_status().json()
         assert process.running is None
         assert (erased["cycles"], erased["report"]["ended_cycle"]) == ([cycle], cycle)
-        assert ask(server, "GET", f"/learner/cycles/{cycle}").json()["stage"] == "failed"
+        told = ask(server, "GET", f"/learner/cycles/{cycle}").json()
+        assert told["stage"] == "failed"
+        assert f": it had read what was erased ({erased['id']}), so start another cycle" in told["message"]
         assert not (tmp_path / "candidates").exists()
         assert files_with(tmp_path, SECRET) == []
 

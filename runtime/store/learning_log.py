@@ -381,7 +381,19 @@ class LearningReader:
         newest = self.status(status.cycle) or status  # its learner may have written an ending and gone meanwhile
         if newest.has_ended:
             return newest
-        return replace(newest, stage=CycleStage.FAILED, message=_cut_off_message(newest))
+        return replace(newest, stage=CycleStage.FAILED, message=self._cut_off_message(newest))
+
+    def _cut_off_message(self, status: CycleStatus) -> str:
+        """What is said of a cycle whose learner has ended without an ending."""
+        ended = f"the learner ended while it was in stage {status.stage}"
+        erasures = self._rows(
+            "SELECT erasure_id FROM erasure_events WHERE event = 'cycle_ended' "
+            "AND CASE WHEN json_valid(report) THEN json_extract(report, '$.ended_cycle') END = ?",
+            [status.cycle],
+        )
+        if not erasures:
+            return ended
+        return f"{ended}: it had read what was erased ({erasures[0]['erasure_id']}), so start another cycle"
 
     def is_learner_alive(self) -> bool:
         """Whether a learner works on this state folder now, whoever started it."""
@@ -508,7 +520,7 @@ class LearningLog(LearningReader):
         unfinished = [status for status in self.cycles(limit=1000) if not status.has_ended]
         for each in unfinished:
             self.note(
-                each.cycle, CycleStage.FAILED, _cut_off_message(each), report=each.report, agent=each.agent,
+                each.cycle, CycleStage.FAILED, self._cut_off_message(each), report=each.report, agent=each.agent,
                 last_step_id=each.last_step_id, created_at=each.created_at,
             )  # fmt: skip
         return [status.cycle for status in unfinished]
@@ -521,8 +533,3 @@ class LearningLog(LearningReader):
 def migrate_learning_log(state: Path) -> None:
     """Bring the learner's tables to this release: a server reads them also where no learner has run since."""
     LearningLog(state).close()
-
-
-def _cut_off_message(status: CycleStatus) -> str:
-    """What is said of a cycle whose learner has ended without an ending."""
-    return f"the learner ended while it was in stage {status.stage}"
