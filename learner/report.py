@@ -10,6 +10,9 @@ from typing import Any
 
 from runtime.store.learning_log import CycleStage, LearningLog
 
+NOT_ASKED = "over the limit of groups"
+"""Among a judge's problems, the one that is none of its own."""
+
 
 @dataclass(frozen=True, slots=True)
 class CycleReport:

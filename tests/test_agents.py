@@ -243,7 +243,9 @@ def test_a_list_of_an_agent_that_nobody_knows_is_refused_and_one_of_a_former_age
     with served(parts_of(SayingEngine(protocol), protocol, tmp_path)) as server:
         episodes, *others = ask_all(server, "night")
         assert [each["id"] for each in episodes.json()["data"]] == [episode_id]
-        assert {each.status_code for each in others} == {200}
+        demonstrations, adapters, cycles, export = (each.status_code for each in others)
+        assert (demonstrations, cycles, export) == (200, 200, 200)
+        assert adapters == 404, "its learner asks here, and has nobody to learn for"
         assert {each.status_code for each in ask_all(server, "day")} == {404}
 
 

@@ -16,6 +16,7 @@ import pytest
 from learner.__main__ import main
 from learner.commands.once import OnceOptions
 from learner.commands.server import ServerOptions
+from learner.report import NOT_ASKED
 from runtime.store.learning_log import CycleStage, LearningLog, LearningReader
 from runtime.store.step_log import StepLog
 from tests.conftest import ServeScripted
@@ -311,7 +312,7 @@ def test_the_status_says_whom_a_cycle_had_to_do_without(tmp_path: Path, capfd: p
     """A wrong key of a judge or an expert stood in the cycle's report alone, which nobody had a reason to read."""
     StepLog(tmp_path / "agent.db").close()
     refused = {"it refuses the key\x1b[2J": 8, "it was not asked any more": 2}
-    report = {"expert_problems": refused, "judge": {"problems": {"nobody answers at 127.0.0.1:9": 3}}}
+    report = {"expert_problems": refused, "judge": {"problems": {"nobody answers at 127.0.0.1:9": 3, NOT_ASKED: 200}}}
     LearningLog(tmp_path).note("cycle_1", CycleStage.REFUSED, "no gain", report=report)
     assert main(["status", "--state", str(tmp_path)]) == 0
     said = capfd.readouterr().out

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from typing import Any
 
 import pytest
@@ -123,7 +124,7 @@ def test_who_answers_byte_by_byte_is_given_up_and_who_never_answers_is_not_asked
         return list(await asyncio.gather(*map(expert.answer, states)))
 
     with endpoint(drip) as client:
-        expert = ModelExpert(client, "m", timeout_s=0.3)
+        expert = ModelExpert(client, "m", timeout_s=0.3, patience_s=0.0)
         began = time.monotonic()
         assert asyncio.run(ask(expert)) == [None] * len(states)
         assert time.monotonic() - began < 5.0
@@ -197,10 +198,66 @@ def test_who_refuses_whatever_is_asked_is_not_asked_for_ever(status: int, told: 
             await expert.answer(each.states()[0])
 
     with endpoint(refuse) as client:
-        expert = ModelExpert(client, "m", timeout_s=20.0)
+        expert = ModelExpert(client, "m", timeout_s=20.0, patience_s=0.0 if status in (429, 500) else 60.0)
         asyncio.run(ask(expert))
     assert sorted(expert.problems.values()) == [MOST_SILENCES, 20]
     assert all(told in problem for problem in expert.problems)  # the status names the one that is most frequent
+
+
+def refusing(num: int, status: int, *headers: tuple[str, str]) -> Callable[[BaseHTTPRequestHandler], None]:
+    """Refuses the first so many questions, and answers the others."""
+    answers = count()
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        is_refused = next(answers) < num
+        body = b"" if is_refused else completion({"role": "assistant", "content": "Sold out."})
+        request.send_response(status if is_refused else 200)
+        for name, value in (*(headers if is_refused else ()), ("content-length", str(len(body)))):
+            request.send_header(name, value)
+        request.end_headers()
+        request.wfile.write(body)
+
+    return answer
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_who_is_asked_too_often_for_a_while_is_asked_on(status: int) -> None:
+    """A burst of refusals is no end: eight at once, and an expert was given up for the whole cycle."""
+    states = [each.states()[0] for each in episodes(2 * MOST_SILENCES)]
+
+    async def ask(expert: ModelExpert) -> list[ExpertAnswer | None]:
+        return list(await asyncio.gather(*map(expert.answer, states)))
+
+    with endpoint(refusing(MOST_SILENCES, status)) as client:
+        answers = asyncio.run(ask(ModelExpert(client, "m", timeout_s=20.0)))
+    assert answers.count(None) == MOST_SILENCES
+
+
+def test_who_says_when_to_come_again_is_asked_then_and_the_reason_is_told() -> None:
+    with endpoint(refusing(1, 429, ("retry-after", "1"))) as client:
+        expert = ModelExpert(client.with_options(max_retries=1), "m", timeout_s=20.0)
+        began = time.monotonic()
+        assert asyncio.run(expert.answer(episodes(1)[0].states()[0])) is not None
+        assert time.monotonic() - began >= 1.0
+    with endpoint(refusing(100, 429, ("retry-after", "60"))) as client:
+        expert = ModelExpert(client.with_options(max_retries=1), "m", timeout_s=0.5)
+        assert asyncio.run(expert.answer(episodes(1)[0].states()[0])) is None
+    assert next(iter(expert.problems)).startswith("it is asked too often, or its quota is used up")
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again() -> None:
+    answers = count()
+
+    def break_off_once(request: BaseHTTPRequestHandler) -> None:
+        body = completion({"role": "assistant", "content": "Sold out."})
+        request.send_response(200)
+        request.send_header("content-length", str(len(body)))
+        request.end_headers()
+        request.wfile.write(body if next(answers) else body[:20])
+        request.close_connection = True
+
+    with endpoint(break_off_once) as client:
+        assert expert_answer(client.with_options(max_retries=1)) == (ExpertAnswer(FinalAnswer("Sold out."), "m"), 0)
 
 
 def test_an_answer_that_breaks_off_or_never_ends_is_a_problem() -> None:

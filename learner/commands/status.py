@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from learner.commands.server import ServerOptions, has_state
+from learner.report import NOT_ASKED
 from learner.terminal import plain
 from runtime.store.learning_log import CycleStage, CycleStatus, LearningReader
 
@@ -38,7 +39,14 @@ def _without_answer(report: dict[str, Any]) -> list[str]:
         "experts gave no answer": report.get("expert_problems"),
         "the judge gave no scores": (report.get("judge") or {}).get("problems"),
     }
-    return [f"{what} {sum(why.values())} times, mostly: {max(why, key=why.get)}" for what, why in asked.items() if why]
+    failed = {
+        what: {told: number for told, number in (why or {}).items() if told != NOT_ASKED} for what, why in asked.items()
+    }
+    return [
+        f"{what} {sum(why.values())} times, mostly: {max(why, key=lambda told: why[told])}"
+        for what, why in failed.items()
+        if why
+    ]
 
 
 def _as_of_now(status: CycleStatus, log: LearningReader) -> tuple[CycleStage, str]:

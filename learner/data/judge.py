@@ -24,6 +24,7 @@ from learner.data.collect import LoggedEpisode
 from learner.data.other_model import OtherModel
 from learner.data.same_state import state_key
 from learner.data.training_data import TrainingData
+from learner.report import NOT_ASKED
 from policies.chat.chat_protocol import action_message, text_of
 from runtime.store.learning_log import RewardSource, StepReward
 
@@ -57,7 +58,7 @@ class Judge(OtherModel):
         """In [0, 1], by episode id: of the policy's own that have company at their task."""
         groups = _groups(episodes)
         if left := len(groups) - self.most_groups:
-            self.problems["over the limit of groups"] += max(left, 0)
+            self.problems[NOT_ASKED] += max(left, 0)
         told = await asyncio.gather(*(self._ask(group) for group in groups[: self.most_groups]))
         self.problems += Counter()  # without zeros
         return {episode_id: score for scores in told for episode_id, score in scores.items()}

@@ -2,14 +2,17 @@
 
 Nothing is believed of the other side. A body that is no chat completion, an answer that was cut off, and silence are
 counted as problems. Who does not answer at all is not asked for ever: each of a thousand states would wait for him.
-So is one that refuses every question for a reason of its own: a wrong key, a quota that is used up, an error inside.
+Neither is one that refuses every question for a reason of its own: a wrong key, a quota that is used up, an error
+inside; one that is only asked too often, or begins anew, has some minutes to come back.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -20,7 +23,7 @@ from learner.api_key import without_key
 from policies.types import Message
 
 MOST_SILENCES = 8
-"""In a row, after which it is not asked any more."""
+"""In a row, after which it is not asked any more, if that takes as long as it is waited for."""
 NUM_RETRIES = 5
 """Of a question that the endpoint does not take now. An endpoint that says when to come again is asked then."""
 MOST_BYTES = 4 * 2**20
@@ -30,6 +33,11 @@ MOST_LETTERS_TOLD = 200
 
 _REFUSED_QUESTIONS = frozenset({400, 413, 422})
 """Statuses by which an endpoint refuses this question, as a rule because it is too long; the next one may be taken."""
+
+_LASTING = frozenset({401, 402, 404, 405})
+"""Statuses that the next question would get as well: nothing is waited for."""
+_PASSING = frozenset({408, 409, 429})
+"""Statuses, and all from 500 on, at which the same question is asked again."""
 
 _MEANINGS = {
     401: "it refuses the key (STEPAGENT_EXPERT_API_KEY, STEPAGENT_JUDGE_API_KEY)",
@@ -71,13 +79,18 @@ class OtherModel:
     places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(8))
     """Questions at once."""
     timeout_s: float = 300.0
-    """Of one answer, with all that the client tries again: one that comes byte by byte ends there, too."""
+    """Of one answer, with all that is tried again: one that comes byte by byte ends there, too."""
+    patience_s: float = 120.0
+    """Without any answer to any question, before it is given up: a rate limit or a new start takes that long."""
     problems: Counter[str] = field(default_factory=Counter)
     """Why there was no answer, counted."""
     _num_open: int = 0
     """Questions that are asked now."""
     _num_silences: int = 0
     _last_silence: str = ""
+    _is_lasting: bool = False
+    _answered_at: float = field(default_factory=time.monotonic)
+    """When it last said anything; first when it was made."""
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     async def message(self, messages: Sequence[Message], **options: Any) -> Message | None:
@@ -94,15 +107,22 @@ class OtherModel:
         """Whether it is asked once more. Where all that are asked now may be silences, and too many, nobody else asks
         before one of them has ended: each could cost the whole patience again."""
         async with self._changed:
+            if self._num_silences == self._num_open == 0:
+                self._answered_at = time.monotonic()
             await self._changed.wait_for(
                 lambda: self._num_silences >= MOST_SILENCES or self._num_silences + self._num_open < MOST_SILENCES
             )
-            if self._num_silences >= MOST_SILENCES:
+            if self._is_given_up:
                 told = f"it was not asked any more after {MOST_SILENCES} questions without any answer"
                 self.problems[f"{told}, the last one: {self._last_silence}"] += 1
                 return False
             self._num_open += 1
             return True
+
+    @property
+    def _is_given_up(self) -> bool:
+        has_waited = self._is_lasting or time.monotonic() - self._answered_at >= self.patience_s
+        return self._num_silences >= MOST_SILENCES and has_waited
 
     async def _end(self) -> None:
         async with self._changed:
@@ -111,20 +131,34 @@ class OtherModel:
 
     async def _answer(self, messages: Sequence[Message], options: dict[str, Any]) -> Message | None:
         try:
-            async with asyncio.timeout(self.timeout_s):
-                said = await self._asked(messages, options)
+            said = await self._patiently(messages, options)
         except (OpenAIError, ConnectionError, TimeoutError, ValueError) as error:
             said, self._last_silence = None, self.note(error)
-            self._num_silences = self._num_silences + 1 if _is_silence(error) else 0
-        else:
-            self._num_silences = 0
+            self._is_lasting = isinstance(error, APIStatusError) and error.status_code in _LASTING
+            if _is_silence(error):
+                self._num_silences += 1
+                return None
+        self._num_silences, self._answered_at = 0, time.monotonic()
         return said
+
+    async def _patiently(self, messages: Sequence[Message], options: dict[str, Any]) -> Message:
+        """What it says, if need be when it is asked again, its whole answer too. Raises why it did not at last."""
+        failed: Exception = TimeoutError(f"no whole answer in {self.timeout_s:g} s")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.timeout_s):
+                for number in range(self.client.max_retries + 1):
+                    await asyncio.sleep(_pause_s(failed, number))
+                    try:
+                        return await self._asked(messages, options)
+                    except (OpenAIError, ConnectionError) as error:
+                        failed = error
+                        if not _may_pass(error):
+                            break
+        raise failed
 
     def note(self, error: Exception) -> str:
         """Count an error among the problems; gives what is told of it. Errors come uncut: of half a key nobody knows
         that it is one."""
-        if isinstance(error, TimeoutError):
-            error = TimeoutError(f"no whole answer in {self.timeout_s:g} s")
         meaning = _meaning(error, self.client.base_url.netloc.decode())
         told = without_key(f"{meaning}{type(error).__name__}: {error}", self.client.api_key)[:MOST_LETTERS_TOLD]
         self.problems[told] += 1
@@ -132,7 +166,7 @@ class OtherModel:
 
     async def _asked(self, messages: Sequence[Message], options: dict[str, Any]) -> Message:
         sent: Any = list(messages)
-        completions = self.client.chat.completions.with_streaming_response
+        completions = self.client.with_options(max_retries=0).chat.completions.with_streaming_response
         async with completions.create(model=self.model, messages=sent, temperature=0.0, **options) as answer:
             body = await _read(answer.iter_bytes())
         try:
@@ -155,6 +189,21 @@ async def _read(parts: AsyncIterator[bytes]) -> bytes:
         except Exception as error:  # of whichever HTTP library the client uses: it passes them on here
             raise ConnectionError(f"its answer broke off: {error}") from error
     raise ValueError(f"its answer is larger than {MOST_BYTES // 2**20} MiB")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same question may be answered a little later."""
+    if isinstance(error, APIStatusError):
+        return error.status_code in _PASSING or error.status_code >= 500
+    return isinstance(error, APIConnectionError | ConnectionError)
+
+
+def _pause_s(failed: Exception, number: int) -> float:
+    """Before a question is asked for the `number`th time again: as the endpoint says, else 0.5, 1, 2, 4, 8 seconds."""
+    if number == 0:
+        return 0.0
+    said = failed.response.headers.get("retry-after", "") if isinstance(failed, APIStatusError) else ""
+    return float(said) if said.isdecimal() else min(0.5 * 2 ** (number - 1), 8.0)
 
 
 def _is_silence(error: Exception) -> bool:

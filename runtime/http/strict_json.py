@@ -110,8 +110,8 @@ class _StrictJsonRequest(Request):
         return value
 
     def _require_plain(self) -> None:
-        encodings = {each.strip().lower() for each in self.headers.get("content-encoding", "").split(",")}
-        if packed := ", ".join(sorted(encodings - {"", "identity"})):
+        encodings = [each.strip().lower() for each in self.headers.get("content-encoding", "").split(",")]
+        if packed := ", ".join(each for each in encodings if each not in ("", "identity")):
             told = f"the body comes as {packed}, which is not read here: send it as it is, without content-encoding"
             raise ApiError(415, told, "content_encoding")
 
