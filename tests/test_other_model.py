@@ -64,6 +64,25 @@ def completion(message: object, finish_reason: str = "stop") -> bytes:
     return json.dumps({"choices": [{"index": 0, "finish_reason": finish_reason, "message": message}]}).encode()
 
 
+FOR_EVER = 10**6
+
+
+def refusing(num: int, status: int, *headers: tuple[str, str]) -> Callable[[BaseHTTPRequestHandler], None]:
+    """Refuses the first so many questions, and answers the others."""
+    answers = count()
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        is_refused = next(answers) < num
+        body = b"" if is_refused else completion({"role": "assistant", "content": "Sold out."})
+        request.send_response(status if is_refused else 200)
+        for name, value in (*(headers if is_refused else ()), ("content-length", str(len(body)))):
+            request.send_header(name, value)
+        request.end_headers()
+        request.wfile.write(body)
+
+    return answer
+
+
 def expert_answer(client: AsyncOpenAI) -> tuple[ExpertAnswer | None, int]:
     """(the answer, how many problems)"""
     expert = ModelExpert(client, "m", timeout_s=20.0)
@@ -161,16 +180,11 @@ def test_who_answers_after_silences_is_asked_on() -> None:
 def test_refusals_in_a_row_are_no_silence() -> None:
     """A long episode's states may all pass the other model's context; the next episode's do not."""
 
-    def refuse(request: BaseHTTPRequestHandler) -> None:
-        request.send_response(400)
-        request.send_header("content-length", "0")
-        request.end_headers()
-
     async def ask(expert: ModelExpert) -> None:
         for each in episodes(MOST_SILENCES + 2):
             await expert.answer(each.states()[0])
 
-    with endpoint(refuse) as client:
+    with endpoint(refusing(FOR_EVER, 400)) as client:
         expert = ModelExpert(client, "m", timeout_s=20.0)
         asyncio.run(ask(expert))
     assert expert.problems == {"BadRequestError: Error code: 400": MOST_SILENCES + 2}
@@ -188,36 +202,15 @@ def test_refusals_in_a_row_are_no_silence() -> None:
 def test_who_refuses_whatever_is_asked_is_not_asked_for_ever(status: int, told: str) -> None:
     """One that said of each of thousands of states "come again in a minute" held up a cycle for a day."""
 
-    def refuse(request: BaseHTTPRequestHandler) -> None:
-        request.send_response(status)
-        request.send_header("content-length", "0")
-        request.end_headers()
-
     async def ask(expert: ModelExpert) -> None:
         for each in episodes(MOST_SILENCES + 20):
             await expert.answer(each.states()[0])
 
-    with endpoint(refuse) as client:
+    with endpoint(refusing(FOR_EVER, status)) as client:
         expert = ModelExpert(client, "m", timeout_s=20.0, patience_s=0.0 if status in (429, 500) else 60.0)
         asyncio.run(ask(expert))
     assert sorted(expert.problems.values()) == [MOST_SILENCES, 20]
     assert all(told in problem for problem in expert.problems)  # the status names the one that is most frequent
-
-
-def refusing(num: int, status: int, *headers: tuple[str, str]) -> Callable[[BaseHTTPRequestHandler], None]:
-    """Refuses the first so many questions, and answers the others."""
-    answers = count()
-
-    def answer(request: BaseHTTPRequestHandler) -> None:
-        is_refused = next(answers) < num
-        body = b"" if is_refused else completion({"role": "assistant", "content": "Sold out."})
-        request.send_response(status if is_refused else 200)
-        for name, value in (*(headers if is_refused else ()), ("content-length", str(len(body)))):
-            request.send_header(name, value)
-        request.end_headers()
-        request.wfile.write(body)
-
-    return answer
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -239,7 +232,7 @@ def test_who_says_when_to_come_again_is_asked_then_and_the_reason_is_told() -> N
         began = time.monotonic()
         assert asyncio.run(expert.answer(episodes(1)[0].states()[0])) is not None
         assert time.monotonic() - began >= 1.0
-    with endpoint(refusing(100, 429, ("retry-after", "60"))) as client:
+    with endpoint(refusing(FOR_EVER, 429, ("retry-after", "60"))) as client:
         expert = ModelExpert(client.with_options(max_retries=1), "m", timeout_s=0.5)
         assert asyncio.run(expert.answer(episodes(1)[0].states()[0])) is None
     assert next(iter(expert.problems)).startswith("it is asked too often, or its quota is used up")

@@ -19,7 +19,7 @@ from runtime.config import is_loopback
 from runtime.http.errors import ApiError
 from runtime.store.keys import KeyRing
 
-_READING = frozenset({"GET", "HEAD", "OPTIONS"})
+_READING = frozenset({"GET", "OPTIONS"})
 _ANSWER_HEADERS = (
     "x-episode-id", "x-step-id", "x-adapter", "x-stepagent-warning", "x-stepagent-redacted", "retry-after",
 )  # fmt: skip

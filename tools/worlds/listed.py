@@ -33,21 +33,22 @@ class ListedWorld(ABC, Generic[Item]):
                     f"empty; not {items[split]!r:.200}"
                 )
         self._items = {split: tuple(items[split]) for split in SPLITS}
-        self._places: dict[str, tuple[str, int]] = {}
-        alike = defaultdict[str, list[tuple[str, int]]](list)
+        self._places = defaultdict[str, list[tuple[str, int]]](list)
         for split, listed in self._items.items():
             for index, item in enumerate(listed):
                 messages = self.messages_of(item)
                 require_messages(messages)
-                opening = opening_of(messages)
-                self._places.setdefault(opening, (split, index))
-                for known, place in alike[opening][:MOST_ALIKE]:
-                    if known != split and _is_same(self.item(known, place), item):
-                        raise ValueError(
-                            f"task {index} of {split} is task {place} of {known} once more: what is learned from one "
-                            "would be judged by the other. Each task belongs to one split"
-                        )
-                alike[opening].append((split, index))
+                places = self._places[opening_of(messages)]
+                self._require_in_one_split(item, split, index, places)
+                places.append((split, index))
+
+    def _require_in_one_split(self, item: Item, split: str, index: int, alike: Sequence[tuple[str, int]]) -> None:
+        for known, place in alike[:MOST_ALIKE]:
+            if known != split and _is_same(self.item(known, place), item):
+                raise ValueError(
+                    f"task {index} of {split} is task {place} of {known} once more: what is learned from one would be "
+                    "judged by the other. Each task belongs to one split"
+                )
 
     @abstractmethod
     def messages_of(self, item: Item) -> tuple[Message, ...]:
@@ -74,8 +75,8 @@ class ListedWorld(ABC, Generic[Item]):
 
     def find_task(self, messages: Sequence[Message]) -> Task | None:
         """The first task that begins with the same user message, spaces aside; None for any other text."""
-        place = self._places.get(opening_of(messages) or "\n")
-        return self.task(*place) if place else None
+        places = self._places.get(opening_of(messages) or "\n")
+        return self.task(*places[0]) if places else None
 
     def open(self, task: Task) -> WorldEpisode:
         return self.open_item(self.item(task.split, task.index))
