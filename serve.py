@@ -71,11 +71,13 @@ async def _serve(settings: Settings) -> None:
     from runtime.startup import listen, url_of, welcome
 
     sock = listen(settings.host, settings.port)  # before the slow imports: a port in use is told at once
+    import sqlite3
+
     from policies.types import EngineError
     from runtime.engines.supervised import SupervisedEngine
     from runtime.http.app import create_app
     from runtime.http.shutdown import server_of
-    from runtime.store.damage import StepLogError
+    from runtime.store.damage import StepLogError, unusable
 
     parts = build_parts(settings)
     # uvicorn ends its connections first and then raises the signal again: as an exception it also closes the log.
@@ -111,6 +113,8 @@ async def _serve(settings: Settings) -> None:
             starting.result()
     except (EngineError, ValueError, StepLogError) as error:
         raise SystemExit(f"cannot start: {error}") from error
+    except sqlite3.Error as error:
+        raise SystemExit(f"cannot start: {unusable(error, settings.state / 'agent.db')}") from error
     finally:
         for task in (starting, *beside):
             task.cancel()
@@ -173,7 +177,7 @@ def build_parts(settings: Settings) -> Parts:
     from runtime.learning.learning import Learning
     from runtime.privacy.erasing import Erasing
     from runtime.store.adapter_registry import AdapterRegistry
-    from runtime.store.damage import StepLogError, damaged_file, is_damage
+    from runtime.store.damage import StepLogError, unusable
     from runtime.store.keys import KeyRing, KeyStore
     from runtime.store.learning_log import migrate_learning_log
     from runtime.store.state_folder import StateFolder
@@ -228,9 +232,8 @@ def build_parts(settings: Settings) -> Parts:
         redactor = redactor_of(settings)
         engine = load_engine(settings, folder, protocol, slots)
     except (sqlite3.Error, UnicodeDecodeError) as error:
-        told = damaged_file(error, settings.state / "agent.db") if is_damage(error) else error
         shelf.close()
-        raise SystemExit(f"cannot start: {told}") from error
+        raise SystemExit(f"cannot start: {unusable(error, settings.state / 'agent.db')}") from error
     except WorldFailed as error:
         shelf.close()
         raise SystemExit(f"cannot start: the world {settings.world_name} opens no task: {error}") from error
@@ -507,7 +510,8 @@ def gpu_share(settings: Settings, folder: Path) -> GpuShare:
 
 
 async def start_engine(parts: Parts) -> None:
-    """Bring up the engine with the acting adapter. Raises EngineError or ValueError where it cannot start."""
+    """Bring up the engine with the acting adapter. Raises EngineError or ValueError where it cannot
+    start, and sqlite3's errors."""
     from runtime.engines.supervised import SupervisedEngine
 
     if isinstance(parts.engine, SupervisedEngine):

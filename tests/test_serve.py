@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import shlex
@@ -21,10 +22,15 @@ import httpx
 import pytest
 from openai import OpenAI
 
+import serve
 from benchmarks.demo import write_demonstrations
+from policies.adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from runtime.config import parse_settings
+from runtime.http.parts import Parts
+from runtime.store.adapter_registry import AdapterState
 from runtime.store.step_log import StepLog
 from serve import build_parts
+from tests.test_storage import files_no_larger_than
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("STEPAGENT_")}
@@ -174,6 +180,33 @@ def test_a_model_that_is_not_there_ends_the_process_with_a_sentence(tmp_path: Pa
 
 
 # ------------------------------------------------------------------------- the same without a process for each
+
+
+def test_a_disk_without_room_for_what_becomes_of_adapters_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that was started again on a full disk ended with a traceback, once something had been promoted."""
+    settings = parse_settings(["--port", "0", "--state", str(tmp_path / "s")])
+    parts = build_parts(settings)
+    (tmp_path / CONFIG_FILE).write_text('{"r": 1}')
+    for number in range(10):  # the start writes of each that its engine has ended
+        (tmp_path / WEIGHTS_FILE).write_text(str(number))
+        name = parts.registry.register(tmp_path).name
+        for state in (AdapterState.VALIDATED, AdapterState.LOADED, AdapterState.VERIFIED):
+            parts.registry.record(name, state)
+    close(parts)
+    monkeypatch.setattr(serve, "on_signals", lambda _: None)
+    with files_no_larger_than(33 * 1024), pytest.raises(SystemExit) as ended:  # some pages of the write-ahead log
+        asyncio.run(serve._serve(settings))
+    assert re.fullmatch(r"cannot start: \S+agent.db cannot be used: .*; make room, .*", str(ended.value))
+
+
+def close(parts: Parts) -> None:
+    asyncio.run(parts.engine.close())
+    assert parts.state is not None
+    assert parts.keys.store is not None
+    for store in (parts.log, parts.registry, parts.keys.store, parts.state):
+        store.close()
 
 
 def complaint(*arguments: str) -> str:

@@ -172,6 +172,13 @@ def damaged_file(error: Exception, path: object) -> Damaged:
     return Damaged("", path, f"{told}. {WHAT_TO_DO}")
 
 
+def unusable(error: Exception, path: object) -> str:
+    """A sentence for SQLite's error with a file."""
+    if is_damage(error):
+        return str(damaged_file(error, path))
+    return f"{path} cannot be used: {error}; make room, end who keeps it locked, or let the server write it"
+
+
 def rows_between(
     connection: sqlite3.Connection,
     query: str,
