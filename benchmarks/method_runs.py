@@ -123,6 +123,8 @@ class Result:
     success_greedy: float
     cpu_seconds: float
     """Of one thread, all cycles: sampling, own episodes and training; measuring is left out."""
+    episodes_seconds: float
+    """Of it, playing own episodes: what a server's users do, so that its learner does not."""
     notes: tuple[str, ...]
     """Why cycles taught nothing."""
     diagnostics: dict[str, float]
@@ -236,6 +238,7 @@ class Run:
         self._own: list[list[Trajectory]] = []
         """Own episodes, cycle by cycle."""
         self._seconds = 0.0
+        self._episodes_seconds = 0.0
         self._notes = list[str]()
         self._diagnostics = dict[str, float]()
 
@@ -243,7 +246,7 @@ class Run:
         """Run all cycles, and measure."""
         if self._method.objective == "none":
             sampled, greedy = measured(self._stage, self._network())
-            return Result(sampled, greedy, 0.0, (), {})
+            return Result(sampled, greedy, 0.0, 0.0, (), {})
         first = 0
         if not self._method.at_once:
             self._adapter = self._take(f"first cycle at {self._method.lr}", lambda: self._first_cycle())
@@ -251,7 +254,7 @@ class Run:
         for number in range(first, NUM_CYCLES):
             self._cycle(number)
         sampled, greedy = measured(self._stage, self._network())
-        return Result(sampled, greedy, self._seconds, tuple(self._notes), self._diagnostics)
+        return Result(sampled, greedy, self._seconds, self._episodes_seconds, tuple(self._notes), self._diagnostics)
 
     # ------------------------------------------------------------------------------------------- cycles
 
@@ -348,7 +351,9 @@ class Run:
         is_first = number == int(not self._method.at_once)
         name = f"own episodes at {self._method.lr}" if is_first else f"{self._folder.name}/{number}"
         way = f"{self._method.at_once} {self._asks_expert} {self._max_own_steps}"
+        before = self._seconds
         played = self._take(f"{name} {way}", lambda: self._played(number))
+        self._episodes_seconds += self._seconds - before
         began = time.process_time()
         known = self._known(played, number)
         self._seconds += time.process_time() - began

@@ -9,7 +9,8 @@ What a method takes beside the demonstrations, `benchmarks/recipes.py` says and 
 seconds of one thread, measuring left out.
 
 Finished runs are rows of a file and not run again; several processes may fill it. `--report` prints the tables of what
-is there: means over seeds, and what each method gains over the control, paired by seed.
+is there: means over seeds, and what each method gains over the control, paired by seed; "learner" is the CPU
+without own episodes, which a server's users play anyway, of the runs that noted it.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ class Row:
     """The learner's default recipe."""
     tasks: int | None = None
     """How many were tried; None: the run did not note it."""
+    episodes_seconds: float | None = None
+    """Of the CPU seconds, playing own episodes, which a server's users do anyway; None: not noted."""
 
     @property
     def cell(self) -> tuple[str, str, int, int, str | None]:
@@ -146,12 +149,13 @@ def run_scene(rows: Rows, scene: Scene, methods: Sequence[str]) -> None:
                     round(result.cpu_seconds, 2),
                     name == DEFAULT,
                     scene.num_tasks,
+                    round(result.episodes_seconds, 2),
                 )
             )
             notes = f" ({result.notes[0]})" if result.notes else ""
             print(
                 f"{place}  {name}: T=1 {result.success_t1:.1f}, greedy {result.success_greedy:.1f}, "
-                f"{result.cpu_seconds:.1f} CPU s{notes}",
+                f"{result.cpu_seconds:.1f} CPU s, of it {result.episodes_seconds:.1f} own episodes{notes}",
                 flush=True,
             )
 
@@ -171,7 +175,7 @@ def scene_table(rows: Sequence[Row]) -> list[list[str]]:
     """A row for each method, the best first."""
     by_method = {name: {row.seed: row for row in rows if row.method == name} for name in METHODS}
     control = by_method[CONTROL]
-    table = [["method", "takes", "T=1", "less control's", "greedy", "less control's", "CPU s", "seeds"]]
+    table = [["method", "takes", "T=1", "less control's", "greedy", "less control's", "CPU s", "learner", "seeds"]]
     found = [(name, by_seed) for name, by_seed in by_method.items() if by_seed]
     for name, by_seed in sorted(found, key=lambda each: -fmean(row.success_t1 for row in each[1].values())):
         paired = [(row, control[seed]) for seed, row in by_seed.items() if seed in control and name != CONTROL]
@@ -184,10 +188,16 @@ def scene_table(rows: Sequence[Row]) -> list[list[str]]:
                 _rate(_known(row.success_greedy for row in by_seed.values())),
                 _gain(_known(_less(one.success_greedy, other.success_greedy) for one, other in paired)),
                 f"{fmean(row.cpu_seconds for row in by_seed.values()):.1f}",
+                _learner_seconds(by_seed.values()),
                 str(len(by_seed)),
             ]
         )
     return table
+
+
+def _learner_seconds(rows: Iterable[Row]) -> str:
+    found = [row.cpu_seconds - row.episodes_seconds for row in rows if row.episodes_seconds is not None]
+    return f"{fmean(found):.1f}" if found else ""
 
 
 def _known(values: Iterable[float | None]) -> list[float]:

@@ -93,10 +93,10 @@ def _diamonds(number: int) -> dict[str, Any]:
     ids=["circle", "diamonds", "union"],
 )
 def test_a_maze_is_given_up_soon(maze: dict[str, Any]) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     with suppress(SchemaMaze):
         closed(maze)
-    assert time.perf_counter() - began < 5.0
+    assert time.process_time() - began < 5.0
     with pytest.raises(SchemaMaze):
         closed({"allOf": [{"$ref": "#"}] * 3})
 

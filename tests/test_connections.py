@@ -17,7 +17,8 @@ from runtime.http.connections import ConnectionLimits
 from tests.conftest import ServeScripted
 from tests.serving import MODEL, SayingEngine, Served
 
-SOON_S = 2.0
+SOON_S = 5.0
+"""Half of what the server gives a head, and more than a busy machine stands still."""
 QUICK = ConnectionLimits(head_s=0.3, body_s=0.5, unread_s=0.5, connections=40)
 
 
@@ -70,10 +71,10 @@ def test_a_drop_now_and_then_keeps_no_request_open(serve_scripted: ServeScripted
         with connected(served, sent) as one:
             began = time.monotonic()
             with pytest.raises(OSError):  # noqa: PT011, PT012 - reset or broken pipe, in the end
-                while time.monotonic() - began < 5:
+                while time.monotonic() - began < 10:
                     one.sendall(b"a")
                     time.sleep(0.05)
-            assert time.monotonic() - began < 3
+            assert time.monotonic() - began < 8
 
 
 def test_an_endless_head_is_cut_at_its_limit(serve_scripted: ServeScripted) -> None:

@@ -179,9 +179,9 @@ def test_a_thousand_reserved_tokens_do_not_slow_a_long_text_down() -> None:
         added_tokens_decoder = backend.get_added_tokens_decoder()
 
     marks = ControlMarks(Fast, "")
-    began = time.perf_counter()
+    began = time.process_time()
     assert marks.broken_text("<|reserved_" * 90_000) == "<|reserved_" * 90_000
-    assert time.perf_counter() - began < 5.0
+    assert time.process_time() - began < 5.0
 
 
 def test_tools_keep_their_schema_but_for_the_marks_in_it() -> None:

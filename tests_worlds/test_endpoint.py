@@ -32,7 +32,7 @@ from tools.worlds.world import Message, Task, World
 
 NEEDS = {"miniwob": "chromium", "scienceworld": "java"}
 TIMEOUT_S = 3.0
-"""Long enough for an event loop that waits along to be told from a busy machine."""
+"""Long enough for an event loop that waits along to be told from a machine that stands still for a second or two."""
 NAMES = [name for name, listing in WORLDS.items() if not listing.takes_file]
 
 
@@ -156,7 +156,7 @@ def test_an_episode_whose_world_hangs_or_dies_ends_with_a_reason_and_the_server_
     assert "The episode is over" in observed[1]
     assert observed[2].startswith("The episode is over")
     assert outcome == 0.0
-    assert max(waits) < TIMEOUT_S / 2, "the event loop waited along"
+    assert max(waits) < 0.9 * TIMEOUT_S, "the event loop waited along"
     engine.says.extend([call("add", by=2), call("add", by=3), "Five."])
     assert run(server, 0)[0] == ["2", "5"], "the next episode has a process again"
 

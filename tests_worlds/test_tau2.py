@@ -142,7 +142,7 @@ def test_arithmetic_that_would_compute_for_ever_is_refused_in_words(
     world: Tau2World, expression: str, words: str
 ) -> None:
     episode = world.open(world.task("train", 0))
-    began = time.perf_counter()
+    began = time.process_time()
     assert words in episode.call("calculate", {"expression": expression})
-    assert time.perf_counter() - began < 1.0
+    assert time.process_time() - began < 1.0
     assert episode.call("calculate", {"expression": "(2 + 3) * 4 / 8"}) == "2.5"
