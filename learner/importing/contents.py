@@ -110,6 +110,8 @@ def _read_part(part: Any, speech: Speech) -> None:
     part = _with_plugins_name(part)
     fields = Fields(part, f"a part of {speech.where}")
     name = fields.take(*PART_TYPE_NAMES)
+    if part.get("state") == "streaming":  # Vercel's
+        raise RefusedRecord(f"{speech.where} has a part in the state 'streaming': it was cut off before its end")
     if name is None:
         name = next((key for key in _UNTYPED if key in fields), None)
         part = fields.take(name) if name else part
