@@ -223,7 +223,9 @@ def _result(part: Any, where: str) -> Turn:
         fields.take("error")
     own_id = fields.take("id")
     name = fields.take(*CALL_NAMES) or origin.take("tool_name")
-    text = result_text(fields.take(*_RESULT_NAMES), where)
+    has_parts = "content" in fields
+    given = fields.take(*_RESULT_NAMES)
+    text = "" if has_parts and given == [] else result_text(given, where)  # no parts, and not an empty list as JSON
     for unread in ("input", "args"):  # of the call, repeated
         fields.take(unread)
     fields.close(_HARMLESS)
