@@ -289,6 +289,8 @@ def split_tagged_calls(text: str, where: str) -> tuple[str, tuple[Call, ...]]:
     found = list(_HERMES_CALL.finditer(text))
     if not found:
         return text, ()
+    if any(not each[2].startswith(("{", "[")) for each in found):  # Qwen3-Coder's and GLM's: a tag for each argument
+        raise RefusedRecord(f"{where} has a call in tags that is not written in JSON: write the call as tool_calls")
     calls = [call for each in found for call in read_calls_text(each[2], where)]
     between = [text[a.end() : b.start()] for a, b in pairwise(found)]
     if "".join([*between, text[found[-1].end() :]]).strip():
