@@ -64,6 +64,8 @@ def _do(options: argparse.Namespace) -> list[str]:
             print(f"{options.state} holds what can be read of {options.file}" + (", without:" if lost else ""))
             return lost
         case _:
+            if not options.file.exists():
+                raise BackupError(f"there is no {options.file}")
             problems = verify_backup(options.file)
             print(f"{options.file} is damaged:" if problems else f"{options.file} is sound")
             return problems

@@ -319,6 +319,8 @@ def test_the_command_says_what_it_did_and_what_is_wrong(
     said = capsys.readouterr().err
     assert said.count("\n") == 3
     assert "Traceback" not in said
+    assert main(["verify", str(tmp_path / "nothing.tar")]) == 1
+    assert capsys.readouterr() == ("", f"there is no {tmp_path / 'nothing.tar'}\n")  # it was called damaged
 
 
 def test_what_is_damaged_is_backed_up_and_told(state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

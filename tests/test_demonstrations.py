@@ -565,6 +565,12 @@ def test_a_byte_order_mark_and_windows_line_ends_are_taken(tmp_path: Path) -> No
     assert len(imported_from(tmp_path, content).imported) == 2
 
 
+def test_each_of_the_files_that_were_put_together_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    files = [b"\xef\xbb\xbf" + lines(simple(number)).encode() for number in (1, 2)]
+    report = imported_from(tmp_path, b"".join(files))
+    assert (len(report.imported), report.refused) == (2, [])
+
+
 def test_a_record_over_the_limit_is_refused_and_the_next_one_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

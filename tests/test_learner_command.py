@@ -284,6 +284,8 @@ def test_a_cycle_that_cannot_be_logged_ends_with_a_sentence(
             ["once", "--objectives", "sft,telepathy"],
             "objectives: no objective is called 'telepathy'; there are: sft_rft",
         ),
+        (["status", "--url", "localhost:8000"], "url: 'localhost:8000' is no address of a server, such as http://"),
+        (["rollback", "--url", ""], "url: '' is no address of a server"),
         (["once", "--device", "banana"], "device: 'banana' is no device: auto, cpu, cuda, or cuda:1"),
         (["once", "--device", "cuda:"], "device: 'cuda:' is no device"),
         (["once", "--seed", str(2**31 + 1)], "seed: Input should be less than or equal to 2147483648"),
@@ -306,6 +308,19 @@ def test_the_status_lists_cycles(
     capfd.readouterr()
     assert main(["status", "--state", str(tmp_path)]) == 0
     assert "no_lesson" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["status", "doubts"])
+def test_an_agent_that_nothing_is_logged_of_is_told_as_such(
+    serve_scripted: ServeScripted, tmp_path: Path, capfd: pytest.CaptureFixture[str], command: str
+) -> None:
+    """A name that was written wrong had no cycles and no doubts, like an agent with which all is well."""
+    serve_scripted()
+    assert main([command, "--state", str(tmp_path), "--agent", "nobody"]) == 1
+    assert capfd.readouterr() == (
+        "",
+        "no episode of an agent 'nobody' is logged; there are some of: the server alone\n",
+    )
 
 
 def test_the_status_says_whom_a_cycle_had_to_do_without(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

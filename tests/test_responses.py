@@ -271,6 +271,13 @@ def test_what_cannot_be_honoured_is_refused_with_a_sentence(
     assert server.parts.log.counts()["steps"] == 0
 
 
+def test_what_was_not_sent_is_called_missing(server: Served) -> None:
+    """Who sent chat's `messages` was told that `input` is no valid list."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+    answer = httpx.post(f"{server.url}/v1/responses", json=body)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "input: Field required")
+
+
 def test_an_unknown_model_is_a_404(server: Served) -> None:
     with pytest.raises(NotFoundError, match="is not served here"):
         ask(server, model="gpt-9")

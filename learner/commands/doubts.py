@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from learner.commands.server import ServerOptions, step_log_of
+from learner.commands.server import ServerOptions, step_log_of, unknown_agent
 from learner.terminal import plain
 from runtime.store.step_log import StepLog
 
@@ -45,6 +45,9 @@ def run(options: DoubtsOptions) -> int:
     if log is None:
         return 1
     with closing(log):
+        if problem := unknown_agent(log, options.agent):
+            print(plain(problem), file=sys.stderr)
+            return 1
         try:
             num_steps, doubts = _found(log, options)
         except ValueError as error:

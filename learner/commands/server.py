@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from learner.api_key import api_key
-from learner.endpoint_url import endpoint_url
+from learner.endpoint_url import endpoint_url, is_address
 from learner.terminal import plain
 from policies.command_line import Options
 
@@ -43,6 +43,8 @@ class ServerOptions(Options):
     @field_validator("url")
     @classmethod
     def _of_the_endpoint(cls, url: str) -> str:
+        if not is_address(url):
+            raise ValueError(f"{url!r} is no address of a server, such as http://127.0.0.1:8000")
         return endpoint_url(url)
 
     def endpoint(self, timeout_s: float = 600.0) -> Endpoint:
@@ -88,3 +90,11 @@ def step_log_of(options: ServerOptions) -> StepLog | None:
     except StepLogError as error:
         print(error, file=sys.stderr)
         return None
+
+
+def unknown_agent(log: StepLog, agent: str) -> str:
+    """What is wrong with an agent's name, in a sentence; empty where none is named, or the log has episodes of it."""
+    if not agent or log.query("SELECT 1 FROM episodes WHERE agent = ? LIMIT 1", agent):
+        return ""
+    known = [row["agent"] for row in log.query("SELECT DISTINCT agent FROM episodes WHERE agent <> '' ORDER BY agent")]
+    return f"no episode of an agent {agent!r} is logged; there are some of: {', '.join(known) or 'the server alone'}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import closing
 from typing import Any
 
-from learner.commands.server import ServerOptions, has_state
+from learner.commands.server import ServerOptions, has_state, step_log_of, unknown_agent
 from learner.report import NOT_ASKED
 from learner.terminal import plain
 from runtime.store.learning_log import CycleStage, CycleStatus, LearningReader
@@ -22,6 +24,9 @@ def run(options: StatusOptions) -> int:
         return 1
     log = LearningReader(options.state)
     cycles = log.cycles(options.limit, agent=options.agent or None)
+    if not cycles and (problem := _unknown(options)):
+        print(plain(problem), file=sys.stderr)
+        return 1
     print("1 cycle" if len(cycles) == 1 else f"{len(cycles)} cycles" + (", newest first" if cycles else ""))
     for status in cycles:
         seconds = status.created_at - status.started_at
@@ -31,6 +36,15 @@ def run(options: StatusOptions) -> int:
         for silent in _without_answer(status.report):
             print(f"    {plain(silent)}")
     return 0
+
+
+def _unknown(options: StatusOptions) -> str:
+    """What is wrong with the agent's name, in a sentence; empty where nothing is."""
+    log = step_log_of(options) if options.agent else None
+    if log is None:
+        return ""
+    with closing(log):
+        return unknown_agent(log, options.agent)
 
 
 def _without_answer(report: dict[str, Any]) -> list[str]:

@@ -12,16 +12,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from learner.commands.server import ServerOptions
+from learner.commands.server import ServerOptions, unknown_agent
 from learner.terminal import plain
 from runtime.store.episodes import Actor, Purpose
-
-if TYPE_CHECKING:
-    from runtime.store.step_log import StepLog
 
 Rows = Iterable[dict[str, Any]]
 
@@ -70,7 +67,7 @@ def run(options: ExportOptions) -> int:
     except StepLogError as error:
         print(error, file=sys.stderr)
         return 1
-    if options.agent and (problem := _unknown_agent(log, options.agent)):
+    if problem := unknown_agent(log, options.agent):
         print(plain(problem), file=sys.stderr)
         return 1
     wanted = ExportFilter(
@@ -100,14 +97,6 @@ def run(options: ExportOptions) -> int:
     told = plain(f"{options.out}: {num_written} written{none}")
     print(told, file=sys.stderr if _is_stream(options.out) else sys.stdout)
     return 0
-
-
-def _unknown_agent(log: StepLog, agent: str) -> str:
-    """What is wrong with the name, in a sentence; empty where the log has episodes of the agent."""
-    if log.query("SELECT 1 FROM episodes WHERE agent = ? LIMIT 1", agent):
-        return ""
-    known = [row["agent"] for row in log.query("SELECT DISTINCT agent FROM episodes WHERE agent <> '' ORDER BY agent")]
-    return f"no episode of an agent {agent!r} is logged; there are some of: {', '.join(known) or 'the server alone'}"
 
 
 @contextmanager

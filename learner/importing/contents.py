@@ -110,6 +110,8 @@ def _read_part(part: Any, speech: Speech) -> None:
     part = _with_plugins_name(part)
     fields = Fields(part, f"a part of {speech.where}")
     name = fields.take(*PART_TYPE_NAMES)
+    if part.get("state") == "streaming":  # Vercel's
+        raise RefusedRecord(f"{speech.where} has a part in the state 'streaming': it was cut off before its end")
     if name is None:
         name = next((key for key in _UNTYPED if key in fields), None)
         part = fields.take(name) if name else part
@@ -221,7 +223,9 @@ def _result(part: Any, where: str) -> Turn:
         fields.take("error")
     own_id = fields.take("id")
     name = fields.take(*CALL_NAMES) or origin.take("tool_name")
-    text = result_text(fields.take(*_RESULT_NAMES), where)
+    has_parts = "content" in fields
+    given = fields.take(*_RESULT_NAMES)
+    text = "" if has_parts and given == [] else result_text(given, where)  # no parts, and not an empty list as JSON
     for unread in ("input", "args"):  # of the call, repeated
         fields.take(unread)
     fields.close(_HARMLESS)

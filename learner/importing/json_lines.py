@@ -104,8 +104,7 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
     number = 0
     while text := stream.readline(MAX_RECORD_BYTES + 1):
         number += 1
-        if number == 1:
-            text = text.removeprefix(_UTF8_MARK)
+        text = text.removeprefix(_UTF8_MARK)  # files that were put together have it at each one's beginning
         if text.strip():
             yield number, text
         while text and not text.endswith(b"\n"):

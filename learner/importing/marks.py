@@ -46,7 +46,7 @@ _GOOD = frozenset(
     "verified approved approval won win label labels reward rewards score scores outcome outcomes result verdict "
     "kto_tag chosen preferred preference desirable upvote upvoted upvotes thumbs_up helpful positive good gold "
     "feedback judgement judgment evaluation return returns accuracy reached achieved completed is_completed done "
-    "value_score goal_reached test_result".split()
+    "value_score goal_reached test_result thumb thumbs vote reaction".split()
 )
 """True, or half and more: an expert's. False, or zero and less: not. What is between, nobody can tell."""
 _SCALES = frozenset("rating ratings grade stars quality rank preference_score".split())
@@ -82,13 +82,13 @@ _REASONS = frozenset(
 _GOOD_WORDS = frozenset(
     "true yes y good success successful succeeded resolved solved correct pass passed accepted accept approved chosen "
     "desirable preferred positive win won thumbs_up upvote like 1 + ok completed complete done finished success_all c "
-    "valid verified".split()
+    "valid verified up 👍".split()
 )
 _BAD_WORDS = frozenset(
     "false no n bad fail failed failure unsuccessful unresolved unsolved incorrect wrong error rejected reject "
     "undesirable dispreferred negative lose lost loss thumbs_down downvote dislike 0 i invalid aborted cancelled "
     "canceled timeout timed_out crashed interrupted incomplete in_progress running pending partial refused "
-    "-1 - limits_exceeded".split()
+    "-1 - limits_exceeded down 👎".split()
 )
 _ENDS = frozenset(
     "stop end_turn tool_use tool_calls tool-calls tool_call function_call stop_sequence eos eos_token finished final "
@@ -189,6 +189,10 @@ _OF_PROVIDERS = frozenset(
 """What an API says of its own filters and sources: its scores are no marks."""
 
 
+_OF_FEEDBACK = frozenset("value type kind sentiment emoji".split())
+"""Names that say nothing elsewhere, and in a feedback what somebody thought of it."""
+
+
 def _marks_inside(value: Any, where: str) -> Iterator[tuple[str, Any, Mark]]:
     """The marks within metadata: (name with its place, value, mark), those left out that may be something else."""
     if isinstance(value, list):
@@ -197,6 +201,8 @@ def _marks_inside(value: Any, where: str) -> Iterator[tuple[str, Any, Mark]]:
     elif isinstance(value, dict):
         for name, held in _scored(value).items():
             mark = mark_of(name, held)
+            if mark is Mark.NONE and snake_case(name) in _OF_FEEDBACK and snake_case(where).endswith("feedback"):
+                mark = _mark_on_scale(held)
             if _is_learning_mark(name):
                 mark = Mark.BAD if held in (0, "false") else Mark.NONE
             if isinstance(held, dict | list) and (mark is Mark.NONE or snake_case(name) in _OF_PROVIDERS):
@@ -241,7 +247,7 @@ def mark_of(name: str, value: Any) -> Mark:
     snake = _bare(snake_case(name))
     if snake in _REASONS or snake.endswith(("_reason", "_status")):
         return _mark_of_reason(value)
-    if snake in _SCALES:
+    if snake in _SCALES or snake.endswith(("_rating", "_ratings", "_stars")):
         return _mark_on_scale(value)
     when, _, end = snake.rpartition("_")
     if end in _TIMES and when in _BAD | _GOOD:  # deleted_at, approved_at: that it happened is the mark

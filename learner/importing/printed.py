@@ -27,6 +27,8 @@ _PRINTED = {
     "a Python object": r"\[?(?:(?:\w{0,40}Message(?:Chunk)?|Response)\((?:content|role|id|additional_kwargs)="
     r"|(?:ChatCompletion\w{0,40}|ModelResponse|GenerateContentResponse|LLMResult|ChatResult|ChatResponse|AgentFinish"
     r"|AgentRunResult)\(\w{1,40}=)|content=['\"\[].{0,100000}\b(?:additional_kwargs|response_metadata)=\{",
+    "a thought or a call, folded in for Open WebUI's screen": rf"(?:.{{0,100000}}\n)?<details\s+type={_Q}"
+    r"(?:reasoning|tool_calls|code_interpreter)['\"]",
     "a program's error": r"Error code: \d{3} - \{|(?:litellm|openai|anthropic)\.\w+Error: ",
 }
 """What was printed, in words, and how such a text begins."""

@@ -29,6 +29,8 @@ _ANSWER = re.compile(
     r"<\|begin_of_solution\|>\s*(.*?)\s*<\|end_of_solution\|>\s*|<\|START_RESPONSE\|>(.*?)<\|END_RESPONSE\|>", re.DOTALL
 )
 """What stands around the answer where such marks stand around the thought."""
+_LONE_END = re.compile(r"\n[ \t]*</think>|</think>[ \t]*(?:\n|\Z)|(?:\A|[^\s`'\"])</think>[^\s`'\"]")
+"""The end of a thought that the prompt began: it begins or ends a line, or stands between words without a space."""
 _HERMES_CALL = re.compile(r"<(tool_call|TOOLCALL)>\s*(.*?)\s*</\1>", re.DOTALL)
 """Nemotron's rows have the same tags in capitals, around a list."""
 _HERMES_RESULT = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
@@ -44,7 +46,7 @@ def split_thought(text: str, where: str) -> tuple[str, str]:
     """(thinking, the rest) of what the assistant wrote. Raises RefusedRecord where it ends within its thinking.
 
     Only a thought at the beginning counts: a `<think>` later in the text is text. Some models' prompts open the
-    thinking, so that only its end is written.
+    thinking, so that only its end is written; words about that mark look alike, and are refused.
     """
     if found := _THOUGHT.match(text):
         rest = text[found.end() :]
@@ -55,6 +57,11 @@ def split_thought(text: str, where: str) -> tuple[str, str]:
         raise RefusedRecord(f"{where} ends within its thinking: {begun} is not closed")
     before, mark, rest = text.partition("</think>")
     if mark and "<think>" not in before and "</think>" not in rest:
+        if before.count("```") % 2 or not _LONE_END.search(text):
+            raise RefusedRecord(
+                f"{where} has </think> among its words, and nothing tells whether a thought ends there: write the "
+                "thought as reasoning_content, or take the mark out"
+            )
         return before.strip(), rest.lstrip()
     return "", text
 
@@ -282,6 +289,8 @@ def split_tagged_calls(text: str, where: str) -> tuple[str, tuple[Call, ...]]:
     found = list(_HERMES_CALL.finditer(text))
     if not found:
         return text, ()
+    if any(not each[2].startswith(("{", "[")) for each in found):  # Qwen3-Coder's and GLM's: a tag for each argument
+        raise RefusedRecord(f"{where} has a call in tags that is not written in JSON: write the call as tool_calls")
     calls = [call for each in found for call in read_calls_text(each[2], where)]
     between = [text[a.end() : b.start()] for a, b in pairwise(found)]
     if "".join([*between, text[found[-1].end() :]]).strip():

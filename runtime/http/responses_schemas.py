@@ -305,9 +305,9 @@ class ResponsesRequest(WireModel):
     @classmethod
     def _check_fields(cls, body: Any) -> Any:
         checked = check_fields(body, RESPONSE_FIELDS)
-        if not isinstance(checked, dict):
+        if not isinstance(checked, dict) or "input" not in checked:
             return checked
-        items, warnings = _split_items(checked.get("input"))
+        items, warnings = _split_items(checked["input"])
         return {**checked, "input": items, "warnings": [*checked["warnings"], *warnings]}
 
     @field_validator(
