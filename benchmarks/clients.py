@@ -38,7 +38,7 @@ CLIENTS = {
     "`instructor`: TOOLS, JSON, JSON_SCHEMA, RESPONSES_TOOLS": ("test_instructor",),
     "`dspy`: `Predict`, `ReAct`": ("test_dspy",),
     "Vercel AI SDK: `@ai-sdk/openai` (responses, chat), `@ai-sdk/openai-compatible`": ("test_the_ai_sdk",),
-    "`anthropic`: tools, streams, `count_tokens`": ("test_anthropic",),
+    "`anthropic`: tools, streams, `count_tokens`, `models`": ("test_anthropic",),
     "Codex CLI": ("test_codex",),
     "`curl`": ("test_curl",),
     "MCP servers behind the agent: `mcp-server-time`, tau2-bench's retail shop": ("test_mcp",),

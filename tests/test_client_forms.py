@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,17 @@ def test_a_message_in_anthropics_form(serve_scripted: ServeScripted) -> None:
     assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", "globe")
     counted = post(served, "/v1/messages/count_tokens", system=body["system"]).json()
     assert counted == {"input_tokens": len(step.prompt_token_ids)}
+
+
+def test_models_have_openais_form_and_anthropics(serve_scripted: ServeScripted) -> None:
+    served = serve_scripted()
+    listed = httpx.get(f"{served.url}/v1/models").json()
+    model, *others = listed["data"]
+    assert (listed["object"], listed["has_more"], listed["first_id"]) == ("list", False, MODEL)
+    assert listed["last_id"] == [model, *others][-1]["id"]
+    assert (model["id"], model["object"], model["type"], model["display_name"]) == (MODEL, "model", "model", MODEL)
+    assert datetime.fromisoformat(model["created_at"]).timestamp() == model["created"]
+    assert httpx.get(f"{served.url}/v1/models/{MODEL}").json() == model
 
 
 def test_an_error_has_anthropics_form_there(serve_scripted: ServeScripted) -> None:

@@ -565,6 +565,12 @@ def test_a_byte_order_mark_and_windows_line_ends_are_taken(tmp_path: Path) -> No
     assert len(imported_from(tmp_path, content).imported) == 2
 
 
+def test_lines_of_an_array_whose_brackets_are_gone_are_read(tmp_path: Path) -> None:
+    there = "\n".join(json.dumps(simple(number)) + "," for number in (1, 2))
+    report = imported_from(tmp_path, (there + "\n" + json.dumps(simple(3)) + " ,\n{},,\n").encode())
+    assert (len(report.imported), [refusal.line for refusal in report.refused]) == (3, [4])
+
+
 def test_each_of_the_files_that_were_put_together_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     files = [b"\xef\xbb\xbf" + lines(simple(number)).encode() for number in (1, 2)]
     report = imported_from(tmp_path, b"".join(files))

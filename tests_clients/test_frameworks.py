@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -280,3 +281,14 @@ def test_anthropic_streams(server: Server) -> None:
     assert text == "Let me look."
     made: Any = final.content[1]
     assert (made.name, made.input, final.stop_reason) == ("look", {"at": "shelf"}, "tool_use")
+
+
+def test_anthropic_lists_models(server: Server) -> None:
+    from anthropic import Anthropic
+
+    client = Anthropic(base_url=server.url, api_key="none")
+    names = [model.id for model in client.models.list()]
+    assert MODEL in names
+    model = client.models.retrieve(MODEL)
+    assert (model.type, model.display_name) == ("model", MODEL)
+    assert abs(datetime.now(UTC) - model.created_at) < timedelta(days=1)

@@ -119,11 +119,17 @@ def _is_written_out(first_line: bytes) -> bool:
     return text.startswith(b"[") or (text.startswith(b"{") and text.endswith((b"{", b"[", b",", b":")))
 
 
+def _without_comma(text: bytes) -> bytes:
+    """A line that is an object and a comma is one of an array whose brackets are gone."""
+    bare = text.strip()
+    return bare[:-1].rstrip() if bare.startswith(b"{") and bare.endswith(b",") else text
+
+
 def _read_line(line: int, text: bytes) -> Record | Refusal:
     if len(text) > MAX_RECORD_BYTES:
         return Refusal(line, f"the record has more than {MAX_RECORD_BYTES:,} bytes")
     try:
-        return Record(line, loads(text))
+        return Record(line, loads(_without_comma(text)))
     except UnicodeDecodeError as fault:
         return Refusal(line, f"it is not UTF-8 text: byte {fault.start + 1} is 0x{text[fault.start]:02x}")
     except RecursionError:

@@ -7,6 +7,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -30,14 +31,17 @@ def server_routes(parts: Parts) -> APIRouter:
     parts.metrics.show_storage(parts.log.storage, lambda: num_damaged_rows(parts))
 
     def models(key: Key) -> list[dict[str, Any]]:
-        owner = {"object": "model", "created": started, "owned_by": "stepagent"}
         limit = parts.engine.limits.max_context_tokens  # EngineError while the first engine is starting
-        return [{"id": name, **owner, "max_model_len": limit} for name in model_names(parts, key)]
+        return [_model(name, started, limit) for name in model_names(parts, key)]
 
     @router.get("/v1/models")
     async def list_models(request: Request) -> dict[str, Any]:
         """The agents that the key is for (whichever adapter is acting for each), and their loaded adapters by name."""
-        return {"object": "list", "data": models(asking_key(request))}
+        found = models(asking_key(request))
+        ends = (
+            {"first_id": found[0]["id"], "last_id": found[-1]["id"]} if found else {"first_id": None, "last_id": None}
+        )
+        return {"object": "list", "data": found, "has_more": False, **ends}
 
     @router.get("/v1/models/{model}")
     async def read_model(model: str, request: Request) -> dict[str, Any]:
@@ -66,6 +70,20 @@ def server_routes(parts: Parts) -> APIRouter:
         )
 
     return router
+
+
+def _model(name: str, started: int, max_context_tokens: int) -> dict[str, Any]:
+    """In OpenAI's form and in Anthropic's at once: they have no field in common that they fill differently."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": started,
+        "owned_by": "stepagent",
+        "max_model_len": max_context_tokens,
+        "type": "model",
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(started, UTC).isoformat(),
+    }
 
 
 def _stored(parts: Parts) -> dict[str, Any]:
