@@ -25,7 +25,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from openai import AsyncOpenAI, OpenAIError
+from openai import APIConnectionError, AsyncOpenAI, OpenAIError
 from tqdm import tqdm
 
 from learner.api_key import api_key
@@ -322,8 +322,11 @@ async def _main(arguments: argparse.Namespace) -> int:
     try:
         with tqdm(total=len(tasks), initial=len(known), unit="episode") as bar:
             attempts = known + await practise(client, world, missing, options, done)
-    except OpenAIError as error:
+    except APIConnectionError as error:
         print(f"no answer from {arguments.url}: {error}; is the server up?")
+        return 1
+    except OpenAIError as error:
+        print(f"{arguments.url} did not do it: {error}")
         return 1
     except OSError as error:  # a full disk
         print(f"{arguments.record} cannot be written: {error.strerror}; the same command goes on from what is in it")

@@ -13,7 +13,9 @@ import pytest
 
 from learner import practice
 from runtime.config import parse_settings
+from runtime.store.keys import KeyRing
 from serve import build_parts
+from tests.conftest import ServeScripted
 from tools.worlds import load_world
 from tools.worlds.order_desk import OrderDesk
 from tools.worlds.world import Task, World, WorldFailed
@@ -91,6 +93,17 @@ def test_the_server_and_practice_say_the_same(
     said = server_says(tmp_path, *arguments)
     assert said.startswith("cannot start: the world 'tests.faulty_worlds:ConstructorEnds' cannot be made")
     assert practice_says(monkeypatch, capsys, *arguments) == said
+
+
+def test_a_server_that_refuses_practice_is_up(
+    serve_scripted: ServeScripted, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = serve_scripted(keys=KeyRing(operator_secret="s3cret"))
+    monkeypatch.setattr(sys, "argv", ["practice", "--url", f"{served.url}/v1", "--episodes", "1"])
+    assert asyncio.run(practice._main(practice._arguments())) == 1
+    said = capsys.readouterr().out
+    assert "did not do it: Error code: 401" in said
+    assert "is the server up?" not in said
 
 
 @pytest.mark.parametrize("error", [WorldFailed("its process ended: exit code 1"), RuntimeError("kaput")])
