@@ -74,7 +74,6 @@ async def _serve(settings: Settings) -> None:
     import sqlite3
 
     from policies.types import EngineError
-    from runtime.adapters.swap import SwapError
     from runtime.engines.supervised import SupervisedEngine
     from runtime.http.app import create_app
     from runtime.http.shutdown import server_of
@@ -112,7 +111,7 @@ async def _serve(settings: Settings) -> None:
         await server.serve(sockets=[sock])
         if starting.done():
             starting.result()
-    except (EngineError, ValueError, StepLogError, SwapError) as error:
+    except (EngineError, ValueError, StepLogError) as error:
         raise SystemExit(f"cannot start: {error}") from error
     except sqlite3.Error as error:
         raise SystemExit(f"cannot start: {unusable(error, settings.state / 'agent.db')}") from error
@@ -511,8 +510,8 @@ def gpu_share(settings: Settings, folder: Path) -> GpuShare:
 
 
 async def start_engine(parts: Parts) -> None:
-    """Bring up the engine with the acting adapter. Raises EngineError, ValueError or SwapError where it
-    cannot start, and sqlite3's errors."""
+    """Bring up the engine with the acting adapter. Raises EngineError or ValueError where it cannot
+    start, and sqlite3's errors."""
     from runtime.engines.supervised import SupervisedEngine
 
     if isinstance(parts.engine, SupervisedEngine):

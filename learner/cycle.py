@@ -123,7 +123,7 @@ def _require_sound(acting: str, who: Collaborators, digest: str) -> None:
     try:
         adapter_rank(folder)
         problem = "" if weights_digest(folder) == digest else "its weights are not those that were registered"
-    except (AdapterRefused, OSError) as error:
+    except AdapterRefused as error:
         problem = str(error)
     if problem:
         whose = f" --agent {who.agent}" if who.agent else ""

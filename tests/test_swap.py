@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from policies.adapters.files import ADAPTER_FILES, WEIGHTS_FILE, AdapterRefused
+from policies.adapters.files import WEIGHTS_FILE, AdapterRefused
 from policies.adapters.probe import PROBE_FILE, read_probe
 from policies.types import BASE_ADAPTER, Adapter, EngineError, SampledToken, SamplingParams, TokenIds
 from runtime.adapters.swap import Swap, SwapError
@@ -200,24 +200,6 @@ async def test_a_folder_removed_after_registering_is_refused(house: House):
     shutil.rmtree(house.registry.adapter(name).path)
     with pytest.raises(AdapterRefused, match="does not exist"):
         await house.swap.bring_up(name)
-
-
-@pytest.mark.parametrize("file", ADAPTER_FILES)
-async def test_files_that_the_system_does_not_let_read_say_nothing_against_the_adapter(house: House, file: str):
-    """It was refused, which is for ever, and the base network acted once a volume had come up with another owner."""
-    name = house.register(1)
-    await house.swap.promote(name)
-    path = house.registry.adapter(name).path / file
-    content = path.read_bytes()
-    path.unlink()
-    path.symlink_to("/proc/self/mem")  # whose first byte nobody can read: as on a disk that fails
-    with pytest.raises(SwapError, match=f"the files of {name} cannot be read now: Input/output error; "):
-        await house.restart()
-    assert house.registry.acting() == house.registry.adapter(name)
-    path.unlink()
-    path.write_bytes(content)
-    assert await house.restart() == house.registry.adapter(name)
-    assert await house.step("ep_1") == name
 
 
 async def test_weights_exchanged_after_registering_are_refused(house: House, tiny: TinyNetwork):

@@ -6,7 +6,6 @@ another network; so nothing is left to them. Reads the files alone, with neither
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import re
@@ -52,9 +51,6 @@ TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB]
 FLOAT_TYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 """How NumPy reads each type that a LoRA may be stored in."""
 
-_NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
-"""Why an adapter's file cannot be read though the disk can: it is none."""
-
 Shape = tuple[int, ...]
 
 
@@ -82,8 +78,7 @@ class _Tensor:
 
 
 def validate_adapter(path: Path, limits: EngineLimits, base: BaseNetwork) -> AdapterFiles:
-    """Judge a PEFT folder against what the engine takes and the base network has. Raises AdapterRefused; and
-    OSError where the files, which may be sound, cannot be read now."""
+    """Judge a PEFT folder against what the engine takes and the base network has. Raises AdapterRefused."""
     rank = adapter_rank(path)
     config = _read_config(path)
     _require_plain_lora(config)
@@ -103,8 +98,7 @@ def validate_adapter(path: Path, limits: EngineLimits, base: BaseNetwork) -> Ada
 
 
 def adapter_rank(path: Path) -> int:
-    """The rank an adapter's configuration states. Raises AdapterRefused where it states none, and OSError as
-    `validate_adapter` does."""
+    """The rank an adapter's configuration states. Raises AdapterRefused where it states none."""
     rank = _read_config(path).get("r")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise AdapterRefused(f"{CONFIG_FILE}: r must be a whole number of at least 1, not {rank!r}")
@@ -112,8 +106,7 @@ def adapter_rank(path: Path) -> int:
 
 
 def weights_digest(path: Path) -> str:
-    """SHA-256 of an adapter's weights file, in hex. Raises AdapterRefused where there is none, and OSError as
-    `validate_adapter` does."""
+    """SHA-256 of an adapter's weights file, in hex. Raises AdapterRefused where there is none."""
     return hashlib.sha256(_read_weights(path)).hexdigest()
 
 
@@ -128,7 +121,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise AdapterRefused(f"the adapter folder has no {CONFIG_FILE}") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterRefused(f"{CONFIG_FILE} cannot be read: {_own_problem(error)}") from error
+        raise AdapterRefused(f"{CONFIG_FILE} cannot be read: {_problem(error)}") from error
     if not isinstance(config, dict):
         raise AdapterRefused(f"{CONFIG_FILE} is not a JSON object")
     return config
@@ -140,17 +133,12 @@ def _read_weights(path: Path) -> bytes:
     except FileNotFoundError as error:
         raise AdapterRefused(f"the adapter folder has no {WEIGHTS_FILE}") from error
     except OSError as error:
-        raise AdapterRefused(f"{WEIGHTS_FILE} cannot be read: {_own_problem(error)}") from error
+        raise AdapterRefused(f"{WEIGHTS_FILE} cannot be read: {_problem(error)}") from error
 
 
-def _own_problem(error: Exception) -> str:
-    """In words, without the path that the system adds: clients may be told. Raises the error itself where it says
-    nothing against the file: no permission, a disk that fails, too many open files."""
-    if not isinstance(error, OSError):
-        return str(error)
-    if error.errno not in _NO_SUCH_FILE:
-        raise error
-    return str(error.strerror)
+def _problem(error: Exception) -> str:
+    """In words, without the path that the system adds: clients may be told."""
+    return str(error.strerror if isinstance(error, OSError) else error)
 
 
 def _parse_weights(weights: bytes) -> dict[str, _Tensor]:
@@ -171,10 +159,8 @@ def _read_probe(path: Path, limits: EngineLimits) -> Probe:
             f"the adapter folder has no {PROBE_FILE}: without its trainer's log probabilities nobody can tell "
             "whether the served adapter is the trained one"
         ) from error
-    except ValueError as error:
-        raise AdapterRefused(str(error)) from error
-    except OSError as error:
-        raise AdapterRefused(f"{PROBE_FILE} cannot be read: {_own_problem(error)}") from error
+    except (OSError, ValueError) as error:
+        raise AdapterRefused(_problem(error)) from error
     for prompt in probe.prompts:
         if len(prompt.prompt_token_ids) + len(prompt.continuation) > limits.max_context_tokens:
             raise AdapterRefused(

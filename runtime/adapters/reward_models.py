@@ -69,8 +69,6 @@ class RewardModels:
         if reward.name not in self._sound:
             try:
                 self._sound[reward.name] = await asyncio.to_thread(self._validated, reward)
-            except OSError as error:
-                raise NoRewardModel(f"{reward.name} cannot be read now: {error.strerror}") from error
             except AdapterRefused as error:
                 # Clients are told of it, and are to learn nothing of the server's folders.
                 raise self._refusal(reward.name, str(error).replace(str(reward.path), "its folder")) from error

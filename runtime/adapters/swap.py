@@ -140,7 +140,7 @@ class Swap:
         """Validate, load and verify an adapter, so that it can be pinned and promoted.
 
         Raises AdapterRefused, with the adapter refused on record and unloaded again, where it is at fault; SwapError
-        where there is no slot for it, or its files cannot be read now; EngineError where the engine has died.
+        where there is no slot for it; EngineError where the engine has died.
         """
         async with self._changes:
             return await self._bring_up(self._registry.adapter(name))
@@ -215,8 +215,7 @@ class Swap:
         """Serve each agent's acting adapter on an engine that has just started, with nothing loaded.
 
         Where one cannot be served any more, what acted before it does, at worst the base network. Raises EngineError
-        where the engine dies meanwhile, and SwapError where the files cannot be read now: neither says anything against
-        the adapter.
+        where the engine dies meanwhile: that says nothing against the adapter.
         """
         async with self._changes:
             await self._forget_the_last_engine()
@@ -297,13 +296,7 @@ class Swap:
             await self.write(self._registry.record, adapter, AdapterState.UNLOADED, "it was unloaded before")
 
     async def _validate(self, adapter: Adapter) -> AdapterFiles:
-        try:
-            files = await asyncio.to_thread(validate_adapter, adapter.path, self._engine.limits, self._base)
-        except OSError as error:  # refused is for ever: what is sound and cannot be read just now must not be
-            raise SwapError(
-                f"the files of {adapter.name} cannot be read now: {error.strerror}; let the server read them, or copy "
-                "them back from a backup"
-            ) from error
+        files = await asyncio.to_thread(validate_adapter, adapter.path, self._engine.limits, self._base)
         if files.digest != adapter.digest:
             raise AdapterRefused("its weights are not those that were registered")
         await self.write(self._registry.record, adapter, AdapterState.VALIDATED)
