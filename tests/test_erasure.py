@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import chain, repeat
@@ -21,6 +24,7 @@ from runtime.store.episodes import Actor, Episode, Outcome, Purpose, Step
 from runtime.store.erasure import STEPS_AT_ONCE, Eraser, Scope
 from runtime.store.learning_log import CycleStage, LearningLog, LessonRole
 from runtime.store.own_episodes import OwnEpisodes
+from runtime.store.probe_scrubbing import forget_prompts
 from runtime.store.soundness import problems_of
 from runtime.store.step_log import StepLog, StepLogError
 from runtime.store.step_rows import tokens_to_blob
@@ -328,6 +332,35 @@ def test_erased_prompts_leave_the_probes_of_adapters(log: StepLog, tmp_path: Pat
     for name in ("agent-v0001", "agent-v0001/reward-1", "agent-v0003"):
         assert read_probe(tmp_path / "adapters" / name).prompts == (neutral,)
     assert not (tmp_path / "adapters" / "agent-v0002" / "probe.json").exists()
+
+
+def test_prompts_are_erased_from_probes_while_adapters_come_and_go(log: StepLog, tmp_path: Path) -> None:
+    """A folder that went while its neighbours were listed ended the erasure with an error."""
+    places = [tmp_path / "adapters" / name for name in (".incoming-1", "agent-v0001")]
+    episodes = [many_steps(log, 1) for _ in range(40)]
+    prompts = tuple(ProbePrompt(step.prompt_token_ids, ((LikelyToken(1, -0.5, -0.1),),)) for _, (step,) in episodes)
+    places[0].mkdir(parents=True)
+    write_probe(places[0], Probe("base", 1e-3, prompts))
+    for number in range(50):
+        (tmp_path / "candidates" / str(number)).mkdir(parents=True)
+    has_ended = threading.Event()
+
+    def move() -> None:
+        for here, there in itertools.cycle([places, places[::-1]]):
+            if has_ended.is_set():
+                return
+            here.rename(there)
+            time.sleep(0.0005)
+
+    moving = threading.Thread(target=move)
+    moving.start()
+    try:
+        for episode, _ in episodes:
+            forget_prompts(tmp_path, log, [episode.id])
+    finally:
+        has_ended.set()
+        moving.join()
+    assert not list((tmp_path / "adapters").rglob("probe.json"))
 
 
 def test_rewriting_the_file_keeps_every_rows_number(log: StepLog, tmp_path: Path) -> None:

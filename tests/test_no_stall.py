@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,39 +22,55 @@ from tests.test_step_log import make_episode, make_step
 
 MOST_CPU_S = 0.02
 """That the loop's thread may work between two beats."""
+MOST_WAIT_S = 0.5
+"""Of the loop between two beats, more than a thread beside it: what waits on the loop shows here."""
 MOST_LOCKED_S = 0.5
-"""Between two beats, of the whole process: a library that keeps the interpreter's lock shows here."""
+"""That the process may work between two beats: a library that keeps the interpreter's lock shows here."""
 
 
 @dataclass
 class Watchdog:
-    """What was worked between two beats at most: CPU time, since a shared machine stands still for seconds."""
+    """What lay between two beats at most, in seconds."""
 
     cpu_s: float = 0.0
     process_s: float = 0.0
+    loop_s: float = 0.0
+    thread_s: float = 0.0
+    """Of a thread that only sleeps: longer where the machine stands still, or somebody keeps the interpreter's lock."""
 
 
 @contextmanager
 def watched(served: Served) -> Iterator[Watchdog]:
-    """How long the loop's thread works, and the process while it stands still, between two beats at most."""
+    """How long the loop's thread works, the process works beside it, and the loop waits, between two beats at most."""
     loop = served.server.servers[0].get_loop()
     dog, beating = Watchdog(), [True]
 
     async def beat() -> None:
-        cpu, process = time.thread_time(), time.process_time()
+        cpu, process, wall = time.thread_time(), time.process_time(), time.monotonic()
         while beating[0]:
             await asyncio.sleep(0.002)
-            now_cpu, now_process = time.thread_time(), time.process_time()
+            now_cpu, now_process, now = time.thread_time(), time.process_time(), time.monotonic()
             dog.cpu_s, dog.process_s = max(dog.cpu_s, now_cpu - cpu), max(dog.process_s, now_process - process)
-            cpu, process = now_cpu, now_process
+            dog.loop_s = max(dog.loop_s, now - wall)
+            cpu, process, wall = now_cpu, now_process, now
+
+    def beat_beside() -> None:
+        wall = time.monotonic()
+        while beating[0]:
+            time.sleep(0.002)
+            now = time.monotonic()
+            dog.thread_s, wall = max(dog.thread_s, now - wall), now
 
     httpx.get(f"{served.url}/health")  # what is imported at the first request is not meant
     done = asyncio.run_coroutine_threadsafe(beat(), loop)
+    beside = threading.Thread(target=beat_beside)
+    beside.start()
     try:
         yield dog
     finally:
         beating[0] = False
         done.result(10)
+        beside.join()
 
 
 def chat(served: Served, messages: list[Any], **more: Any) -> httpx.Response:
@@ -84,6 +101,14 @@ LARGE: dict[str, Callable[[], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def test_the_watchdog_sees_what_waits_on_the_loop(serve_scripted: ServeScripted) -> None:
+    served = serve_scripted()
+    with watched(served) as dog:
+        served.server.servers[0].get_loop().call_soon_threadsafe(time.sleep, 0.7)
+        httpx.get(f"{served.url}/health", timeout=30)
+    assert dog.loop_s - dog.thread_s > MOST_WAIT_S
+
+
 @pytest.mark.parametrize("what", LARGE)
 def test_a_large_request_is_refused_or_answered_and_stalls_nobody(serve_scripted: ServeScripted, what: str) -> None:
     served = serve_scripted()
@@ -93,6 +118,7 @@ def test_a_large_request_is_refused_or_answered_and_stalls_nobody(serve_scripted
     assert answer.status_code in (200, 400), answer.text[:300]
     assert dog.cpu_s < MOST_CPU_S, f"{dog.cpu_s * 1000:.0f} ms of work on the loop"
     assert dog.process_s < MOST_LOCKED_S, f"the loop stood still for {dog.process_s * 1000:.0f} ms of work elsewhere"
+    assert dog.loop_s - dog.thread_s < MOST_WAIT_S, f"the loop waited for {dog.loop_s * 1000:.0f} ms"
 
 
 def function(number: int) -> dict[str, Any]:

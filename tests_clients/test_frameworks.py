@@ -292,3 +292,4 @@ def test_anthropic_lists_models(server: Server) -> None:
     model = client.models.retrieve(MODEL)
     assert (model.type, model.display_name) == ("model", MODEL)
     assert abs(datetime.now(UTC) - model.created_at) < timedelta(days=1)
+    type(model).model_validate(model.model_dump())  # the client itself checks nothing

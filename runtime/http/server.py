@@ -73,7 +73,7 @@ def server_routes(parts: Parts) -> APIRouter:
 
 
 def _model(name: str, started: int, max_context_tokens: int) -> dict[str, Any]:
-    """In OpenAI's form and in Anthropic's at once: they have no field in common that they fill differently."""
+    """In OpenAI's form and in Anthropic's at once: they give no field two meanings."""
     return {
         "id": name,
         "object": "model",
@@ -83,6 +83,8 @@ def _model(name: str, started: int, max_context_tokens: int) -> dict[str, Any]:
         "type": "model",
         "display_name": name,
         "created_at": datetime.fromtimestamp(started, UTC).isoformat(),
+        "max_input_tokens": max_context_tokens,
+        "lifecycle": "active",
     }
 
 

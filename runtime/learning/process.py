@@ -21,7 +21,9 @@ from runtime.store.learning_log import LearningReader
 LOG_FILE = "learner.log"
 """In the state folder: what the learner prints."""
 GRACE_S = 5.0
-"""How long a learner may take to end when the server ends, or when its cycle has."""
+"""How long a learner may take to end when the server ends."""
+FAREWELL_S = 30.0
+"""How long its process may take to end once its cycle has: seconds, on a busy machine."""
 
 
 class LearnerBusy(Exception):
@@ -101,7 +103,7 @@ class LearnerProcess:
         status = await asyncio.to_thread(self._cycles.status, cycle)
         if status is not None and status.has_ended:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), GRACE_S)
+                await asyncio.wait_for(self._process.wait(), FAREWELL_S)
 
     def problem(self, cycle: str) -> str:
         """Why a cycle of ours has ended without a line in the log; empty while its process runs."""

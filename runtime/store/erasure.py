@@ -38,7 +38,7 @@ from runtime.store.erasure_schema import (
 )
 from runtime.store.learning_log import LearningLog
 from runtime.store.lineage import Lineage, TaughtAdapter
-from runtime.store.probe_scrubbing import ProbePrompts
+from runtime.store.probe_scrubbing import forget_prompts
 from runtime.store.step_log import LOCK_TIMEOUT_S, StepLog
 
 STEPS_AT_ONCE = 200
@@ -331,9 +331,8 @@ class Eraser:
         counts: dict[str, int] = {}
         tombstones = self.tombstones(erasure_id)
         self._clean_learning_log(erasure_id, self._lineage.cycles_of([tombstone.id for tombstone in tombstones]))
-        probes = ProbePrompts(self._state)
-        for tombstone in tombstones:  # while all of their prompts can be rebuilt
-            probes.forget(self._log, tombstone.id)
+        episode_ids = [tombstone.id for tombstone in tombstones]
+        num_forgotten = forget_prompts(self._state, self._log, episode_ids)  # while all prompts can be rebuilt
         with self._connected() as connection:
             for tombstone in tombstones:
                 with _transaction(connection):  # first, so that nobody finds half an episode
@@ -347,7 +346,7 @@ class Eraser:
                     time.sleep(PAUSE_S)
                 with _transaction(connection):
                     _delete_rest(connection, tombstone.id, counts)
-        return counts | {"probe_prompts": probes.num_forgotten}
+        return counts | {"probe_prompts": num_forgotten}
 
     def _next_steps(self, connection: sqlite3.Connection, episode_id: str) -> list[str]:
         """The newest ones: what stands on a step goes before it."""

@@ -7,6 +7,7 @@ One that loses all of them goes: the adapter serves on where it is loaded, and d
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,15 +15,43 @@ from policies.adapters.probe import PROBE_FILE, Probe, read_probe, write_probe
 from policies.types import TokenIds
 from runtime.store.step_log import StepLog, StepLogError
 
+MOST_TIMES = 100
+
+
+def forget_prompts(state: Path, log: StepLog, episode_ids: Sequence[str]) -> int:
+    """Take the prompts of these episodes' steps out of all probes of a state folder; how many went.
+
+    It begins anew where a folder has gone meanwhile: adapters move to their place, candidates are cleared away.
+    """
+    num_forgotten = 0
+    for number in range(MOST_TIMES):
+        probes = ProbePrompts(state)
+        try:
+            probes.read()
+            for episode_id in episode_ids:
+                probes.forget(log, episode_id)
+            break
+        except FileNotFoundError:
+            if number == MOST_TIMES - 1:
+                raise
+        finally:
+            num_forgotten += probes.num_forgotten
+    return num_forgotten
+
 
 class ProbePrompts:
     """The prompts of all probes of a state folder."""
 
     def __init__(self, state: Path) -> None:
+        self._state = state
         self._probes: dict[Path, Probe] = {}
         self.num_forgotten = 0
-        # Also those of reward models, which lie within their adapter's folder.
-        for file in (*(state / "adapters").rglob(PROBE_FILE), *(state / "candidates").rglob(PROBE_FILE)):
+
+    def read(self) -> None:
+        """All of them, also those of reward models, which lie within their adapter's folder. Raises
+        FileNotFoundError where a folder goes meanwhile."""
+        folders = (self._state / "adapters", self._state / "candidates")
+        for file in [file for folder in folders for file in folder.rglob(PROBE_FILE)]:
             try:
                 self._probes[file.parent] = read_probe(file.parent)
             except (OSError, ValueError):  # no adapter can come up with it
