@@ -1,4 +1,4 @@
-# make serve [MODEL=FOLDER] | make demo | make demo-real | make quick | make test | make test-real | make setup | make check; everything lives in .venv.
+# make serve [MODEL=FOLDER] | make demo | make demo-real | make quick | make test | make test-cycles | make test-real | make setup | make check; everything lives in .venv.
 PYTHON ?= python3
 VENV := .venv
 ARGS ?=
@@ -6,7 +6,7 @@ MODEL ?=
 # Slow files come first (tests/conftest.py): none is left for the end, when the other process has nothing more to do.
 PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup serve demo demo-real quick test test-real check
+.PHONY: setup serve demo demo-real quick test test-cycles test-real check
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -28,6 +28,9 @@ demo-real: setup-worlds
 
 test: setup
 	$(PYTEST) $(ARGS)
+
+test-cycles: setup
+	$(PYTEST) tests_cycles $(ARGS)
 
 quick: setup
 	$(PYTEST) -m "not slow" $(ARGS)

@@ -25,14 +25,13 @@ from tests.serving import NOVICE_FOLDER, SayingEngine, Served, parts_of, served
 SLOW_MODULES = frozenset(
     """
     test_adapter_faults test_adapter_routes test_agents test_backup test_bad_input test_batch test_best_of
-    test_build_objectives test_checkpoints test_client_forms test_connections test_cycle test_cycle_routes
-    test_damage test_demo test_deploy test_discriminator test_doubts test_embedded_engine test_embedded_memory
-    test_embedded_precision test_erasure test_erasure_cycles test_examples test_faulty_worlds test_fold_contest
-    test_fuzz test_gpu_check test_imported_tools test_judge test_keys test_large_log test_learner_command
-    test_learning_loop test_load test_mcp test_methods_benchmark test_no_stall test_novice
-    test_objective_gradients test_order_desk test_own_worlds test_promises test_reading test_released_states
-    test_responses test_retention test_sequential test_serve test_slow_world test_stitching test_swap_embedded
-    test_swap_histories test_trainer test_trials test_web_pages test_worlds
+    test_build_objectives test_checkpoints test_client_forms test_connections test_damage test_deploy
+    test_discriminator test_doubts test_embedded_engine test_embedded_memory test_embedded_precision test_erasure
+    test_erasure_cycles test_examples test_faulty_worlds test_fuzz test_gpu_check test_imported_tools test_judge
+    test_keys test_large_log test_learner_command test_load test_mcp test_methods_benchmark test_no_stall
+    test_novice test_objective_gradients test_order_desk test_own_worlds test_promises test_reading
+    test_released_states test_responses test_retention test_sequential test_serve test_slow_world test_stitching
+    test_swap_embedded test_swap_histories test_trainer test_trials test_web_pages test_worlds
     """.split()
 )
 """They train, start processes or dozens of servers, load tiny networks or try thousands of examples: `make quick`

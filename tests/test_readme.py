@@ -42,6 +42,7 @@ def test_the_picture_of_the_house_names_every_floor() -> None:
         "tests_real",
         "tests_clients",
         "tests_worlds",
+        "tests_cycles",
         "benchmarks",
     }
     drawn = set(re.findall(r"^(?:floor \d|ground) +(\w+)/", README, re.MULTILINE))

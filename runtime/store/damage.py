@@ -176,7 +176,8 @@ def unusable(error: Exception, path: object) -> str:
     """A sentence for SQLite's error with a file."""
     if is_damage(error):
         return str(damaged_file(error, path))
-    return f"{path} cannot be used: {error}; make room, end who keeps it locked, or let the server write it"
+    remedy = "; make room, end who keeps it locked, or let the server write it"
+    return f"{path} cannot be used: {error}{remedy if isinstance(error, sqlite3.OperationalError) else ''}"
 
 
 def rows_between(
