@@ -29,8 +29,9 @@ _ANSWER = re.compile(
     r"<\|begin_of_solution\|>\s*(.*?)\s*<\|end_of_solution\|>\s*|<\|START_RESPONSE\|>(.*?)<\|END_RESPONSE\|>", re.DOTALL
 )
 """What stands around the answer where such marks stand around the thought."""
-_LONE_END = re.compile(r"\n[ \t]*</think>|</think>[ \t]*(?:\n|\Z)|(?:\A|[^\s`'\"])</think>[^\s`'\"]")
-"""The end of a thought that the prompt began: it begins or ends a line, or stands between words without a space."""
+_QUOTES = frozenset({"``", '""', "''", "()", "<>"})
+_FENCE = re.compile(r"^[ \t]*```[^`\n]*$", re.MULTILINE)
+_SENTENCE_ENDS = tuple(".!?:。！？…")
 _HERMES_CALL = re.compile(r"<(tool_call|TOOLCALL)>\s*(.*?)\s*</\1>", re.DOTALL)
 """Nemotron's rows have the same tags in capitals, around a list."""
 _HERMES_RESULT = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
@@ -57,13 +58,27 @@ def split_thought(text: str, where: str) -> tuple[str, str]:
         raise RefusedRecord(f"{where} ends within its thinking: {begun} is not closed")
     before, mark, rest = text.partition("</think>")
     if mark and "<think>" not in before and "</think>" not in rest:
-        if before.count("```") % 2 or not _LONE_END.search(text):
+        if _is_end_spoken_of(before, rest):
             raise RefusedRecord(
                 f"{where} has </think> among its words, and nothing tells whether a thought ends there: write the "
                 "thought as reasoning_content, or take the mark out"
             )
         return before.strip(), rest.lstrip()
     return "", text
+
+
+def _is_end_spoken_of(before: str, rest: str) -> bool:
+    """Whether a `</think>` between these texts is quoted, shown in code, or a word of a sentence."""
+    if before[-1:] + rest[:1] in _QUOTES:
+        return True
+    if len(_FENCE.findall(before)) % 2:
+        next_lines = rest.split("\n", 2)
+        stands_alone = not (before.rpartition("\n")[2] + next_lines[0]).strip()
+        return not (stands_alone and len(next_lines) == 3 and not next_lines[1].strip())
+    has_blanks = before.endswith((" ", "\t")) and rest.startswith((" ", "\t"))
+    said = before.strip()
+    is_within_sentence = said != "" and not said.endswith(_SENTENCE_ENDS)
+    return has_blanks and is_within_sentence and rest.lstrip(" \t")[:1].islower()
 
 
 # ----------------------------------------------------------------------------------------------------- calls
