@@ -34,6 +34,8 @@ _FENCE = re.compile(r"^[ \t]*```[^`\n]*$", re.MULTILINE)
 _SENTENCE_ENDS = tuple(".!?:。！？…")
 _HERMES_CALL = re.compile(r"<(tool_call|TOOLCALL)>\s*(.*?)\s*</\1>", re.DOTALL)
 """Nemotron's rows have the same tags in capitals, around a list."""
+_TAGGED_ARGUMENTS = re.compile(r"[\w.:/\-]*\s*<")
+"""How calls of Qwen3-Coder and GLM begin within the same tags: each argument has a tag of its own."""
 _HERMES_RESULT = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
 _HERMES_TOOLS = re.compile(r"<tools>\s*(\[.*?\]|\{.*?\})\s*</tools>", re.DOTALL)
 _REACT = re.compile(r"(.*?)\bAction:[ \t]*([^\n]+?)[ \t]*\n\s*Action Input:[ \t]*(.*)", re.DOTALL)
@@ -304,7 +306,7 @@ def split_tagged_calls(text: str, where: str) -> tuple[str, tuple[Call, ...]]:
     found = list(_HERMES_CALL.finditer(text))
     if not found:
         return text, ()
-    if any(not each[2].startswith(("{", "[")) for each in found):  # Qwen3-Coder's and GLM's: a tag for each argument
+    if any(_TAGGED_ARGUMENTS.match(each[2]) for each in found):
         raise RefusedRecord(f"{where} has a call in tags that is not written in JSON: write the call as tool_calls")
     calls = [call for each in found for call in read_calls_text(each[2], where)]
     between = [text[a.end() : b.start()] for a, b in pairwise(found)]
