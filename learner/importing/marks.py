@@ -110,7 +110,7 @@ _GROUPS_OF_BAD = frozenset(
 """How a file's maker calls the heap of those that are not to be learned."""
 
 _OPINIONS = frozenset("thumb thumbs vote reaction".split())
-_OPINIONS_IN_FEEDBACK = frozenset("value type kind sentiment emoji".split())
+_OPINIONS_IN_FEEDBACK = frozenset("value type kind sentiment emoji user_rating".split())
 """Names that say nothing elsewhere, and in a feedback what somebody thought of it."""
 _GOOD_OPINIONS = frozenset("up 👍 thumbs_up thumbsup thumb_up upvote like positive good".split())
 _BAD_OPINIONS = frozenset("down 👎 thumbs_down thumbsdown thumb_down downvote dislike negative bad".split())
@@ -215,10 +215,17 @@ def _marks_inside(value: Any, where: str) -> Iterator[tuple[str, Any, Mark]]:
                 if snake_case(name) not in _OF_PROVIDERS:
                     yield from _marks_inside(held, inside)
                 continue
-            if isinstance(held, dict | list) and snake_case(name).endswith("feedback"):  # thumbs are read by name only
-                yield from (each for each in _marks_inside(held, inside) if each[2] is Mark.BAD)
+            if isinstance(held, dict | list) and snake_case(name).endswith("feedback"):
+                yield from _bad_opinions(held, inside)
             if mark is not Mark.UNCLEAR or _bare(snake_case(name)) in _TOLD_APART | _SCALES:
                 yield inside, held, mark
+
+
+def _bad_opinions(feedback: Any, where: str) -> Iterator[tuple[str, Any, Mark]]:
+    """Those within a feedback that is a mark itself, whose values alone do not tell thumbs from other words."""
+    for inside, held, mark in _marks_inside(feedback, where):
+        if mark is Mark.BAD and snake_case(inside.rpartition(".")[2]) in _OPINIONS | _OPINIONS_IN_FEEDBACK:
+            yield inside, held, mark
 
 
 def _is_opinion_inside(snake: str, where: str) -> bool:
@@ -296,12 +303,15 @@ def _mark_on_scale(value: Any) -> Mark:
 
 def _mark_of_opinion(value: Any) -> Mark:
     """Of a thumb, a vote or the like; what is neither for nor against says nothing, 0 included."""
-    word = _SKIN_TONES.sub("", value).strip() if isinstance(value, str) else ""
-    number = value if _is_number(value) else _number(word)
-    if number is not None:
-        return Mark.BAD if number < 0 else Mark.GOOD if number > 0 else Mark.NONE
-    word = snake_case(word)
-    return Mark.BAD if word in _BAD_OPINIONS else Mark.GOOD if word in _GOOD_OPINIONS else Mark.NONE
+    if isinstance(value, str):
+        written = _SKIN_TONES.sub("", value).strip()
+        if (number := _number(written)) is not None:
+            return _mark_of_opinion(number)
+        word = snake_case(written)
+        return Mark.BAD if word in _BAD_OPINIONS else Mark.GOOD if word in _GOOD_OPINIONS else Mark.NONE
+    if not _is_number(value):
+        return Mark.NONE
+    return Mark.BAD if value < 0 else Mark.GOOD if value > 0 else Mark.NONE
 
 
 def _mark_of_degree(value: Any) -> Mark:
