@@ -571,6 +571,11 @@ def test_lines_of_an_array_whose_brackets_are_gone_are_read(tmp_path: Path) -> N
     assert (len(report.imported), [refusal.line for refusal in report.refused]) == (3, [4])
 
 
+def test_the_byte_that_is_no_text_is_counted_from_the_lines_beginning(tmp_path: Path) -> None:
+    report = imported_from(tmp_path, b'{"a":1}\n    {"a":"\xfe"},\n')
+    assert report.refused[1] == Refusal(2, "it is not UTF-8 text: byte 11 is 0xfe")
+
+
 def test_each_of_the_files_that_were_put_together_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     files = [b"\xef\xbb\xbf" + lines(simple(number)).encode() for number in (1, 2)]
     report = imported_from(tmp_path, b"".join(files))

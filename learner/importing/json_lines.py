@@ -120,9 +120,9 @@ def _is_written_out(first_line: bytes) -> bool:
 
 
 def _without_comma(text: bytes) -> bytes:
-    """A line that is an object and a comma is one of an array whose brackets are gone."""
-    bare = text.strip()
-    return bare[:-1].rstrip() if bare.startswith(b"{") and bare.endswith(b",") else text
+    """A line that is an object and a comma is one of an array whose brackets are gone. Its bytes keep their places."""
+    bare = text.rstrip()
+    return bare[:-1] if bare.lstrip().startswith(b"{") and bare.endswith(b",") else text
 
 
 def _read_line(line: int, text: bytes) -> Record | Refusal:

@@ -7,6 +7,7 @@ nobody guesses whether an example is good.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from enum import Enum
 from typing import Any
@@ -46,7 +47,7 @@ _GOOD = frozenset(
     "verified approved approval won win label labels reward rewards score scores outcome outcomes result verdict "
     "kto_tag chosen preferred preference desirable upvote upvoted upvotes thumbs_up helpful positive good gold "
     "feedback judgement judgment evaluation return returns accuracy reached achieved completed is_completed done "
-    "value_score goal_reached test_result thumb thumbs vote reaction".split()
+    "value_score goal_reached test_result".split()
 )
 """True, or half and more: an expert's. False, or zero and less: not. What is between, nobody can tell."""
 _SCALES = frozenset("rating ratings grade stars quality rank preference_score".split())
@@ -82,13 +83,13 @@ _REASONS = frozenset(
 _GOOD_WORDS = frozenset(
     "true yes y good success successful succeeded resolved solved correct pass passed accepted accept approved chosen "
     "desirable preferred positive win won thumbs_up upvote like 1 + ok completed complete done finished success_all c "
-    "valid verified up 👍".split()
+    "valid verified".split()
 )
 _BAD_WORDS = frozenset(
     "false no n bad fail failed failure unsuccessful unresolved unsolved incorrect wrong error rejected reject "
     "undesirable dispreferred negative lose lost loss thumbs_down downvote dislike 0 i invalid aborted cancelled "
     "canceled timeout timed_out crashed interrupted incomplete in_progress running pending partial refused "
-    "-1 - limits_exceeded down 👎".split()
+    "-1 - limits_exceeded".split()
 )
 _ENDS = frozenset(
     "stop end_turn tool_use tool_calls tool-calls tool_call function_call stop_sequence eos eos_token finished final "
@@ -107,6 +108,14 @@ _GROUPS_OF_BAD = frozenset(
     "unresolved low_quality discard discarded excluded do_not_train no_train thumbs_down".split()
 )
 """How a file's maker calls the heap of those that are not to be learned."""
+
+_OPINIONS = frozenset("thumb thumbs vote reaction".split())
+_OPINIONS_IN_FEEDBACK = frozenset("value type kind sentiment emoji user_rating".split())
+"""Names that say nothing elsewhere, and in a feedback what somebody thought of it."""
+_GOOD_OPINIONS = frozenset("up 👍 thumbs_up thumbsup thumb_up upvote like positive good".split())
+_BAD_OPINIONS = frozenset("down 👎 thumbs_down thumbsdown thumb_down downvote dislike negative bad".split())
+_SKIN_TONES = re.compile("[\U0001f3fb-\U0001f3ff\ufe0f]")
+"""And the mark that asks for an emoji in colour."""
 
 
 # --------------------------------------------------------------------------------------------------- of records
@@ -189,10 +198,6 @@ _OF_PROVIDERS = frozenset(
 """What an API says of its own filters and sources: its scores are no marks."""
 
 
-_OF_FEEDBACK = frozenset("value type kind sentiment emoji".split())
-"""Names that say nothing elsewhere, and in a feedback what somebody thought of it."""
-
-
 def _marks_inside(value: Any, where: str) -> Iterator[tuple[str, Any, Mark]]:
     """The marks within metadata: (name with its place, value, mark), those left out that may be something else."""
     if isinstance(value, list):
@@ -201,15 +206,32 @@ def _marks_inside(value: Any, where: str) -> Iterator[tuple[str, Any, Mark]]:
     elif isinstance(value, dict):
         for name, held in _scored(value).items():
             mark = mark_of(name, held)
-            if mark is Mark.NONE and snake_case(name) in _OF_FEEDBACK and snake_case(where).endswith("feedback"):
-                mark = _mark_on_scale(held)
+            if mark is Mark.NONE and _is_opinion_inside(snake_case(name), where):
+                mark = _mark_of_opinion(held)
             if _is_learning_mark(name):
                 mark = Mark.BAD if held in (0, "false") else Mark.NONE
+            inside = f"{where}.{name}"
             if isinstance(held, dict | list) and (mark is Mark.NONE or snake_case(name) in _OF_PROVIDERS):
                 if snake_case(name) not in _OF_PROVIDERS:
-                    yield from _marks_inside(held, f"{where}.{name}")
-            elif mark is not Mark.UNCLEAR or _bare(snake_case(name)) in _TOLD_APART | _SCALES:
-                yield f"{where}.{name}", held, mark
+                    yield from _marks_inside(held, inside)
+                continue
+            if isinstance(held, dict | list) and snake_case(name).endswith("feedback"):
+                yield from _bad_opinions(held, inside)
+            if mark is not Mark.UNCLEAR or _bare(snake_case(name)) in _TOLD_APART | _SCALES:
+                yield inside, held, mark
+
+
+def _bad_opinions(feedback: Any, where: str) -> Iterator[tuple[str, Any, Mark]]:
+    """Those within a feedback that is a mark itself, whose values alone do not tell thumbs from other words."""
+    for inside, held, mark in _marks_inside(feedback, where):
+        if mark is Mark.BAD and snake_case(inside.rpartition(".")[2]) in _OPINIONS | _OPINIONS_IN_FEEDBACK:
+            yield inside, held, mark
+
+
+def _is_opinion_inside(snake: str, where: str) -> bool:
+    """A user_rating is one in any metadata; at a record's top a number there would be no sign of a good one."""
+    is_of_feedback = any(snake_case(part).endswith("feedback") for part in where.split("."))
+    return snake == "user_rating" or (is_of_feedback and snake in _OPINIONS_IN_FEEDBACK)
 
 
 def _scored(value: dict[str, Any]) -> dict[str, Any]:
@@ -247,8 +269,10 @@ def mark_of(name: str, value: Any) -> Mark:
     snake = _bare(snake_case(name))
     if snake in _REASONS or snake.endswith(("_reason", "_status")):
         return _mark_of_reason(value)
-    if snake in _SCALES or snake.endswith(("_rating", "_ratings", "_stars")):
+    if snake in _SCALES:
         return _mark_on_scale(value)
+    if snake_case(name) in _OPINIONS:
+        return _mark_of_opinion(value)
     when, _, end = snake.rpartition("_")
     if end in _TIMES and when in _BAD | _GOOD:  # deleted_at, approved_at: that it happened is the mark
         return Mark.BAD if when in _BAD else Mark.GOOD
@@ -275,6 +299,19 @@ def _mark_on_scale(value: Any) -> Mark:
     if not _is_number(value):
         return _mark_of_value(value)
     return Mark.BAD if value < 0 else Mark.UNCLEAR
+
+
+def _mark_of_opinion(value: Any) -> Mark:
+    """Of a thumb, a vote or the like; what is neither for nor against says nothing, 0 included."""
+    if isinstance(value, str):
+        written = _SKIN_TONES.sub("", value).strip()
+        if (number := _number(written)) is not None:
+            return _mark_of_opinion(number)
+        word = snake_case(written)
+        return Mark.BAD if word in _BAD_OPINIONS else Mark.GOOD if word in _GOOD_OPINIONS else Mark.NONE
+    if not _is_number(value):
+        return Mark.NONE
+    return Mark.BAD if value < 0 else Mark.GOOD if value > 0 else Mark.NONE
 
 
 def _mark_of_degree(value: Any) -> Mark:

@@ -27,12 +27,15 @@ _PRINTED = {
     "a Python object": r"\[?(?:(?:\w{0,40}Message(?:Chunk)?|Response)\((?:content|role|id|additional_kwargs)="
     r"|(?:ChatCompletion\w{0,40}|ModelResponse|GenerateContentResponse|LLMResult|ChatResult|ChatResponse|AgentFinish"
     r"|AgentRunResult)\(\w{1,40}=)|content=['\"\[].{0,100000}\b(?:additional_kwargs|response_metadata)=\{",
-    "a thought or a call, folded in for Open WebUI's screen": rf"(?:.{{0,100000}}\n)?<details\s+type={_Q}"
-    r"(?:reasoning|tool_calls|code_interpreter)['\"]",
     "a program's error": r"Error code: \d{3} - \{|(?:litellm|openai|anthropic)\.\w+Error: ",
 }
 """What was printed, in words, and how such a text begins."""
 _PRINTS = {what: re.compile(pattern, re.DOTALL) for what, pattern in _PRINTED.items()}
+_FOLDED_IN = re.compile(
+    rf"^[ \t]*<details\b[^<>]*\btype={_Q}(?:reasoning|tool_calls|code_interpreter){_Q}", re.MULTILINE
+)
+"""A thought or a call as Open WebUI folds it in for the screen, anywhere in a text; what stands in a fence is shown."""
+_FENCED = re.compile(r"^[ \t]*(`{3,}|~{3,}).*?(?:^[ \t]*\1|\Z)", re.MULTILINE | re.DOTALL)
 _SAID_BY_NOBODY = ("a request, or a list of messages", "the events of a stream", "an API's answer")
 """Prints that no user shows, who may well ask about a program's error."""
 _TURN_BEGINS = re.compile(
@@ -60,6 +63,8 @@ def require_not_printed(text: str, is_users: bool = False) -> None:
     """Raises RefusedRecord for the print of an object."""
     text = text.lstrip()
     what = next((what for what, pattern in _PRINTS.items() if pattern.match(text)), None)
+    if what is None and _FOLDED_IN.search(_FENCED.sub("", text)):
+        what = "a thought or a call, folded in for Open WebUI's screen"
     if what is not None and not (is_users and what not in _SAID_BY_NOBODY):
         raise RefusedRecord(f"its text is {what}, as a program printed it: write what was said, or leave it out")
 

@@ -29,10 +29,13 @@ _ANSWER = re.compile(
     r"<\|begin_of_solution\|>\s*(.*?)\s*<\|end_of_solution\|>\s*|<\|START_RESPONSE\|>(.*?)<\|END_RESPONSE\|>", re.DOTALL
 )
 """What stands around the answer where such marks stand around the thought."""
-_LONE_END = re.compile(r"\n[ \t]*</think>|</think>[ \t]*(?:\n|\Z)|(?:\A|[^\s`'\"])</think>[^\s`'\"]")
-"""The end of a thought that the prompt began: it begins or ends a line, or stands between words without a space."""
+_QUOTES = frozenset({"``", '""', "''", "()", "<>"})
+_FENCE = re.compile(r"^[ \t]*```[^`\n]*$", re.MULTILINE)
+_SENTENCE_ENDS = tuple(".!?:。！？…")
 _HERMES_CALL = re.compile(r"<(tool_call|TOOLCALL)>\s*(.*?)\s*</\1>", re.DOTALL)
 """Nemotron's rows have the same tags in capitals, around a list."""
+_TAGGED_ARGUMENTS = re.compile(r"[\w.:/\-]*\s*<")
+"""How calls of Qwen3-Coder and GLM begin within the same tags: each argument has a tag of its own."""
 _HERMES_RESULT = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
 _HERMES_TOOLS = re.compile(r"<tools>\s*(\[.*?\]|\{.*?\})\s*</tools>", re.DOTALL)
 _REACT = re.compile(r"(.*?)\bAction:[ \t]*([^\n]+?)[ \t]*\n\s*Action Input:[ \t]*(.*)", re.DOTALL)
@@ -57,13 +60,27 @@ def split_thought(text: str, where: str) -> tuple[str, str]:
         raise RefusedRecord(f"{where} ends within its thinking: {begun} is not closed")
     before, mark, rest = text.partition("</think>")
     if mark and "<think>" not in before and "</think>" not in rest:
-        if before.count("```") % 2 or not _LONE_END.search(text):
+        if _is_end_spoken_of(before, rest):
             raise RefusedRecord(
                 f"{where} has </think> among its words, and nothing tells whether a thought ends there: write the "
                 "thought as reasoning_content, or take the mark out"
             )
         return before.strip(), rest.lstrip()
     return "", text
+
+
+def _is_end_spoken_of(before: str, rest: str) -> bool:
+    """Whether a `</think>` between these texts is quoted, shown in code, or a word of a sentence."""
+    if before[-1:] + rest[:1] in _QUOTES:
+        return True
+    if len(_FENCE.findall(before)) % 2:
+        next_lines = rest.split("\n", 2)
+        stands_alone = not (before.rpartition("\n")[2] + next_lines[0]).strip()
+        return not (stands_alone and len(next_lines) == 3 and not next_lines[1].strip())
+    has_blanks = before.endswith((" ", "\t")) and rest.startswith((" ", "\t"))
+    said = before.strip()
+    is_within_sentence = said != "" and not said.endswith(_SENTENCE_ENDS)
+    return has_blanks and is_within_sentence and rest.lstrip(" \t")[:1].islower()
 
 
 # ----------------------------------------------------------------------------------------------------- calls
@@ -289,7 +306,7 @@ def split_tagged_calls(text: str, where: str) -> tuple[str, tuple[Call, ...]]:
     found = list(_HERMES_CALL.finditer(text))
     if not found:
         return text, ()
-    if any(not each[2].startswith(("{", "[")) for each in found):  # Qwen3-Coder's and GLM's: a tag for each argument
+    if any(_TAGGED_ARGUMENTS.match(each[2]) for each in found):
         raise RefusedRecord(f"{where} has a call in tags that is not written in JSON: write the call as tool_calls")
     calls = [call for each in found for call in read_calls_text(each[2], where)]
     between = [text[a.end() : b.start()] for a, b in pairwise(found)]
