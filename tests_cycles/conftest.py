@@ -1,5 +1,5 @@
-"""What whole cycles share with the other tests."""
+"""What whole cycles share with the other tests: the novice and its engine."""
 
-from tests.conftest import protocol
+from tests.conftest import engine, novice_engine, protocol
 
-__all__ = ["protocol"]
+__all__ = ["engine", "novice_engine", "protocol"]
