@@ -38,10 +38,8 @@ def server_routes(parts: Parts) -> APIRouter:
     async def list_models(request: Request) -> dict[str, Any]:
         """The agents that the key is for (whichever adapter is acting for each), and their loaded adapters by name."""
         found = models(asking_key(request))
-        ends = (
-            {"first_id": found[0]["id"], "last_id": found[-1]["id"]} if found else {"first_id": None, "last_id": None}
-        )
-        return {"object": "list", "data": found, "has_more": False, **ends}
+        first, last = (found[0]["id"], found[-1]["id"]) if found else (None, None)
+        return {"object": "list", "data": found, "has_more": False, "first_id": first, "last_id": last}
 
     @router.get("/v1/models/{model}")
     async def read_model(model: str, request: Request) -> dict[str, Any]:

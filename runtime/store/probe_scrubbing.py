@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,27 +17,25 @@ from policies.types import TokenIds
 from runtime.store.step_log import StepLog, StepLogError
 
 MOST_TIMES = 100
+"""So often it begins anew before it gives up."""
 
 
 def forget_prompts(state: Path, log: StepLog, episode_ids: Sequence[str]) -> int:
     """Take the prompts of these episodes' steps out of all probes of a state folder; how many went.
 
     It begins anew where a folder has gone meanwhile: adapters move to their place, candidates are cleared away.
+    Raises StepLogError where they do so all the time.
     """
     num_forgotten = 0
-    for number in range(MOST_TIMES):
+    for _ in range(MOST_TIMES):
         probes = ProbePrompts(state)
-        try:
+        with suppress(FileNotFoundError):
             probes.read()
             for episode_id in episode_ids:
                 probes.forget(log, episode_id)
-            break
-        except FileNotFoundError:
-            if number == MOST_TIMES - 1:
-                raise
-        finally:
-            num_forgotten += probes.num_forgotten
-    return num_forgotten
+            return num_forgotten + probes.num_forgotten
+        num_forgotten += probes.num_forgotten
+    raise StepLogError(f"the adapters and candidates of {state} come and go too fast for their probes to be cleaned")
 
 
 class ProbePrompts:
@@ -54,6 +53,9 @@ class ProbePrompts:
         for file in [file for folder in folders for file in folder.rglob(PROBE_FILE)]:
             try:
                 self._probes[file.parent] = read_probe(file.parent)
+            except FileNotFoundError:
+                if not file.is_symlink():  # one that leads nowhere stays so
+                    raise
             except (OSError, ValueError):  # no adapter can come up with it
                 continue
 
